@@ -18,7 +18,7 @@ connect() {
     PGPASSWORD=$(printf '%b' "${BASH_REMATCH[3]//%/\\x}")
     export PGPASSWORD
   elif [[ $database =~ [pP][aA][sS][sS][wW][oO][rR][dD][[:space:]]*= || $database =~ ^[a-z]+://[^/?]*:[^/?]*@ ]]; then
-    fail "write the password as in postgres://user:password@host/database, or set PGPASSFILE: it would be visible in the list of processes"
+    fail "write the password as in postgres://user:password@host/database, or set PGPASSFILE: otherwise, the password would be visible in the list of processes"
   fi
   verify_certificate
   if [ -n "$database" ] && [ -n "${QUOTA_DATA_DIR:-}" ]; then
@@ -42,7 +42,7 @@ verify_certificate() {
   done
 }
 
-# The file with the root certificates that the server trusts.
+# Prints the path of the file with the root certificates that the server trusts.
 root_certificates() {
   local file
   # PostgreSQL's programs read only a file.
@@ -82,7 +82,7 @@ query() {
   postgres psql --no-psqlrc --quiet --tuples-only --no-align --set ON_ERROR_STOP=1 --command "$1"
 }
 
-# Writes an archive with the directory `usage`, or an empty one.
+# Writes an archive of the directory `usage`, or an empty archive if there is no such directory.
 archive_usage() {
   if [ -z "$database" ]; then
     local replica
@@ -94,13 +94,13 @@ archive_usage() {
     tar --create --sparse --ignore-failed-read --warning=no-file-changed --warning=no-file-removed \
       --directory "$QUOTA_DATA_DIR" usage || [ $? = 1 ]
   else
-    [ -n "${QUOTA_DATA_DIR:-}" ] || echo "warning: without QUOTA_DATA_DIR, usage that is not in the database yet is missing" >&2
+    [ -n "${QUOTA_DATA_DIR:-}" ] || echo "warning: without QUOTA_DATA_DIR, usage that is not in the database yet is missing from the backup" >&2
     tar --create --files-from /dev/null
   fi
 }
 
-# Runs a command as the owner of the data directory. The server's user can replace files and directories in it with links
-# at any time, so only its own rights may be used to write there.
+# Runs a command as the owner of the data directory. The server's user can replace files and directories in it with
+# links at any time, so only this user's own rights may be used to write there.
 as_owner() {
   local user group
   read -r user group < <(stat --format '%u %g' "$QUOTA_DATA_DIR")
@@ -111,9 +111,9 @@ as_owner() {
   fi
 }
 
-# Unpacks an archive that archive_usage wrote. Adds its segments to the existing ones, to which their servers have written
-# since. The database contains the ID of each segment and the position up to which it was read, so no record is counted
-# twice. Can be repeated after an interruption.
+# Unpacks an archive that archive_usage wrote. Adds its segments to the existing ones, to which their servers have
+# written since. The database contains the ID of each segment and the position up to which it was read, so no record is
+# counted twice. Can be repeated after an interruption.
 restore_usage() {
   if [ -z "$database" ]; then
     "${compose[@]}" up --no-start quota
@@ -121,7 +121,7 @@ restore_usage() {
     replica=$("${compose[@]}" ps --all --quiet quota | head -1)
     archive=$(mktemp)
     cat > "$archive"
-    # Files of the same name and size. A file that is smaller was copied only in part.
+    # Skip files with the same name and size. A smaller existing file was copied only in part, so replace it.
     local existing archived
     existing=$({ docker cp "$replica:/var/lib/quota/usage" - 2> /dev/null || true; } | list_files)
     archived=$(list_files < "$archive")
@@ -142,17 +142,17 @@ list_files() {
   { tar --list --verbose 2> /dev/null || true; } | { grep '^-' || true; } | awk '{ print $3, $6 }'
 }
 
-# Extracts an archive next to the existing segments, and moves those that are missing. A segment appears under its name only
-# when it is complete.
+# Extracts an archive next to the existing segments, and moves the missing segments to their places. A segment appears
+# under its name only when it is complete.
 merge_usage() {
   local segment target
-  # Left behind by interrupted runs.
+  # Delete directories that interrupted runs left behind.
   rm -rf "$QUOTA_DATA_DIR"/restore.??????
   unpacked=$(mktemp --directory "$QUOTA_DATA_DIR/restore.XXXXXX")
   trap 'rm -rf "$unpacked"' EXIT
   tar --extract --sparse --no-same-owner --directory "$unpacked"
   for segment in "$unpacked"/usage/*/*; do
-    # Earlier versions wrote the last two.
+    # Earlier versions wrote files that match the last two patterns.
     case $segment in *.segment | */rejected/* | *.refused | */refused/*) ;; *) continue ;; esac
     target=$QUOTA_DATA_DIR/${segment#"$unpacked/"}
     [ ! -e "$target" ] || continue

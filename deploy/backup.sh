@@ -5,11 +5,12 @@
 #   deploy/backup.sh /var/backups                   the installation of compose.prod.yml
 #
 #   DATABASE_URL_FILE=/etc/quota/secrets/database_url QUOTA_DATA_DIR=/var/lib/quota deploy/backup.sh /var/backups
-#                                                   any other (DATABASE_URL works too); requires pg_dump, psql and tar
+#                                                   any other installation; requires pg_dump, psql and tar. You can set
+#                                                   DATABASE_URL instead of DATABASE_URL_FILE
 #
-# The backup contains the database, and the usage in this data directory that was not in the database yet. Together,
-# they contain all usage up to the start of the backup, unless replicas have separate data directories with a backlog.
-# The backup does not contain the secrets, so keep a copy of them elsewhere. Redis does not need a backup.
+# The backup contains the database, and the usage in the data directory that was not in the database yet. It contains
+# all usage up to the start of the backup, unless replicas have separate data directories with a backlog. The backup
+# does not contain the secrets, so keep a copy of them elsewhere. Redis does not need a backup.
 #
 # Because of row-level security, not even the owner of the tables can read all rows. Connect as a superuser, or as a
 # role with BYPASSRLS and pg_read_all_data.

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Restores a backup that backup.sh wrote into an empty database.
+# Restores a backup from backup.sh to an empty database.
 #
 #   deploy/restore.sh /var/backups/quota-2026-11-26T03-00-00          the installation of compose.prod.yml
 #
 #   DATABASE_URL_FILE=… QUOTA_DATA_DIR=/var/lib/quota deploy/restore.sh /var/backups/quota-2026-11-26T03-00-00
-#                                                                     any other; requires pg_restore, psql and tar
+#                                                                     any other installation; requires pg_restore,
+#                                                                     psql and tar
 #
 # No server may be running. Restore the secrets first, and start the servers afterward: they apply newer migrations, and
-# write the usage in the backup to the database. Nothing is counted twice, even if the servers' own directories in
-# QUOTA_DATA_DIR/usage still exist: their files are kept, and missing ones are added from the backup. If the script is
+# write the backup's usage to the database. No usage is counted twice, even if the servers' own directories in
+# QUOTA_DATA_DIR/usage still exist: their files are kept, and missing files are added from the backup. If the script is
 # interrupted, run it again.
 set -euo pipefail
 umask 077
@@ -35,7 +36,7 @@ for _ in 1 2 3 4 5 6 7 8 9 10; do
 done
 [ "$others" = 0 ] || fail "other sessions use the database ($others): stop all servers first"
 
-# Roles belong to the cluster, so they are not in the backup of a database. They are created as in the first migration.
+# Roles belong to the database cluster, so they are not in the backup. They are created as in the first migration.
 query "DO \$\$
 DECLARE
     name text;
@@ -49,9 +50,9 @@ BEGIN
         END IF;
     END LOOP;
 END \$\$"
-# Usage first: until the database is restored, this can be repeated.
+# Restores the usage first, because this step can be repeated until the database is restored.
 restore_usage < "$backup/usage.tar"
-# All or nothing.
+# Restore everything or nothing.
 postgres pg_restore --single-transaction --exit-on-error --no-owner < "$backup/quota.dump"
 # Without this setting, ANALYZE warns about system tables that only a superuser may analyze.
 query "SET client_min_messages = error; ANALYZE"

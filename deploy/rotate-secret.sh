@@ -17,7 +17,7 @@ set -euo pipefail
 folder=${SECRETS:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 current=$folder/quota_secret
 previous=$folder/quota_secret_previous
-# The secret before the switch, while the switch is in progress.
+# The file that contains the old secret while `switch` is running.
 old_copy=$folder/.quota_secret.old
 
 fail() {
@@ -38,7 +38,7 @@ write() {
 
 [ -s "$current" ] || fail "there is no $current"
 [ -e "$previous" ] || write "$previous" "$(< "$current")"
-# The step that was run last.
+# Prints the step that was run last.
 if [ -e "$folder/.rotation" ]; then step=$(< "$folder/.rotation"); else step=none; fi
 expect() {
   [ "$step" = "$1" ] || fail "this step comes after \`$1\`, and the last step was \`$step\`"
@@ -52,14 +52,14 @@ case "${1:-}" in
     ;;
   switch)
     expect prepare
-    # If this is interrupted, run it again: this file contains the old secret until both others are written.
+    # If this step is interrupted, run it again: this file contains the old secret until both others are written.
     [ -e "$old_copy" ] || write "$old_copy" "$(< "$current")"
     old=$(< "$old_copy")
     new=$(< "$current")
     [ "$new" != "$old" ] || new=$(< "$previous")
     write "$current" "$new"
     write "$previous" "$old"
-    # Remove the copy last. If it were removed first, another run would switch back.
+    # Remove the copy last. If the copy were removed first, another run would switch back.
     write "$folder/.rotation" switch
     rm -f "$old_copy"
     ;;

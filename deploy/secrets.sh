@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Creates the secrets that compose.prod.yml reads, in deploy/secrets or the given directory. Keeps existing files.
+# Creates the secrets that compose.prod.yml reads, in deploy/secrets or in the given directory. Keeps existing files.
 set -euo pipefail
 folder=${1:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 
@@ -23,7 +23,7 @@ write redis.conf "requirepass $(random)
 "
 write redis_url "redis://:$(sed -n 's/^requirepass //p' "$folder/redis.conf")@redis"
 write quota_secret "$(random)"
-# Differs only while rotate-secret.sh rotates the secret.
+# The same secret as in quota_secret, except while rotate-secret.sh is rotating it.
 write quota_secret_previous "$(cat "$folder/quota_secret")"
 # For billing, fill in both files and set QUOTA_BILLING.
 write stripe_secret_key ""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Replaces the running replicas with replicas of a new image, without causing failed requests: starts the new replicas,
-# waits until they are healthy, and then stops the old ones. Compose has no built-in rolling update. Set QUOTA_IMAGE in .env.prod
-# afterward, or the next `up` starts the previous version again.
+# waits until they are healthy, and then stops the old ones. Compose has no built-in rolling update. Set QUOTA_IMAGE in
+# .env.prod afterward, or the next `up` starts the previous version again.
 #
 #   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh
 #
@@ -24,8 +24,8 @@ if [ "$replicas" = 0 ]; then
   exit 1
 fi
 
-# Contains the number of replicas and the IDs of the old ones, in case this run is interrupted: otherwise, the next run
-# would mistake this run's new replicas for old ones.
+# The file that contains the number of replicas and the IDs of the old replicas, in case this run is interrupted.
+# Without it, the next run would mistake this run's new replicas for old ones.
 progress=.upgrade.${PROJECT:-quota}
 if [ -f "$progress" ] && grep -qFf <(tail -n +2 "$progress") <<< "$old"; then
   replicas=$(head -1 "$progress")
@@ -51,7 +51,7 @@ for id in $("${compose[@]}" ps --quiet quota); do
     sleep 1
   done
   if [ "$(health "$id")" != healthy ]; then
-    echo "$id did not become healthy; the old replicas keep running. Its log:" >&2
+    echo "$id did not become healthy; the old replicas keep running. The log of $id:" >&2
     docker logs --tail 20 "$id" >&2
     for new in $("${compose[@]}" ps --quiet quota); do
       is_old "$new" || { docker stop --time 30 "$new"; docker rm "$new"; } > /dev/null

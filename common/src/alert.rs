@@ -47,8 +47,8 @@ response! {
         pub email: bool,
         /// Users with these roles receive the emails.
         pub email_roles: Vec<Role>,
-        /// Whether a mail server is configured (`SMTP_URL`). Without one, emails are written to files instead of being
-        /// sent.
+        /// Whether a mail server is configured (`SMTP_URL`). Without a mail server, emails are written to files instead
+        /// of being sent.
         pub can_email: bool,
     }
 }

@@ -18,9 +18,11 @@ response! {
         pub plan_id: PlanId,
         /// The first characters of the key, which identify it without revealing it.
         pub prefix: String,
-        /// Whether the key is active. Requests with an inactive key are rejected with 401 and never charged.
+        /// Whether the key is active. Requests with an inactive key are rejected with 401 and do not count against any
+        /// limit.
         pub is_active: bool,
-        /// When the key expires. After that, requests that use it are rejected with 401. `null` if it never expires.
+        /// When the key expires. After that time, requests with the key are rejected with 401. `null` if the key never
+        /// expires.
         pub expires_at: Option<Timestamp>,
         /// Requests per minute for this key, overriding the plan's rate. `null` if the key uses the plan's rate. If the
         /// plan's burst equals its rate, the key's burst equals this rate.
@@ -29,12 +31,12 @@ response! {
         /// ID.
         #[serde(default)]
         pub external_id: Option<String>,
-        /// Custom name–value pairs. Quota stores them but does not interpret them.
+        /// Custom name–value pairs. Quota stores these pairs but does not interpret them.
         #[serde(default)]
         pub metadata: Metadata,
         /// When a request with the key was last allowed or denied. Updated within seconds of the request.
         pub last_used_at: Option<Timestamp>,
-        /// When the previous key stops working after a rotation. `null` if there is no previous key.
+        /// When the previous secret stops working after a rotation. `null` if there is no previous secret.
         pub previous_expires_at: Option<Timestamp>,
         pub created_at: Timestamp,
         pub updated_at: Timestamp,
@@ -83,10 +85,10 @@ update! {
         /// Requests per minute for this key, 1 to 60,000,000. `null` restores the plan's rate.
         #[garde(dive)]
         pub rpm_override: Patch<Rpm>,
-        /// The key's identifier in your own system: 1 to 200 characters. `null` removes it.
+        /// The key's identifier in your own system: 1 to 200 characters. `null` removes the identifier.
         #[garde(dive)]
         pub external_id: Patch<ExternalId>,
-        /// Replaces all names and values. Send `{}` to remove all of them.
+        /// Replaces all pairs. Send `{}` to remove all pairs.
         #[garde(dive)]
         pub metadata: Option<Metadata>,
     }
@@ -96,11 +98,11 @@ request! {
     /// Request body for rotating an API key.
     #[derive(Debug, Default)]
     pub struct RotateApiKey {
-        /// Seconds until the current key stops working, 0 to 2,592,000 (30 days). Use 0 for a leaked key. Default:
-        /// 86,400 (24 hours).
+        /// Seconds until the current secret stops working, 0 to 2,592,000 (30 days). Use 0 if the secret was leaked.
+        /// Default: 86,400 (24 hours).
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
-        /// Whether to revoke the previous key immediately if the grace period of an earlier rotation has not ended.
+        /// Whether to revoke the previous secret immediately if the grace period of an earlier rotation has not ended.
         /// Default: false.
         #[garde(skip)]
         pub replace_previous: Option<bool>,
@@ -108,12 +110,12 @@ request! {
 }
 
 response! {
-    /// An API key that was just created or rotated, with its secret.
+    /// An API key that has just been created or rotated, with its secret.
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CreatedApiKey {
-        /// The full key: `qk_`, 32 random characters and a 6-character checksum. It is returned only once and never
-        /// stored: a replay with the same `Idempotency-Key` omits it.
+        /// The full key: `qk_`, 32 random characters and a 6-character checksum. The key is returned only once and is
+        /// never stored: a replay with the same `Idempotency-Key` omits the key.
         pub key: Omittable<String>,
         pub api_key: ApiKey,
     }

@@ -61,13 +61,14 @@ response! {
         pub user_id: Option<UserId>,
         /// The user's current email.
         pub user_email: Option<String>,
-        /// The action, in the form `noun.verb`, such as `plan.create`, `api_key.rotate` or `session.reuse_detected`.
+        /// The action, in the form `resource.verb`, such as `plan.create`, `api_key.rotate` or
+        /// `session.reuse_detected`.
         pub action: String,
         /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session`, `tenant`,
         /// `subscription` or `webhook`.
         pub target_type: String,
         pub target_id: Option<String>,
-        /// The resource's name after the change, or before its deletion. `null` if it has no name.
+        /// The resource's name after the change, or before its deletion. `null` if the resource has no name.
         pub target_name: Option<String>,
         /// The client's IP address.
         pub ip: Option<String>,

@@ -37,7 +37,7 @@ impl Role {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)
     }
 
-    /// Returns whether the role may read the subscription, and subscribe, pay, and cancel.
+    /// Returns whether the role may read the subscription, subscribe, pay, and cancel the subscription.
     pub const fn may_bill(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Billing)
     }
@@ -117,8 +117,8 @@ response! {
     pub struct Tokens {
         /// A JWT (EdDSA). Send it as `Authorization: Bearer <token>`. Absent if cookies were requested.
         pub access_token: Omittable<String>,
-        /// An opaque token that can be used once. Exchange it at `POST /auth/refresh` for a new pair of tokens. Absent
-        /// if cookies were requested.
+        /// An opaque token that can be used once. Exchange this token at `POST /auth/refresh` for a new pair of tokens.
+        /// Absent if cookies were requested.
         pub refresh_token: Omittable<String>,
         /// Seconds until the access token expires.
         pub expires_in: u32,
@@ -132,11 +132,11 @@ response! {
     pub struct SignedIn {
         /// A JWT (EdDSA). Send it as `Authorization: Bearer <token>`. Absent if cookies were requested.
         pub access_token: Omittable<String>,
-        /// An opaque token that can be used once. Exchange it at `POST /auth/refresh` for a new pair of tokens. Absent
-        /// if cookies were requested.
+        /// An opaque token that can be used once. Exchange this token at `POST /auth/refresh` for a new pair of tokens.
+        /// Absent if cookies were requested.
         pub refresh_token: Omittable<String>,
-        /// Identifies this device. Send it with the next sign-in, so that failed sign-ins from other devices do not
-        /// delay yours. This is not a credential. Absent if cookies were requested.
+        /// Identifies this device. Send this token with the next sign-in, so that failed sign-ins from other devices do
+        /// not delay your sign-in. The token is not a credential. Absent if cookies were requested.
         pub device_token: Omittable<String>,
         /// Seconds until the access token expires.
         pub expires_in: u32,

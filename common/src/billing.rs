@@ -30,29 +30,33 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct BillingState {
-        /// Whether billing is set up on this server. If it is not, plans marked `paid` work like other plans.
+        /// Whether billing is set up on this server. If billing is not set up, plans marked `paid` work like other
+        /// plans.
         pub enabled: bool,
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
         /// When keys on plans marked `paid` will stop working: when the subscription is canceled, or when the grace
-        /// period after a failed payment ends. `null` if neither is scheduled.
+        /// period after a failed payment ends. `null` if no end is scheduled.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
-        /// When the subscription will be canceled or was canceled. `null` if it renews.
+        /// When the subscription will be canceled or was canceled. `null` if the subscription renews.
         pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,
         /// End of the current billing period. The next payment is due then, unless the subscription is scheduled to be
         /// canceled.
         pub period_end: Option<Timestamp>,
-        /// Whether the customer portal is available. It becomes available when the tenant first starts a subscription.
+        /// Whether the customer portal is available. The portal becomes available when the tenant first starts a
+        /// subscription.
         pub has_customer: bool,
-        /// When this information was last retrieved from Stripe. With a subscription, this happens about every 10
-        /// minutes; if it was more than half an hour ago, Stripe could not be reached, and the status may be outdated.
+        /// When this information was last retrieved from Stripe. For a tenant with a subscription, the information is
+        /// retrieved about every 10 minutes. If the last retrieval was more than half an hour ago, Stripe could not be
+        /// reached, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
-        /// The price of the current subscription or, without one, of a new subscription. `null` if it is unknown.
+        /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is
+        /// unknown.
         pub price: Option<BillingPrice>,
         /// Charged usage in the current billing period. `null` without a subscription.
         pub usage: Option<BillingUsage>,
@@ -70,15 +74,15 @@ response! {
     /// The price of a subscription.
     #[derive(Debug, Eq)]
     pub struct BillingPrice {
-        /// The product's name. `null` if it is unknown.
+        /// The product's name. `null` if the name is unknown.
         pub name: Option<String>,
         /// Lowercase ISO 4217 currency code, such as `usd`.
         pub currency: String,
         /// Price per month, as a decimal number in the smallest unit of the currency: `2900` is $29.00. `null` if the
         /// price is not a fixed amount.
         pub monthly: Option<String>,
-        /// Price per request on plans marked `paid`, in addition to the monthly price, in the same unit. `null` if
-        /// usage is not charged.
+        /// Price per request on plans marked `paid`, in addition to the monthly price, in the currency's smallest unit.
+        /// `null` if usage is not charged.
         pub per_request: Option<String>,
     }
 }
@@ -123,8 +127,8 @@ response! {
     pub struct BillingLimits {
         pub plans: BillingLimit,
         pub api_keys: BillingLimit,
-        /// Requests in the current calendar month (UTC), across all API keys. Once the limit is reached, requests get
-        /// 429 with the `tenant_monthly` policy.
+        /// Requests in the current calendar month (UTC), across all API keys. Once the limit is reached, requests are
+        /// denied by the `tenant_monthly` policy.
         pub requests: BillingLimit,
         /// When `requests` is reset to zero.
         pub requests_reset_at: Timestamp,
@@ -136,7 +140,7 @@ response! {
 }
 
 response! {
-    /// A limit, and how much of it is used.
+    /// A limit and its current use.
     #[derive(Debug, Eq)]
     pub struct BillingLimit {
         pub used: u64,
@@ -150,7 +154,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CheckoutPage {
-        /// The URL to open in a browser. The page redirects back to the console afterward.
+        /// The URL to open in a browser. After checkout, the page redirects to the console.
         pub url: String,
         /// When the page expires.
         pub expires_at: Timestamp,
@@ -162,7 +166,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct PortalPage {
-        /// The URL to open in a browser. It expires within minutes.
+        /// The URL to open in a browser. The URL expires within minutes.
         pub url: String,
     }
 }

@@ -22,7 +22,7 @@ use crate::{
 /// Selects a page of a list.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PageOf {
-    /// If `None`, the server uses its default.
+    /// If `None`, the server uses its default page size.
     pub limit: Option<u32>,
     /// `next_cursor` of the previous page.
     pub cursor: Option<String>,
@@ -48,7 +48,7 @@ pub struct AuditFilter {
     /// Part of the resource's name.
     pub search: Option<String>,
     pub from: Option<Timestamp>,
-    /// Exclusive.
+    /// The end of the range, exclusive.
     pub to: Option<Timestamp>,
 }
 
@@ -56,7 +56,7 @@ pub struct AuditFilter {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageFilter {
     pub from: Option<Timestamp>,
-    /// Exclusive.
+    /// The end of the range, exclusive.
     pub to: Option<Timestamp>,
     pub bucket: Option<UsageBucketSize>,
     /// The time zone that determines when hours and days start.
@@ -123,7 +123,7 @@ pub enum Call {
     Billing,
     StartCheckout,
     OpenBillingPortal,
-    /// Sent with an API key in `X-API-Key` instead of the session's credentials.
+    /// This call is sent with an API key in `X-API-Key` instead of the session's credentials.
     Echo,
 }
 
@@ -143,7 +143,7 @@ pub struct Sent {
     pub method: &'static str,
     pub path: String,
     pub query: Vec<(&'static str, String)>,
-    /// JSON.
+    /// The body, as JSON.
     pub body: Option<String>,
 }
 

@@ -26,7 +26,7 @@ response! {
         pub key_id: ApiKeyId,
         /// The key's current name. `null` if the key was deleted.
         pub key_name: Option<String>,
-        /// The plan that the key was on at the time.
+        /// The plan that the key was on when the decision was made.
         pub plan_id: PlanId,
         /// The endpoint that was called. Empty if the caller did not send one.
         pub endpoint: String,

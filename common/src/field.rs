@@ -230,9 +230,9 @@ shown!(
 );
 redacted!(NewPassword, Credential, DeviceToken);
 
-/// Custom name–value pairs of an API key. Quota stores them but does not interpret them.
+/// Custom name–value pairs of an API key. Quota stores these pairs but does not interpret them.
 ///
-/// Stored as a list, because a map would make the console's download larger.
+/// The pairs are kept in a list, because a map would make the console's download larger.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Validate)]
 #[garde(transparent)]
 pub struct Metadata(#[garde(custom(bounds::metadata))] Vec<(String, String)>);

@@ -1,4 +1,4 @@
-//! Resource IDs. All are UUIDv7, so they sort by creation time. Knowing an ID does not give access to the resource.
+//! Resource IDs. All IDs are UUIDv7, so they sort by creation time. Knowing an ID does not give access to the resource.
 
 use uuid::Uuid;
 

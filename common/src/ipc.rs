@@ -1,4 +1,4 @@
-//! Messages between the console and the desktop app that contains it. Not used in browsers.
+//! Messages between the console and the desktop app that contains it. In browsers, these messages are not used.
 //!
 //! The console passes [`Call`](crate::call::Call)s and a few commands to the app. The console never receives a token,
 //! and the app sends calls only to servers in the user's list.
@@ -9,10 +9,10 @@ use crate::{call::Call, problem::Problem, time::Timestamp};
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CallResponse {
-    /// JSON, or an empty string.
+    /// The response body: JSON, or an empty string.
     pub body: String,
-    /// When this response was received, if it was stored. The app returns stored responses while the server is
-    /// unreachable.
+    /// When this response was received, if it is a stored response. The app returns stored responses while the server
+    /// is unreachable.
     pub loaded_at: Option<Timestamp>,
 }
 
@@ -46,7 +46,7 @@ pub struct TestResponse {
 pub struct Profile {
     /// The server's origin, such as `https://quota.example.com`.
     pub address: String,
-    /// The name that the user gave the server. May be empty.
+    /// The name that the user gave the server. The name may be empty.
     pub name: String,
 }
 

@@ -73,9 +73,9 @@ response! {
     #[derive(Debug, Eq)]
     pub struct LimitState {
         pub policy: PolicyName,
-        /// The maximum: the burst for `rpm`, otherwise the quota.
+        /// The maximum number of requests: the burst for `rpm`, otherwise the quota.
         pub limit: u64,
-        /// Number of requests left now.
+        /// Number of requests that are left now.
         pub remaining: u64,
         /// When `remaining` reaches `limit` again.
         pub reset_at: Timestamp,

@@ -1,5 +1,5 @@
-/// A field of a PATCH body that can be cleared. `None` means that the field was not sent; it remains unchanged.
-/// `Some(None)` means that the field was sent as `null`; it is cleared. `Some(Some(v))` means that the field is set to
+/// A field of a PATCH body that can be cleared. `None` means that the field was not sent and remains unchanged.
+/// `Some(None)` means that the field was sent as `null` and is cleared. `Some(Some(v))` means that the field is set to
 /// `v`.
 ///
 /// A field of this type needs `#[serde(default, deserialize_with = "sent")]`: by default, serde treats `null` like a

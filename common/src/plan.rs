@@ -1,4 +1,4 @@
-//! Plans: rate limits and quotas that apply to each key in a group.
+//! Plans: sets of rate limits and quotas, which apply to each key on the plan.
 
 use crate::{
     field::{Burst, Name, Quota, Rpm},
@@ -43,7 +43,7 @@ response! {
         pub name: String,
         /// Requests per minute for each key.
         pub default_rpm: u32,
-        /// Maximum burst: requests an idle key may send immediately.
+        /// Maximum burst: the number of requests that an idle key may send immediately.
         pub burst: u32,
         /// Requests per key per calendar day, in the tenant's time zone. `null` if unlimited.
         pub daily_quota: Option<u64>,
@@ -71,8 +71,9 @@ request! {
         /// Requests per minute for each key, 1 to 60,000,000.
         #[garde(dive)]
         pub default_rpm: Rpm,
-        /// Maximum burst: requests an idle key may send immediately, 1 to 60,000,000. An empty bucket must refill
-        /// within 31 days, so the burst can be at most 44,640 times the rate. Default: `default_rpm`.
+        /// Maximum burst: the number of requests that an idle key may send immediately, 1 to 60,000,000. An empty
+        /// bucket must refill within 31 days, so the burst can be at most 44,640 times the rate. Default:
+        /// `default_rpm`.
         #[garde(dive)]
         pub burst: Option<Burst>,
         /// Requests per key per calendar day, in the tenant's time zone. Default: unlimited.

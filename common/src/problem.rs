@@ -16,7 +16,7 @@ pub const MEDIA_TYPE: &str = "application/problem+json";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(poem_openapi::Object), oai(example))]
 pub struct Problem {
-    /// Identifies the error type. The URL leads to a page that explains it.
+    /// Identifies the error type. The URL leads to a page that explains the error.
     #[serde(rename = "type")]
     #[cfg_attr(feature = "openapi", oai(rename = "type"))]
     pub kind: String,
@@ -26,7 +26,7 @@ pub struct Problem {
     pub status: u16,
     /// What went wrong with this request, and how to fix it.
     pub detail: String,
-    /// The request's ID, also in the `X-Request-Id` header. Include it when you ask for help.
+    /// The request's ID, which is also in the `X-Request-Id` header. Include this ID when you ask for help.
     pub request_id: String,
     /// The invalid fields.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -109,48 +109,48 @@ problems! {
     /// describes and retry.
     Malformed = "malformed", 400, "Malformed request";
     /// No API key, access token or service token was sent, or the credential is unknown, malformed, expired or
-    /// inactive. Nothing was charged. Sign in again, or use an active key.
+    /// inactive. The request does not count against any limit. Sign in again, or use an active key.
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
     /// The email or password is incorrect. For security reasons, the response does not say which.
     WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
-    /// The key is on a paid plan, and its tenant has no active subscription. Nothing was charged. A user who may manage
-    /// the tenant's billing has to subscribe or pay the outstanding invoice. After that, keys on paid plans work again
-    /// within seconds.
+    /// The key is on a paid plan, and its tenant has no active subscription. The request does not count against any
+    /// limit. A user who may manage the tenant's billing has to subscribe or pay the outstanding invoice. After that,
+    /// keys on paid plans work again within seconds.
     SubscriptionNeeded = "subscription-needed", 402, "Subscription required";
     /// Your role in the tenant does not allow this action, or a request with session cookies did not come from
     /// this server's own pages. `detail` contains the reason.
     Forbidden = "forbidden", 403, "Not allowed";
     /// Only the operator of this server can create accounts. Ask the operator for an account.
     RegistrationClosed = "registration-closed", 403, "Registration is closed";
-    /// The tenant has reached a limit set by the operator of this server; `detail` says which one. Delete resources you
-    /// no longer need, or ask the operator for a higher limit.
+    /// The tenant has reached a limit that the operator of this server has set; `detail` says which limit. Delete
+    /// resources that you no longer need, or ask the operator for a higher limit.
     LimitReached = "limit-reached", 403, "Limit reached";
     /// The resource does not exist, or it belongs to another tenant. For security reasons, the response does not say
     /// which.
     NotFound = "not-found", 404, "Not found";
     /// The path exists but does not support this method. The `Allow` header lists the supported methods.
     MethodNotAllowed = "method-not-allowed", 405, "Method not allowed";
-    /// The request body was not received in time. Send it again.
+    /// The request body was not received in time. Send the request again.
     RequestTimeout = "request-timeout", 408, "Request timeout";
-    /// Keys still use this plan. Move them to another plan or delete them first; `detail` says how many.
+    /// API keys still use this plan; `detail` says how many. First move these keys to another plan, or delete them.
     PlanInUse = "plan-in-use", 409, "Plan still has keys";
     /// The tenant already has a plan with this name. Choose another name.
     NameTaken = "name-taken", 409, "Name already in use";
     /// An account with this email already exists. Sign in, or use another address.
     EmailTaken = "email-taken", 409, "Email already in use";
-    /// The grace period of an earlier rotation has not ended; `detail` says when the previous key expires. Rotating
-    /// again would revoke the previous key, because there can be only one. Wait until it has expired, or send
-    /// `replace_previous: true`.
-    PreviousKeyActive = "previous-key-active", 409, "Previous key still active";
-    /// Billing is off on this server: its operator has not connected it to Stripe. Plans marked `paid` work like other
-    /// plans.
+    /// The grace period of an earlier rotation has not ended; `detail` says when the previous secret expires. Another
+    /// rotation would revoke the previous secret, because there can be only one. Wait until the previous secret has
+    /// expired, or send `replace_previous: true`.
+    PreviousKeyActive = "previous-key-active", 409, "Previous secret still active";
+    /// Billing is off on this server: the operator has not connected the server to Stripe. Plans marked `paid` work
+    /// like other plans.
     BillingOff = "billing-off", 409, "Billing is off";
-    /// The tenant already has a subscription. Change or cancel it in the customer portal.
+    /// The tenant already has a subscription. Change or cancel the subscription in the customer portal.
     AlreadySubscribed = "already-subscribed", 409, "Already subscribed";
     /// The tenant has never started a subscription, so it has no access to the customer portal. Subscribe first.
     NotSubscribed = "not-subscribed", 409, "Not subscribed";
     /// A request with the same `Idempotency-Key` is still being processed. Retry after the number of seconds in
-    /// `Retry-After` to get its response.
+    /// `Retry-After` to get the response to that request.
     RequestInProgress = "request-in-progress", 409, "Request already in progress";
     /// The request body exceeds the server's limit. No changes were made. Send a smaller body.
     ContentTooLarge = "content-too-large", 413, "Request body too large";
@@ -160,28 +160,30 @@ problems! {
     Invalid = "invalid", 422, "Validation failed";
     /// This `Idempotency-Key` was already used with a different request body. Use a new key for a new request.
     IdempotencyMismatch = "idempotency-mismatch", 422, "Idempotency-Key already used";
-    /// The API key has reached a rate limit or quota; `violated-policies` says which one. Nothing was charged. Retry
-    /// after the number of seconds in `Retry-After`. If that header is absent, the request costs more than the limit
-    /// and can never be allowed.
+    /// The API key has reached a rate limit or quota; `violated-policies` says which one. The request does not count
+    /// against any limit. Retry after the number of seconds in `Retry-After`. If the `Retry-After` header is absent, the
+    /// request costs more than the limit and can never be allowed.
     QuotaExceeded = "quota-exceeded", 429, "Rate limit or quota exceeded";
     /// Too many requests came from this address, for this account or from this tenant; `detail` contains the reason.
     /// Retry after the number of seconds in `Retry-After`.
     TooManyRequests = "too-many-requests", 429, "Too many requests";
     /// The request's headers exceed the server's limit. Send fewer or shorter headers.
     HeadersTooLarge = "headers-too-large", 431, "Request headers too large";
-    /// Something went wrong on the server. The error was logged with `request_id`; quote that ID when reporting it.
+    /// Something went wrong on the server. The error was logged with `request_id`; quote this ID when you report the
+    /// error.
     Internal = "internal", 500, "Internal server error";
     /// A dependency of the server is unavailable, or the server is starting or stopping. Retry after the number of
     /// seconds in `Retry-After`.
     Unavailable = "unavailable", 503, "Temporarily unavailable";
-    /// Rate limits can't be checked right now, because the shared counters or the database can't be reached. Nothing
-    /// was charged. Retry after the number of seconds in `Retry-After`. The status is 429 if the plan keeps limiting
-    /// without the shared counters and the server cannot allow this request, and 503 if nothing can be checked.
+    /// Rate limits can't be checked right now, because the shared counters or the database can't be reached. The
+    /// request does not count against any limit. Retry after the number of seconds in `Retry-After`. The status is 429
+    /// if the plan keeps limiting without the shared counters and the server cannot allow this request, and 503 if
+    /// nothing can be checked.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
     /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage is waiting
-    /// to be written to the database. Requests that can't be recorded are not allowed. Nothing was charged. Retry after
-    /// the number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or find out why usage is
-    /// not written to PostgreSQL.
+    /// to be written to the database. Requests that can't be recorded are not allowed, and do not count against any
+    /// limit. Retry after the number of seconds in `Retry-After`. Operators: free disk space in `QUOTA_DATA_DIR`, or
+    /// find out why usage is not written to PostgreSQL.
     InsufficientStorage = "insufficient-storage", 503, "Usage can't be recorded";
 }
 

@@ -1,4 +1,4 @@
-//! Service tokens: the credentials a tenant's gateways use to call the check endpoints.
+//! Service tokens: the credentials that a tenant's gateways use to call the check endpoints.
 
 use crate::{
     field::Name,
@@ -33,12 +33,12 @@ request! {
 }
 
 response! {
-    /// A service token that was just created, with its secret.
+    /// A service token that has just been created, with its secret.
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CreatedServiceToken {
-        /// The full token: `qs_`, 32 random characters and a 6-character checksum. It is returned only once and never
-        /// stored: a replay with the same `Idempotency-Key` omits it.
+        /// The full token: `qs_`, 32 random characters and a 6-character checksum. The token is returned only once and
+        /// is never stored: a replay with the same `Idempotency-Key` omits the token.
         pub token: Omittable<String>,
         pub service_token: ServiceToken,
     }

@@ -9,7 +9,7 @@ use crate::{
 
 /// The maximum number of buckets for each group in a response.
 pub const MAX_BUCKETS: usize = 1000;
-/// The maximum number of groups in a response. All others are combined as `other`.
+/// The maximum number of groups in a response. All other groups are combined as `other`.
 pub const MAX_GROUPS: usize = 20;
 
 text_enum! {
@@ -35,13 +35,13 @@ response! {
     /// Requests and their cost. Each request counts once. Its cost is 1 unless the caller sends a different cost.
     #[derive(Debug, Copy, Eq, Default)]
     pub struct UsageCounts {
-        /// Requests that were allowed.
+        /// Number of allowed requests.
         pub allowed: u64,
-        /// Requests that were denied.
+        /// Number of denied requests.
         pub rejected: u64,
-        /// Total cost of the allowed requests, as charged to quotas.
+        /// Total cost of the allowed requests, as counted against quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests, which was not charged.
+        /// Total cost of the denied requests, which are not counted against any limit.
         pub rejected_cost: u64,
     }
 }
@@ -50,7 +50,7 @@ response! {
     /// Requests in one hour or day, in total or for one group.
     #[derive(Debug, Eq)]
     pub struct UsageBucket {
-        /// The start of the bucket. A bucket ends where the next one starts; the last one ends at `to`.
+        /// The start of the bucket. A bucket ends where the next bucket starts; the last bucket ends at `to`.
         pub start: Timestamp,
         /// The key, if grouped by `key`. Otherwise `null`.
         pub key_id: Option<ApiKeyId>,
@@ -62,13 +62,13 @@ response! {
         pub plan_id: Option<PlanId>,
         /// Whether this group combines all groups that are not listed.
         pub other: bool,
-        /// Requests that were allowed.
+        /// Number of allowed requests.
         pub allowed: u64,
-        /// Requests that were denied.
+        /// Number of denied requests.
         pub rejected: u64,
-        /// Total cost of the allowed requests, as charged to quotas.
+        /// Total cost of the allowed requests, as counted against quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests, which was not charged.
+        /// Total cost of the denied requests, which are not counted against any limit.
         pub rejected_cost: u64,
     }
 }
@@ -91,13 +91,13 @@ response! {
         pub name: Option<String>,
         /// Whether this group combines all groups that are not listed.
         pub other: bool,
-        /// Requests that were allowed.
+        /// Number of allowed requests.
         pub allowed: u64,
-        /// Requests that were denied.
+        /// Number of denied requests.
         pub rejected: u64,
-        /// Total cost of the allowed requests, as charged to quotas.
+        /// Total cost of the allowed requests, as counted against quotas.
         pub allowed_cost: u64,
-        /// Total cost of the denied requests, which was not charged.
+        /// Total cost of the denied requests, which are not counted against any limit.
         pub rejected_cost: u64,
         /// Time of the latest request in the range. `null` for `other`, or if the group also has requests after `to`.
         pub last_seen_at: Option<Timestamp>,
@@ -118,8 +118,8 @@ response! {
         /// The time zone in which hours and days start.
         pub time_zone: String,
         pub group_by: Option<UsageGroupBy>,
-        /// All requests before this time are counted; later requests may be missing. This is earlier than `to` if the
-        /// range includes the present, or if a replica has not delivered its records yet.
+        /// All requests before this time are counted; later requests may be missing. This time is earlier than `to` if
+        /// the range includes the present, or if a replica has not shipped its usage records yet.
         pub complete_until: Timestamp,
         /// All requests in the range that match the filters.
         pub total: UsageCounts,
@@ -143,16 +143,16 @@ response! {
         /// Number of keys that have never been used.
         pub unused_keys: u64,
         pub total_plans: u64,
-        /// Requests today, both allowed and denied.
+        /// Number of requests today, both allowed and denied.
         pub requests_today: u64,
-        /// Requests denied today.
+        /// Number of requests denied today.
         pub rejected_today: u64,
-        /// Requests yesterday up to the same time of day. Usage is counted in 15-minute intervals, so the last interval
-        /// is prorated.
+        /// Number of requests yesterday before the current time of day. Usage is counted in 15-minute intervals, so the
+        /// last interval is prorated.
         pub requests_yesterday: u64,
-        /// Requests denied yesterday up to the same time of day.
+        /// Number of requests denied yesterday before the current time of day.
         pub rejected_yesterday: u64,
-        /// When today started.
+        /// When the current day started.
         pub today: Timestamp,
         /// The tenant's time zone, which determines when days start.
         pub time_zone: String,
@@ -223,7 +223,7 @@ response! {
         pub plan: String,
         /// Sustained requests per minute: the key's override or the plan's rate.
         pub rpm: u32,
-        /// Maximum burst: requests an idle key may send immediately.
+        /// Maximum burst: the number of requests that an idle key may send immediately.
         pub burst: u32,
         /// The state of each limit.
         pub limits: Vec<LimitState>,
@@ -264,8 +264,8 @@ response! {
         pub points: Vec<BurnDownPoint>,
         /// The current pace: cost per hour over the most recent quarter of the elapsed time (at least the last hour).
         pub pace_per_hour: f64,
-        /// When the quota will be used up at the current pace. `null` if it won't be used up before it resets. If the
-        /// quota is already used up, this equals `complete_until`.
+        /// When the quota will be used up at the current pace. `null` if the quota won't be used up before it resets.
+        /// If the quota is already used up, this equals `complete_until`.
         pub used_up_at: Option<Timestamp>,
         /// What will remain of the quota at the reset, at the current pace.
         pub projected_remaining: u64,

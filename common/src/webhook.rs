@@ -16,15 +16,16 @@ response! {
         pub name: String,
         /// The URL to which events are sent, as POST requests.
         pub url: String,
-        /// Whether events are sent. `false` if you disabled the webhook, or if Quota did: see `disabled_reason`.
+        /// Whether events are sent. `false` if you or Quota disabled the webhook; if Quota disabled it,
+        /// `disabled_reason` says why.
         pub is_active: bool,
         /// Why Quota disabled the webhook. `null` if Quota did not disable it.
         pub disabled_reason: Option<String>,
         /// When deliveries started to fail. `null` if the last attempt succeeded, if there were no attempts, or if the
         /// URL was changed or the webhook was enabled after the last attempt.
         pub failing_since: Option<Timestamp>,
-        /// When the previous secret expires. Until then, deliveries are also signed with it. `null` if there is no
-        /// previous secret.
+        /// When the previous secret expires. Until then, deliveries are also signed with the previous secret. `null` if
+        /// there is no previous secret.
         pub previous_secret_expires_at: Option<Timestamp>,
         pub created_at: Timestamp,
         pub updated_at: Timestamp,
@@ -74,12 +75,12 @@ request! {
 }
 
 response! {
-    /// A webhook that was just created, or whose secret was rotated, with its signing secret.
+    /// A webhook that has just been created, or whose secret has just been rotated, with its signing secret.
     #[derive(Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CreatedWebhook {
-        /// The signing secret: `whsec_` and 32 random bytes in Base64. It is returned only once: a replay with the same
-        /// `Idempotency-Key` omits it.
+        /// The signing secret: `whsec_` and 32 random bytes in Base64. The secret is returned only once: a replay with
+        /// the same `Idempotency-Key` omits the secret.
         pub secret: Omittable<String>,
         pub webhook: Webhook,
     }
@@ -124,8 +125,8 @@ response! {
         /// Why the last attempt failed, or why the delivery was canceled. Otherwise `null`.
         pub error: Option<String>,
         pub last_attempt_at: Option<Timestamp>,
-        /// When the next attempt is due. During an attempt, the time at which it will be repeated if the server stops.
-        /// `null` if the event will not be sent again.
+        /// When the next attempt is due. During an attempt, the time at which the attempt will be repeated if the
+        /// server stops. `null` if the event will not be sent again.
         pub next_attempt_at: Option<Timestamp>,
         /// The request body that is sent to the webhook's URL.
         pub payload: serde_json::Value,

@@ -58,7 +58,7 @@ macro_rules! update {
 }
 pub(crate) use update;
 
-/// Defines a response or a part of one. A field of type `Option` is `null` if it is `None`; a field of type
+/// Defines a response or a part of a response. A field of type `Option` is `null` if it is `None`; a field of type
 /// [`Omittable`] is omitted.
 macro_rules! response {
     ($(#[$attribute:meta])* pub struct $name:ident {

@@ -1,5 +1,5 @@
-//! Golden JSON of every API type and, with the `openapi` feature, proof that the document describes the same JSON.
-//! serde and poem-openapi read separate attributes, which can drift apart silently.
+//! Checks every API type against golden JSON and, with the `openapi` feature, checks that the document describes the
+//! same JSON. serde and poem-openapi read separate attributes, which can drift apart silently.
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
@@ -39,7 +39,7 @@ macro_rules! golden {
     }};
 }
 
-/// Also checks that the console can parse it.
+/// Checks a response like `golden`, and also checks that the console can parse it.
 macro_rules! golden_response {
     ($value:expr, $json:expr) => {{
         let (value, golden) = ($value, $json);

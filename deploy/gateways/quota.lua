@@ -10,7 +10,7 @@ core.register_action("quota", { "http-req" }, function(txn)
   local consumer = txn.http:req_get_headers()
   -- The endpoint to record in usage.
   local headers = { ["x-forwarded-method"] = { txn.sf:method() }, ["x-forwarded-uri"] = { txn.sf:path() } }
-  -- Copies every value, because Quota rejects a request with two keys.
+  -- Copies every value, so that Quota can reject a request with two keys.
   for _, name in ipairs({ "x-api-key", "authorization" }) do
     local values = consumer[name]
     if values then
@@ -22,7 +22,7 @@ core.register_action("quota", { "http-req" }, function(txn)
   local answer = core.httpclient():get{ url = URL, headers = headers, timeout = 2000 }
   local function field(name)
     local values = answer and answer.headers and answer.headers[name]
-    -- Quota never sends a field twice.
+    -- Quota never sends a header field twice.
     return values and not values[1] and values[0] or nil
   end
   local decision = field("x-quota-decision")

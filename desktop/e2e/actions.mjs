@@ -1,4 +1,4 @@
-// Undoing, duplicating and moving; menus; messages above dialogs; keys pasted by mistake; slow responses.
+// Tests undoing, duplicating and moving; menus; messages above dialogs; keys pasted by mistake; slow responses.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";
@@ -77,7 +77,7 @@ export async function actions(world) {
   await my.heading("Create plan").waitFor();
   assert.equal(await dialog.locator("#name").inputValue(), "", "a new plan does not start with the last duplicate");
   assert.equal(await dialog.locator(".toast").count(), 1, "the message is in the dialog, not behind it");
-  // It covers no button of the dialog, at any size of the window.
+  // The message does not cover the dialog's buttons at any window size.
   for (const [width, height] of [[320, 568], [390, 844], [768, 600], [1280, 800]]) {
     await page.setViewportSize({ width, height });
     const box = await toast.boundingBox();
@@ -131,7 +131,7 @@ export async function actions(world) {
   await toast.getByText(`2 keys moved to ${quoted("Pro")}`).waitFor();
   assert.deepEqual([(await key(0)).plan_id, (await key(1)).plan_id, (await key(2)).plan_id], [pro.id, starter.id, pro.id]);
 
-  // Deactivating several keys can be undone; one that was already inactive remains inactive.
+  // Deactivating several keys can be undone; a key that was already inactive remains inactive.
   await my.api("PATCH", `/admin/api-keys/${created[1].api_key.id}`, { is_active: false });
   await page.reload();
   await my.field("Select all on this page").check();
@@ -179,14 +179,14 @@ export async function actions(world) {
   await page.waitForFunction((id) => location.search === `?plan_id=${id}`, pro.id);
   await page.getByRole("row").nth(2).waitFor();
 
-  // The ID of a token can be copied as well.
+  // The ID of a token can be copied.
   const { service_token: token } = await my.api("POST", "/admin/service-tokens", { name: "Edge gateway" });
   await page.goto(`${base}/console/service-tokens`);
   await my.choose("Edge gateway", "Copy ID");
   await toast.getByText("Token ID copied").waitFor();
   assert.equal(await page.evaluate(() => navigator.clipboard.readText()), token.id);
 
-  // A message covers no button of a row, although the rows fill the window.
+  // A message does not cover any row's buttons, even if the rows fill the window.
   for (let at = 1; at <= 16; at += 1) await my.api("POST", "/admin/plans", { name: `Plan ${at}`, default_rpm: 60 });
   await page.goto(`${base}/console/plans`);
   await my.choose("Pro", "Copy ID");

@@ -1,10 +1,10 @@
-// The billing page in every state, with responses of the server that the test writes; pages that are loaded on demand.
+// Tests the billing page in every state, with responses that the test provides, and pages that are loaded on demand.
 
 import assert from "node:assert/strict";
 
 const hours = (count) => new Date(Date.now() + count * 3_600_000).toISOString();
 
-/** A subscription in good standing. */
+/** Returns the state of a tenant with a subscription in good standing. */
 export const active = () => ({
   enabled: true,
   access: "active",
@@ -38,7 +38,7 @@ export const active = () => ({
   paid_keys: 4,
 });
 
-/** Whether a request is for the subscription, and not for the page. */
+/** Returns whether a URL is that of the billing API, and not of the billing page. */
 export const isBilling = (url) => url.pathname === "/billing";
 
 const none = { paid_plans_work: false, period_start: null, period_end: null, usage: null };
@@ -89,7 +89,7 @@ export async function billing(world) {
     assert.equal(renews, name === "active" || name === "stale" ? 1 : 0, name);
     await my.inspect(`billing-${name}`);
   }
-  // Buttons by state.
+  // Each state has its own buttons.
   const buttons = async () => page.locator("main .actions button").allTextContents();
   for (const [name, labels] of [
     ["free", ["Upgrade"]],
@@ -104,7 +104,7 @@ export async function billing(world) {
     assert.deepEqual(await buttons(), labels, name);
   }
 
-  // Stripe is unreachable when a page there is opened.
+  // Stripe is unreachable when one of its pages is opened.
   world.expected = /status of 503/;
   response = states.free[0];
   await open();
@@ -122,7 +122,7 @@ export async function billing(world) {
   await page.unroute("**/billing/checkout");
   world.expected = undefined;
 
-  // Returning from Checkout: the page waits until the subscription is there, and never shows the state before.
+  // After Checkout, the page waits until the subscription exists, and never shows the previous state.
   let shown = "";
   await page.exposeFunction("shows", (text) => (shown += text));
   await page.addInitScript(() => {
@@ -138,15 +138,15 @@ export async function billing(world) {
   await page.getByText("Renews").waitFor();
   assert.equal(new URL(page.url()).search, "");
   assert.match(shown, /Confirming payment/);
-  assert.doesNotMatch(shown, /No subscription|\bFree\b/, "the state before was shown");
+  assert.doesNotMatch(shown, /No subscription|\bFree\b/, "the previous state was shown");
 
-  // Returning without paying.
+  // The user returns without paying.
   response = states.free[0];
   await open("?checkout=canceled");
   await page.locator(".toast").getByText("Checkout canceled. You weren't charged.").waitFor();
   await my.button("Upgrade").waitFor();
 
-  // The plans page says what happens to keys on paid plans, before and after it does.
+  // The plans page says what will happen, and then what happens, to keys on paid plans.
   const plan = await my.api("POST", "/admin/plans", { name: "Gold", default_rpm: 60 });
   await my.api("POST", "/admin/api-keys", { name: "App", plan_id: plan.id });
   await my.navigate("Plans").click();
@@ -160,7 +160,7 @@ export async function billing(world) {
   await page.getByRole("row", { name: /Gold.*Paid/ }).waitFor();
   assert.equal((await my.api("GET", `/admin/plans/${plan.id}`)).billing, "paid");
 
-  // Without the right, the page says so and requests nothing.
+  // If the user does not have the right, the page says so and sends no request.
   let requested = false;
   await page.route(isBilling, (route) => {
     requested = true;
@@ -181,7 +181,7 @@ export async function billing(world) {
   await my.context.close();
 }
 
-/** A part of the console that cannot be loaded is reported, and can be loaded again. */
+/** If a part of the console cannot be loaded, the page reports an error, and the part can be loaded again. */
 async function chunks(my) {
   const { page, base, world } = my;
   world.expected = /Failed to fetch|net::ERR|TypeError/;
@@ -194,7 +194,7 @@ async function chunks(my) {
   await my.button("Retry").click();
   await my.heading("Audit log").waitFor();
   world.expected = undefined;
-  // They are not part of the first page, and loaded before they are needed.
+  // These parts are not in the first download, and are loaded before they are needed.
   const loaded = () => page.evaluate(() => performance.getEntriesByType("resource").filter((it) => /pages-.*wasm/.test(it.name)).length);
   await page.goto(`${base}/console`);
   await my.heading("Home").waitFor();
@@ -207,7 +207,7 @@ async function chunks(my) {
   assert.equal(await loaded(), before);
 }
 
-/** A subscription from Checkout to its end, at a stand-in for Stripe. */
+/** Tests a subscription from Checkout to its end, with a stand-in for Stripe. */
 export async function subscription(world) {
   const my = await world.visitor();
   const { page, base } = my;

@@ -1,4 +1,4 @@
-// Invalid input, failing calls, and choices that must not be made for the user.
+// Tests invalid input, failing calls, and choices that only the user must make.
 
 import assert from "node:assert/strict";
 import { password, quoted } from "./world.mjs";
@@ -10,7 +10,7 @@ export async function errors(world) {
   await my.registered("Errors");
   const dialog = page.locator("dialog[open]");
 
-  // Without a plan, a new key is unavailable, and the page says why.
+  // Until there is a plan, no key can be created, and the page says why.
   await my.navigate("API keys").click();
   await page.getByText("Create a plan first.").waitFor();
   assert.ok(await my.button("Create key").isDisabled());
@@ -18,7 +18,7 @@ export async function errors(world) {
   assert.equal(await dialog.count(), 0);
   await my.inspect("keys-without-plan");
 
-  // Errors appear when a field is left or submitted, in the page's own words, and disappear on input.
+  // Errors appear when the user leaves a field or submits the form, in the console's own words, and disappear on input.
   await page.getByRole("link", { name: "Create a plan first" }).click();
   await my.heading("Create plan").waitFor();
   await my.button("Create plan").click();
@@ -32,7 +32,8 @@ export async function errors(world) {
   await my.inspect("plan-invalid");
   await my.field("Burst").fill("70,000,000");
   await page.locator(".field.invalid").waitFor({ state: "detached" });
-  // The message for the field that is left does not move the button while it is pressed, so the form is submitted.
+  // The error of the field that the user leaves does not move the button while the button is pressed, so the form is
+  // submitted.
   await my.field("Burst").focus();
   await my.button("Create plan").scrollIntoViewIfNeeded();
   const button = await my.button("Create plan").boundingBox();
@@ -43,7 +44,7 @@ export async function errors(world) {
   await page.mouse.up();
   await page.locator(".field.invalid").getByText("Must be at most 60,000,000").waitFor();
   await page.waitForFunction(() => document.activeElement.id === "burst", undefined, { timeout: 5000 });
-  // Leaving the field without focusing another one shows the message as well.
+  // The error also appears if the user leaves the field without focusing another field.
   await my.field("Burst").fill("80,000,000");
   await page.locator(".field.invalid").waitFor({ state: "detached" });
   await my.heading("Create plan").click();
@@ -52,7 +53,7 @@ export async function errors(world) {
   await my.button("Create plan").click();
   await page.getByText(`Plan ${quoted("Starter")} created`).waitFor();
 
-  // With several plans, none is preselected, except the one by which the list is filtered.
+  // If there are several plans, none is preselected, except the plan by which the list is filtered.
   const pro = await my.api("POST", "/admin/plans", { name: "Pro", default_rpm: 6000, daily_quota: 50_000 });
   await page.goto(`${base}/console/api-keys?new=1`);
   await my.field("Name").fill("App");
@@ -71,7 +72,7 @@ export async function errors(world) {
   await page.getByLabel("I've saved this key").check();
   await my.button("Done").click();
 
-  // The list shows the use of the key without a reload of the page.
+  // The list shows when the key was last used, without a reload of the page.
   await page.getByRole("row", { name: /App .*just now/ }).waitFor();
 
   // The key's page shows its limits, and updates its last use.
@@ -91,7 +92,7 @@ export async function errors(world) {
   await limit("Rate limit").getByText("Override (plan: 6,000/min)").waitFor();
   await my.inspect("key-limits");
 
-  // Deleting says when the key was last used, and offers to deactivate it instead.
+  // The dialog to delete a key says when the key was last used, and offers to deactivate the key instead.
   await my.button("Delete").click();
   await dialog.getByText(/Last used (just now|\d+ minutes? ago)\./).waitFor();
   await my.inspect("key-delete");
@@ -100,7 +101,7 @@ export async function errors(world) {
   await page.locator("dd .badge").getByText("Inactive").waitFor();
   assert.equal((await my.api("GET", "/admin/api-keys")).items[0].is_active, false);
 
-  // Internal errors show the request ID to quote, in dialogs, toasts and in place of a page.
+  // For internal errors, dialogs, toasts and pages show the request ID to quote.
   const id = "019ab4e1-7c00-7000-8000-00000000abcd";
   const fail = (route) =>
     route.fulfill({
@@ -130,7 +131,7 @@ export async function errors(world) {
   await my.button("Retry").click();
   await page.getByRole("row", { name: /Starter/ }).waitFor();
 
-  // A key that can't be loaded has one error, and a part that can't be loaded says which.
+  // If a key can't be loaded, the page shows one error. If a part can't be loaded, the error says which part.
   const key = (await my.api("GET", "/admin/api-keys")).items[0];
   const failures = page.getByRole("alert").filter({ hasText: "Couldn't load" });
   await page.route(calls, fail);

@@ -1,4 +1,4 @@
-// Authentication: signing in and out, expired and revoked sessions, and sessions shared by two windows.
+// Tests authentication: signing in and out, expired and revoked sessions, and sessions that two windows share.
 
 import assert from "node:assert/strict";
 
@@ -27,7 +27,7 @@ export async function guard(world) {
     await my.button("Sign out").click();
     await my.heading("Sign in").waitFor();
   }
-  // They never get a page on another site.
+  // Visitors are never sent to a page on another site.
   await page.goto(`${base}/console/sign-in?next=${encodeURIComponent("https://example.com/console/")}`);
   await my.heading("Sign in").waitFor();
   await my.signIn();
@@ -35,9 +35,11 @@ export async function guard(world) {
   await page.locator(".skeleton").waitFor({ state: "detached" });
   assert.equal(path(), "/console");
 
-  // An expired access token, whether removed by the browser or rejected by the server, is refreshed unnoticed.
+  // An expired access token, whether removed by the browser or rejected by the server, is refreshed without the user
+  // noticing.
   const access = async () => (await context.cookies()).find((it) => /quota_access$/.test(it.name));
-  // Removes only this cookie. `clearCookies` with a name removes all for a moment, and calls in it sign the user out.
+  // Removes only this cookie. `clearCookies` with a name briefly removes all cookies, and calls made during that time
+  // sign the user out.
   const expire = async () => {
     await context.addCookies([{ ...(await access()), expires: 1 }]);
     assert.equal(await access(), undefined);
@@ -77,7 +79,7 @@ export async function guard(world) {
       assert.equal(await it.getByRole("heading", { name: "Sign in" }).count(), 0);
     }
   }
-  // Both windows can refresh again afterwards.
+  // Both windows can refresh again afterward.
   for (const it of [page, second]) {
     await expire();
     await it.reload();
@@ -85,7 +87,7 @@ export async function guard(world) {
   }
   world.latest = page;
 
-  // A revoked session leads to the sign-in page, and back afterward.
+  // A revoked session leads to the sign-in page, and back to the current page after signing in.
   await my.navigate("Audit log").click();
   await my.heading("Audit log").waitFor();
   const sessions = await my.api("GET", "/auth/sessions?limit=100");

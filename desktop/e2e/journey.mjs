@@ -29,7 +29,8 @@ import { World } from "./world.mjs";
 
 const [executablePath, base, shots, ...selected] = process.argv.slice(2);
 const parts = { site, tour, keyboard, once, many, actions, usage, lists, names, guard, pages, errors, trouble, roles, billing, subscription, webhooks, widths, recount, pictures, walk };
-// They require a server that is set up for them, change files of the repository, or are for people to look at.
+// These parts run only when selected: they require a special setup, change files in the repository, or save screenshots
+// for review.
 const onRequest = ["recount", "pictures", "walk"];
 
 const world = await World.start(executablePath, base, shots);

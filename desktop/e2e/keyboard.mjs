@@ -1,4 +1,4 @@
-// The main journey using only the keyboard. The focus must always be visible, and must return after each dialog.
+// Tests the main journey using only the keyboard. The focus must always be visible, and must return after each dialog.
 
 import assert from "node:assert/strict";
 import { password, quoted } from "./world.mjs";
@@ -12,7 +12,7 @@ export async function keyboard(world) {
     for (const key of text) await press(key);
   };
 
-  /** The focused element: its accessible name, and whether its focus is visible. */
+  /** Returns the focused element: its accessible name, and whether its focus is visible. */
   const focus = () =>
     page.evaluate(() => {
       const it = document.activeElement;

@@ -1,4 +1,4 @@
-// Paging, more plans than fit on a page, and edit forms that send only changed fields.
+// Tests paging, more plans than fit on a page, and edit forms that send only changed fields.
 
 import assert from "node:assert/strict";
 
@@ -23,7 +23,7 @@ export async function lists(world) {
     keys.push((await my.api("POST", "/admin/api-keys", { name, plan_id: last.id })).api_key);
   }
 
-  // All plans are listed, from more than one page.
+  // All plans are listed, even if the server returns them in several pages.
   await my.navigate("API keys").click();
   await rows(20);
   await page.getByRole("row", { name: /Key 40 .*Plan 100/ }).waitFor();
@@ -32,7 +32,7 @@ export async function lists(world) {
   await page.getByRole("link", { name: "Clear filters" }).click();
   await rows(20);
 
-  // A filter by a deleted plan is shown as such.
+  // If the list is filtered by a deleted plan, the filter says so.
   await my.api("DELETE", `/admin/plans/${plans[0].id}`);
   await page.goto(`${base}/console/api-keys?plan_id=${plans[0].id}`);
   await my.heading("No matching keys").waitFor();
@@ -82,7 +82,7 @@ export async function lists(world) {
   await page.getByRole("row", { name: /Key 40 .*Plan 100/ }).waitFor();
   assert.equal(await page.getByText("Couldn't load plans.").count(), 0);
 
-  // A form sends only changed fields, so that concurrent changes by others are kept.
+  // A form sends only changed fields, so that concurrent changes by other users are kept.
   await page.getByRole("link", { name: "Key 40" }).click();
   await my.heading("Key 40").waitFor();
   await page.locator("dd").getByText("Plan 100").waitFor();
@@ -98,7 +98,7 @@ export async function lists(world) {
   await my.field("External ID (optional)").fill("crm-<40>");
   await my.field("Metadata (optional)").fill("region");
   await my.button("Save changes").click();
-  await page.getByText("Write each entry on a separate line, as name=value").waitFor();
+  await page.getByText("Enter one name=value pair per line").waitFor();
   await my.field("Metadata (optional)").fill("region=eu & us\ntier = 2");
   await my.inspect("edit-key");
   await my.button("Save changes").click();
@@ -130,7 +130,7 @@ export async function lists(world) {
   const now = await my.api("GET", plan);
   assert.deepEqual([now.default_rpm, now.burst, now.daily_quota, now.billing], [120, 120, 500, "paid"]);
 
-  // Closing a dialog and leaving the page before the response arrives does no harm.
+  // Closing a dialog and leaving the page before the response arrives causes no error.
   const leaveBeforeResponse = async (method, address, act, go) => {
     let release;
     const released = new Promise((resolve) => {

@@ -1,4 +1,4 @@
-// Several API keys: sorting, filters, bulk actions, and changes to the expiry.
+// Tests lists of several API keys: sorting, filters, bulk actions, and changes to the expiry.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";
@@ -63,7 +63,7 @@ export async function many(world) {
   await my.field("Sort").selectOption({ label: "Name, A to Z" });
   await waitForRows(["app, iOS", "Batch jobs", "Partner", "Web shop"]);
 
-  // Disruptive bulk actions need typed confirmation, and state their consequences.
+  // Disruptive bulk actions require typed confirmation, and state their consequences.
   await my.field("Select Batch jobs").check();
   await my.field("Select Partner").check();
   await page.getByText("2 of 4 selected").waitFor();
@@ -122,7 +122,7 @@ export async function many(world) {
   const hint = await page.locator(".field", { has: my.field("Expires (optional)") }).locator(".note").textContent();
   await my.field("Expires (optional)").fill("2001-02-03T04:05");
   await my.button("Save changes").click();
-  // The server rejects it, and its message takes the place of the hint.
+  // The server rejects this expiry, and the server's message replaces the hint.
   const note = page.locator(".field.invalid", { has: my.field("Expires (optional)") }).locator(".note");
   await note.waitFor();
   assert.match(await note.textContent(), /^[A-Z].*\w/);

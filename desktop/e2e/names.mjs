@@ -1,4 +1,4 @@
-// Names can contain anything. They are displayed verbatim, never executed, and do not break the layout.
+// Tests that names can contain anything: they are displayed verbatim, are never executed, and do not break the layout.
 
 import assert from "node:assert/strict";
 

@@ -1,4 +1,5 @@
-// A secret that is shown once cannot be lost, neither while its request is in progress nor by navigating away.
+// Tests that users cannot lose a secret that is shown once, neither while its request is in progress nor by leaving the
+// page.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";
@@ -33,7 +34,7 @@ export async function once(world) {
     await page.keyboard.press("g");
     await page.keyboard.press("p");
     await page.waitForTimeout(200);
-    assert.equal(page.url(), here, `${what}: the page stays`);
+    assert.equal(page.url(), here, `${what}: the page has not changed`);
     assert.ok((await page.evaluate(() => history.length)) >= length);
     await page.evaluate(() => location.reload());
     await page.waitForTimeout(200);

@@ -1,4 +1,4 @@
-// Accounts in several windows, the audit log, trying a key, relative times, themes, and failures to start.
+// Tests accounts in several windows, the audit log, trying a key, relative times, themes, and failures to start.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
@@ -53,7 +53,7 @@ async function windows(world) {
   await second.locator("form", { has: second.getByLabel("Your name") }).getByRole("button", { name: "Save changes" }).click();
   await second.getByText("Changes saved").waitFor();
   assert.equal(await nameOf(grace), "Grace Hopper");
-  // A window that shows another account does not sign this one out.
+  // A window that shows another account does not sign out this account.
   world.latest = page;
   await ada.button("Sign out").click();
   await ada.heading("Sign in").waitFor();
@@ -112,7 +112,7 @@ async function changes(world) {
   await page.reload();
   await events(2);
   assert.equal(await action.inputValue(), "api_key.update");
-  // Name, actor and dates.
+  // Filters by name, actor and dates.
   await my.field("Resource name").fill("partner");
   await events(1);
   await my.field("Resource name").fill("");
@@ -151,7 +151,7 @@ async function changes(world) {
   await my.context.close();
 }
 
-/** Trying a key shows which limits requests count against, can be stopped, and shows why it ended. */
+/** Trying a key shows which limits the requests count against, can be stopped, and shows why the test ended. */
 async function running(world) {
   const my = await world.visitor();
   const { page } = my;
@@ -190,12 +190,12 @@ async function running(world) {
   await denied.getByText("3 of 3 used").waitFor();
   assert.match(await denied.innerText(), /Daily quota[\s\S]*Denied this request/);
   assert.equal(await denied.getByRole("meter").getAttribute("aria-valuenow"), "100");
-  // The wait until midnight is in hours, except in the last two.
+  // The wait until midnight is shown in hours, except in the last two hours.
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
   await my.inspect("key-daily");
 
-  // Every quota is shown after each request, although responses report only the limit closest to exhaustion; a meter of
-  // the rate refills.
+  // Every quota is shown after each request, although responses report only the limit closest to exhaustion. The meter
+  // of the rate refills.
   await openKey("Both", { default_rpm: 60, burst: 4, daily_quota: 100, monthly_quota: 1000 });
   const meter = (name) => page.locator(".try .meter").filter({ hasText: name });
   await my.button("Send 1").click();
@@ -210,7 +210,7 @@ async function running(world) {
   await meter("Monthly quota").getByText(`${allowed} of 1,000 used`).waitFor();
   await meter("Rate limit").getByText("Denied this request").waitFor();
   await meter("Rate limit").getByText("2 of 4 used").waitFor();
-  // So do the meters at the top of the page.
+  // The meters at the top of the page show the same usage.
   await page.locator(".meters.wide .meter").filter({ hasText: "Burst" }).getByText("0 of 4 used").waitFor();
   await page.locator(".meters.wide .meter").filter({ hasText: "Daily quota" }).getByText(`${allowed} of 100 used`).waitFor();
   // Another key has no results yet.
@@ -263,7 +263,7 @@ async function system(world) {
   await my.context.close();
 }
 
-/** Missing files and blocked cookies. */
+/** Missing files and blocked cookies cause an error message. */
 async function startFailures(world) {
   const my = await world.visitor();
   const { page, base, context } = my;

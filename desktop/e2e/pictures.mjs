@@ -1,4 +1,4 @@
-// Takes the pictures for the README and the landing page: node journey.mjs CHROMIUM ADDRESS ../pictures pictures
+// Takes the screenshots for the README and the landing page: node journey.mjs CHROMIUM ADDRESS ../pictures pictures
 
 import assert from "node:assert/strict";
 import { writeFileSync } from "node:fs";
@@ -47,7 +47,7 @@ export async function pictures(world) {
   await page.getByRole("row").nth(7).waitFor();
   await take("keys", "light");
 
-  // A day of traffic: the server of these pictures has just started, so the numbers of its responses are replaced.
+  // Shows a day of traffic. The server has just started, so the numbers in its responses are replaced.
   await page.route((url) => url.pathname === "/admin/usage", async (route) => {
     const usage = await (await route.fetch()).json();
     const first = Date.parse(usage.from);
@@ -102,7 +102,7 @@ export async function pictures(world) {
   await my.button("Send 1").click();
   await page.waitForTimeout(300);
   await page.locator("dialog[open] .plot").scrollIntoViewIfNeeded();
-  // No complete key is published, not even one of a deleted database.
+  // No complete key is published, not even a key from a deleted database.
   await page.evaluate(() => {
     const texts = document.createTreeWalker(document.querySelector("dialog[open]"), NodeFilter.SHOW_TEXT);
     while (texts.nextNode()) {

@@ -1,4 +1,4 @@
-// What members see by their role: only pages and commands that they may use.
+// Tests that members see only pages and commands that their role may use.
 
 import assert from "node:assert/strict";
 
@@ -18,7 +18,7 @@ export async function roles(world) {
     me.tenant.role = role;
     await route.fulfill({ json: me });
   });
-  // The session is an owner's, so this stands for the server, which rejects what the role does not include.
+  // The session belongs to an owner, so this route detects calls that the server would reject for the role.
   await page.route(/\/admin\/(plans|api-keys|service-tokens|webhooks|audit|alert-settings)/, (route) => {
     if (role === "billing") denied.push(route.request().url());
     return route.continue();
@@ -69,7 +69,7 @@ export async function roles(world) {
   assert.ok(!(await links()).includes("Billing"));
   assert.ok((await links()).includes("Audit log"));
   assert.ok(!(await commands("create")).some((it) => it.startsWith("Create")));
-  // Neither do shortcuts open forms.
+  // Shortcuts do not open forms either.
   await page.keyboard.press("n");
   await page.keyboard.press("k");
   await page.keyboard.press("?");

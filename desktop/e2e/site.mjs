@@ -1,4 +1,4 @@
-// The pages outside the console: the landing page and the API docs.
+// Tests the pages outside the console: the landing page and the API docs.
 
 import assert from "node:assert/strict";
 
@@ -27,7 +27,7 @@ export async function site(world) {
   await page.locator(".hero").getByText("Copied").waitFor();
   assert.match(await page.evaluate(() => navigator.clipboard.readText()), /^git clone https:.*\ncargo xtask run$/);
 
-  // Rate limiting comes first, and forward-auth once.
+  // The rate-limiting operations are listed first, and forward-auth is listed once.
   await page.goto(`${base}/docs`);
   await page.getByText("Quick start").click();
   await page.getByText("Send a limited request:").waitFor();

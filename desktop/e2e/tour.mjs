@@ -1,4 +1,4 @@
-// The main journey with a mouse, from registering to using up a key's limit. Inspects every page.
+// Tests the main journey with a mouse, from registering to using up a key's limit. Inspects every page.
 
 import assert from "node:assert/strict";
 import { password, quoted } from "./world.mjs";
@@ -9,11 +9,11 @@ export async function tour(world) {
   const my = await world.visitor();
   const { page, base } = my;
 
-  // Visitors are redirected to sign in, and back afterward.
+  // Visitors are redirected to the sign-in page, and back after they have signed in.
   await page.goto(`${base}/console/plans`);
   await my.heading("Sign in").waitFor();
   assert.match(page.url(), /\/console\/sign-in\?next=%2Fconsole%2Fplans$/);
-  // Measures what a first visit transfers, which the build limits as well, and when the page is usable.
+  // Measures how much a first visit transfers, which the build limits too, and when the page is usable.
   const first = await page.evaluate(() => {
     const loaded = [...performance.getEntriesByType("navigation"), ...performance.getEntriesByType("resource")];
     const named = loaded.filter((it) => new URL(it.name).pathname.startsWith("/console")).map((it) => [it.name, it]);
@@ -38,7 +38,7 @@ export async function tour(world) {
   await my.heading("No plans yet").waitFor();
   await my.inspect("plans-empty");
 
-  // Scripts cannot read any token. The CSRF token is random, so it may contain their prefixes.
+  // Scripts cannot read any token. The CSRF token is random, so it may contain the tokens' prefixes.
   const readable = await page.evaluate(() => JSON.stringify([document.cookie, { ...localStorage }, { ...sessionStorage }]));
   assert.ok(!/eyJ[\w-]+\.|qr_[0-9A-Za-z]{38}/.test(readable), readable);
   const cookies = await my.context.cookies();
@@ -86,7 +86,8 @@ export async function tour(world) {
   await my.heading(`Save your key for ${quoted("Mobile app")}`).waitFor();
   const key = await page.locator("#secret").textContent();
   assert.match(key, /^qk_[0-9A-Za-z]{38}$/);
-  // Escape warns but does not close the dialog. Done gives a reason until the key has been copied.
+  // Escape shows a warning but does not close the dialog. Until the key has been copied, *Done* is disabled and says
+  // why.
   assert.ok(await my.button("Done").isDisabled());
   await page.getByText("Copy the key, or confirm that you've saved it.").waitFor();
   for (const _ of [1, 2, 3]) await page.keyboard.press("Escape");

@@ -1,4 +1,4 @@
-// A server that fails, is slow or does not respond, sessions that end, and resources that no longer exist.
+// Tests a server that fails, is slow or does not respond, sessions that end, and resources that no longer exist.
 
 import assert from "node:assert/strict";
 import { setTimeout as pause } from "node:timers/promises";
@@ -8,7 +8,7 @@ const ID = "019ab4e1-7c00-7000-8000-00000000abcd";
 export async function trouble(world) {
   const my = await world.visitor();
   const { page, base } = my;
-  // Waits less for responses, so that the test does not take half a minute.
+  // Shortens the timeout for responses, so that the test does not take half a minute.
   await page.addInitScript(() => {
     const { timeout } = AbortSignal;
     AbortSignal.timeout = (ms) => timeout.call(AbortSignal, ms / 20);
@@ -28,7 +28,7 @@ export async function trouble(world) {
   await leavesWhileSending(my, created);
   await nothingResponds(my);
 
-  // The console as a whole, too, shows the ID to quote.
+  // If the whole console cannot be loaded, it also shows the request ID to quote.
   await page.route("**/auth/me", fail);
   await page.reload();
   await my.heading("Couldn't load the console").waitFor();
@@ -38,7 +38,7 @@ export async function trouble(world) {
   await my.button("Retry").click();
   await my.heading("Plans").waitFor();
 
-  // A key that was deleted elsewhere: trying again does not help.
+  // A key was deleted elsewhere, so the page does not offer to try again.
   await my.api("DELETE", `/admin/api-keys/${created.api_key.id}`);
   await page.goto(`${base}/console/api-keys/${created.api_key.id}`);
   await my.heading("Not found").waitFor();
@@ -46,7 +46,7 @@ export async function trouble(world) {
   assert.equal(await my.button("Retry").count(), 0);
   await my.inspect("key-not-found");
 
-  // Without data, there is nothing to save.
+  // Without data, there is nothing to export.
   await page.goto(`${base}/console/usage?range=custom`);
   await my.heading("Choose a first and a last day").waitFor();
   assert.ok(await my.button("Export CSV").isDisabled());
@@ -90,7 +90,7 @@ async function liveTail(my, fail) {
   await my.inspect("live-tail-no-match");
 }
 
-/** Closing the dialog or leaving the page while requests are sent ends that, and nothing else. */
+/** Closing the dialog or leaving the page stops the sending of requests, and has no other effect. */
 async function leavesWhileSending(my, { api_key, key }) {
   const { page, base } = my;
   await page.route("**/v1/echo", async (route) => {
@@ -110,7 +110,7 @@ async function leavesWhileSending(my, { api_key, key }) {
   await page.locator("#pasted_key").fill(key);
   await my.button("Send 10").click();
   await my.status(200);
-  // Entering another key ends it as well.
+  // Entering another key also stops the sending of requests.
   await page.locator("#pasted_key").fill("");
   await my.button("Stop").waitFor({ state: "detached" });
   assert.equal(await page.locator(".status").count(), 0);
@@ -123,13 +123,13 @@ async function leavesWhileSending(my, { api_key, key }) {
   await page.unroute("**/v1/echo");
 }
 
-/** Loading says that it takes long, and ends. A change says that it may have taken effect. */
+/** The page says that loading takes long, and loading ends. After a timeout, an error says that a change may have taken effect. */
 async function nothingResponds(my) {
   const { page, base } = my;
   await page.goto(`${base}/console/settings`);
   await my.heading("Profile").waitFor();
   const calls = /\/admin\/(plans|api-keys)/;
-  // Long enough for the note that comes before.
+  // This timeout is long enough for the note that appears before it.
   await page.route(calls, async (route) => {
     await pause(6000);
     await route.continue().catch(() => {});
@@ -165,7 +165,7 @@ async function nothingResponds(my) {
   await my.button("Cancel").click();
 }
 
-/** An export that is not complete says so. */
+/** If an export is not complete, a message says so. */
 async function partOfTheAuditLog(my) {
   const { page, base } = my;
   const one = (await my.api("GET", "/admin/audit?limit=1")).items[0];
@@ -182,7 +182,7 @@ async function partOfTheAuditLog(my) {
   await page.unroute("**/admin/audit?*");
 }
 
-/** Users learn why they have to sign in again, and continue where they were. */
+/** The sign-in page says why users have to sign in again, and then returns them to the page where they were. */
 async function expiredSession(my) {
   const { page, base } = my;
   const note = page.getByText("Your session has expired. Sign in again to continue.");

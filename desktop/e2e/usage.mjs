@@ -1,5 +1,5 @@
-// Home, Usage, the page of a key and the live tail, with real traffic. Every number on them is compared with the
-// client's own count of the responses that it received.
+// Tests Home, Usage, the page of a key and the live tail with real traffic. Every number on these pages is compared
+// with the client's own count of the responses that it received.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
@@ -15,7 +15,7 @@ class Log {
     Object.assign(this, { replicas, gateway });
   }
 
-  /** The replicas take turns. */
+  /** Returns the address for the next request: the replicas take turns. */
   get base() {
     return this.replicas[this.requests.length % this.replicas.length];
   }
@@ -46,7 +46,7 @@ class Log {
     }
   }
 
-  /** Counts requests that fit, or their cost. */
+  /** Counts the requests that match, or adds up their cost. */
   count(fits = () => true, weigh = () => 1) {
     const sum = (of) => of.reduce((sum, it) => sum + weigh(it), 0);
     const found = this.requests.filter(fits);
@@ -60,7 +60,7 @@ export async function usage(world) {
   const my = await world.visitor();
   await my.registered("Usage");
 
-  // Before the first request, the pages show that there is none.
+  // Before the first request, the page says that there are no requests.
   await my.navigate("Usage").click();
   await my.heading("No requests yet").waitFor();
   await my.page.getByText("curl -i").waitFor();
@@ -75,7 +75,7 @@ export async function usage(world) {
   await my.context.close();
 }
 
-/** More than 5,000 requests to two replicas: Home and Usage of one of them show the totals of both. */
+/** Sends more than 5,000 requests to two replicas. Home and Usage on one replica show the totals of both. */
 export async function recount(world) {
   assert.ok(world.second, "this part requires a second replica");
   const my = await world.visitor();
@@ -89,7 +89,7 @@ export async function recount(world) {
   await my.context.close();
 }
 
-/** Sends requests with three keys, `scale` times 151, and waits until they are counted. */
+/** Sends 151 times `scale` requests with three keys, and waits until the server has counted them. */
 async function traffic(my, replicas, scale) {
   const quota = 40 * scale;
   const wide = await my.api("POST", "/admin/plans", { name: "Wide", default_rpm: 600_000 });
@@ -107,7 +107,7 @@ async function traffic(my, replicas, scale) {
   await log.check(app, "POST /orders", 3, 15 * scale);
   await log.echo(slow, 14 * scale);
   await log.echo(counted, quota - 7);
-  // 7 are left, enough for two requests with a cost of 3.
+  // 7 tokens are left, which is enough for two requests with a cost of 3.
   await log.check(counted, "POST /orders", 3, 4);
   await untilCounted(my, log);
   const all = log.count();
@@ -115,7 +115,7 @@ async function traffic(my, replicas, scale) {
   return { log, app, slow, counted, quota };
 }
 
-/** Waits until the server has counted everything. */
+/** Waits until the server has counted all requests. */
 async function untilCounted(my, log) {
   const deadline = Date.now() + 20_000;
   for (;;) {
@@ -148,7 +148,7 @@ async function home(my, log, quota) {
   const attention = page.locator("section", { has: page.getByRole("heading", { name: "Needs attention" }) });
   assert.ok(used >= quota * 0.8, `${used}`);
   await attention.getByRole("link", { name: "Counted" }).waitFor();
-  // More than 5% of the requests were rejected, which needs attention too.
+  // More than 5% of the requests were rejected, which the page also lists as needing attention.
   assert.ok(all.rejected * 20 >= all.total, JSON.stringify(all));
   await attention.getByText(`${percent(all.rejected, all.total)} (${number(all.rejected)} of ${number(all.total)}) in the last 24 hours`).waitFor();
   const top = page.locator("section", { has: page.getByRole("heading", { name: "Top keys, last 24 hours" }) });
@@ -162,7 +162,7 @@ async function home(my, log, quota) {
   await page.getByText("4 of 4 done").waitFor();
 }
 
-/** The cells of a row of a table, by the name in its first cell. */
+/** Returns the cells of the table row with this name in its first cell. */
 async function cells(page, name) {
   const row = page.locator("table.groups tbody tr", { has: page.locator("th", { hasText: name }) });
   await row.waitFor();
@@ -194,7 +194,7 @@ async function usagePage(my, log, app) {
     );
   }
 
-  // Usage by endpoint and by policy.
+  // Shows usage by endpoint and by policy.
   await page.getByRole("link", { name: "By endpoint" }).click();
   for (const endpoint of ["GET /v1/echo", "GET /orders", "POST /orders"]) {
     const expected = log.count((it) => it.endpoint === endpoint);
@@ -223,7 +223,7 @@ async function usagePage(my, log, app) {
   await page.locator("#count").selectOption({ label: "Requests" });
   await matches(log.count());
 
-  // A row filters the page, and the address keeps all choices.
+  // A click on a row filters the page, and the address keeps all choices.
   await page.locator("table.groups").getByRole("link", { name: "Mobile app" }).click();
   await page.waitForFunction((id) => location.search.includes(id), app.api_key.id);
   await page.waitForFunction(
@@ -241,7 +241,8 @@ async function usagePage(my, log, app) {
   await page.goto(`${my.base}/console/usage`);
   await chart.waitFor();
 
-  // With the keyboard only. The last bar is the current hour, or has only part of the requests if the hour has changed.
+  // Uses only the keyboard. The last bar is the current hour, or contains only some of the requests if the hour has
+  // changed.
   await page.locator(".chart-plot").focus();
   await page.keyboard.press("End");
   const readout = () => page.locator(".chart-plot").getAttribute("aria-valuetext");
@@ -275,7 +276,7 @@ async function usagePage(my, log, app) {
   await my.inspect("usage-table");
   await my.button("Table").click();
 
-  // Shows days, and zooms into one.
+  // Shows days, and zooms into one day.
   await page.locator("#range").selectOption({ label: "Last 7 days" });
   await chart.getByText(/^Requests per day/).waitFor();
   await matches(all);
@@ -321,7 +322,7 @@ async function keyPage(my, log, counted) {
   assert.deepEqual(await rows.locator("td[data-label='Request ID']").allTextContents(), latest.map((it) => it.id));
   await my.inspect("key-usage");
 
-  // The burn-down of the quotas.
+  // Shows the burn-down of the quotas.
   await page.getByRole("link", { name: "View usage" }).click();
   const burn = page.locator(".burn-down").filter({ hasText: "Daily quota" });
   await burn.getByText(`${used} of 40 used`).waitFor();
@@ -374,7 +375,7 @@ async function liveTail(my, log, app, slow) {
   await drawer.waitFor({ state: "detached" });
 }
 
-/** No matching requests, and data that cannot be refreshed. */
+/** Tests the page if no requests match the filters, and if the data cannot be refreshed. */
 async function states(my) {
   const { page } = my;
   await page.goto(`${my.base}/console/usage?endpoint=DELETE%20%2Fnothing`);

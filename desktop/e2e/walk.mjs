@@ -1,7 +1,7 @@
-// Takes pictures of every page and form, to look at: node journey.mjs CHROMIUM ADDRESS FOLDER walk
+// Takes screenshots of every page and form for review: node journey.mjs CHROMIUM ADDRESS FOLDER walk
 //
-// At six widths, in light and dark mode, with data, without, with a slow network and with a failing server. Reports
-// what is wider than the window.
+// The screenshots are taken at six widths, in light and dark mode, with and without data, with a slow network and with
+// a failing server. Content that is wider than the window is reported.
 
 import { join } from "node:path";
 import { isBilling, states } from "./billing.mjs";
@@ -13,7 +13,7 @@ export async function walk(world) {
   const my = await world.visitor();
   const { page, base } = my;
   let count = 0;
-  /** Takes pictures of the current view in every form. */
+  /** Takes screenshots of the current view at every width and in every theme. */
   const take = async (name, some = widths, shades = themes) => {
     for (const width of some) {
       await page.setViewportSize({ width, height: width < 700 ? 800 : 900 });
@@ -41,7 +41,7 @@ export async function walk(world) {
   await my.button("Create account").click();
   await take("register-invalid");
 
-  // Without data.
+  // Pages without data.
   await my.registered("Northwind Maps");
   const pages = { home: "", usage: "/usage", audit: "/audit", plans: "/plans", keys: "/api-keys", tokens: "/service-tokens", webhooks: "/webhooks", alerts: "/alerts", billing: "/billing", settings: "/settings" };
   for (const [name, path] of Object.entries(pages)) {
@@ -49,7 +49,7 @@ export async function walk(world) {
     await take(`empty-${name}`);
   }
 
-  // With data.
+  // Pages with data.
   const plans = [];
   for (const plan of [
     { name: "Free", default_rpm: 60, burst: 10, daily_quota: 20 },
@@ -155,7 +155,7 @@ export async function walk(world) {
   await take("billing-confirming");
   await page.unroute(isBilling);
 
-  // A slow network: what is on the page in the meantime.
+  // A slow network: takes screenshots of the pages while they are loading.
   const calls = (url) => /^\/(admin|billing|auth\/(me|sessions))/.test(url.pathname);
   const [two, one] = [[390, 1280], ["light"]];
   for (const [name, path] of Object.entries({ ...pages, key, webhook })) {
@@ -170,7 +170,7 @@ export async function walk(world) {
     await page.unroute(calls);
   }
 
-  // A failing server, and none at all.
+  // A failing server, and an unreachable server.
   world.expected = /status of 500/;
   const fail = (route) =>
     route.fulfill({
@@ -200,6 +200,6 @@ export async function walk(world) {
     await page.unroute(calls);
   }
   world.expected = undefined;
-  console.log(`${count} pictures`);
+  console.log(`${count} screenshots`);
   await my.context.close();
 }

@@ -1,4 +1,5 @@
-// Webhooks from creating to deleting one, with the keyboard, against a receiver that the test starts; quota alerts.
+// Tests webhooks, from creating to deleting one, with the keyboard and an endpoint that the test starts; tests quota
+// alerts.
 //
 // The server must allow webhooks to this machine: QUOTA_WEBHOOK_PRIVATE_NETWORKS=127.0.0.0/8.
 
@@ -27,7 +28,7 @@ class Receiver {
     return receiver;
   }
 
-  /** The signatures of a request by each of these secrets, as the documentation describes them. */
+  /** Returns the signature of a request by each secret, computed as the documentation describes. */
   static signatures({ headers, body }, secrets) {
     return secrets.map((secret) => {
       const key = Buffer.from(secret.replace("whsec_", ""), "base64");
@@ -156,7 +157,7 @@ async function tests(my, receiver, secret) {
   await rows(my).getByText("Delivered").waitFor();
   assert.match(await rows(my).innerText(), /Test event\s+webhook\.test[\s\S]*200/);
   await my.inspect("webhook");
-  // The log, with the keyboard.
+  // Uses the delivery log with the keyboard.
   const details = await rows(my).getByRole("button").getAttribute("aria-label");
   await press(my, details);
   await my.heading("Test event").waitFor();
@@ -245,7 +246,7 @@ async function rotates(my, receiver, first) {
   assert.deepEqual(overlap.headers["webhook-signature"].split(" "), Receiver.signatures(overlap, [second, first]));
   await result(my, "The endpoint responded with status 200.");
 
-  // Rotating again revokes the secret before, which the dialog says.
+  // Another rotation revokes the previous secret, and the dialog says so.
   await press(my, "Rotate secret");
   await dialog(my).getByText("This secret was rotated recently.").waitFor();
   await my.inspect("webhook-rotate-again");
@@ -257,7 +258,7 @@ async function rotates(my, receiver, first) {
   await result(my, "The endpoint responded with status 200.");
 }
 
-/** Too many tests, and a server that fails. */
+/** Tests too many test events, and a server that fails. */
 async function reportsErrors(my) {
   const { page, base, world } = my;
   const problem = (slug, status, detail) => (route) =>
@@ -296,7 +297,7 @@ async function reportsErrors(my) {
   await counts(my, 4);
 }
 
-/** Editing, disabling, and being disabled by the server. */
+/** Tests editing a webhook, disabling it, and a webhook that the server disables. */
 async function stops(my, receiver) {
   const { page } = my;
   await press(my, "Edit");
@@ -316,14 +317,14 @@ async function stops(my, receiver) {
   await press(my, "Disable webhook");
   await hasFocus(my, "Enable");
   await status(my, "Disabled");
-  // Events are not sent, but tests are.
+  // Events are not sent, but test events are.
   const request = await sendTest(my, receiver);
   assert.equal(JSON.parse(request.body).type, "webhook.test");
   await result(my, "The endpoint responded with status 200.");
   await press(my, "Enable");
   await status(my, "Enabled");
 
-  // An endpoint can ask not to be sent anything.
+  // An endpoint can stop further events by responding with 410.
   receiver.status = 410;
   await sendTest(my, receiver);
   await status(my, "Disabled by Quota");
@@ -344,7 +345,7 @@ async function stops(my, receiver) {
   await my.heading("Pager").waitFor();
 }
 
-/** What roles without the right to manage see. */
+/** Tests what members see if their role has no right to manage webhooks. */
 async function isReadOnly(my) {
   const { page, base } = my;
   const webhook = page.url();
@@ -417,7 +418,7 @@ async function alerts(world, receiver) {
   await page.getByText("Emails aren't sent because no mail server is configured.").waitFor();
   await my.inspect("alerts-none");
 
-  // Who gets email.
+  // Tests who gets emails.
   await press(my, "Edit email notifications");
   await my.heading("Email notifications").waitFor();
   for (const name of ["Owners", "Admins"]) {

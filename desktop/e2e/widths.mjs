@@ -1,14 +1,15 @@
-// No page scrolls sideways at any width from 320 to 1920 pixels. Cards and fields are evenly apart.
+// Tests that no page scrolls sideways at any width from 320 to 1920 pixels, and that cards and fields are evenly
+// spaced.
 
 import assert from "node:assert/strict";
 import { active, isBilling } from "./billing.mjs";
 
-/** Every fifth width, and those next to the breakpoints of the style sheet: in between, layouts change continuously. */
+/** Every fifth width, and the widths next to the style sheet's breakpoints. Other widths look like those next to them. */
 const steps = Array.from({ length: 321 }, (_, at) => 320 + 5 * at);
 const breakpoints = [30, 56, 73, 80].flatMap((rem) => [16 * rem - 1, 16 * rem, 16 * rem + 1]);
 const all = [...new Set([...steps, ...breakpoints])].sort((a, b) => a - b);
 
-/** Cards and tables with less than 16 pixels between them and the next one below. Runs in the page. */
+/** Returns the cards and tables that are less than 16 pixels above the next card or table. Runs in the page. */
 function tooClose() {
   const boxes = [...document.querySelectorAll("main :is(.card, .empty, table.groups)")].map((it) => [it, it.getBoundingClientRect()]);
   const found = [];
@@ -21,7 +22,7 @@ function tooClose() {
   return found;
 }
 
-/** Fields of a dialog that are not 16 pixels below the previous one. Runs in the page. */
+/** Returns the fields of a dialog that are not 16 pixels above the next field. Runs in the page. */
 function uneven() {
   const fields = [...document.querySelectorAll("dialog[open] .field")].map((it) => [it.textContent, it.getBoundingClientRect()]);
   const next = (a) => fields.map(([, b]) => b).filter((b) => b.top > a.top && b.left < a.right && b.right > a.left).sort((b, c) => b.top - c.top)[0];
@@ -50,7 +51,7 @@ export async function widths(world) {
     await my.api("POST", "/admin/service-tokens", { name });
   }
   const hook = await my.api("POST", "/admin/webhooks", { name: names[1], url: `https://hooks.example.com/${"quota-alerts-".repeat(12)}` });
-  // With an error to show for each delivery. The server must allow webhooks to this machine.
+  // Every delivery to this webhook has an error to show. The server must allow webhooks to this machine.
   const failing = (await my.api("POST", "/admin/webhooks", { name: names[0], url: "http://127.0.0.1:9/quota" })).webhook.id;
   await my.api("POST", `/admin/webhooks/${failing}/test`);
   while (!(await my.api("GET", `/admin/webhooks/${failing}/deliveries`)).items[0].error) await page.waitForTimeout(200);
@@ -69,7 +70,7 @@ export async function widths(world) {
     }
   }
   await page.goto(`${base}/console/api-keys`);
-  // Filters leave most of a phone's screen to the list.
+  // Filters leave most of a phone's screen for the list.
   await page.setViewportSize({ width: 390, height: 844 });
   const filters = await page.locator(".filters").boundingBox();
   assert.ok(filters.height < 844 / 5 && filters.y + filters.height < 844 / 2, JSON.stringify(filters));

@@ -1,4 +1,4 @@
-// Shared by all parts of the journey: a browser, error collection, and accessibility checks.
+// Code that all parts of the journey share: a browser, error collection, and accessibility checks.
 
 import { mkdirSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -13,7 +13,7 @@ export const forms = [
   { theme: "dark", width: 390, height: 844 },
 ];
 export const password = "violet-harbour-quilt-93";
-/** A name as it appears in a sentence: quoted, and isolated from the text direction around it. */
+/** Returns a name as it appears in a sentence: quoted, and isolated from the surrounding text direction. */
 export const quoted = (name) => `"\u2068${name}\u2069"`;
 
 export class World {
@@ -41,14 +41,14 @@ export class World {
     return world;
   }
 
-  /** A new visitor, with separate cookies and storage. */
+  /** Returns a new visitor, with separate cookies and storage. */
   async visitor() {
     const context = await this.browser.newContext({ viewport: { width: 1280, height: 800 } });
     await context.grantPermissions(["clipboard-read", "clipboard-write"], { origin: this.base });
     return new Visitor(this, context, await this.window(context));
   }
 
-  /** A page whose errors are collected. */
+  /** Returns a page whose errors are collected. */
   async window(context) {
     const page = await context.newPage();
     page.setDefaultTimeout(15_000);
@@ -111,7 +111,7 @@ export class Visitor {
     await this.button("Sign in").click();
   }
 
-  /** Checks the page with axe and for sideways scrolling, light and dark, wide and narrow, and takes screenshots. */
+  /** Checks the page with axe and for sideways scrolling, in light and dark mode, at two widths. Takes screenshots. */
   async inspect(name) {
     const { page, world } = this;
     // Content that is dimmed because it is about to be replaced has less contrast on purpose.
@@ -141,7 +141,7 @@ export class Visitor {
     const excess = await this.page.evaluate(() => {
       const beyond = (element) => element.scrollWidth - element.clientWidth;
       const parts = [...document.querySelectorAll("dialog[open], .side, .card, main")];
-      // Text can also leave the card of its row without making anything scroll.
+      // Text can also overflow the card of its row without causing any scrolling.
       const right = (element) => element.getBoundingClientRect().right;
       const scrolls = (element) => element.closest(".chart-table, .tail-list, .visually-hidden, pre, svg, [hidden]");
       const leaves = [...document.querySelectorAll("main .table tbody tr *")].filter((it) => !it.children.length && !scrolls(it));

@@ -265,7 +265,7 @@ CREATE TABLE revocations (
 );
 CREATE INDEX revocations_at_idx ON revocations (at);
 COMMENT ON TABLE revocations IS 'Changes after which replicas discard cached records, in commit order';
-COMMENT ON COLUMN revocations.seq IS 'Assigned under an advisory lock, so that a reader of seq > n misses none';
+COMMENT ON COLUMN revocations.seq IS 'Assigned under an advisory lock, so that a reader of seq > n misses no row';
 
 -- An identity value is assigned before its transaction commits. Without the lock, a reader could see 6, continue from
 -- there, and miss 5, which commits later.

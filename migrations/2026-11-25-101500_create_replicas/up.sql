@@ -1,5 +1,5 @@
--- Each replica of the server updates its row while it runs. Read while Redis, in which replicas share counters, is
--- unreachable: each replica then enforces its share of the limits.
+-- Each replica updates its row while it runs. While Redis is unreachable, each replica enforces its share of the
+-- limits, which depends on the number of replicas in this table.
 CREATE TABLE replicas (
     id uuid NOT NULL,
     joined_at timestamptz NOT NULL DEFAULT now(),

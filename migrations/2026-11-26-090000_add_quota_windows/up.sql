@@ -10,7 +10,7 @@ ALTER TABLE quota_usage
     ADD CONSTRAINT quota_usage_window_complete
         CHECK ((window_end IS NULL) = (period_seconds IS NULL)) NOT VALID;
 COMMENT ON COLUMN quota_usage.window_end IS
-    'End of the window, exclusive; NULL in rows of earlier versions: the calendar day or month';
+    'End of the window, exclusive; NULL in rows of earlier versions, whose window is the calendar day or month';
 COMMENT ON COLUMN quota_usage.period_seconds IS
     'Length of the calendar day or month that the window belongs to. A window that was shortened by a change of time zone is shorter, and its quota is proportional';
 

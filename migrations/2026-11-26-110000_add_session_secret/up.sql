@@ -1,5 +1,5 @@
--- Nullable and without a default: the previous version inserts sessions without it, and keeps refreshing those that
--- have one.
+-- Nullable and without a default: the previous version inserts sessions without this column, and keeps refreshing
+-- sessions that have a value in it.
 ALTER TABLE sessions ADD COLUMN secret_id bytea;
 -- NOT VALID: every existing row is NULL, and checking them would read the table under an exclusive lock.
 ALTER TABLE sessions
@@ -12,5 +12,5 @@ ALTER TABLE server_secrets
     ADD CONSTRAINT server_secrets_first_session_secret_id_length
         CHECK (octet_length(first_session_secret_id) = 16) NOT VALID;
 COMMENT ON COLUMN server_secrets.first_session_secret_id IS
-    'The secret in use when sessions started to record their secret, in the form of sessions.secret_id. Sessions without a recorded secret are refreshed only while it is accepted';
+    'The secret in use when sessions started to record their secret, in the form of sessions.secret_id. Sessions without a recorded secret are refreshed only while this secret is accepted';
 GRANT UPDATE (first_session_secret_id) ON server_secrets TO quota_system;

@@ -29,13 +29,13 @@ CREATE INDEX usage_log_key_id_idx ON usage_log (tenant_id, key_id, seq);
 CREATE INDEX usage_log_request_id_idx ON usage_log (tenant_id, request_id, seq);
 COMMENT ON TABLE usage_log IS 'One row for each decision on a known key. Partitioned by day in UTC';
 COMMENT ON COLUMN usage_log.seq IS
-    'Position in the tenant''s log: without gaps, and visible in this order. See usage_tenants';
-COMMENT ON COLUMN usage_log."timestamp" IS 'When the request was decided, by PostgreSQL''s clock';
+    'Position in the tenant''s log. Positions have no gaps, and rows become visible in their order. See usage_tenants';
+COMMENT ON COLUMN usage_log."timestamp" IS 'When the request was decided, according to PostgreSQL''s clock';
 COMMENT ON COLUMN usage_log.event_id IS 'The record''s ID, which is the same no matter how often the record is sent';
 COMMENT ON COLUMN usage_log.plan_id IS 'The key''s plan at that time';
 COMMENT ON COLUMN usage_log.billing IS 'The plan''s billing at that time';
-COMMENT ON COLUMN usage_log.cost IS 'The cost of the request if it is admitted';
-COMMENT ON COLUMN usage_log.policy IS 'The policy that denied it; NULL if admitted, or denied while capacity was reduced';
+COMMENT ON COLUMN usage_log.cost IS 'The cost of the request, which is taken only if the request is admitted';
+COMMENT ON COLUMN usage_log.policy IS 'The policy that denied the request; NULL if the request was admitted, or was denied while capacity was reduced';
 COMMENT ON COLUMN usage_log.endpoint IS 'As sent by the caller; empty if none was sent';
 
 CREATE TABLE usage_log_default PARTITION OF usage_log DEFAULT;
@@ -50,11 +50,12 @@ COMMENT ON TABLE usage_tenants IS 'The last position in each tenant''s log';
 COMMENT ON COLUMN usage_tenants.last_seq IS
     'The last number in usage_log.seq. Its row is locked until the rows with the new numbers are committed, so a reader who has read up to a number has missed none before it';
 
--- Rollups ---------------------------------------------------------------------------------------------- A row is about
--- one key or all, one endpoint or all, one plan or all; the other rows with the same start count the same requests
--- again. The zero UUID stands for all keys or plans, E'\x01' for all endpoints, and E'\x02' for those above the limit
--- of endpoints: names of endpoints have no control characters. All rows of a key have the same plan. The endpoint comes
--- first in the primary key, so that all keys are next to each other. The endpoints of a key are in usage_endpoints.
+-- Rollups ----------------------------------------------------------------------------------------------
+-- Each row counts requests with one key or all keys, to one endpoint or all endpoints, and on one plan or all plans, so
+-- several rows with the same start count the same request. The zero UUID stands for all keys or plans, E'\x01' for all
+-- endpoints, and E'\x02' for the endpoints above the limit: names of endpoints have no control characters. All rows of
+-- a key have the same plan. The endpoint comes first in the primary key, so that all keys are next to each other. The
+-- endpoints of a key are in usage_endpoints.
 
 CREATE TABLE usage_quarters (
     tenant_id uuid NOT NULL,
@@ -114,7 +115,7 @@ CREATE TABLE usage_segments (
 );
 CREATE INDEX usage_segments_started_at_idx ON usage_segments (started_at);
 COMMENT ON TABLE usage_segments IS 'The position up to which each segment has been shipped, updated in the transaction that inserts its records';
-COMMENT ON COLUMN usage_segments."position" IS 'All records before it are in usage_log';
+COMMENT ON COLUMN usage_segments."position" IS 'All records before this position are in usage_log';
 COMMENT ON COLUMN usage_segments.started_at IS 'When the segment was created';
 
 CREATE TABLE usage_shippers (
@@ -128,7 +129,7 @@ CREATE TABLE usage_shippers (
     CONSTRAINT usage_shippers_pending_range CHECK (pending_records >= 0 AND pending_bytes >= 0)
 );
 COMMENT ON TABLE usage_shippers IS
-    'What the owner of each usage directory has not shipped yet, as reported by that owner. A row that is no longer updated belongs to a replica that ended without shipping everything';
+    'What the owner of each usage directory has not shipped yet, as reported by that owner. A row that is no longer updated belongs to a replica that exited without shipping everything';
 
 -- Partitions -------------------------------------------------------------------------------------------
 

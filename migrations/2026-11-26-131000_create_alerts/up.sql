@@ -4,7 +4,7 @@ ALTER TABLE tenants
     ADD COLUMN alert_email boolean NOT NULL DEFAULT true,
     ADD COLUMN alert_email_roles text[] NOT NULL DEFAULT '{owner,admin}';
 COMMENT ON COLUMN tenants.alert_email IS 'Whether quota alerts are sent by email';
-COMMENT ON COLUMN tenants.alert_email_roles IS 'The roles whose members get them';
+COMMENT ON COLUMN tenants.alert_email_roles IS 'The roles whose members get these emails';
 
 CREATE TABLE quota_alerts (
     tenant_id uuid NOT NULL,
@@ -29,13 +29,13 @@ CREATE TABLE quota_alerts (
 CREATE INDEX quota_alerts_email_pending_idx ON quota_alerts (tenant_id) WHERE email_pending;
 CREATE INDEX quota_alerts_window_end_idx ON quota_alerts (window_end);
 COMMENT ON TABLE quota_alerts IS
-    'Shares of quotas that were reached: one row for each quota, window and threshold, written with its deliveries. Rows outlive their keys';
-COMMENT ON COLUMN quota_alerts.key_id IS 'The key whose quota it is; the zero UUID: it is the tenant''s';
+    'Quota alerts: one row for each threshold of a quota that was reached in a window, inserted together with the alert''s deliveries. Rows outlive their keys';
+COMMENT ON COLUMN quota_alerts.key_id IS 'The key that the quota belongs to; the zero UUID for a quota of the tenant';
 COMMENT ON COLUMN quota_alerts.key_name IS 'The key''s name at the time';
-COMMENT ON COLUMN quota_alerts.threshold IS 'In percent of the quota';
+COMMENT ON COLUMN quota_alerts.threshold IS 'The threshold, in percent of the quota';
 COMMENT ON COLUMN quota_alerts.quota IS 'The quota for the window';
-COMMENT ON COLUMN quota_alerts.used IS 'How much of it was used when the alert was created';
-COMMENT ON COLUMN quota_alerts.email_pending IS 'Whether it is to be in the next email to the tenant';
+COMMENT ON COLUMN quota_alerts.used IS 'How much of the quota was used when the alert was created';
+COMMENT ON COLUMN quota_alerts.email_pending IS 'Whether the alert has yet to be sent by email';
 
 CREATE TABLE quota_alert_progress (
     tenant_id uuid NOT NULL,
@@ -66,14 +66,14 @@ CREATE TABLE webhooks (
     CONSTRAINT webhooks_previous_together CHECK ((previous_secret IS NULL) = (previous_secret_expires_at IS NULL)),
     CONSTRAINT webhooks_reason_while_disabled CHECK (disabled_reason IS NULL OR NOT is_active)
 );
--- Only edits: not the results of deliveries.
+-- Only edits change updated_at; the results of deliveries do not.
 CREATE TRIGGER webhooks_touch BEFORE UPDATE OF name, url, is_active, previous_secret_expires_at ON webhooks
     FOR EACH ROW EXECUTE FUNCTION touch_updated_at();
 COMMENT ON TABLE webhooks IS 'Endpoints to which a tenant''s events are sent';
 COMMENT ON COLUMN webhooks.secret IS 'The key that signs deliveries, encrypted with a key derived from QUOTA_SECRET';
-COMMENT ON COLUMN webhooks.previous_secret IS 'The key before the last rotation, encrypted. Signs as well until previous_secret_expires_at';
-COMMENT ON COLUMN webhooks.disabled_reason IS 'Why the server disabled it; NULL if it did not';
-COMMENT ON COLUMN webhooks.failing_since IS 'When the first attempt failed after which none succeeded';
+COMMENT ON COLUMN webhooks.previous_secret IS 'The key before the last rotation, encrypted. Deliveries are also signed with this key until previous_secret_expires_at';
+COMMENT ON COLUMN webhooks.disabled_reason IS 'Why the server disabled the webhook; NULL if the server did not';
+COMMENT ON COLUMN webhooks.failing_since IS 'When the first attempt since the last successful one failed';
 
 CREATE TABLE webhook_deliveries (
     tenant_id uuid NOT NULL,
@@ -102,9 +102,9 @@ CREATE INDEX webhook_deliveries_created_at_idx ON webhook_deliveries (created_at
 COMMENT ON TABLE webhook_deliveries IS 'Events sent to webhooks. Kept for 30 days';
 COMMENT ON COLUMN webhook_deliveries.event_id IS 'Sent as webhook-id: the same for every attempt and every endpoint';
 COMMENT ON COLUMN webhook_deliveries.payload IS 'The body, byte for byte';
-COMMENT ON COLUMN webhook_deliveries.attempts IS 'Since it was created or last redelivered, counted before each attempt';
+COMMENT ON COLUMN webhook_deliveries.attempts IS 'The number of attempts since the delivery was created or last redelivered, increased before each attempt';
 COMMENT ON COLUMN webhook_deliveries.due_at IS
-    'When it is sent next. During an attempt: when another replica retries it if this one has ended';
+    'When the next attempt is due. During an attempt: when another replica may retry if the replica that made the attempt has exited';
 COMMENT ON COLUMN webhook_deliveries.response_status IS 'HTTP status of the last attempt; NULL if there was no response';
 COMMENT ON COLUMN webhook_deliveries.error IS 'Why the last attempt failed';
 
@@ -129,10 +129,10 @@ CREATE INDEX mails_due_at_idx ON mails (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX mails_created_at_idx ON mails (created_at);
 COMMENT ON TABLE mails IS 'Outgoing email. Kept for 7 days';
 COMMENT ON COLUMN mails.due_at IS
-    'When it is sent next. During an attempt: when another replica retries it if this one has ended';
+    'When the next attempt is due. During an attempt: when another replica may retry if the replica that made the attempt has exited';
 COMMENT ON COLUMN mails.error IS 'Why the last attempt failed';
 
--- A tenant manages its webhooks and can send a delivery again. Only the server creates alerts and mails.
+-- A tenant manages its webhooks and can redeliver events. Only the server creates alerts and emails.
 GRANT SELECT, INSERT, UPDATE, DELETE ON webhooks TO quota_app;
 GRANT SELECT, INSERT, UPDATE ON webhook_deliveries TO quota_app;
 GRANT SELECT ON quota_alerts TO quota_app;

@@ -1,5 +1,5 @@
--- Billing through Stripe. Only the server itself writes these tables, as quota_system: a tenant's transaction can read
--- its own rows, and cannot grant itself access.
+-- Billing through Stripe. Only the server itself writes to these tables, as quota_system: a tenant's transaction can
+-- read the tenant's rows, but cannot grant access.
 
 CREATE TABLE billing_accounts (
     tenant_id uuid NOT NULL,
@@ -33,10 +33,10 @@ CREATE TABLE billing_accounts (
 CREATE INDEX billing_accounts_read_due_at_idx ON billing_accounts (read_due_at);
 COMMENT ON TABLE billing_accounts IS 'Tenants that have started a subscription, with their Stripe customer and their access';
 COMMENT ON COLUMN billing_accounts.customer_id IS 'The Stripe customer; NULL until it has been created';
-COMMENT ON COLUMN billing_accounts.customer_email IS 'The email that the customer was created with, so that a retry sends the same';
+COMMENT ON COLUMN billing_accounts.customer_email IS 'The email address that the customer was created with, so that a retry sends the same address';
 COMMENT ON COLUMN billing_accounts.customer_name IS 'The name that the customer was created with';
 COMMENT ON COLUMN billing_accounts.customer_attempt IS 'Part of the idempotency key for creating the customer. Increases after a permanent failure';
-COMMENT ON COLUMN billing_accounts.customer_requested IS 'Whether creating the customer was attempted, so that it may exist';
+COMMENT ON COLUMN billing_accounts.customer_requested IS 'Whether the server has tried to create the customer, which may therefore exist in Stripe';
 COMMENT ON COLUMN billing_accounts.access IS 'The access that the subscriptions provide, as of the last read';
 COMMENT ON COLUMN billing_accounts.has_paid_access IS 'Whether keys on plans marked paid work, until paid_access_until';
 COMMENT ON COLUMN billing_accounts.paid_access_until IS 'When paid access ends if nothing changes; NULL for never';
@@ -44,7 +44,7 @@ COMMENT ON COLUMN billing_accounts.subscription_id IS 'The subscription that acc
 COMMENT ON COLUMN billing_accounts.reads_begun IS 'The number of reads of the subscriptions that have started. A read gets its number before Stripe is called';
 COMMENT ON COLUMN billing_accounts.read_applied IS 'The number of the read that was applied last. Earlier reads are discarded';
 COMMENT ON COLUMN billing_accounts.read_at IS 'When that read started';
-COMMENT ON COLUMN billing_accounts.read_due_at IS 'When the subscriptions are read again without an event';
+COMMENT ON COLUMN billing_accounts.read_due_at IS 'When the subscriptions are next read without an event';
 COMMENT ON COLUMN billing_accounts.checkout_attempt IS 'Part of the idempotency key for creating a Checkout Session';
 COMMENT ON COLUMN billing_accounts.checkout_id IS 'The last Checkout Session';
 

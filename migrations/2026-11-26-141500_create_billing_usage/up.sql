@@ -41,12 +41,12 @@ CREATE TABLE billing_reports (
 CREATE INDEX billing_reports_due_at_idx ON billing_reports (due_at) WHERE due_at IS NOT NULL;
 CREATE INDEX billing_reports_created_at_idx ON billing_reports (created_at);
 COMMENT ON TABLE billing_reports IS 'Reports to the Stripe meter. Each row is one meter event, identified by its tenant, start and revision';
-COMMENT ON COLUMN billing_reports.start IS 'Start of an hour, or of the part of it after a billing period ended';
+COMMENT ON COLUMN billing_reports.start IS 'Start of an hour, or of the part of an hour after the end of a billing period';
 COMMENT ON COLUMN billing_reports.revision IS '0, or higher for usage that was recorded after earlier revisions. Each revision contains the difference';
 COMMENT ON COLUMN billing_reports.subscription_id IS 'The subscription that the usage belongs to; NULL if there was none';
 COMMENT ON COLUMN billing_reports.state IS 'sent: Stripe has received it; unbilled: it will not be charged, see `reason`';
 COMMENT ON COLUMN billing_reports.first_attempt_at IS 'When the report was first sent. Stripe recognizes its identifier for a day after that';
-COMMENT ON COLUMN billing_reports.due_at IS 'When the report is sent next';
+COMMENT ON COLUMN billing_reports.due_at IS 'When the next attempt to send the report is due';
 
 CREATE TABLE billing_senders (
     tenant_id uuid NOT NULL,

@@ -1,5 +1,5 @@
--- The previous version inserts endpoints without it and never updates it: endpoints added by that version expire after
--- one retention period.
+-- The previous version inserts endpoints without this column and never updates it, so endpoints added by that version
+-- expire after one retention period.
 ALTER TABLE usage_endpoints ADD COLUMN seen_on date NOT NULL DEFAULT CURRENT_DATE;
 COMMENT ON COLUMN usage_endpoints.seen_on IS
     'The day of the endpoint''s last request. The endpoint is removed after the retention period of the rollups';

@@ -1,12 +1,13 @@
--- Bounds the work for alerts, webhooks and email, so that no tenant delays those of others.
+-- Bounds the work for alerts, webhooks and email, so that no tenant delays the alerts, webhooks and emails of others.
 --
--- A previous version that is still running deletes no deliveries with their webhook. This version deletes them later.
+-- While the previous version is still running, it does not delete the deliveries of a webhook that it deletes. This
+-- version deletes such deliveries later.
 
 ALTER TABLE quota_alert_progress
     ADD COLUMN until_seq bigint,
     ADD COLUMN after_key uuid,
     ADD CONSTRAINT quota_alert_progress_part_together CHECK ((until_seq IS NULL) = (after_key IS NULL));
-COMMENT ON COLUMN quota_alert_progress.until_seq IS 'The position up to which keys are being checked; NULL: none are';
+COMMENT ON COLUMN quota_alert_progress.until_seq IS 'The position up to which keys are being checked; NULL if no keys are being checked';
 COMMENT ON COLUMN quota_alert_progress.after_key IS 'The last key that was checked up to until_seq';
 
 ALTER TABLE webhook_deliveries
@@ -21,4 +22,4 @@ CREATE INDEX webhook_deliveries_status_idx ON webhook_deliveries (tenant_id, web
 COMMENT ON INDEX webhook_deliveries_status_idx IS 'Lists the deliveries of a webhook with a certain status';
 
 CREATE INDEX mails_pending_idx ON mails (tenant_id, due_at) WHERE due_at IS NOT NULL;
-COMMENT ON INDEX mails_pending_idx IS 'Finds the email that is due of each tenant in turn';
+COMMENT ON INDEX mails_pending_idx IS 'Finds the next due email of each tenant in turn';

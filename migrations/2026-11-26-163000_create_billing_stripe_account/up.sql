@@ -1,4 +1,4 @@
--- The Stripe account of the customers, so that a secret key of another account ends no access.
+-- The Stripe account of the customers, so that a secret key of another account does not end any access.
 
 CREATE TABLE billing_stripe_account (
     is_only boolean NOT NULL DEFAULT true,
@@ -10,8 +10,8 @@ CREATE TABLE billing_stripe_account (
 );
 COMMENT ON TABLE billing_stripe_account IS 'The Stripe account to which all customers belong: one row, or none before billing is used';
 COMMENT ON COLUMN billing_stripe_account.is_only IS 'Always true, so that there is one row at most';
-COMMENT ON COLUMN billing_stripe_account.account_id IS 'Its ID in Stripe; NULL if the secret key may not read it';
-COMMENT ON COLUMN billing_stripe_account.livemode IS 'Whether the customers are those of live mode';
+COMMENT ON COLUMN billing_stripe_account.account_id IS 'The account''s ID in Stripe; NULL if the secret key does not have permission to read the account';
+COMMENT ON COLUMN billing_stripe_account.livemode IS 'Whether the customers are in live mode';
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON billing_stripe_account TO quota_system;
 ALTER TABLE billing_stripe_account ENABLE ROW LEVEL SECURITY;

@@ -34,7 +34,7 @@ END $$;
 COMMENT ON FUNCTION usage_create_partition(text, date) IS
     'Creates the partition of a day unless it exists, and moves its rows from the default partition. Returns whether the partition was created';
 
--- For servers of the previous version.
+-- Kept for servers of the previous version.
 CREATE OR REPLACE FUNCTION usage_create_partitions(first date, last date) RETURNS integer
     LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
     SELECT count(*) FILTER (WHERE usage_create_partition(parent, day::date))::integer

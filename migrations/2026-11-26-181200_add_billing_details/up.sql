@@ -5,16 +5,16 @@ ALTER TABLE billing_subscriptions
     ADD COLUMN currency text,
     ADD COLUMN monthly_price text,
     ADD COLUMN usage_price text;
-COMMENT ON COLUMN billing_subscriptions.product_name IS 'The name of the product that it pays for';
-COMMENT ON COLUMN billing_subscriptions.currency IS 'The ISO 4217 code of its prices, in lower case';
-COMMENT ON COLUMN billing_subscriptions.monthly_price IS 'Its price per month: a decimal number in the smallest unit of the currency. NULL if it is not a plain amount';
-COMMENT ON COLUMN billing_subscriptions.usage_price IS 'Its price per unit of usage, in the same unit. NULL if usage is not charged by a plain amount';
+COMMENT ON COLUMN billing_subscriptions.product_name IS 'The name of the product that the subscription pays for';
+COMMENT ON COLUMN billing_subscriptions.currency IS 'The ISO 4217 code of the subscription''s currency, in lower case';
+COMMENT ON COLUMN billing_subscriptions.monthly_price IS 'The price per month: a decimal number in the smallest unit of the currency. NULL if the price is not a plain amount';
+COMMENT ON COLUMN billing_subscriptions.usage_price IS 'The price per unit of usage, in the same unit. NULL if usage is not charged by a plain amount';
 
 ALTER TABLE billing_usage ADD COLUMN divided_at timestamptz;
 COMMENT ON COLUMN billing_usage.divided_at IS 'The end of a billing period within the hour, up to which usage was planned before the hour ended';
 
 ALTER TABLE billing_senders ADD COLUMN owner uuid;
-COMMENT ON COLUMN billing_senders.owner IS 'Identifies the claim, so that a replica that was too slow does not release or extend the claim of another';
+COMMENT ON COLUMN billing_senders.owner IS 'Identifies the claim, so that a replica that was too slow does not release or extend another replica''s claim';
 
 CREATE TABLE billing_meter_errors (
     event_id text NOT NULL,
@@ -25,7 +25,7 @@ CREATE TABLE billing_meter_errors (
 );
 CREATE INDEX billing_meter_errors_tenant_id_idx ON billing_meter_errors (tenant_id, received_at);
 CREATE INDEX billing_meter_errors_received_at_idx ON billing_meter_errors (received_at);
-COMMENT ON TABLE billing_meter_errors IS 'Problems with reported usage that Stripe found after it had accepted it';
+COMMENT ON TABLE billing_meter_errors IS 'Problems that Stripe found in reported usage after accepting the report';
 COMMENT ON COLUMN billing_meter_errors.event_id IS 'Stripe''s event, which is also in billing_events';
 COMMENT ON COLUMN billing_meter_errors.code IS 'The code of the problem in Stripe';
 

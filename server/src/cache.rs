@@ -5,12 +5,12 @@
 //! PostgreSQL is unavailable, an entry is still used for a grace period after it was last confirmed. After that,
 //! lookups fail, because the entry cannot be confirmed.
 //!
-//! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until it responds again,
-//! entries within their grace period are used without waiting, and only a few at a time are reloaded in the background.
-//! So an outage delays only the first few requests, instead of the first request for each key.
+//! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until PostgreSQL responds
+//! again, entries within their grace period are used without waiting, and only a few at a time are reloaded in the
+//! background. So an outage delays only the first few requests, instead of the first request for each key.
 //!
-//! A changed entry is emptied, not removed. The emptied entry is never used again. It shows that its key exists, so
-//! that reloading the entry does not compete with lookups of unknown keys.
+//! A changed entry is emptied, not removed. It is never used again, but shows that its key exists, so that reloading
+//! the entry does not compete with lookups of unknown keys.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.
 //!
@@ -55,7 +55,7 @@ const BACKGROUND_LOADS: usize = 4;
 #[derive(Debug)]
 pub struct Freshness {
     clock: Arc<dyn Clock>,
-    /// Monotonic time at which the last successful poll *began*, plus one; 0 if there was none.
+    /// Monotonic time at which the last successful poll *began*, plus one; 0 if no poll has succeeded.
     polled_at: AtomicU64,
     /// Incremented by every invalidation, so that the results of loads that are in progress at that time are not kept.
     generation: AtomicU64,
@@ -72,7 +72,7 @@ impl Freshness {
         }
     }
 
-    /// Records that PostgreSQL is suspected to be unreachable. Returns `false` if this was already suspected.
+    /// Records that PostgreSQL is suspected to be unreachable. Returns `false` if PostgreSQL was already suspected.
     pub fn suspect(&self) -> bool {
         self.suspected
             .send_if_modified(|suspected| !std::mem::replace(suspected, true))
@@ -90,7 +90,7 @@ impl Freshness {
     /// Waits until PostgreSQL is suspected to be unreachable.
     async fn suspected(&self) {
         let mut suspected = self.suspected.subscribe();
-        // This cannot fail, because `self` owns the sender.
+        // Waiting cannot fail, because `self` owns the sender.
         let _ = suspected.wait_for(|suspected| *suspected).await;
     }
 
@@ -127,7 +127,7 @@ impl Freshness {
     }
 }
 
-/// Why a load failed. All callers that waited for the load receive it.
+/// Why a load failed. All callers that waited for the load receive the error.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Unconfirmed {
     #[error("cannot be confirmed: {0}")]
@@ -157,8 +157,8 @@ impl<T> From<Option<T>> for Loaded<T> {
 type Load<T> = BoxFuture<'static, Result<Option<Arc<T>>, Unconfirmed>>;
 type Loading<T> = Shared<Load<T>>;
 
-/// A load in progress, shared by the callers that need the same key. The callers and a separate task keep it running.
-/// It is canceled when all of them are gone, for example when the runtime ends.
+/// A load in progress, shared by the callers that need the same key. The callers and a separate task keep the load
+/// running. The load is canceled when the callers and the task are all gone, for example when the runtime ends.
 struct InProgress<T> {
     id: u64,
     loading: WeakShared<Load<T>>,
@@ -275,7 +275,7 @@ where
         None
     }
 
-    /// Returns a key's valid entry, or loads it with `load`.
+    /// Returns a key's valid entry, or loads the entry with `load`.
     pub async fn get<F, Fut, L>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send + Sync + 'static,
@@ -400,7 +400,7 @@ where
             }
             if let (Ok(value), true) = (&loaded, is_current) {
                 self.keep(key, value.clone(), current_at.unwrap_or(began));
-                // A later invalidation will find the entry, but an earlier one may have missed it.
+                // A later invalidation will find the entry, but an earlier invalidation may have missed it.
                 is_current = is_unchanged();
                 if !is_current {
                     self.empty(key);
@@ -408,7 +408,7 @@ where
                 }
             }
             outcome = Some(loaded);
-            // At least one key, possibly this one, was invalidated during the load, so the load is repeated.
+            // At least one key, possibly this key, was invalidated during the load, so the load is repeated.
             if is_current || matches!(outcome, Some(Err(_))) {
                 break;
             }
@@ -438,7 +438,7 @@ where
             value: None,
             loaded_at: Monotonic::default(),
         };
-        // This does nothing if there is no entry.
+        // The call does nothing if there is no entry.
         let _ = self.inner.present.replace(key, emptied, true);
     }
 

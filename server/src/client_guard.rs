@@ -1,8 +1,8 @@
 //! Rate limits per client address, for sign-in and management endpoints.
 //!
-//! Each purpose has a `governor` limiter in memory. The limiters protect this replica and do not enforce plan limits.
-//! Requests from IPv6 addresses are counted per /64 network and, with higher limits, per /56 and /48 network, since a
-//! provider may assign any of these to a customer.
+//! Each group of endpoints has its own `governor` limiters in memory. The limiters protect this replica and do not
+//! enforce plan limits. Requests from IPv6 addresses are counted per /64 network and, with higher limits, per /56 and
+//! /48 network, because a provider may assign a network of any of these sizes to a customer.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -20,7 +20,7 @@ use governor::{
 
 use crate::clock::{Clock, GovernorClock, Monotonic, Nanos};
 
-/// The wider IPv6 networks, with their limits as multiples of a /64's limit.
+/// The prefix lengths of the wider IPv6 networks, with their limits as multiples of a /64's limit.
 const WIDER: [(u32, u32); 2] = [(56, 4), (48, 16)];
 
 /// Addresses that share a limit: one IPv4 address, or an IPv6 network, represented by its first address.
@@ -74,8 +74,8 @@ pub struct TooManyRequests {
 
 impl ClientRateLimiter {
     /// Creates a limit of `per_minute` requests per network; 0 means no limit. `capacity` is the maximum number of
-    /// tracked networks. When it is reached, idle networks are dropped. If no network is idle, every request is
-    /// rejected, with a `retry_after` of one second.
+    /// tracked networks. When this number is reached, idle networks are dropped. If no network is idle, every request
+    /// is rejected, with a `retry_after` of one second.
     pub fn new(per_minute: u32, capacity: usize, clock: Arc<dyn Clock>) -> Self {
         let clock = GovernorClock(clock);
         let governor = |per_minute| {
@@ -103,7 +103,7 @@ impl ClientRateLimiter {
             return Ok(());
         };
         if governor.len() >= self.capacity {
-            // This iterates over all networks, so it must not run for every request in a flood.
+            // Pruning iterates over all networks, so it must not run for every request in a flood.
             let now = self.clock.0.monotonic();
             let last = Monotonic(self.pruned_at.load(Ordering::Relaxed));
             if now.saturating_since(last) >= PRUNE_EVERY {
@@ -119,7 +119,7 @@ impl ClientRateLimiter {
             }
         }
         self.check(governor, caller)?;
-        // The wider networks never outnumber the /64 networks.
+        // The wider networks never outnumber the /64 networks, so they need no capacity of their own.
         for (governor, (length, _)) in self.wider.iter().zip(WIDER) {
             if let Some(network) = caller.network(length) {
                 self.check(governor, network)?;

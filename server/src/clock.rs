@@ -136,10 +136,10 @@ impl From<UnixNanos> for DateTime<Utc> {
 
 /// A source of time.
 pub trait Clock: Debug + Send + Sync + 'static {
-    /// Returns calendar time. It may stand still or go backward.
+    /// Returns calendar time. Calendar time may stand still or go backward.
     fn now(&self) -> UnixNanos;
 
-    /// Returns the time since an arbitrary point in the life of this process. It never goes backward.
+    /// Returns the time since an arbitrary point in the life of this process. Monotonic time never goes backward.
     fn monotonic(&self) -> Monotonic;
 }
 
@@ -193,7 +193,7 @@ impl Clock for SystemClock {
     }
 }
 
-/// A clock for tests, whose time changes only on request. Clones share their time.
+/// A clock for tests, whose time changes only when a test changes it. Clones share the same time.
 #[derive(Debug, Clone)]
 pub struct TestClock {
     time: Arc<TestTime>,

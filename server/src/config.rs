@@ -103,7 +103,7 @@ pub struct Config {
 
 impl std::fmt::Debug for Config {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // This lists the fields to print explicitly, so that a new field with a secret is not printed by accident.
+        // Only the fields listed here are printed, so that a new field with a secret is not printed by accident.
         f.debug_struct("Config")
             .field("listen", &self.listen)
             .field("metrics_listen", &self.metrics_listen)
@@ -122,7 +122,7 @@ impl std::fmt::Debug for Config {
 #[derive(Clone)]
 pub struct StripeSettings {
     pub secret_key: SecretString,
-    /// The accepted webhook secrets. There are two while one replaces the other.
+    /// The accepted webhook secrets. There are two during a rotation.
     pub webhook_secrets: Vec<SecretString>,
     /// The base URL of the Stripe API, without a trailing slash. `None` means Stripe's own API.
     pub api_base: Option<String>,
@@ -153,7 +153,7 @@ pub struct TraceSettings {
     /// Additional request headers, which may contain credentials.
     pub headers: Vec<(String, SecretString)>,
     pub service_name: String,
-    /// The ratio of requests that are traced, from 0 to 1.
+    /// The fraction of requests that are traced, from 0 to 1.
     pub ratio: f64,
 }
 
@@ -186,7 +186,7 @@ pub enum LogFormat {
 /// Which failures recorded usage survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
-    /// Recorded usage survives the end of the process.
+    /// Recorded usage survives crashes of the process.
     Process,
     /// Recorded usage also survives failures of the machine.
     Machine,

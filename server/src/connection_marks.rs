@@ -2,7 +2,7 @@
 //!
 //! Handlers report that a valid API key or service token was sent on a connection. The listener then stops counting the
 //! connection toward the limit for its address. Handlers also announce endless responses, which continue as long as the
-//! client wants. An endless response may send a few bytes only occasionally; any byte counts as progress. If an endless
+//! client wants. An endless response may send only a few bytes at a time, so any byte counts as progress. If an endless
 //! response has to end but its client does not read it, the handler closes the connection.
 
 use std::{

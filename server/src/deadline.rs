@@ -2,14 +2,14 @@
 //!
 //! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
 //! sockets. Which of the two its tasks see first is random. So if the timer itself fires late, the deadline is extended
-//! by the same amount, once and by at most [`AT_MOST`]. If the response has still not arrived after that, the other
-//! side caused the delay.
+//! by the same amount, but only once, and by at most [`AT_MOST`]. If the response has still not arrived after that, the
+//! other side caused the delay.
 
 use std::{pin::pin, time::Duration};
 
 use tokio::time::{Instant, timeout_at};
 
-/// A deadline missed by at least this much is extended. Timers usually fire up to a millisecond late.
+/// A deadline is extended if its timer fires at least this late. Timers usually fire up to a millisecond late.
 const PAUSE: Duration = Duration::from_millis(2);
 /// The maximum extension of a deadline.
 const AT_MOST: Duration = Duration::from_millis(20);
@@ -64,7 +64,7 @@ mod tests {
             let (mut stream, _) = listener.accept().unwrap();
             asked.recv().unwrap();
             stream.write_all(b"!").unwrap();
-            // This completes when the other side closes the connection.
+            // The read completes when the other side closes the connection.
             let _ = stream.read(&mut [0]);
         });
         let mut stream = tokio::net::TcpStream::connect(addr).await.unwrap();

@@ -16,7 +16,7 @@ use crate::{
     redis::inspect::{self, Node},
 };
 
-/// The maximum time, in seconds, that a partitioned master should accept writes.
+/// The maximum number of seconds for which a partitioned master should keep accepting writes.
 const LAG_MAX: u32 = 1;
 
 /// The findings so far.

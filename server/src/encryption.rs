@@ -54,7 +54,7 @@ impl Encryption {
         Ok([nonce.as_ref().as_slice(), &text].concat())
     }
 
-    /// Decrypts a secret. Returns `None` unless it was encrypted in this context with one of the keys.
+    /// Decrypts a secret. Returns `None` unless the secret was encrypted in this context with one of the keys.
     pub fn decrypt(&self, context: &[u8], stored: &[u8]) -> Option<Decrypted> {
         let (nonce, text) = stored.split_at_checked(NONCE_LEN)?;
         let open = |key: &RandomizedNonceKey| {

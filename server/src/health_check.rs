@@ -1,6 +1,6 @@
 //! `quota health`: checks the health of a running server, for container engines and service managers.
 //!
-//! This is part of the binary because the image has neither a shell nor an HTTP client.
+//! The command is part of the binary because the image has neither a shell nor an HTTP client.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
@@ -14,7 +14,7 @@ use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use tokio::{net::TcpStream, time::timeout};
 
-/// The time limit of a health check. Container engines allow a few seconds.
+/// The time limit for a health check. Container engines allow a few seconds.
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// The maximum size of a response.
 const MAX_BODY: usize = 16 << 10;

@@ -34,7 +34,7 @@ enum Command {
     Serve {
         #[command(flatten)]
         settings: Box<Settings>,
-        /// Create a demo tenant with a plan, a key and a service token, unless they exist, and print them with a
+        /// Create a demo tenant with a plan, a key and a service token if they do not exist, and print them with a
         /// command to try
         #[arg(long)]
         demo: bool,
@@ -66,7 +66,7 @@ enum Command {
     /// Set up and check billing through Stripe
     #[command(subcommand)]
     Billing(BillingCommand),
-    /// Show the tenants and keys with the most requests, and usage that replicas have not delivered yet
+    /// Show the tenants and keys with the most requests, and usage that replicas have not shipped yet
     #[command(args_conflicts_with_subcommands = true)]
     Usage {
         #[command(subcommand)]

@@ -1,8 +1,8 @@
 //! HTTP/1.1 requests in plain form, parsed from the bytes of a connection.
 //!
 //! A plain request leaves no room for interpretation: every HTTP implementation reads the same request from its bytes,
-//! and finds its end at the same byte. [`parse`] recognizes only such requests. Bytes that it does not recognize may
-//! still be a valid request, and are left to hyper, with everything that follows. So the parser needs to be strict, but
+//! and finds its end at the same byte. [`parse`] recognizes only such requests. All other bytes may still be a valid
+//! request, so they are left to hyper, along with everything after them. The parser therefore needs to be strict, but
 //! not complete.
 //!
 //! This module does not depend on which requests are accepted, or on the responses: see [`DirectEndpoint`].
@@ -18,12 +18,12 @@ const FIELDS_MAX: usize = 64;
 /// The maximum number of digits in a length. Nine digits fit in a `usize` on every platform.
 const LENGTH_DIGITS: usize = 9;
 
-/// Responds to plain requests, exactly as the server behind hyper would.
+/// Responds to plain requests, exactly as the endpoint behind hyper would.
 pub trait DirectEndpoint: Send + Sync + 'static {
-    /// Returns whether to pass this request to [`answer`](Self::answer). Its body may not have arrived yet.
+    /// Returns whether to pass this request to [`answer`](Self::answer). The request's body may not have arrived yet.
     fn accepts(&self, request: &PlainRequest<'_>) -> bool;
 
-    /// Appends the response to `out`. `marks` is `None` if the connection has authenticated.
+    /// Appends the response to `out`. `marks` is `None` if the connection has already authenticated.
     fn answer(
         &self,
         request: &PlainRequest<'_>,
@@ -63,7 +63,7 @@ pub struct PlainRequest<'a> {
     known: [Option<&'a [u8]>; KNOWN.len()],
 }
 
-/// The header fields that endpoints can read. A plain request contains each of them at most once.
+/// The header fields that endpoints can read. A plain request contains each of these fields at most once.
 const KNOWN: [&str; 10] = [
     "x-api-key",
     "authorization",
@@ -81,7 +81,7 @@ impl<'a> PlainRequest<'a> {
     /// Returns the value of a field in [`KNOWN`]. `name` must be lowercase.
     pub fn field(&self, name: &str) -> Option<&'a [u8]> {
         let place = KNOWN.iter().position(|known| *known == name);
-        debug_assert!(place.is_some(), "{name} is not kept");
+        debug_assert!(place.is_some(), "{name} is not in KNOWN");
         place.and_then(|place| self.known[place])
     }
 }
@@ -90,7 +90,7 @@ impl<'a> PlainRequest<'a> {
 #[derive(Debug, PartialEq, Eq)]
 #[expect(
     clippy::large_enum_variant,
-    reason = "it is taken apart right after parsing"
+    reason = "the value is destructured right after parsing"
 )]
 pub enum Parsed<'a> {
     /// A plain request whose head has this length. The body follows the head.

@@ -1,7 +1,7 @@
 //! Checks whether PostgreSQL is ready, and caches the result for a short time.
 //!
-//! Anyone may check the server's readiness as often as they like. Concurrent checks share one query, and its result is
-//! reused for a short time.
+//! Anyone may check readiness, and the number of checks is not limited. So concurrent checks share one query, whose
+//! result is reused for a short time.
 
 use std::{
     sync::Arc,
@@ -22,7 +22,7 @@ const REMEMBERED: Duration = Duration::from_millis(250);
 pub enum Readiness {
     Ready,
     MigrationsPending,
-    /// PostgreSQL is unreachable, for this reason.
+    /// PostgreSQL is unreachable. Contains the reason.
     Unreachable(Arc<str>),
 }
 

@@ -52,7 +52,8 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
             "/admin",
             service.clone().with(guard(|parts| &parts.admin_guard)),
         )
-        // Webhooks are not limited, because Stripe sends many at the same time from few addresses.
+        // Webhooks from Stripe are not limited per address, because Stripe sends many at the same time from few
+        // addresses.
         .nest_no_strip("/billing/stripe", service.clone())
         .nest_no_strip(
             "/billing",
@@ -76,7 +77,7 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
     .with(edge)
 }
 
-/// Returns the public listener's endpoint for plain requests, unless it is turned off.
+/// Returns the public listener's endpoint for plain requests, unless direct responses are turned off.
 pub fn direct(state: &AppState) -> Option<DirectDecisions> {
     let is_on = state.config.direct_responses;
     is_on.then(|| DirectDecisions::new(state))
@@ -90,7 +91,7 @@ pub fn grpc(state: &AppState) -> GrpcService {
 /// Applies the CORS rules to every path except forward-auth.
 ///
 /// On forward-auth requests, `Origin` and the preflight method come from the client of the gateway. The gateway would
-/// treat a response to a preflight as allowed, and a rejected origin as denied.
+/// mistake the response to a preflight for an allowed request, and a rejected origin for a denied request.
 struct CrossOrigin<E, F> {
     others: E,
     forward_auth: F,
@@ -154,7 +155,7 @@ fn exposed() -> Vec<HeaderName> {
     names
 }
 
-/// Copies the state and the totals of the Redis connections to the metrics.
+/// Copies the status and the call counts of the Redis connections to the metrics.
 fn show_redis(redis: &Redis, metrics: &Metrics) {
     let (status, counts) = (redis.status(), redis.counts());
     let open = i64::try_from(status.connected).unwrap_or(i64::MAX);

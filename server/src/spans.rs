@@ -1,11 +1,11 @@
 //! Spans of traced requests, for OpenTelemetry.
 //!
 //! Spans are created only while a traced request is being served. For all other requests, the places where a span could
-//! begin only read a task-local variable. Does not decide which requests are traced, and does not know where spans are
-//! sent: see [`telemetry::traces`](crate::telemetry::traces).
+//! begin only read a task-local variable. This module does not decide which requests are traced, and does not know
+//! where spans are sent: see [`telemetry::traces`](crate::telemetry::traces).
 //!
-//! Spawned tasks do not inherit the current span. Code that spawns a task for a request passes it on with [`current`]
-//! and [`within`].
+//! Spawned tasks do not inherit the current span. Code that spawns a task for a request passes the span to the task
+//! with [`current`] and [`within`].
 
 use std::{
     borrow::Cow,
@@ -35,7 +35,7 @@ struct ParentState {
     context: Context,
 }
 
-/// A span in progress. Ends when it is dropped.
+/// A span in progress. The span ends when this value is dropped.
 #[derive(Debug)]
 pub struct Span {
     /// Boxed to keep request futures small: most requests have no span.
@@ -102,7 +102,7 @@ pub async fn within<T>(parent: Option<Parent>, work: impl Future<Output = T>) ->
     inside(parent.as_ref(), pin!(work)).await
 }
 
-/// Like [`within`], for a future that is pinned already. Moving a large future would cost more.
+/// Like [`within`], but for a future that is already pinned. Pinning in place avoids moving a large future.
 pub fn inside<F: Future>(
     parent: Option<&Parent>,
     mut work: Pin<&mut F>,
@@ -145,7 +145,7 @@ mod tests {
         let root = span();
         let inherits = within(Some(root.as_parent().clone()), async {
             let spawned = tokio::spawn(async { current().is_some() });
-            spawned.await.expect("it ends well")
+            spawned.await.expect("the task does not panic")
         });
         assert!(!inherits.await);
     }

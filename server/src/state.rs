@@ -58,7 +58,7 @@ use crate::{
     webhooks::{Lookup, SystemLookup, Webhooks},
 };
 
-/// The number of client addresses that each rate limiter tracks. Each address takes about 100 bytes.
+/// The maximum number of client networks that each rate limiter tracks. Each network takes about 100 bytes.
 const GUARDED: usize = 200_000;
 
 /// How many Stripe pages a tenant may request per minute. Each page requires several requests to Stripe, whose rate
@@ -109,8 +109,8 @@ pub struct Services {
     pub mailer: Mailer,
     /// The queues in which each tenant's changes wait.
     pub changes: TenantQueues,
-    /// The queues in which each tenant's requests for Stripe pages wait. They are separate from `changes`, because
-    /// revoking a key must not wait for Stripe.
+    /// The queues in which each tenant's requests for Stripe pages wait. These queues are separate from `changes`,
+    /// because revoking a key must not wait for Stripe.
     pub checkouts: TenantQueues,
     /// Limits how often a tenant may request a Stripe page.
     pub stripe_pages: TenantRate,
@@ -167,8 +167,8 @@ impl AppState {
         let publisher = Publisher::new(redis.clone(), invalidations, metrics.clone());
 
         let ledger = Arc::new(PostgresLedger::new(db.on(Lane::Ledger), metrics.clone()));
-        // This is ten times the size of the cache, since an evicted key keeps its bucket until the bucket is full
-        // again.
+        // The key table is ten times the size of the cache, because an evicted key keeps its bucket until the bucket is
+        // full again.
         let settings = KeyTableSettings {
             max_keys: config.key_cache.saturating_mul(10),
             connections: LedgerConnections::new(db.lanes().ledger),
@@ -351,14 +351,15 @@ impl AppState {
         self.sessions.forget_all();
     }
 
-    /// Applies a change that this replica has committed to its caches, and publishes the change to other replicas.
+    /// Drops the cache entries that a change committed by this replica invalidates, and publishes the change to other
+    /// replicas.
     pub fn invalidate(&self, invalidation: &Invalidation) {
         self.recent.announced(invalidation);
         self.forget(std::slice::from_ref(invalidation));
         self.publisher.publish(invalidation);
     }
 
-    /// Refreshes this replica's heartbeat and counts the replicas, including this one.
+    /// Refreshes this replica's heartbeat and counts the replicas, including this replica.
     pub async fn count_replicas(&self) -> Result<NonZeroU64, DbError> {
         count_replicas(&self.db, self.replica_id, &*self.clock, &self.membership).await
     }
@@ -415,7 +416,7 @@ async fn initialize_counters(
     if is_initialized {
         return Ok(());
     }
-    // This happens before the row is locked, because other replicas that are starting wait for the lock.
+    // Waits for Redis before locking the row, because other replicas that are starting wait for the lock.
     redis.connected(REDIS_WAIT).await;
     let mut tx = db.system().await?;
     if !repo::replica::begin_counters(&mut tx).await? {
@@ -427,8 +428,8 @@ async fn initialize_counters(
     tx.commit().await
 }
 
-/// Returns whether to accept sessions from earlier versions, which do not record their secret. Such sessions use the
-/// secret that was in use when the first replica of this version started.
+/// Returns whether to accept sessions from earlier versions, which do not record the secret that they were issued with.
+/// These sessions were issued with the secret that was configured when the first replica of this version started.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;
     let first = repo::secret::first_of_sessions(&mut tx, &secrets.current.id).await?;

@@ -26,7 +26,7 @@
 
 use std::cmp::Reverse;
 
-/// Seconds since 1970, as in the Stripe API.
+/// Seconds since the Unix epoch, as in the Stripe API.
 pub type Seconds = i64;
 
 /// The status of a Stripe subscription.
@@ -80,7 +80,7 @@ impl Status {
     }
 }
 
-/// The data of a subscription that Quota uses.
+/// The fields of a subscription that Quota uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Subscription {
     pub id: String,

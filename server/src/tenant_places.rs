@@ -41,7 +41,7 @@ impl TenantPlaces {
         }
     }
 
-    /// Takes a slot. Returns `None` if the tenant, or all tenants together, already hold the maximum.
+    /// Takes a slot. Returns `None` if the tenant, or all tenants together, already hold the maximum number of slots.
     pub fn take(&self, tenant: TenantId) -> Option<Place> {
         let mut taken = self.taken.lock();
         let own = taken.get(&tenant).copied().unwrap_or(0);
@@ -87,7 +87,7 @@ mod tests {
         }
         assert!(all.take(tenant(9999)).is_none(), "more than 200");
         drop(places);
-        assert!(all.taken.lock().is_empty(), "nothing is left");
+        assert!(all.taken.lock().is_empty(), "a slot was not released");
         assert!(all.take(tenant(1)).is_some());
     }
 }

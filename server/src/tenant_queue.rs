@@ -1,9 +1,10 @@
-//! Limits how many of each tenant's changes or reads are in progress.
+//! Limits how many changes or large reads of each tenant are in progress.
 //!
 //! A change holds a database connection while it waits for a lock, and a tenant's changes mostly wait for each other.
-//! So a burst of changes would take all of this replica's connections. A burst of large reads would do the same.
-//! Therefore, changes and reads wait here, without a connection. Each tenant has its own bounded queue, so that tenants
-//! do not delay each other. Each replica has its own queues; across replicas, database locks determine the order.
+//! So a burst of one tenant's changes, or of its large reads, could take all of this replica's connections. Therefore,
+//! changes and large reads wait here before they take a connection. Each tenant has its own bounded queue, so that
+//! tenants do not delay each other. Each replica has its own queues; across replicas, database locks determine the
+//! order.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
@@ -18,7 +19,7 @@ use tokio::{
 const READS: usize = 2;
 /// The maximum number of waiting changes or reads per tenant.
 const WAITING: usize = 32;
-/// How long a change or read waits for its turn.
+/// The maximum time that a change or read waits for its turn.
 const WAIT: Duration = Duration::from_secs(5);
 
 /// Why a change or read cannot start.
@@ -63,7 +64,7 @@ impl Drop for Place {
     }
 }
 
-/// Permission for one change or read. It ends on drop.
+/// Permission for one change or read. Released on drop.
 #[derive(Debug)]
 pub struct Turn {
     // The permit is dropped before the slot.
@@ -148,7 +149,7 @@ mod tests {
         };
         tokio::join!(others, release);
         assert_eq!(*order.lock(), [0, 1, 2, 3, 4]);
-        assert!(queues.queues.lock().is_empty(), "nothing is left");
+        assert!(queues.queues.lock().is_empty(), "an entry was not removed");
     }
 
     #[tokio::test(start_paused = true)]
@@ -177,7 +178,7 @@ mod tests {
         assert_eq!(count(Busy::QueueFull), 100 - WAITING);
         drop(first);
         assert!(queues.turn(tenant(1)).await.is_ok());
-        assert!(queues.queues.lock().is_empty(), "nothing is left");
+        assert!(queues.queues.lock().is_empty(), "an entry was not removed");
     }
 
     #[tokio::test(start_paused = true)]
@@ -189,6 +190,6 @@ mod tests {
             assert!(gone.is_err());
         }
         drop(first);
-        assert!(queues.queues.lock().is_empty(), "nothing is left");
+        assert!(queues.queues.lock().is_empty(), "an entry was not removed");
     }
 }

@@ -18,7 +18,7 @@ type Governor = governor::RateLimiter<
     StateInformationMiddleware,
 >;
 
-/// When this many tenants are tracked, idle ones are dropped.
+/// When this many tenants are tracked, idle tenants are dropped.
 const CROWDED: usize = 10_000;
 
 /// A limit on requests per minute for each tenant. The burst is one minute's worth of requests.

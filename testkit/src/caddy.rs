@@ -11,7 +11,8 @@ use crate::wheel;
 /// Earlier versions return 502 to a POST while a replica restarts.
 const REQUIRED: [u32; 3] = [2, 11, 2];
 
-/// Returns the Caddy on the path, or the one in `dir`, which is downloaded if it is missing.
+/// Returns the Caddy in `PATH` if it is recent enough, or otherwise the Caddy in `dir`, which is downloaded if it is
+/// missing.
 pub fn recent(dir: &Path) -> io::Result<PathBuf> {
     let own = dir.join("caddy");
     for candidate in [Path::new("caddy"), &own] {

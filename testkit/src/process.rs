@@ -1,4 +1,4 @@
-//! A process that ends when its owner does, even with `kill -9`.
+//! A process that ends when its owner does, even if the owner is killed with SIGKILL.
 
 use std::{
     io::{self, BufRead as _, BufReader},
@@ -13,8 +13,8 @@ use nix::{
     unistd::Pid,
 };
 
-/// Runs "$@", appends its output to the file $1, prints its PID, and kills it when standard input ends, which happens
-/// when the owner ends. A frozen process reacts only to SIGKILL.
+/// Runs "$@", appends its output to the file $1, prints the command's PID, and kills the command when standard input
+/// ends, which happens when the owner ends. A frozen process reacts only to SIGKILL.
 const GUARD: &str = r#"
 out=$1
 shift
@@ -35,14 +35,14 @@ exit "$status"
 #[derive(Debug)]
 pub struct Process {
     guard: Child,
-    /// Closed at the end. The guard waits for this.
+    /// Closed when the value is dropped. The guard waits for the end of this pipe.
     pipe: Option<ChildStdin>,
     pid: Pid,
 }
 
 impl Process {
     /// Starts the program of `command` with its arguments, environment and directory, and appends its output to
-    /// `output`. The terminal's Ctrl-C does not reach it.
+    /// `output`. Ctrl-C in the terminal does not reach the program.
     pub fn start(command: &Command, output: &Path) -> io::Result<Self> {
         let mut shell = Command::new("/bin/sh");
         shell
@@ -83,7 +83,7 @@ impl Process {
         self.pid
     }
 
-    /// Does nothing if the process has already ended.
+    /// Sends a signal. Does nothing if the process has already ended.
     pub fn signal(&mut self, signal: Signal) -> io::Result<()> {
         if self.ended()?.is_none() {
             kill(self.pid, signal)?;
@@ -91,7 +91,7 @@ impl Process {
         Ok(())
     }
 
-    /// Returns the exit status if the process has ended: 128 plus the number for a signal.
+    /// Returns the exit status if the process has ended. After a signal, the status is 128 plus the signal's number.
     pub fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         self.guard.try_wait()
     }
@@ -127,7 +127,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_says_how_it_ended_and_what_it_printed() {
+    async fn a_process_reports_its_exit_status_and_its_output() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
         let mut command = shell("echo \"$GREETING\"; exit 3");
@@ -139,12 +139,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn it_ends_with_the_value() {
+    async fn the_process_ends_when_the_value_is_dropped() {
         let process = Process::start(&shell("exec sleep 60"), Path::new("/dev/null")).unwrap();
         let pid = process.pid();
-        kill(pid, None).expect("it runs");
+        kill(pid, None).expect("the process is running");
         drop(process);
-        assert!(kill(pid, None).is_err(), "it is gone");
+        assert!(kill(pid, None).is_err(), "the process still runs");
     }
 
     #[tokio::test]

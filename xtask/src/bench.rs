@@ -1,11 +1,12 @@
 //! `cargo xtask bench`: the cost of a request, compared with servers that do nothing; `cargo xtask bench replicas`: the
-//! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's promises in simulated
-//! time, with many seeds. `cargo xtask bench differential`: direct responses compared with those of hyper, in many
-//! cases. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench
-//! restarts`: restarts behind Caddy under load, and a recount of requests and usage. `cargo xtask bench
-//! metering`: the cost of recording usage. `cargo xtask bench outage`: an outage of PostgreSQL under load. `cargo xtask
-//! bench usage`: the speed of writing and reading usage. `cargo xtask bench keys`: the speed of listing and searching
-//! keys. `cargo xtask bench webhooks`: many webhooks from Stripe at once. `cargo xtask bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
+//! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's guarantees in
+//! simulated time, with many seeds. `cargo xtask bench differential`: direct responses compared with those of hyper, in
+//! many cases. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench restarts`:
+//! restarts behind Caddy under load, and a recount of requests and usage. `cargo xtask bench metering`: the cost of
+//! recording usage. `cargo xtask bench tracing`: the cost of traces. `cargo xtask bench outage`: an outage of
+//! PostgreSQL under load. `cargo xtask bench usage`: the speed of writing and reading usage. `cargo xtask bench keys`:
+//! the speed of listing and searching keys. `cargo xtask bench webhooks`: a flood of webhooks from Stripe. `cargo xtask
+//! bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -38,7 +39,7 @@ const KEYS: &str = "key_lists::three_hundred_thousand_keys";
 /// The test that measures webhooks from Stripe.
 const WEBHOOKS: &str = "billing_flood::webhooks_per_second";
 
-/// Runs a test that measures something. It reads the arguments from these variables.
+/// Runs a test that measures something. The test reads its arguments from these variables.
 fn measure(name: &str, variables: &[&str], arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     let mut test = cargo();

@@ -60,7 +60,7 @@ fn pack(binary: &Path, version: &str, folder: &Path) -> Result<PathBuf> {
     let deploy = root().join("deploy");
     let place = |from: &Path, to: &str, mode: u32| -> Result<()> {
         let to = staged.join(to);
-        fs::create_dir_all(to.parent().context("it is in a folder")?)?;
+        fs::create_dir_all(to.parent().context("the file is not in a directory")?)?;
         fs::copy(from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
         fs::set_permissions(&to, fs::Permissions::from_mode(mode))?;
         Ok(())
@@ -120,7 +120,7 @@ fn pack(binary: &Path, version: &str, folder: &Path) -> Result<PathBuf> {
         .replace("@ARCHITECTURE@", architecture.trim())
         .replace("@SIZE@", size.split_whitespace().next().unwrap_or("0"));
     fs::write(staged.join("DEBIAN/control"), control)?;
-    // Folders are world-readable, whatever the umask.
+    // Directories must be world-readable, regardless of the umask.
     succeed(
         Command::new("chmod")
             .args(["--recursive", "u=rwX,go=rX"])
@@ -337,7 +337,7 @@ fn serve(root: &Root) -> Result<()> {
         "quota:quota",
         "/run/credentials",
     ]))?;
-    // In its own mount namespace, so that the mount ends with the server.
+    // A separate mount namespace, so that the mount disappears when the server exits.
     let script = "mount --bind \"$1\" \"$2$1\" && root=$2 && shift 2 && exec chroot --userspec=quota:quota \"$root\" \"$@\"";
     let child = Command::new("unshare")
         .args([
@@ -398,7 +398,7 @@ fn serve(root: &Root) -> Result<()> {
     Ok(())
 }
 
-/// Installs a newer package where systemd seems to run two servers. Returns the calls of `systemctl`, one a line.
+/// Installs a newer package where systemd seems to run two servers. Returns the calls of `systemctl`, one per line.
 fn upgrade(root: &Root, package: &Path) -> Result<String> {
     fs::create_dir_all(root.path("/run/systemd/system"))?;
     let systemctl = "#!/bin/sh\n\

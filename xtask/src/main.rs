@@ -52,8 +52,8 @@ enum Chore {
         #[arg(last = true)]
         arguments: Vec<OsString>,
     },
-    /// Build the server and run the shape of a production deployment on this machine: two replicas behind Caddy with
-    /// TLS, a private PostgreSQL, Redis, and demo data in ./.quota/up
+    /// Build the server and run a production-like deployment on this machine: two replicas behind Caddy with TLS, a
+    /// private PostgreSQL, Redis, and demo data in ./.quota/up
     Up {
         /// Options, such as `--replicas N` and `--port N`; `--help` lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
@@ -91,7 +91,7 @@ enum Chore {
     },
     /// Build the desktop app and package it as .deb and .rpm
     Bundle {
-        /// Afterward, install, start and remove the .deb, and compare the files of the .rpm with it
+        /// Afterward, install, start and remove the .deb, and compare its files with those of the .rpm
         #[arg(long)]
         test: bool,
         /// Package an unoptimized build, which compiles faster
@@ -176,7 +176,7 @@ fn say(what: &str) {
     eprintln!("xtask: {what}");
 }
 
-/// Runs a command. An error names it.
+/// Runs a command. Errors contain the command.
 fn succeed(command: &mut Command) -> Result<()> {
     let text = shown(command);
     let status = command
@@ -188,7 +188,7 @@ fn succeed(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Returns the output of a command. An error names it and contains its standard error.
+/// Returns the output of a command. Errors contain the command and its standard error.
 fn read(command: &mut Command) -> Result<String> {
     let text = shown(command);
     let output = command

@@ -1,9 +1,10 @@
 //! A throwaway PostgreSQL for tests and for reading schemas: fast, not durable, only on a Unix socket, in a temporary
 //! directory under /tmp.
 //!
-//! It ends when this process does, even with `kill -9`: a small shell script runs it and reads from a pipe that only
-//! this process holds. When the pipe is closed, the script stops PostgreSQL and removes the directory. The server's
-//! `db::embedded` is similar but durable; this module is separate because tasks start before the server is built.
+//! PostgreSQL stops when this process exits, even after `kill -9`: a small shell script, the guard, runs PostgreSQL and
+//! reads from a pipe that only this process holds. When the pipe is closed, the script stops PostgreSQL and removes the
+//! directory. The server's `db::embedded` is similar but durable; this module is separate because tasks start before
+//! the server is built.
 
 use std::{
     cmp::Reverse,
@@ -111,7 +112,8 @@ impl Throwaway {
             command.args(["-c", setting]);
         }
         let mut guard = as_user(command, user)
-            // Ctrl-C in the terminal must not reach PostgreSQL. The guard stops it after this process has ended.
+            // Ctrl-C in the terminal must not reach PostgreSQL. The guard stops PostgreSQL after this process has
+            // exited.
             .process_group(0)
             .stdin(Stdio::piped())
             .stdout(log.try_clone()?)
@@ -265,7 +267,8 @@ fn as_user(mut command: Command, user: Option<(u32, u32)>) -> Command {
 
 fn temporary_dir() -> Result<PathBuf> {
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos();
-    // Not `env::temp_dir()`: its path may be too long for a socket, or not accessible to the database's user.
+    // Not `env::temp_dir()`: its path may be too long for a socket, or not accessible to the user that PostgreSQL runs
+    // as.
     let dir = PathBuf::from(format!("/tmp/quota-test-{}-{nanos}", std::process::id()));
     // Fails if the directory exists, so that it cannot belong to another user.
     fs::DirBuilder::new()

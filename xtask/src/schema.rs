@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn words_of_rust_are_no_column_names() {
+    fn reserved_words_get_an_underscore() {
         assert_eq!(identifier("type"), "type_");
         assert_eq!(identifier("name"), "name");
     }

@@ -1,4 +1,4 @@
-//! `cargo xtask up`: the shape of a production deployment on this machine, without containers. See
+//! `cargo xtask up`: a production-like deployment on this machine, without containers. See
 //! `xtask/bench/src/production`.
 
 use std::{ffi::OsString, os::unix::process::CommandExt as _, process::Command, process::ExitCode};
@@ -18,7 +18,7 @@ pub(crate) fn up(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--package", "quota-bench", "--bin", "quota-bench"]),
     )?;
     let built = target().join("debug");
-    // `exec`, so that it receives the signals, and its exit code is returned.
+    // `exec`, so that the new program receives the signals, and its exit code is returned.
     let error = Command::new(built.join("quota-bench"))
         .arg("up")
         .arg(built.join("quota"))
@@ -28,7 +28,7 @@ pub(crate) fn up(arguments: &[OsString]) -> Result<ExitCode> {
     Err(error).context("cannot run quota-bench")
 }
 
-/// Returns the arguments with which `quota-bench` finds the programs of the production shape.
+/// Returns the arguments with which `quota-bench` finds the programs of the deployment.
 pub(crate) fn production_arguments() -> Result<Vec<OsString>> {
     let programs = postgres::binaries().context("no PostgreSQL is installed")?;
     Ok(vec![

@@ -5,11 +5,11 @@ Copy this file into your project, and `pip install httpx`. Then:
     app.add_middleware(QuotaMiddleware, url="https://quota.example.com", service_token=os.environ["QUOTA_SERVICE_TOKEN"])
 
 A request that Quota allows reaches the application with the decision in `request.state.quota`, and its response gets the
-rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 without a valid API key, 402
+rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API key, 402
 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
 
-WebSocket connections are not checked. If you use CORSMiddleware, add it after this middleware, so that it answers
-preflight requests, which have no API key.
+WebSocket connections are not checked. If you use CORSMiddleware, add it after this middleware. CORSMiddleware then responds
+to preflight requests, which have no API key, before they are checked.
 """
 
 import asyncio
@@ -30,12 +30,12 @@ log = logging.getLogger("quota")
 PROBLEMS = "https://iana.org/assignments/http-problem-types#"
 CANNOT_CHECK = "Rate limits can't be checked right now. Try again in a few seconds."
 MAX_COST = 1_000_000
-# Quota accepts only such IDs.
+# Quota accepts only request IDs of this form.
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 
 
 class Unavailable(Exception):
-    """There is no decision. If `is_final`, the request must not be passed on, whatever the setting."""
+    """There is no decision. If `is_final`, the request must not be passed on, even with allow_if_unavailable."""
 
     def __init__(self, reason: str, is_final: bool = False) -> None:
         super().__init__(reason)
@@ -48,8 +48,8 @@ def header(scope: Scope, name: str) -> list[str]:
 
 
 def api_key(scope: Scope) -> str | None:
-    """Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns None if there are several: the
-    application could read a different key than the one that is checked."""
+    """Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns None if there are several keys, because
+    the application could read a key that was not checked."""
     keys, credentials = header(scope, "x-api-key"), header(scope, "authorization")
     if len(keys) > 1 or len(credentials) > 1:
         return None
@@ -104,8 +104,8 @@ class QuotaMiddleware:
         self.allow_if_unavailable = allow_if_unavailable
         self.key, self.cost, self.endpoint = key, cost, endpoint
         self.last_warning = -math.inf
-        # Keeps connections, but for less time than Quota does (75 s): a check must not be sent on a connection that
-        # Quota is closing, and cannot be repeated, because it may have consumed tokens.
+        # Keeps idle connections for less time than Quota does (75 s), so that no check is sent on a connection that
+        # Quota is closing. A failed check cannot be repeated, because it may have consumed tokens.
         self.client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {service_token}"},
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=30),
@@ -129,7 +129,7 @@ class QuotaMiddleware:
             await respond(send, 401, "Unauthorized", "Send an API key.", challenge)
             return
         if not (1 <= len(key) <= 256 and key.isascii() and key.isprintable() and " " not in key):
-            # Quota would reject the check. Such a string cannot be a key.
+            # Quota would reject the check, because this string cannot be a key.
             challenge = {"WWW-Authenticate": 'Bearer realm="quota", error="invalid_token"'}
             await deny(send, {"code": "unknown_key", "headers": challenge}, None, 1)
             return
@@ -165,7 +165,7 @@ class QuotaMiddleware:
         await self.app(scope, receive, send_with_headers)
 
     async def check(self, scope: Scope, key: str, cost: int) -> tuple[dict[str, Any], str | None]:
-        """Returns Quota's decision, and the ID under which Quota logs it."""
+        """Returns Quota's decision, and the ID under which Quota logs the decision."""
         check: dict[str, Any] = {"key": key, "cost": cost}
         endpoint = "".join(it for it in self.endpoint(scope) or "" if it.isprintable())[:128]
         if endpoint:
@@ -176,10 +176,10 @@ class QuotaMiddleware:
             async with asyncio.timeout(self.timeout):
                 response = await self.client.post(self.url, json=check, headers=headers)
         except (httpx.HTTPError, TimeoutError) as error:
-            # The text of an error may contain a header, and so the service token.
+            # The error's message may contain a header, and therefore the service token.
             raise Unavailable(type(error).__name__) from error
         if response.status_code != 200:
-            # The consumer may have caused the 4xx; the 503 is the plan's fallback setting.
+            # The consumer may have caused a 4xx status. A 503 results from the plan's fallback setting.
             is_final = response.status_code in (400, 413, 415, 422, 431) or (
                 response.status_code == 503 and "X-Quota-Degraded" in response.headers
             )

@@ -5,11 +5,11 @@
  *     app.use(quota({ url: "https://quota.example.com", serviceToken: process.env.QUOTA_SERVICE_TOKEN! }));
  *
  * A request that Quota allows reaches your handlers with the decision in `response.locals.quota`, and its response gets
- * the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 without a valid API
+ * the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API
  * key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
  *
- * To list usage by route, pass the middleware to each route, `app.get("/orders/:id", limited, handler)`, not to
- * `app.use`.
+ * To record usage by route, pass the middleware to each route, as in `app.get("/orders/:id", limited, handler)`, instead
+ * of to `app.use`.
  */
 
 import type { Request, RequestHandler, Response } from "express";
@@ -29,7 +29,10 @@ export interface QuotaOptions {
   key?: (request: Request) => string | undefined;
   /** The number of requests that a request counts as, 1 to 1,000,000. Default: 1. */
   cost?: (request: Request) => number;
-  /** The name under which usage lists a request, from a small set, not paths with IDs. Default: its method and route. */
+  /**
+   * The endpoint under which a request is recorded in usage. Return names from a small set, not paths with IDs. Default:
+   * the request's method and route.
+   */
   endpoint?: (request: Request) => string | undefined;
 }
 
@@ -48,7 +51,7 @@ const PROBLEMS = "https://iana.org/assignments/http-problem-types#";
 const CANNOT_CHECK = "Rate limits can't be checked right now. Try again in a few seconds.";
 const MAX_COST = 1_000_000;
 
-/** There is no decision. If `isFinal`, the request must not be passed on, whatever the setting. */
+/** There is no decision. If `isFinal`, the request must not be passed on, even with `allowIfUnavailable`. */
 class Unavailable extends Error {
   constructor(
     reason: string,
@@ -59,8 +62,8 @@ class Unavailable extends Error {
 }
 
 /**
- * Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns undefined if there are several: the
- * application could read a different key than the one that is checked.
+ * Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns undefined if there are several keys,
+ * because the application could read a key that was not checked.
  */
 export function apiKey(request: Request): string | undefined {
   const keys = [...(request.headersDistinct["x-api-key"] ?? [])];
@@ -92,7 +95,7 @@ export function quota(options: QuotaOptions): RequestHandler {
       "Content-Type": "application/json",
     });
     const id = request.headers["x-request-id"];
-    // Quota accepts only such IDs.
+    // Quota accepts only request IDs of this form.
     if (typeof id === "string" && /^[A-Za-z0-9_.:-]{1,128}$/.test(id)) headers.set("X-Request-Id", id);
     const name = [...(endpoint(request) ?? "").replace(/\p{Cc}/gu, "")].slice(0, 128).join("");
     const body = JSON.stringify({ key: apiKey, cost, endpoint: name || undefined });
@@ -107,7 +110,7 @@ export function quota(options: QuotaOptions): RequestHandler {
       throw new Unavailable(String(error instanceof Error && error.cause ? error.cause : error));
     }
     if (response.status !== 200) {
-      // The consumer may have caused the 4xx; the 503 is the plan's fallback setting.
+      // The consumer may have caused a 4xx status. A 503 results from the plan's fallback setting.
       const isFinal =
         [400, 413, 415, 422, 431].includes(response.status) ||
         (response.status === 503 && response.headers.has("X-Quota-Degraded"));
@@ -116,7 +119,7 @@ export function quota(options: QuotaOptions): RequestHandler {
     try {
       const decision = JSON.parse(text) as Decision;
       if (typeof decision.code !== "string" || decision.allowed !== (decision.code === "allowed")) {
-        throw new Error("it contradicts itself");
+        throw new Error("the response contradicts itself");
       }
       new Headers(Object.entries(decision.headers));
       return [decision, response.headers.get("X-Request-Id")];
@@ -131,7 +134,7 @@ export function quota(options: QuotaOptions): RequestHandler {
       return respond(response, 401, "Unauthorized", "Send an API key.", { "WWW-Authenticate": 'Bearer realm="quota"' });
     }
     if (!/^[!-~]{1,256}$/.test(sent)) {
-      // Quota would reject the check. Such a string cannot be a key.
+      // Quota would reject the check, because this string cannot be a key.
       const challenge = { "WWW-Authenticate": 'Bearer realm="quota", error="invalid_token"' };
       return deny(response, { code: "unknown_key", headers: challenge }, null, 1);
     }

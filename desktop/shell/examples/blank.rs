@@ -1,8 +1,8 @@
-//! Opens an empty window. Used to measure the cost of WebKit and Tauri without the app.
+//! Opens an empty window, to measure the cost of WebKit and Tauri without the app.
 
 use tauri::{WebviewUrl, WebviewWindowBuilder, http::Response};
 
-/// Like the console's first page, reports when it has been painted.
+/// A page that reports when it has been painted, like the console's first page.
 const PAGE: &str = "<!doctype html><title>blank</title><script>
 requestAnimationFrame(() => requestAnimationFrame(() => { document.title = 'painted'; }));
 </script>";

@@ -1,7 +1,7 @@
-//! Sends a [`Call`] to a server over HTTP and returns the response body. Does not depend on the keychain or Tauri.
+//! Sends a [`Call`] to a server over HTTP, and returns the response body. Does not depend on the keychain or Tauri.
 //!
-//! Sends only what [`Call::sent`] returns, and only to the server's own origin. Does not follow redirects, so that
-//! credentials cannot reach another host.
+//! The client sends only what [`Call::sent`] returns, and only to the server's own origin. It does not follow
+//! redirects, so that credentials cannot reach another host.
 
 use std::time::{Duration, Instant};
 
@@ -17,7 +17,7 @@ use crate::server::Server;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
-/// Far larger than any API response.
+/// The maximum size of a response body, far larger than any API response.
 const MAX_BODY: usize = 8 * 1024 * 1024;
 
 pub enum Credential<'a> {
@@ -98,7 +98,7 @@ impl Client {
         }
     }
 
-    /// Sends a request the way an API client would: with the key and without the session.
+    /// Sends a request as an API client would: with the key and without the session.
     pub async fn try_key(&self, key: &SecretString) -> Result<TestResponse, CallError> {
         let sent = Call::Echo.sent();
         let request = self
@@ -189,7 +189,7 @@ impl Client {
     }
 }
 
-/// Returns why a call has no response. A change that the server may have received may still take effect.
+/// Returns why a call has no response. If the server may have received the call, its change may still take effect.
 fn failure(error: &reqwest::Error, call: &Call) -> CallError {
     if error.is_timeout() && !error.is_connect() && call.is_change() {
         CallError::NoResponse

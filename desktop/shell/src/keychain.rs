@@ -1,5 +1,5 @@
-//! Stores a refresh token and a device token for each server in the system keychain, and never anywhere else. Without a
-//! keychain, sessions end when the app exits, and every sign-in counts as one from a new device.
+//! Stores a refresh token and a device token for each server in the system keychain, and nowhere else. Without a
+//! keychain, sessions end when the app exits, and every sign-in counts as a sign-in from a new device.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 /// The app's name in the keychain.
 pub const SERVICE: &str = "rs.quota.desktop";
 
-/// The time limit for a keychain operation. Leaves the user enough time to unlock the keychain.
+/// The time limit for a keychain operation, which leaves the user enough time to unlock the keychain.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

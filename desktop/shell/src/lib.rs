@@ -1,8 +1,8 @@
 //! Quota's console as a desktop app.
 //!
 //! The window shows the console, which is embedded in the app. The console passes its calls to [`commands`]. [`client`]
-//! and [`session`] make the requests; they do not depend on Tauri. The page never sees a token, cannot navigate
-//! elsewhere or open windows, and can call only the commands listed in `capabilities/main.json`.
+//! and [`session`] make the requests; these two modules do not depend on Tauri. The page never sees a token, cannot
+//! navigate to other sites or open windows, and can call only the commands listed in `capabilities/main.json`.
 
 pub mod client;
 mod commands;
@@ -39,7 +39,8 @@ pub fn run() -> ExitCode {
     STARTED.get_or_init(Instant::now);
     let Arguments { server } = Arguments::parse();
     let app = tauri::Builder::default()
-        // Must come first, so that a second instance detects the running one before doing anything else.
+        // This plugin must come first, so that a second instance detects the running instance before it does anything
+        // else.
         .plugin(tauri_plugin_single_instance::init(|app, arguments, _| {
             window::on_second_instance(app, &arguments);
         }))

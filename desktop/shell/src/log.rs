@@ -1,7 +1,6 @@
-//! The log file. Contains one line per request and all errors, including panics.
+//! The log file, which contains one line per request and all errors, including panics.
 //!
-//! The app does not log secrets. As a second line of defense, text that looks like a secret is redacted before it is
-//! written.
+//! The app does not log secrets. As a safeguard, text that looks like a secret is redacted before it is written.
 
 use std::{
     borrow::Cow,
@@ -32,8 +31,8 @@ pub fn redacted(text: &str) -> Cow<'_, str> {
     SECRET.replace_all(text, "[redacted]")
 }
 
-/// Writes one log file per day into `folder`. If that fails, prints the error to standard error and continues without a
-/// log.
+/// Writes one log file per day into `folder`. If the log cannot be written, prints the error to standard error and
+/// continues without a log.
 pub fn start(folder: &Path) {
     // If the folder is missing, the appender would print an error before creating it.
     let _ = fs::create_dir_all(folder);

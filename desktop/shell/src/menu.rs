@@ -84,7 +84,8 @@ fn build(app: &AppHandle) -> tauri::Result<Menu<tauri::Wry>> {
         .about(Some(about))
         .build()?;
     let mut menu = MenuBuilder::new(app).item(&quota);
-    // On macOS, the shortcuts for copy and paste require menu entries. Elsewhere, the page handles them.
+    // On macOS, the shortcuts for copy and paste require menu entries. On other systems, the page handles these
+    // shortcuts.
     let edit = SubmenuBuilder::new(app, "Edit")
         .undo()
         .redo()

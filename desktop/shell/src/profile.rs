@@ -1,7 +1,8 @@
-//! The list of servers and the server in use. Stored in a file that contains addresses and names but no secrets.
+//! The list of servers and the server in use. They are stored in a file that contains addresses and names but no
+//! secrets.
 //!
 //! If the file cannot be read, it is renamed and the list starts over. If the file cannot be written, the app logs the
-//! error, and changes are lost when it exits.
+//! error, and changes are lost when the app exits.
 
 use std::{
     fs, io,
@@ -99,7 +100,7 @@ impl Profiles {
         known
     }
 
-    /// Selects the server given on the command line. Adds it to the list if necessary.
+    /// Selects the server given on the command line. Adds the server to the list if necessary.
     pub fn add_and_select(&mut self, server: &Server) {
         let address = server.to_string();
         if !self.has(&address) {

@@ -17,7 +17,8 @@ pub enum InvalidAddress {
 }
 
 impl Server {
-    /// Parses an address typed by the user. If it has no scheme, assumes HTTP for this computer and HTTPS otherwise.
+    /// Parses an address that the user has typed. If the address has no scheme, assumes HTTP for this computer and
+    /// HTTPS for others.
     pub fn parse(text: &str) -> Result<Self, InvalidAddress> {
         let text = text.trim();
         let url = if text.contains("://") {

@@ -1,14 +1,14 @@
 //! A session with one server: its tokens, and calls that use them. Does not depend on Tauri.
 //!
 //! The access token is kept in memory. The refresh token is kept in the keychain, or in memory if no keychain is
-//! available. The first call that finds that the access token has expired refreshes it while other calls wait. The new
-//! refresh token is stored before the new access token is used, so that the session survives if the app exits between
-//! the two steps.
+//! available. The first call that finds that the access token has expired refreshes the token, while other calls wait.
+//! The new refresh token is stored before the new access token is used, so that the session survives if the app exits
+//! between the two steps.
 //!
-//! Several processes of the same user share the keychain entry. A file lock makes them take turns refreshing, so that
-//! each process finds the token that the previous process stored.
+//! Several processes of the same user share the keychain entry. A file lock ensures that only one process refreshes at
+//! a time, so that each process finds the token that the previous process stored.
 //!
-//! While the server is unreachable, `GET` calls return their last response and the time it was received.
+//! While the server is unreachable, `GET` calls return their last response and the time at which it was received.
 
 #[cfg(test)]
 mod tests;
@@ -37,7 +37,7 @@ use crate::{
 
 /// How long before its expiry an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
-/// How long to wait for another process to finish a refresh. A refresh takes less time than this.
+/// How long to wait for another process to finish a refresh. This is longer than a refresh takes.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often to try to acquire the lock.
 const LOCK_POLL: Duration = Duration::from_millis(50);
@@ -52,14 +52,14 @@ struct Access {
 #[derive(Default)]
 struct State {
     access: Option<Access>,
-    /// Set only if the token could not be stored in the keychain.
+    /// The refresh token, if it could not be stored in the keychain.
     refresh: Option<SecretString>,
 }
 
 pub struct Session {
     client: Client,
     keychain: Arc<dyn Keychain>,
-    /// An empty file that is locked during a refresh.
+    /// The path of an empty file that is locked during a refresh.
     lock: PathBuf,
     /// Locked while the session starts, is refreshed, or ends.
     state: tokio::sync::Mutex<State>,
@@ -148,8 +148,8 @@ impl Session {
         Ok(fresh(json(&signed_in)?))
     }
 
-    /// Signs out and drops the tokens. Returns an error if the server does not confirm the sign-out; the tokens are
-    /// dropped even then.
+    /// Signs out and drops the tokens. If the server does not confirm the sign-out, drops the tokens and returns an
+    /// error.
     async fn sign_out(&self) -> Result<CallResponse, CallError> {
         let mut state = self.state.lock().await;
         let result = match self.refresh_token(&state).await {
@@ -279,7 +279,7 @@ impl Session {
         stored.ok().flatten()
     }
 
-    /// Stores a refresh token in the keychain, or in memory if that fails.
+    /// Stores a refresh token in the keychain, or in memory if the keychain is unavailable.
     async fn store(&self, state: &mut State, token: SecretString) {
         let (keychain, server, stored) = (
             Arc::clone(&self.keychain),
@@ -293,8 +293,8 @@ impl Session {
         state.refresh = (!is_stored).then_some(token);
     }
 
-    /// Returns the token that identifies this device to the server at sign-in. It remains valid after a session ends.
-    /// `None` without a keychain.
+    /// Returns the token that identifies this device to the server at sign-in. The token remains valid after a session
+    /// ends. Returns `None` without a keychain.
     async fn device(&self) -> Option<SecretString> {
         let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
         let stored = keychain::call(move || keychain.get(&entry)).await;
@@ -303,7 +303,7 @@ impl Session {
 
     async fn store_device(&self, token: SecretString) {
         let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
-        // If the token cannot be stored, the next sign-in counts as one from a new device.
+        // If the token cannot be stored, the next sign-in counts as a sign-in from a new device.
         let _ = keychain::call(move || keychain.set(&entry, &token)).await;
     }
 
@@ -328,7 +328,7 @@ impl Session {
     }
 
     /// Waits until no other process is refreshing. If the file cannot be locked, processes may refresh at the same
-    /// time; the server tolerates this for a few seconds.
+    /// time, which the server tolerates for a few seconds.
     async fn lock_refresh(&self) -> Option<File> {
         let file = File::create(&self.lock).ok()?;
         let deadline = Instant::now() + LOCK_TIMEOUT;
@@ -343,7 +343,7 @@ impl Session {
         }
     }
 
-    /// Returns the error that the server returns for requests without a session.
+    /// Returns the same error as the server for requests without a session.
     fn not_signed_in(&self) -> CallError {
         let code = ProblemCode::Unauthorized;
         CallError::Problem {

@@ -48,8 +48,8 @@ pub fn open(app: &AppHandle) -> tauri::Result<WebviewWindow> {
     Ok(window)
 }
 
-/// Tells the page that the system uses a dark theme, because WebKit does not always detect one. If Tauri reports a
-/// light theme, the page relies on WebKit.
+/// Reports a dark system theme to the page, because WebKit does not always detect it. If Tauri reports a light theme,
+/// the page relies on WebKit.
 fn report_theme(window: &WebviewWindow, theme: Theme) {
     let dark = theme == Theme::Dark;
     run_in(
@@ -80,8 +80,8 @@ pub fn show(app: &AppHandle, path: &'static str) {
     );
 }
 
-/// Brings the window to the front and opens a page of the console, unless that would discard a locked dialog. Desktops
-/// may let a window take the focus only with the token of a click.
+/// Brings the window to the front and opens a page of the console, unless that would discard a locked dialog. Some
+/// desktop environments let a window take the focus only with the activation token of a click.
 pub fn reveal(app: &AppHandle, path: &'static str, token: Option<String>) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;
@@ -118,12 +118,12 @@ fn run_in(window: &WebviewWindow, script: &str) {
 /// A script that checks for an open locked dialog. Closing or reloading the page would discard its content.
 const IS_LOCKED: &str = "!!document.querySelector('dialog[open][data-locked]')";
 
-/// A script that checks for a new secret that has not been saved or is still being created. If it has not been saved,
-/// the script also makes the page show a warning.
+/// A script that checks whether a new secret has not been saved, or is still being created. If the secret has not been
+/// saved, the script also makes the page show a warning.
 const WARNS: &str = "document.querySelector('[data-unsaved]') ? (dispatchEvent(new Event('quota-quit')), true) : \
                      !!document.querySelector('dialog[open][data-locked]:not(:has(#secret))')";
 
-/// A page that takes longer than this to respond is considered hung.
+/// How long to wait for a response from the page. If the page takes longer, it is considered hung.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Quits the app. If the page shows a new secret that has not been saved, lets the page ask the user first.

@@ -1,7 +1,7 @@
 //! The frame around all pages: navigation, account menu, and the current page.
 //!
-//! Users who are not signed in are sent to the sign-in page and returned afterward. While the server is unreachable,
-//! users stay signed in, and the frame shows a notice with a button to retry.
+//! Users who are not signed in are sent to the sign-in page, and return to their page after they have signed in. While
+//! the server is unreachable, users stay signed in, and the frame shows a notice with a button to retry.
 
 use leptos::{prelude::*, task::spawn_local};
 
@@ -33,7 +33,8 @@ pub fn App() -> impl IntoView {
     watch_presses();
     session.load();
     let current = Memo::new(move |_| ConsolePage::of(&route.path.get()));
-    // Empty for all pages inside the frame, so that moving between them does not render the frame again.
+    // Empty for all pages inside the frame, so that moving from one of these pages to another does not render the frame
+    // again.
     let outside_frame = text_memo(move || {
         match current.get() {
             ConsolePage::SignIn => "sign-in",
@@ -57,7 +58,7 @@ pub fn App() -> impl IntoView {
 /// The path, name, and icon of a link.
 type NavigationLink = (&'static str, &'static str, Shape);
 
-/// This link shows the number of new alerts.
+/// The link that shows the number of new alerts.
 const ALERTS: &str = "/console/alerts";
 
 const NAVIGATION: [(&str, &[NavigationLink]); 3] = [
@@ -169,7 +170,7 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
     };
     let lazy = |page| view! { <LazyPage page/> }.into_any();
     let commands = Commands::new(sign_out, Callback::new(move |right| session.has(right)));
-    // The current page. If the user's role has no access to it, also the name of what it shows.
+    // The current page. If the user's role has no access to the page, also the name of what the page shows.
     let shown = Memo::new(move |_| {
         let page = current.get();
         let (right, what) = page.right();

@@ -9,13 +9,14 @@ use web_sys::Element;
 
 use crate::model::text::relative;
 
-/// Relative times are shown in whole minutes. Updating them twice a minute keeps them accurate to half a minute.
+/// How often relative times are updated. They are shown in whole minutes, so two updates per minute keep them accurate
+/// to half a minute.
 const TICK: Duration = Duration::from_secs(30);
 
 #[derive(Clone, Copy)]
 struct Ticks(RwSignal<u32>);
 
-/// Starts updating relative times. Call once, in an ancestor of all components that show them.
+/// Starts updating relative times. Call once, in an ancestor of all components that show relative times.
 pub fn provide_ticks() {
     let ticks = RwSignal::new(0_u32);
     set_interval(
@@ -28,7 +29,7 @@ pub fn provide_ticks() {
     provide_context(Ticks(ticks));
 }
 
-/// Updates every relative time on the page. Each one is a `time` element whose title is the exact time.
+/// Updates every relative time on the page. A relative time is a `time` element whose title is the exact time.
 fn update_times() {
     let Ok(times) = document().query_selector_all("time[title][datetime]") else {
         return;
@@ -49,7 +50,7 @@ pub fn track_ticks() {
     expect_context::<Ticks>().0.track();
 }
 
-/// Returns the current time in milliseconds since 1970.
+/// Returns the current time in milliseconds since the Unix epoch.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "whole milliseconds fit for thousands of years"

@@ -6,7 +6,8 @@ use leptos::prelude::*;
 pub struct Preferences {
     /// `system`, `light`, or `dark`.
     pub theme: RwSignal<String>,
-    /// Whether single-key shortcuts are on. Users of speech input need to be able to turn them off (WCAG 2.1.4).
+    /// Whether single-key shortcuts are on. Users of speech input must be able to turn these shortcuts off (WCAG
+    /// 2.1.4).
     pub shortcuts: RwSignal<bool>,
 }
 

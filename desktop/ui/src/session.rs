@@ -22,9 +22,9 @@ pub enum AuthState {
 pub struct Session {
     pub auth: RwSignal<AuthState>,
     pub me: RwSignal<Option<Me>>,
-    /// Whether the session ended while the user was signed in. If so, the sign-in page tells the user.
+    /// Whether the session ended while the user was signed in. If so, the sign-in page says that the session has ended.
     pub has_expired: RwSignal<bool>,
-    /// The full keys created in this tab. Discarded when the tab is closed or the session ends.
+    /// The full keys that were created in this tab. They are discarded when the tab is closed or the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
     toasts: Toasts,
 }

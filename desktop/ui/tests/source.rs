@@ -19,8 +19,8 @@ const RANKS: &[&[&str]] = &[
     &["main"],
 ];
 
-/// Words that are not part of the product's vocabulary, or that hide the cause of an error. Matched as whole words,
-/// ignoring case.
+/// Words that are not part of the product's vocabulary, or that hide the cause of an error. They are matched as whole
+/// words, ignoring case.
 const BANNED: &[&str] = &[
     "alone",
     "anew",
@@ -74,7 +74,7 @@ fn folder(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The code before the unit tests, without comments, and the string literals in it.
+/// Returns the code before the unit tests, without comments, and the string literals in this code.
 fn split(source: &str) -> (String, Vec<String>) {
     let source = source
         .split("#[cfg(test)]\nmod tests {")
@@ -107,7 +107,7 @@ fn split(source: &str) -> (String, Vec<String>) {
     (code, strings)
 }
 
-/// The raw string at the start of a source, including its delimiters.
+/// Returns the raw string at the start of a source, including its delimiters.
 fn raw_string(source: &str) -> Option<&str> {
     let after = source.strip_prefix('r')?;
     let hashes = after.len() - after.trim_start_matches('#').len();
@@ -116,7 +116,7 @@ fn raw_string(source: &str) -> Option<&str> {
     Some(&source[..1 + hashes + 1 + end + 1 + hashes])
 }
 
-/// The identifiers that follow a prefix such as `crate::`.
+/// Returns the identifiers that follow a prefix such as `crate::`.
 fn named_after<'a>(code: &'a str, prefix: &str) -> impl Iterator<Item = &'a str> {
     code.split(prefix).skip(1).map(|rest| {
         let end = rest
@@ -126,7 +126,7 @@ fn named_after<'a>(code: &'a str, prefix: &str) -> impl Iterator<Item = &'a str>
     })
 }
 
-/// The first identifiers in a `use crate::{…}` list, and those of every other `crate::` path.
+/// Returns the first identifiers in a `use crate::{…}` list, and the first identifier of every other `crate::` path.
 fn imported_modules(code: &str) -> BTreeSet<&str> {
     let mut found: BTreeSet<&str> = named_after(code, "crate::")
         .filter(|name| !name.is_empty())
@@ -135,7 +135,7 @@ fn imported_modules(code: &str) -> BTreeSet<&str> {
     found
 }
 
-/// The first identifiers of the items of a braced list.
+/// Returns the first identifier of each item of a braced list.
 fn list_after<'a>(code: &'a str, opening: &str) -> Vec<&'a str> {
     let Some((_, list)) = code.split_once(opening) else {
         return Vec::new();
@@ -167,7 +167,7 @@ fn rank(module: &str) -> Option<usize> {
     RANKS.iter().position(|modules| modules.contains(&module))
 }
 
-/// Imports that do not point to a lower rank.
+/// Returns the imports that do not point to a lower rank.
 fn upward_imports(module: &str, code: &str) -> Vec<String> {
     let own = rank(module);
     imported_modules(code)
@@ -199,7 +199,7 @@ fn modules_import_only_from_lower_ranks() {
     assert!(upward_imports("page", "use crate::{api, session::{a, page}};").is_empty());
 }
 
-/// A cycle of files, each with the files that it imports.
+/// Returns a cycle among the files. `imports` contains the files that each file imports.
 fn cycle(imports: &BTreeMap<String, BTreeSet<String>>) -> Option<Vec<String>> {
     let mut left = imports.clone();
     loop {
@@ -248,7 +248,7 @@ fn files_of_a_folder_do_not_import_each_other_in_circles() {
     assert!(cycle(&circle.into()).is_some());
 }
 
-/// The banned words in a text.
+/// Returns the banned words in a text.
 fn banned(text: &str) -> Vec<&'static str> {
     let words = format!(
         " {} ",

@@ -65,7 +65,7 @@ pub struct Written {
 
 impl Alerts {
     /// Stores emails about alerts that have not been sent, at most `per_hour` emails per hour for all tenants combined.
-    /// Other alerts wait. 0 means no limit.
+    /// Further alerts wait. If `per_hour` is 0, there is no limit.
     pub async fn write_emails(&self, public_url: &str, per_hour: u32) -> Result<Written, DbError> {
         let tenants = self
             .db
@@ -107,8 +107,8 @@ impl Alerts {
         self.db.in_system(write).await
     }
 
-    /// Sends emails that are due. Claims only one email at a time, so that its lease does not run while other emails
-    /// are being sent.
+    /// Sends emails that are due. Claims one email at a time, because a claimed email's lease would otherwise run down
+    /// while other emails are being sent.
     pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();
         for _ in 0..BATCH {
@@ -285,7 +285,7 @@ fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
 /// Inserts invisible spaces around characters that could turn a name into an address. Email programs turn anything that
 /// looks like an address into a link, and a tenant can choose key names that appear in other people's emails.
 fn unlinked(name: &str) -> String {
-    // Domain names may also contain the periods of other scripts.
+    // Domain names may also contain the full stops of other scripts.
     const PARTS_OF_ADDRESSES: [char; 8] =
         ['.', ':', '/', '@', '\\', '\u{3002}', '\u{ff0e}', '\u{ff61}'];
     const ZERO_WIDTH_SPACE: char = '\u{200b}';

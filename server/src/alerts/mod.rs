@@ -1,16 +1,16 @@
 //! Quota alerts: detects when the usage of a quota reaches a threshold, and stores an alert with its deliveries.
 //!
 //! Checks run in the background, based on the quota ledger and the usage rollups. A tenant is checked when its usage
-//! log has grown. Only one replica at a time checks a tenant, in steps of a limited number of keys. Each step commits
-//! its alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In
+//! log has grown. Only one replica at a time checks a tenant. Each step checks a limited number of keys, and commits
+//! the alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In
 //! the database, alerts are unique by quota, window, and threshold. Therefore, an alert is not created again after a
 //! restart, by another replica, or after a change of the plan or time zone.
 //!
 //! **Used amounts.** The rollups contain the exact cost of allowed requests. The ledger counts the tokens that replicas
-//! have taken, which can exceed the cost by up to 1% of the quota, and by more after a crash. Therefore, the ledger
-//! selects the quotas to check, and the rollups determine how much of them is used. A quota also counts as used up if
-//! all of its tokens are taken and it has denied a request. Without metering, there are no rollups, and only the ledger
-//! is used.
+//! have taken, which can exceed the cost by up to 1% of the quota, and by more after a crash. Therefore, the ledger is
+//! used to select the quotas to check, and the rollups are used to determine how much of each quota has been used. A
+//! quota also counts as used up if all of its tokens are taken and it has denied a request. Without metering, there are
+//! no rollups, and only the ledger is used.
 
 pub mod email;
 
@@ -314,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn a_threshold_is_reached_exactly_at_its_share() {
+    fn a_threshold_is_reached_exactly_at_its_percentage() {
         let all = |used, quota| reached(used, quota).collect::<Vec<_>>();
         assert!(all(49, 100).is_empty());
         assert_eq!(all(50, 100), [50]);
@@ -333,7 +333,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_that_are_only_held_do_not_count_as_used() {
+    fn tokens_that_replicas_only_hold_do_not_count_as_used() {
         assert_eq!(used(&standing(100, 51, 49, false), true), 49);
         assert_eq!(used(&standing(100, 100, 99, false), true), 99);
     }

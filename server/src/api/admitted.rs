@@ -148,7 +148,7 @@ extract_by_credential!(
 );
 
 /// Looks up the key, calls the limiter, and records the decision for `endpoint`, which may be empty. Rejects an invalid
-/// key without charging it.
+/// key without calling the limiter.
 pub async fn decide(
     context: &RequestContext,
     text: &str,
@@ -244,7 +244,7 @@ async fn decide_in_span(
     Ok(Ok((record, decision)))
 }
 
-/// Describes a decision in its span. The outcomes are those of `X-Quota-Decision`.
+/// Describes a decision in its span. The outcomes have the same names as in `X-Quota-Decision`.
 fn describe(
     span: &mut Span,
     cost: NonZeroU32,
@@ -282,7 +282,7 @@ pub struct RejectedKey {
     pub record: Option<Arc<KeyRecord>>,
 }
 
-/// A consumer whose request the limiter has allowed and charged.
+/// A consumer whose request has been allowed and has consumed tokens.
 #[derive(Debug)]
 pub struct AdmittedKey {
     pub record: Arc<KeyRecord>,

@@ -93,12 +93,12 @@ fn previous_expiry(key: &ApiKey) -> Option<Timestamp> {
 
 fn previous_key_active(until: Timestamp) -> ApiError {
     let detail = format!(
-        "The previous key is valid until {until}. Rotate again after that, or send replace_previous: true to revoke that key now."
+        "The previous secret is valid until {until}. Rotate again after that, or send replace_previous: true to revoke that secret now."
     );
     ApiError {
         errors: vec![FieldError {
             field: "replace_previous".into(),
-            message: "must be true to revoke the previous key".into(),
+            message: "must be true to revoke the previous secret".into(),
         }],
         ..ApiError::new(ProblemCode::PreviousKeyActive, detail)
     }
@@ -335,10 +335,10 @@ impl ApiKeyApi {
 
     /// Rotate an API key
     ///
-    /// Returns a new key. This is the only time it is available: a replay with the same `Idempotency-Key` returns
-    /// everything except the key. The previous key keeps working for `grace_seconds`; both count against the same
-    /// limits. During this time, another rotation fails with 409 unless `replace_previous` is true, because there can
-    /// be only one previous key.
+    /// Returns the full key with a new secret. This is the only time it is available: a replay with the same
+    /// `Idempotency-Key` returns everything except the key. The previous secret keeps working for `grace_seconds`;
+    /// requests with either secret count against the same limits. During this time, another rotation fails with 409
+    /// unless `replace_previous` is true, because there can be only one previous secret.
     #[oai(
         path = "/api-keys/:key_id/rotate",
         method = "post",

@@ -243,8 +243,9 @@ impl AuthApi {
 
     /// Sign out
     ///
-    /// Revokes the session of the refresh token. Its access tokens stop working on all replicas within one second. With
-    /// `X-Quota-Session: cookie`, the token is read from its cookie, as when refreshing, and the cookies are deleted.
+    /// Revokes the session of the refresh token. The session's access tokens stop working on all replicas within one
+    /// second. With `X-Quota-Session: cookie`, the refresh token is read from its cookie, as when refreshing, and the
+    /// session's cookies are deleted.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
     async fn logout(
         &self,

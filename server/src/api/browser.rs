@@ -68,9 +68,9 @@ const OF_PROXIES: [&str; 5] = [
 /// machine. There, some browsers, such as Safari, would reject such cookies, and the connection cannot be
 /// intercepted.
 ///
-/// `Host` alone does not prove this: a proxy may send the name of its upstream, such as `localhost`. Therefore, the
-/// peer must be on this machine, the request must not have a proxy's headers, and `Origin`, if present, must also be
-/// local.
+/// `Host` alone does not prove that the server is local: a proxy may send the name of its upstream, such as
+/// `localhost`. Therefore, the peer must be on this machine, the request must not have a proxy's headers, and `Origin`,
+/// if present, must also be local.
 fn is_secure(state: &AppState, request: &Request) -> bool {
     let page_is_local = match request.headers().get(header::ORIGIN) {
         None => true,

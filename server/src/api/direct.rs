@@ -199,7 +199,7 @@ impl DirectDecisions {
 
 impl DirectEndpoint for DirectDecisions {
     fn accepts(&self, request: &PlainRequest<'_>) -> bool {
-        // A stopping server closes connections after their next response, which hyper announces.
+        // While the server is stopping, each response must announce that its connection will be closed, as hyper does.
         if self.state.is_draining() {
             return false;
         }

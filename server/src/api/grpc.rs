@@ -164,7 +164,7 @@ async fn call(
             let request = decode(&body)?;
             rate_limit::should_rate_limit(context, caller.token.tenant, &request).await
         }
-        // Consumers can cause this.
+        // A consumer can cause this error by sending long headers, so it must not fail the call.
         Err(error) if error.code == ProblemCode::ContentTooLarge => {
             Ok(rate_limit::not_allowed(context, &error))
         }
@@ -225,7 +225,7 @@ mod tests {
     use super::*;
 
     fn detail(body: &[u8]) -> String {
-        decode(body).expect_err("it is malformed").detail
+        decode(body).expect_err("the message is malformed").detail
     }
 
     #[test]

@@ -144,8 +144,8 @@ fn limit_state(state: PolicyState) -> LimitState {
 impl KeyLimitsApi {
     /// Get an API key's limits
     ///
-    /// Returns what is left of each of the key's limits and when each resets. Consumes nothing. With several replicas,
-    /// quota usage from the last second on other replicas may be missing.
+    /// Returns the remaining amount of each of the key's limits, and when each limit resets. Consumes nothing. With
+    /// several replicas, quota usage from the last second on other replicas may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",
@@ -160,7 +160,7 @@ impl KeyLimitsApi {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
         tx.commit().await?;
-        // This may wait for the shared counters, so it must not hold a connection to PostgreSQL.
+        // `inspect` may wait for the shared counters, so no connection to PostgreSQL may be held meanwhile.
         let limiter = &self.state.limiter;
         let decision = limiter.inspect(&record.handle, &record.policies).await;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -295,8 +295,8 @@ fn burn_down(
     }
     let remaining = quota.limit.saturating_sub(used);
 
-    // Measure the pace over the last quarter of the elapsed time. This is long enough to be stable and short enough to
-    // follow changes.
+    // Measure the pace over the last quarter of the elapsed time. This period is long enough for a stable result and
+    // short enough to follow changes.
     let so_far = until - quota.start;
     let recent = (so_far / 4).max(TimeDelta::hours(1)).min(so_far);
     let since = until - recent;

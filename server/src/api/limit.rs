@@ -107,7 +107,7 @@ impl StatusOnly {
     }
 
     fn payment_required(denied: StatusCode) -> Self {
-        // Of the statuses for denials, nginx passes on only 403.
+        // Of the statuses for denials, nginx accepts only 403.
         let status = match denied {
             StatusCode::FORBIDDEN => StatusCode::FORBIDDEN,
             _ => StatusCode::PAYMENT_REQUIRED,
@@ -329,8 +329,8 @@ impl LimitApi {
         &self,
         caller: GatewayCaller,
         request: &Request,
-        /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which does not pass
-        /// on 429 or 402.
+        /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which accepts only
+        /// 2xx, 401 and 403.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
         let context = RequestContext::of(request)?;

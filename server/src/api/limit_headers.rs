@@ -22,7 +22,7 @@ pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
 /// The decision of forward-auth. A gateway must forward a request only if the status is 200 and the value is `allowed`.
 pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
-/// A header that is present if Redis is unreachable and this replica decides without it.
+/// A header that is present if Redis is unreachable and this replica makes decisions without Redis.
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
@@ -192,8 +192,8 @@ fn all_policies(policies: &Policies, decision: &Decision) -> HeaderValue {
     value(policy_field(policies, Some(decision), decision.tenant_monthly).as_bytes())
 }
 
-/// Returns the key's policies: `q` requests per `w` seconds. A month has no `w`, because its length varies. For a
-/// window that a change of time zone has shortened, uses the window's own length and quota.
+/// Returns the key's policies: `q` requests per `w` seconds. A monthly policy has no `w`, because the length of a month
+/// varies. For a window that a change of time zone has shortened, uses the window's own length and quota.
 fn policy_field(
     policies: &Policies,
     decision: Option<&Decision>,

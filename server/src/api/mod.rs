@@ -64,7 +64,7 @@ pub enum Tag {
     Usage,
     /// Quota alerts, and who receives them by email.
     Alerts,
-    /// Endpoints to which events are sent, and their deliveries.
+    /// Endpoints to which events are sent, and the deliveries of these events.
     Webhooks,
     /// Subscribe, and see the access that your subscription provides.
     Billing,

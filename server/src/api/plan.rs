@@ -83,8 +83,8 @@ fn name_taken(error: DbError) -> ApiError {
 
 fn in_use(key_count: u64) -> ApiError {
     let detail = match key_count {
-        1 => "1 key uses this plan. Move or delete it first.".to_owned(),
-        count => format!("{count} keys use this plan. Move or delete them first."),
+        1 => "1 key uses this plan. Move or delete the key first.".to_owned(),
+        count => format!("{count} keys use this plan. Move or delete the keys first."),
     };
     ApiError::new(ProblemCode::PlanInUse, detail)
 }
@@ -93,7 +93,7 @@ fn in_use(key_count: u64) -> ApiError {
 fn just_used() -> ApiError {
     ApiError::new(
         ProblemCode::PlanInUse,
-        "A key was just added to this plan. Move or delete it first.",
+        "A key was just added to this plan. Move or delete the key first.",
     )
 }
 
@@ -124,7 +124,7 @@ impl PlanApi {
 
     /// Create a plan
     ///
-    /// Returns the plan. Its limits apply to each key on it separately.
+    /// Returns the plan. The plan's limits apply separately to each of its keys.
     #[oai(path = "/plans", method = "post", operation_id = "create_plan")]
     async fn create(
         &self,

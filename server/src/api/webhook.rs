@@ -179,8 +179,8 @@ impl WebhookApi {
 
     /// Update a webhook
     ///
-    /// Renames the webhook, changes its URL, disables it, or enables it again. Events that happen while it is disabled
-    /// are not sent to it.
+    /// Renames the webhook, changes its URL, disables it, or enables it again. Events that occur while the webhook is
+    /// disabled are not sent.
     #[oai(
         path = "/webhooks/:webhook_id",
         method = "patch",

@@ -1,8 +1,8 @@
 -- Counts one attempt on every counter. If any counter requires a wait, does not count the attempt.
 --
 -- KEYS     the counters, narrowest first, in one hash slot
--- ARGV     for each counter: attempts allowed before a wait, milliseconds after which one is forgiven, milliseconds of
---          the first wait; and finally the longest wait
+-- ARGV     for each counter: attempts allowed before a wait, milliseconds after which one attempt is forgiven,
+--          milliseconds of the first wait; and finally the longest wait
 -- Returns  {milliseconds to wait, number of earlier attempts on the last counter, current time}
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)

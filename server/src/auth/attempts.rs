@@ -60,7 +60,7 @@ const DAY: Duration = Duration::from_hours(24);
 /// A network with at least this many unforgiven attempts is no longer
 /// [ordinary](super::password::CallerClass::Ordinary).
 const CROWD: u64 = 3;
-/// The maximum number of local counters. Each takes about 80 bytes.
+/// The maximum number of local counters. Each counter takes about 80 bytes.
 const REMEMBERED: usize = 200_000;
 
 const TAKE: &str = include_str!("attempts.lua");

@@ -4,8 +4,8 @@
 //! keychain. A later sign-in to the same account with this token is not subject to the limits that other people can
 //! exhaust. The token is not a credential: without the password, it only allows a few separate attempts.
 //!
-//! A token contains a random ID, the time it was issued, and a tag derived from the account's password. A MAC protects
-//! it together with the account's email address. Changing the password makes all devices unknown. The server stores
+//! A token contains a random ID, the time it was issued, and a tag derived from the account's password. A MAC covers
+//! the token and the account's email address. Changing the password makes all devices unknown. The server stores
 //! nothing. A stored value may contain tokens for several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
@@ -187,7 +187,7 @@ mod tests {
             let changed = HASH.replace("aGFzaA", "bmV3");
             assert!(!devices.is_of_password(&device, &changed));
         }
-        // The MAC also covers the mark.
+        // The MAC also covers the password's tag.
         let mut bytes = URL_SAFE_NO_PAD.decode(&value).unwrap();
         bytes[CONTENT - 1] ^= 1;
         let forged = URL_SAFE_NO_PAD.encode(bytes);

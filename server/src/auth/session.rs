@@ -197,7 +197,8 @@ impl Sessions {
         })
     }
 
-    /// Returns the session's CSRF token. It contains the session's ID, and proof that it came from the server.
+    /// Returns the session's CSRF token. The token contains the session's ID, and proof that the server
+    /// issued the token.
     pub fn csrf_token(&self, session: SessionId) -> String {
         let tag = self.secrets.current.csrf(session.0.as_bytes());
         let bytes = [session.0.as_bytes(), &tag[..]].concat();

@@ -234,7 +234,7 @@ mod tests {
             signer
                 .verify(&forge(&good_header, &good.to_string()), NOW)
                 .is_ok(),
-            "the forge itself is sound"
+            "an unchanged token is accepted"
         );
 
         let with = |field: &str, value: Value| {

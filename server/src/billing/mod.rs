@@ -88,7 +88,7 @@ pub struct Billing {
     prices: Prices,
 }
 
-/// A tenant that wants to subscribe, and the pages that it returns to.
+/// A tenant that wants to subscribe, and the pages to which Stripe returns its user.
 #[derive(Debug, Clone, Copy)]
 pub struct Buyer<'a> {
     pub tenant: TenantId,
@@ -458,7 +458,7 @@ async fn apply_read(
         };
         audit::insert_system(tx, &event).await?;
     }
-    // This comes last, because it waits for other transactions that insert invalidations.
+    // Insert the invalidation last, because the insert waits for other transactions that insert invalidations.
     Ok(match changed {
         Applied::PaidAccess => {
             Some(invalidation::insert_system(tx, tenant.0, Target::Tenant).await?)

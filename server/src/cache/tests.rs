@@ -181,7 +181,7 @@ async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
     it.get(Ok(Some("a"))).await.unwrap();
     it.clock.advance(Duration::from_secs(2));
     assert!(it.freshness.suspect());
-    assert!(!it.freshness.suspect(), "that is no news");
+    assert!(!it.freshness.suspect(), "PostgreSQL is already suspected");
     // More than the maximum number of concurrent background loads.
     for _ in 0..3 * BACKGROUND_LOADS {
         let value = it.cache.get(1, hangs()).await.unwrap();
@@ -189,7 +189,7 @@ async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
     }
     it.clock.advance(Duration::from_mins(1));
     let refused = tokio::time::timeout(Duration::from_millis(50), it.cache.get(1, hangs()));
-    assert!(refused.await.is_err(), "the grace is over");
+    assert!(refused.await.is_err(), "the grace period is over");
 }
 
 #[tokio::test]
@@ -221,18 +221,18 @@ async fn changed_entries_stay_known_and_are_never_served_unconfirmed() {
     it.get(Ok(Some("old"))).await.unwrap();
     it.freshness.polled(it.freshness.now());
     it.cache.forget_these(|| [1]);
-    assert!(it.cache.holds(&1), "it is known");
-    assert!(it.cache.peek(&1).is_none(), "it is not believed");
+    assert!(it.cache.holds(&1), "the key is known");
+    assert!(it.cache.peek(&1).is_none(), "the entry is not valid");
     assert!(
         it.get(Err("unreachable")).await.is_err(),
-        "it is not served stale"
+        "the stale entry is not served"
     );
     it.freshness.suspect();
     assert!(
         it.get(Err("unreachable")).await.is_err(),
         "nor under suspicion"
     );
-    assert!(it.cache.holds(&1), "it is still known");
+    assert!(it.cache.holds(&1), "the key is still known");
     assert_eq!(
         it.get(Ok(Some("new"))).await.unwrap().as_deref(),
         Some("new")
@@ -287,7 +287,7 @@ async fn panic_in_a_load_fails_all_its_waiters_and_no_later_load() {
     let all = futures_util::future::join_all(all);
     let all = tokio::time::timeout(Duration::from_secs(5), all).await;
     for failed in all.expect("no caller waits forever") {
-        let failed = failed.expect("the panic stays in the load");
+        let failed = failed.expect("the panic does not reach the callers");
         assert!(matches!(failed, Err(Unconfirmed::Failed(_))), "{failed:?}");
     }
     assert_eq!(it.get(Ok(Some("a"))).await.unwrap().as_deref(), Some("a"));
@@ -304,7 +304,7 @@ fn canceled_load_is_started_again() {
         let waited = tokio::time::timeout(Duration::from_millis(10), load).await;
         assert!(waited.is_err());
     });
-    // This cancels all tasks on the runtime.
+    // Dropping the runtime cancels all of its tasks.
     drop(first);
     let second = runtime().enable_all().build().unwrap();
     let loaded = second.block_on(async {

@@ -30,7 +30,7 @@ pub struct RedisSettings {
     pub servers: RedisServers,
     /// The prefix of every key and channel, so that several installations can share a Redis.
     pub prefix: String,
-    /// The number of connections for decisions. Each one is multiplexed.
+    /// The number of connections for decisions. Each connection is multiplexed.
     pub connections: usize,
     /// How long a decision waits for one call, including the wait for a connection.
     pub timeout: Duration,
@@ -142,7 +142,8 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
     if rest.contains("://") {
         return Err("must not mix schemes in one list".into());
     }
-    // Credentials precede the first host, and the path and query follow the last one. They apply to all hosts.
+    // The credentials come before the first host, and the path and query come after the last one. All of them apply to
+    // every host.
     let (before, after) = rest
         .split_once(['/', '?'])
         .map_or((&*rest, ""), |(hosts, _)| (hosts, &rest[hosts.len()..]));
@@ -350,7 +351,7 @@ mod tests {
             sentinels, master, ..
         } = servers(text).unwrap()
         else {
-            panic!("it is Sentinel");
+            panic!("this URL is for Sentinel");
         };
         assert_eq!(master.username(), Some("quota"));
         assert_eq!(master.password(), Some("p,s@++w"));
@@ -361,7 +362,7 @@ mod tests {
             assert_eq!(login.password(), Some("s&t"));
         }
         let RedisServers::Cluster(nodes) = servers("redis://:hunter2@a,b").unwrap() else {
-            panic!("it is a cluster");
+            panic!("this URL is for a cluster");
         };
         for node in nodes {
             assert_eq!(node.redis_settings().password(), Some("hunter2"));

@@ -65,8 +65,7 @@ pub(super) fn connect(
     .boxed()
 }
 
-/// Returns a TLS connector that verifies certificates against the system's trusted roots. It is used for
-/// `sslmode=require`.
+/// Returns a TLS connector that verifies certificates against the system's trusted roots. Used for `sslmode=require`.
 fn tls() -> tokio_postgres_rustls::MakeRustlsConnect {
     let mut roots = rustls::RootCertStore::empty();
     roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);

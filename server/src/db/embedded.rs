@@ -1,16 +1,16 @@
 //! The embedded PostgreSQL: a private server in the data directory, used if `DATABASE_URL` is not set.
 //!
-//! Owns the cluster's files, the server process and its restarts. Provides a URL, and does not depend on tables,
-//! migrations or pools.
+//! This module owns the cluster's files, the server process and its restarts. It provides a URL, and does not depend on
+//! tables, migrations or pools.
 //!
 //! * `initdb` creates the cluster at the first startup, in a temporary directory that is renamed when it is complete.
 //! * PostgreSQL listens only on a Unix socket, in a directory that only its user can access.
-//! * PostgreSQL stops when this process ends for any reason. It runs under a small shell script, the guard, which reads
-//!   from a pipe whose other end only this process holds. When this process ends, even after `kill -9`, the read ends,
-//!   and the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when a process
-//!   changes its user, and fires when the *thread* that forked ends.)
-//! * If PostgreSQL crashes, it is restarted, with backoff. Until it runs again, connections fail as with any database
-//!   that is down.
+//! * PostgreSQL stops when this process exits for any reason. It runs under a small shell script, the guard, which
+//!   reads from a pipe whose other end only this process holds. When this process exits, even after `kill -9`, the read
+//!   ends, and the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when a process
+//!   changes its user, and fires when the *thread* that forked exits.)
+//! * If PostgreSQL crashes, it is restarted, with backoff. Until PostgreSQL runs again, connections fail as with any
+//!   database that is down.
 //! * If this process runs as root, PostgreSQL runs as the `postgres` user, or as `nobody` if there is no such user,
 //!   because PostgreSQL refuses to run as root.
 mod address;
@@ -31,8 +31,8 @@ use self::{
     place::{Place, lock, make_data_dir, socket_dir},
 };
 
-/// The cluster's settings. They are passed on the command line, so that they come from this version of Quota, not from
-/// the version that created the cluster.
+/// The cluster's settings. The settings are passed on the command line, so that they come from this version of Quota,
+/// not from the version that created the cluster.
 const SETTINGS: &[(&str, &str)] = &[
     ("listen_addresses", ""),
     ("unix_socket_permissions", "0700"),
@@ -47,7 +47,7 @@ const SETTINGS: &[(&str, &str)] = &[
     ("log_line_prefix", "%m [%p] "),
 ];
 
-/// A running private PostgreSQL. It stops when this value is dropped or when this process ends.
+/// A running private PostgreSQL. PostgreSQL stops when this value is dropped or when this process exits.
 #[derive(Debug)]
 pub struct EmbeddedPostgres {
     socket_dir: PathBuf,

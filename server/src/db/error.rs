@@ -7,8 +7,8 @@ use diesel::result::{DatabaseErrorKind, Error as DieselError};
 /// Why a query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
-    /// PostgreSQL is unreachable, shutting down or too slow, or the transaction conflicted with another one (a lock
-    /// timeout, a deadlock, a serialization failure). The same request may succeed when it is retried.
+    /// PostgreSQL is unreachable, shutting down or too slow, or the transaction conflicted with another transaction (a
+    /// lock timeout, a deadlock, a serialization failure). The same request may succeed when it is retried.
     #[error("PostgreSQL is unavailable")]
     Unavailable(#[source] Box<dyn Error + Send + Sync>),
     /// The change violates a named constraint.

@@ -51,7 +51,7 @@ impl Lanes {
     /// Divides `total` connections among the lanes. `total` must be at least six.
     pub fn divide(total: usize) -> Self {
         let health = if total < 8 { 1 } else { 2 };
-        // If there are enough connections, the ledger gets two, so that returning tokens does not delay taking them.
+        // If there are enough connections, the ledger gets two, so that returning tokens does not delay taking tokens.
         let ledger = (total * 3 / 16).max(if total < 8 { 1 } else { 2 });
         // One connection is enough, because batches are written one after another.
         let shipping = 1;
@@ -146,9 +146,9 @@ impl Db {
         self.lanes
     }
 
-    /// Cancels work that takes longer than a statement may take. Without this limit, it could take up to a minute to
-    /// detect that a connection has stopped responding in the middle of a transaction. Meant for background work;
-    /// requests have a separate limit.
+    /// Cancels work that takes longer than a statement may take. Without this limit, up to a minute could pass until
+    /// the server detects that a connection has stopped responding in the middle of a transaction. Meant for background
+    /// work; requests have a separate limit.
     pub async fn within_limit<T>(
         &self,
         work: impl Future<Output = Result<T, DbError>>,
@@ -202,8 +202,8 @@ impl Db {
         SystemTx::begin(self.pool()).await
     }
 
-    /// Returns an error if PostgreSQL is unreachable. This distinguishes an outage from the failure of one transaction,
-    /// for example because a statement took too long.
+    /// Returns an error if PostgreSQL is unreachable. The probe distinguishes an outage from the failure of one
+    /// transaction, for example because a statement took too long.
     pub async fn probe(&self) -> Result<(), DbError> {
         self.system().await?.commit().await
     }

@@ -1,4 +1,4 @@
-//! Spans of transactions and their statements. They contain the SQL, but no parameters.
+//! Spans of transactions and their statements. The spans contain the SQL, but no parameters.
 
 use diesel::{
     connection::{Instrumentation, InstrumentationEvent},
@@ -10,7 +10,7 @@ use crate::spans::{self, Parent, Span, SpanKind};
 
 /// The maximum length of a statement in a span, in bytes.
 const MAX_STATEMENT: usize = 4096;
-/// Diesel appends the parameters to a statement that it formats, after this.
+/// The text after which Diesel appends the parameters when it formats a statement.
 const PARAMETERS: &str = " -- binds:";
 
 fn describe(span: &mut Span) {
@@ -67,7 +67,7 @@ fn finish(mut span: Span, text: &str, error: Option<&DieselError>) {
     span.set("db.operation.name", operation);
     span.set("db.query.text", shorten(text).to_owned());
     if let Some(error) = error {
-        // The message may contain values.
+        // The message is left out, because it may contain values.
         let kind = match error {
             DieselError::DatabaseError(kind, _) => format!("{kind:?}"),
             _ => "Error".to_owned(),

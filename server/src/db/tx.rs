@@ -60,7 +60,9 @@ impl Tx {
     }
 
     fn get(&mut self) -> &mut AsyncPgConnection {
-        self.conn.as_mut().expect("only `commit` ends it")
+        self.conn
+            .as_mut()
+            .expect("only `commit` ends the transaction")
     }
 
     async fn commit(mut self) -> Result<(), DbError> {
@@ -107,7 +109,7 @@ pub struct TenantTx {
 
 impl TenantTx {
     pub(super) async fn begin(pool: &ConnectionPool, tenant: TenantId) -> Result<Self, DbError> {
-        // This is safe from injection, because a UUID contains only hexadecimal digits and dashes.
+        // No injection is possible, because a UUID contains only hexadecimal digits and dashes.
         let begin = format!("BEGIN; SET LOCAL ROLE quota_app; SET LOCAL quota.tenant = '{tenant}'");
         Ok(Self {
             tx: Tx::begin(pool, &begin).await?,
@@ -147,7 +149,7 @@ macro_rules! connection {
             type Target = AsyncPgConnection;
 
             fn deref(&self) -> &AsyncPgConnection {
-                self.tx.conn.as_ref().expect("only `commit` ends it")
+                self.tx.conn.as_ref().expect("only `commit` ends the transaction")
             }
         }
 

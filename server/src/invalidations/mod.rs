@@ -1,8 +1,8 @@
 //! Invalidations: publishes changes to other replicas, and keeps track of the changes received.
 //!
 //! A transaction that changes data that replicas cache also inserts a row into `revocations`. Each replica polls for
-//! new rows every 150 ms, and only polling is needed for correctness. After the commit, the change is also published
-//! through Redis, so that most replicas learn of it within milliseconds. Messages may be lost. If Redis is not
+//! new rows every 150 ms. Polling alone is sufficient for correctness. After the commit, the change is also published
+//! through Redis, so that most replicas learn of the change within milliseconds. Messages may be lost. If Redis is not
 //! configured or is unreachable, no messages are sent.
 //!
 //! Messages are sealed, because anyone with access to Redis could publish messages. Messages that cannot be opened, are
@@ -31,7 +31,7 @@ use crate::{
 /// The context in which messages are sealed. Must be changed whenever the meaning of a field changes.
 const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
 /// The maximum difference between a message's time and this replica's time. The clocks of a replica and PostgreSQL may
-/// differ by up to two minutes, and messages arrive quickly. Older changes were found by polling long ago.
+/// differ by up to two minutes, and messages arrive quickly. Older changes have already been found by polling.
 const MAX_AGE: Duration = Duration::from_mins(5);
 
 /// Other versions of the server read messages: fields may be added, but the meaning of existing fields must not change.
@@ -41,7 +41,7 @@ struct Message<'a> {
     tenant: Uuid,
     target: &'a str,
     id: Uuid,
-    /// Microseconds since 1970 on PostgreSQL's clock.
+    /// Microseconds since the Unix epoch, on PostgreSQL's clock.
     at: i64,
 }
 
@@ -98,7 +98,7 @@ impl Publisher {
         Some(redis.subscribe(self.channel.to_string()))
     }
 
-    /// Parses a message. Returns `None` unless a replica of this installation sealed it recently.
+    /// Parses a message. Returns `None` unless a replica of this installation sealed the message recently.
     pub fn read(&self, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
         read(&self.seal, message, now)
     }

@@ -1,15 +1,15 @@
-//! The recent changes that this replica knows of. They determine whether a copy that another replica read from
+//! The recent changes that this replica knows of. These changes determine whether a copy that another replica read from
 //! PostgreSQL earlier is still current.
 //!
 //! Changes are numbered in commit order. A copy records the highest number at the time it was read. Therefore, only
-//! changes with higher numbers can make it outdated.
+//! changes with higher numbers can make the copy outdated.
 //!
 //! There are two sources of changes, with different levels of trust:
 //! - **Polled** changes come from PostgreSQL, in order and without gaps. Only polled changes raise the floor and
 //!   `up_to`. Between these two numbers, all changes are known.
-//! - **Announced** changes are messages from other replicas, and this replica's own commits. Their only benefit is that
-//!   they arrive earlier. Until the poll has caught up, an announcement makes older copies outdated. An announcement
-//!   never causes the poll to skip a number, raises the floor, or displaces a polled change.
+//! - **Announced** changes are messages from other replicas, and this replica's own commits. The only benefit of
+//!   announcements is that they arrive earlier. Until the poll has caught up, an announcement makes older copies
+//!   outdated. An announcement never causes the poll to skip a number, raises the floor, or displaces a polled change.
 //!
 //! A copy with a number below the floor is never confirmed, because PostgreSQL may have already deleted later changes.
 //! A copy with a number higher than all polled and announced changes is not confirmed either, because that number has
@@ -44,15 +44,15 @@ struct State {
     polled: BTreeMap<i64, Uuid>,
     /// Announced changes with numbers above `range.up_to`.
     announced: BTreeMap<i64, Uuid>,
-    /// The highest number of each ID in either map. IDs are unique across all kinds of resources.
+    /// The highest number of a change to each ID, from either map. IDs are unique across all kinds of resources.
     newest: HashMap<Uuid, i64>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct PolledRange {
-    /// All changes with numbers above this one, up to `up_to`, are known.
+    /// All changes with numbers above this number, up to `up_to`, are known.
     floor: i64,
-    /// All changes with numbers above `floor`, up to this one, are known.
+    /// All changes with numbers above `floor`, up to this number, are known.
     up_to: i64,
 }
 
@@ -165,7 +165,8 @@ impl Recent {
         true
     }
 
-    /// Returns whether none of these IDs has a known change with a number above `as_of`.
+    /// Returns whether a copy with the number `as_of` is known to be current: none of these IDs has a change with a
+    /// higher number.
     pub fn unchanged(&self, ids: &[Uuid], as_of: i64) -> bool {
         let state = self.0.lock();
         let Some(range) = state.range else {
@@ -183,7 +184,7 @@ impl Recent {
 }
 
 impl State {
-    /// Recalculates the highest number of an ID. This is slow, but rarely needed.
+    /// Recalculates the highest number of an ID. The search is slow, but rarely needed.
     fn recount(&mut self, id: Uuid) {
         let of = |all: &BTreeMap<i64, Uuid>| {
             let mut numbers = all.iter().rev();
@@ -237,12 +238,18 @@ mod tests {
         ] {
             assert!(recent.unchanged(&all, seq - 1));
             assert!(recent.polled(&invalidation(seq, target)));
-            assert!(!recent.polled(&invalidation(seq, target)), "read twice");
+            assert!(
+                !recent.polled(&invalidation(seq, target)),
+                "the change was already polled"
+            );
             assert!(!recent.unchanged(&all, seq - 1));
             assert!(recent.unchanged(&all, seq));
         }
         recent.polled(&of_key(8, 9));
-        assert!(recent.unchanged(&all, 7), "a change to something else");
+        assert!(
+            recent.unchanged(&all, 7),
+            "the change affects another resource"
+        );
     }
 
     #[test]
@@ -250,16 +257,22 @@ mod tests {
         let recent = Recent::default();
         recent.begin(&[], "history");
         assert!(recent.announced(&of_key(2, 1)));
-        assert!(!recent.announced(&of_key(2, 1)), "sent twice");
+        assert!(
+            !recent.announced(&of_key(2, 1)),
+            "the change was already announced"
+        );
         assert!(!recent.unchanged(&[key(1)], 1));
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
         assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
-        // This change was announced after a later one.
+        // This change was announced after a later change.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));
-        assert!(!recent.announced(&of_key(2, 1)), "polled already");
+        assert!(
+            !recent.announced(&of_key(2, 1)),
+            "the change was already polled, so it is not new"
+        );
         assert!(!recent.unchanged(&[key(1)], 1));
         assert!(recent.unchanged(&[key(1)], 2));
     }
@@ -272,7 +285,7 @@ mod tests {
         for seq in 2..=i64::try_from(3 * ANNOUNCED).unwrap() {
             recent.announced(&of_key(seq, 77));
         }
-        assert!(recent.unchanged(&[key(1)], 1), "the floor is where it was");
+        assert!(recent.unchanged(&[key(1)], 1), "the floor has not moved");
         recent.polled(&of_key(2, 1));
         assert!(!recent.unchanged(&[key(1)], 1));
         assert!(recent.unchanged(&[key(1)], 2));
@@ -309,7 +322,10 @@ mod tests {
         }
         for seq in 19..=25 {
             assert!(recent.polled(&of_key(seq, 2)), "{seq} is assigned again");
-            assert!(!recent.unchanged(&[key(1)], 23), "a number from before");
+            assert!(
+                !recent.unchanged(&[key(1)], 23),
+                "the number was assigned before the restore"
+            );
         }
         assert!(recent.unchanged(&[key(1)], 24));
         assert!(!recent.unchanged(&[key(2)], 24), "changed with number 25");

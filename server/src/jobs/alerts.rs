@@ -9,7 +9,7 @@ use crate::{db, state::AppState};
 
 /// How often quotas are checked. Usage usually reaches PostgreSQL within a second of the request.
 const EVERY: Duration = Duration::from_secs(5);
-/// How often quotas are checked without metering. Each time, all quotas are checked.
+/// How often quotas are checked without metering. Each check covers all quotas.
 const EVERY_UNMETERED: Duration = Duration::from_secs(30);
 
 pub(super) async fn check(state: AppState, mut stopping: watch::Receiver<bool>) {

@@ -1,7 +1,7 @@
 //! Processes Stripe webhooks, and regularly reads customers in case a webhook was lost.
 //!
-//! This replica immediately processes the webhooks that it has stored itself. If another replica stored a webhook but
-//! does not process it, this replica does so within a second. Failures are retried later; see
+//! A replica immediately processes the webhooks that it has stored itself. If a replica does not process a webhook that
+//! it has stored, another replica processes that webhook within a second. Failures are retried later; see
 //! [`events`](crate::billing::events).
 
 use std::time::Duration;

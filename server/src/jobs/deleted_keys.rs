@@ -1,7 +1,7 @@
 //! Deletes the limiter state of deleted keys. Without this job, a bucket would remain until it is full, which may take
 //! weeks. A tenant could then fill Redis's memory by creating, using and deleting keys.
 //!
-//! Every replica does this, because each has its own limiter state.
+//! Every replica runs this job, because each has its own limiter state.
 
 use std::time::Duration;
 
@@ -29,8 +29,8 @@ enum DeleteError {
 }
 
 pub(super) async fn delete_limits(state: AppState, mut stopping: watch::Receiver<bool>) {
-    // Until then, a replica that cannot reach PostgreSQL, or a request in progress, may still use a deleted key, which
-    // would create a new bucket for it.
+    // Until a key has been deleted for this long, a request in progress, or a replica that cannot reach PostgreSQL, may
+    // still use the key, which would create a new bucket for it.
     let age = state.config.stale_grace + state.config.request_timeout;
     let mut ticks = every(EVERY);
     // Rows are kept for a day, so a replica that starts repeats at most the deletions of a day.

@@ -1,5 +1,5 @@
-//! Learns of changes made on other replicas in two ways. Polling PostgreSQL provides the guarantees; messages are only
-//! faster.
+//! Learns of changes made on other replicas in two ways. Polling PostgreSQL provides the guarantees. Messages only
+//! arrive earlier.
 
 use std::{pin::pin, time::Duration};
 
@@ -23,8 +23,8 @@ const POLL_EVERY: Duration = Duration::from_millis(150);
 /// entries are trusted for 750 ms after each poll.
 const SUSPECT_AFTER: Duration = Duration::from_millis(750);
 
-/// Polls for changes, and drops the cache entries that they invalidate. Without a recent poll, entries are reloaded
-/// after a second, so a failed poll only causes a warning.
+/// Polls for changes, and drops the cache entries that the changes invalidate. Without a recent poll, entries are
+/// reloaded after a second, so a failed poll only causes a warning.
 pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(POLL_EVERY);
     let db = state.db.on(Lane::Health);
@@ -70,11 +70,11 @@ fn suspect(state: &AppState) {
 
 async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Result<(), DbError> {
     let mut tx = db.system().await?;
-    // The position is read before the rows, so that the next poll notices a restore that happens in between.
+    // The position is read before the rows, so that the next poll notices a restore that happens between the two reads.
     let position = invalidation::position(&mut tx).await?;
     let Some(polled) = last else {
-        // If earlier polls failed, cached entries may be older than the changes read by this one. Records that other
-        // replicas cached are compared with the changes recorded here.
+        // If earlier polls failed, cached entries may be older than the changes that this poll reads. Records that
+        // other replicas cached are compared with the changes recorded here.
         let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
         state.recent.begin(&newest, &position.history);
@@ -115,8 +115,8 @@ fn up_to(newest: &[Invalidation], position: Position) -> Position {
     }
 }
 
-/// Applies changes. Records the changes before dropping cache entries, so that a load that starts in between takes the
-/// changes into account.
+/// Applies changes. Records the changes before dropping cache entries, so that a load that starts between the two steps
+/// takes the changes into account.
 fn apply(
     state: &AppState,
     invalidations: &[Invalidation],
@@ -137,8 +137,7 @@ fn apply(
     state.forget(invalidations);
 }
 
-/// Applies a message from another replica. Ignores the message if it does not contain a new change, because it may be a
-/// replay.
+/// Applies a message from another replica. Ignores a message without a new change, because the message may be a replay.
 fn apply_announced(state: &AppState, invalidation: &Invalidation) {
     if state.recent.announced(invalidation) {
         apply(state, std::slice::from_ref(invalidation), |_, _| true);

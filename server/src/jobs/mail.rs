@@ -22,12 +22,12 @@ pub(super) async fn send(state: AppState) {
             if written.is_limited && !was_limited {
                 tracing::warn!(
                     limit = config.alert_emails_per_hour,
-                    "QUOTA_ALERT_EMAILS_PER_HOUR is reached, so emails about alerts are delayed"
+                    "the limit QUOTA_ALERT_EMAILS_PER_HOUR has been reached, so emails about alerts are delayed"
                 );
             }
             was_limited = written.is_limited;
         }
-        // Send stored emails even if no new ones could be written.
+        // Send stored emails even if no new emails could be written.
         let sent = state.alerts.send_emails(&state.mailer).await;
         if let Ok(sent) = &sent {
             state.metrics.mails_sent.inc_by(sent.sent);

@@ -90,8 +90,8 @@ async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<
     }
 }
 
-/// Runs a job that can be dropped at any point, since it later continues from its stored state. So stopping the server
-/// does not wait for Stripe or a mail server.
+/// Runs a job that can be dropped at any point, since the job later continues from its stored state. So stopping the
+/// server does not wait for Stripe or a mail server.
 async fn until_stopped(mut stopping: watch::Receiver<bool>, job: BoxFuture<'static, ()>) {
     tokio::select! {
         biased;

@@ -1,5 +1,5 @@
-//! Maintains the usage tables: creates partitions in advance, drops old ones, and regularly compares all tables that
-//! count the same requests.
+//! Maintains the usage tables: creates partitions in advance, drops old partitions, and regularly compares all tables
+//! that count the same requests.
 //!
 //! A row whose partition is missing is stored in the default partition. So a failure here only causes a warning and a
 //! retry.
@@ -67,7 +67,7 @@ async fn maintain_with_retries(state: &AppState) {
     }
 }
 
-/// Creates and drops partitions, and removes outdated rows. Continues after errors, and returns the first one.
+/// Creates and drops partitions, and removes outdated rows. Continues after errors, and returns the first error.
 async fn maintain_once(state: &AppState) -> Result<(), DbError> {
     let today = state.db.within_limit(today(state)).await?;
     let created = create_all(state, today).await;
@@ -97,7 +97,7 @@ async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
 
 /// Creates partitions: first for the coming days, which does not require moving rows, and then for today and yesterday,
 /// since records may arrive after their day has ended. A table whose partition cannot be created does not delay the
-/// others.
+/// other tables.
 async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
     let coming = (1..=AHEAD).filter_map(|days| today.checked_add_days(Days::new(days)));
     let days = coming.chain([today]).chain(today.pred_opt());

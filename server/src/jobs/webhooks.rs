@@ -1,6 +1,7 @@
 //! Sends events to webhooks.
 //!
-//! Sends deliveries that this replica has stored immediately, and looks for other due deliveries every second.
+//! Deliveries that this replica has stored are sent immediately. Every second, this replica looks for other due
+//! deliveries.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -63,7 +64,8 @@ struct Worker {
     /// The tenant and the webhook of each attempt in progress.
     attempts: HashMap<task::Id, (Uuid, Uuid)>,
     is_reported: bool,
-    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` have been encrypted with the current one.
+    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` have been encrypted with the current
+    /// `QUOTA_SECRET`.
     is_reencrypted: bool,
 }
 
@@ -77,7 +79,7 @@ impl Worker {
                 if unreadable > 0 {
                     tracing::error!(
                         webhooks = unreadable,
-                        "webhook signing secrets were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
+                        "some webhook signing secrets were encrypted with a QUOTA_SECRET that is not configured; set it as QUOTA_SECRET_PREVIOUS and restart"
                     );
                 }
             }
@@ -131,7 +133,7 @@ impl Worker {
     }
 }
 
-/// Measures how long deliveries have been overdue. Does not depend on the task that sends them.
+/// Measures how long deliveries have been overdue. Does not depend on the task that sends the deliveries.
 pub(super) async fn measure(state: AppState) {
     let mut ticks = every(MEASURE_EVERY);
     loop {

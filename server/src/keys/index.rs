@@ -3,7 +3,7 @@
 //!
 //! The index lists the hashes of cached keys by tenant, plan, and key ID. Entries of keys that were evicted or moved to
 //! another plan may be outdated, which costs one unnecessary load. A hash is added before its record is cached, and
-//! remains while the record is loaded or cached. Therefore, no hash is ever missing.
+//! remains while the record is being loaded or is cached. Therefore, no hash is ever missing.
 
 use std::collections::{HashMap, HashSet};
 
@@ -149,6 +149,6 @@ mod tests {
         }
         assert!(index.owners.lock().entries <= 60);
         let taken = take(&index, Target::Plan(plan(1)));
-        assert!(taken.len() >= 10, "those that are cached are all there");
+        assert!(taken.len() >= 10, "all cached keys are in the index");
     }
 }

@@ -52,7 +52,8 @@ impl LastUsed {
     }
 }
 
-/// Saves times in batches. Stops at the first batch that fails, because the next one would probably wait just as long.
+/// Saves times in batches. Stops at the first batch that fails, because the next batch would probably wait just as
+/// long.
 async fn flush(
     db: &Db,
     notes: &Notes,
@@ -81,7 +82,8 @@ fn note(notes: &Notes, id: Uuid, now: UnixNanos) {
     *at = now.max(*at);
 }
 
-/// Removes and returns all times. They are sorted by ID, so that replicas that write at the same time cannot deadlock.
+/// Removes and returns all times. The times are sorted by ID, so that replicas that write at the same time cannot
+/// deadlock.
 fn take(notes: &Notes) -> Vec<(Uuid, UnixNanos)> {
     let mut all = notes
         .iter()

@@ -59,8 +59,8 @@ impl PostgresLedger {
         Ok(taken.into_iter().map(|it| it.map(granted)).collect())
     }
 
-    /// Takes tokens for all requests in one transaction. If that fails because of one request, retries them one at a
-    /// time.
+    /// Takes tokens for all requests in one transaction. If one request causes the transaction to fail, retries the
+    /// requests one at a time.
     async fn take_from(
         &self,
         from: Windows,
@@ -89,9 +89,9 @@ impl PostgresLedger {
         }
     }
 
-    /// Takes tokens from windows in use. In a second transaction, opens missing windows and takes tokens from them. The
-    /// second transaction may have to wait for a key that is being deleted, and must not hold locks that others need
-    /// during that time.
+    /// Takes tokens from windows in use. In a second transaction, opens missing windows and takes tokens from these
+    /// windows. The second transaction may have to wait for a key that is being deleted, and must not hold locks that
+    /// other calls need during that time.
     async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         let mut results = self.take_from(Windows::Used, requests).await;
         let missing: Vec<usize> = (0..results.len())

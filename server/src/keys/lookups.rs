@@ -1,13 +1,13 @@
 //! Looks up secrets in PostgreSQL by their hash. Lookups are batched, limited, and fair.
 //!
-//! Anyone can invent keys with a valid checksum, and each of them requires a lookup. Therefore, lookups have their own
-//! database connections, and one of them is reserved for reloading known secrets: those in this replica's cache.
-//! Lookups that arrive while all connections are busy share the next statement, so a few connections are enough for
-//! thousands of lookups per second.
+//! Anyone can invent keys with a valid checksum, and each of these keys requires a lookup. Therefore, lookups have
+//! their own database connections. One of these connections is reserved for reloading known secrets, which are the
+//! secrets in this replica's cache. Lookups that arrive while all connections are busy share the next statement, so a
+//! few connections are enough for thousands of lookups per second.
 //!
 //! The number of concurrent lookups of unknown secrets is limited. At the limit, each caller still gets an equal share,
-//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that sends it. Lookups of keys
-//! and lookups of service tokens are counted and batched separately.
+//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that causes the flood. Lookups
+//! of keys and lookups of service tokens are counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -46,7 +46,8 @@ pub struct LookupCaller {
 /// Batched lookups of API keys and service tokens. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// Lookups of keys. The result contains the facts and the number of the newest invalidation when they were read.
+    /// Lookups of keys. The result contains the key's data, and the number of the newest invalidation when the data was
+    /// read.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }
@@ -215,7 +216,7 @@ impl<V> Queue<V> {
         own.push_back(waiting);
     }
 
-    /// Removes a waiting lookup. Returns whether it was still waiting.
+    /// Removes a waiting lookup. Returns whether the lookup was still waiting.
     fn remove(&mut self, caller: Option<LookupCaller>, id: u64) -> bool {
         let waiting = match caller {
             None => Some(&mut self.known),
@@ -408,7 +409,7 @@ impl<V: Send + 'static> Worker<V> {
             }
         }
         if list.is_empty() {
-            // This must happen while the lock is held, so that the next lookup starts a new worker.
+            // The worker must end while the lock is held, so that the next lookup starts a new worker.
             queue.workers -= 1;
             self.has_ended = true;
             return None;
@@ -433,7 +434,7 @@ struct Batch<V: Send + 'static> {
 impl<V: Send + 'static> Batch<V> {
     async fn run(mut self) {
         let hashes = self.list.iter().map(|it| it.hash).collect();
-        // The statement can belong to only one trace.
+        // A statement can belong to only one trace.
         let span = self.list.iter().find_map(|it| it.span.clone());
         let answers = spans::within(span, (self.batches.0.query)(hashes)).await;
         let mut answers = answers.map_err(|error| self.batches.failed(&error));

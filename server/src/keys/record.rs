@@ -121,7 +121,7 @@ impl KeyRecord {
 
 impl KeyRecord {
     /// Returns whether to record a use at `now`. Returns `true` at most once per second, so that busy keys do not cause
-    /// more writes than others.
+    /// more writes than other keys.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
         let worth = Nanos(now.0.abs_diff(noted_at)) >= NOTE_EVERY;
@@ -150,7 +150,7 @@ pub struct KeyStore {
 }
 
 impl KeyStore {
-    /// Creates the store. Without `shared`, keys that are not in memory are looked up in PostgreSQL.
+    /// Creates the store. Without `shared`, keys that are not in memory are looked up directly in PostgreSQL.
     pub fn new(
         lookups: Lookups,
         limiter: Limiter,
@@ -273,7 +273,7 @@ impl KeyStore {
         self.tokens.forget(|_, _| true);
     }
 
-    /// Removes the cached absence of a secret. Call this after creating a key or token with that secret.
+    /// Removes a secret from the cache of unknown secrets. Call after creating a key or token with that secret.
     pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
         self.keys.forget_absent(&hash);

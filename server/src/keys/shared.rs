@@ -1,15 +1,15 @@
-//! Key records that replicas share through Redis, as a layer between memory and PostgreSQL. They save PostgreSQL from
-//! looking up every key when a replica starts or a plan with many keys is edited.
+//! Key records that replicas share through Redis, as a layer between memory and PostgreSQL. These records save
+//! PostgreSQL from looking up every key when a replica starts or a plan with many keys is edited.
 //!
-//! **Current entries.** Whether an entry is current depends neither on the deletion of outdated entries, nor on when or
-//! by which replica an entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
+//! **Current entries.** Whether an entry is current does not depend on the deletion of outdated entries, or on when and
+//! by which replica the entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
 //! record also reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher
 //! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
 //! this replica does not know of a later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts
-//! as confirmed at the time of the poll, not at the time it was read. This has several consequences:
+//! as confirmed at the time of the poll, not at the time when the entry was read. This has several consequences:
 //! - If a load starts before a change but writes its entry after the change, the entry has a lower number than the
-//!   change. Replicas that know of the change reject the entry. Other replicas learn of it with their next poll, as
-//!   they do for records in memory.
+//!   change. Replicas that know of the change reject the entry. Other replicas learn of the change with their next
+//!   poll, as they do for records in memory.
 //! - Losing an invalidation or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
@@ -21,7 +21,7 @@
 //! unreadable, but cannot give a key more access. An entry also contains the time when it was written. An entry is
 //! rejected after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries that
 //! are too old or from the future, count as misses. Entries from a different database history are also ignored: after
-//! PostgreSQL has been restored from a backup, it assigns the same numbers a second time.
+//! PostgreSQL has been restored from a backup, the same numbers are assigned a second time.
 //!
 //! While Redis is unreachable, every lookup is an immediate miss. If Redis is slow, one lookup waits for
 //! `QUOTA_REDIS_TIMEOUT`, and lookups during the next second skip Redis.
@@ -50,7 +50,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Increment this with every change to [`KeyFacts`] or to the meaning of one of its fields.
+/// Increment this number with every change to [`KeyFacts`] or to the meaning of one of its fields.
 const VERSION: u8 = 3;
 /// The maximum difference between the clocks of two replicas, in seconds.
 const SKEW: u64 = 120;
@@ -91,7 +91,7 @@ struct SharedState {
 #[derive(Debug)]
 pub struct SharedRecord {
     pub facts: Option<KeyFacts>,
-    /// The number of the newest invalidation when the facts were read.
+    /// The number of the newest invalidation when the data was read.
     pub as_of: i64,
     pub current_at: Monotonic,
 }
@@ -100,7 +100,7 @@ pub struct SharedRecord {
 #[serde(deny_unknown_fields)]
 struct Entry<F> {
     as_of: i64,
-    /// When the entry was written, in seconds since 1970 on the clock of the replica that wrote it.
+    /// When the entry was written, in seconds since the Unix epoch, on the clock of the replica that wrote it.
     at: u64,
     facts: Option<F>,
 }
@@ -167,8 +167,8 @@ impl SharedKeys {
         })
     }
 
-    /// Shares a result from PostgreSQL. `found` contains the facts and their number, or is `None` for an invalid
-    /// secret. Does not wait for the entry to be written.
+    /// Shares a result from PostgreSQL. `found` contains the key's data and the number of the newest invalidation, or
+    /// is `None` for an invalid secret. Does not wait for the entry to be written.
     pub fn put(&self, hash: &Hash, found: Option<(&KeyFacts, i64)>) {
         let it = &self.0.context;
         if self.is_paused() || (found.is_none() && !self.may_write_absent()) {

@@ -1,7 +1,7 @@
 //! The ledger of monthly quotas that all keys of a tenant share, stored in PostgreSQL.
 //!
-//! The limiter takes tokens from these quotas as it does from the quotas of keys. The windows are calendar months in
-//! UTC, so that a tenant cannot move them by changing its time zone.
+//! The limiter takes tokens from these quotas in the same way as from the quotas of keys. The windows are calendar
+//! months in UTC, so that a tenant cannot move them by changing its time zone.
 
 use std::sync::Arc;
 
@@ -47,8 +47,8 @@ impl TenantLedger {
         Ok(taken)
     }
 
-    /// Takes tokens from existing rows. In a separate transaction, adds missing rows and takes tokens from them. `asks`
-    /// must be sorted.
+    /// Takes tokens from existing rows. In a separate transaction, adds missing rows and takes tokens from these rows.
+    /// `asks` must be sorted.
     async fn take_sorted(&self, asks: &[Ask]) -> Vec<Result<tenant_quota::Taken, LedgerError>> {
         let gone = || Arc::new(NoSuchTenant) as LedgerError;
         let mut results: Vec<Result<_, LedgerError>> = match self.take_once(asks).await {

@@ -1,6 +1,6 @@
-//! A decision: whether a request is allowed or denied, by which policies, and for how long.
+//! A decision: whether a request is allowed or denied, by which policies, and when a denied request may be retried.
 //!
-//! Contains everything that response headers and bodies report, but does not depend on HTTP.
+//! A decision contains everything that response headers and bodies report, but this module does not depend on HTTP.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
@@ -13,8 +13,8 @@ pub enum Outcome {
     /// The cost was taken from every policy.
     Allowed,
     Denied {
-        /// The violated policies. Empty only if the decision is degraded: this replica has no tokens left, but the
-        /// limit itself may not be reached.
+        /// The violated policies. Empty only if the decision is degraded: this replica's share has too few tokens, but
+        /// the limit itself may not have been reached.
         violated: PolicySet,
         /// Nanoseconds until the same request would be allowed if no other request takes tokens: the longest wait among
         /// the violated policies. `None` if the request can never be allowed because its cost exceeds a limit.
@@ -37,8 +37,8 @@ pub struct PolicyState {
 }
 
 impl PolicyState {
-    /// Returns whether `self` is closer to exhaustion than `other`: a smaller fraction of its limit is left or, if the
-    /// fractions are equal, it resets later.
+    /// Returns whether `self` is closer to exhaustion than `other`: a smaller fraction of the limit is left or, if the
+    /// fractions are equal, the policy resets later.
     fn is_nearer_exhaustion(self, other: Self) -> bool {
         let mine = u128::from(self.remaining) * u128::from(other.limit);
         let theirs = u128::from(other.remaining) * u128::from(self.limit);
@@ -76,7 +76,8 @@ impl Decision {
         }
     }
 
-    /// Returns the nanoseconds until the same request would be allowed, or `None` if it was allowed or never will be.
+    /// Returns the nanoseconds until the same request would be allowed, or `None` if the request was allowed or will
+    /// never be allowed.
     pub fn retry_after(&self) -> Option<u64> {
         match self.outcome {
             Outcome::Allowed => None,
@@ -159,7 +160,7 @@ mod tests {
         assert_eq!(decision.seconds_to_reset(decision.rate), 19);
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 500, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);
-        // If two policies are exhausted, the one that resets later is closest to exhaustion.
+        // Of two exhausted policies, the policy that resets later counts as closest to exhaustion.
         decision.daily = Some(state(Policy::Daily, 50_000, 0, 1 << 50));
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 0, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);

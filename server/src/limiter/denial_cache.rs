@@ -1,18 +1,18 @@
 //! A cache of denials in front of a remote store, so that repeating a denial does not need a round trip.
 //!
 //! Two mechanisms deny requests here: a `governor` limiter with the plan's rate, and the store's last denial, which is
-//! repeated until the plan, or the state on which it was based, may have changed. Both mechanisms only repeat what the
+//! repeated until the plan, or the state behind the denial, may have changed. Both mechanisms only repeat what the
 //! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So
-//! `governor` gets a state store that reports what would happen without changing anything, and is charged only for
-//! requests that the store has allowed. (Charging first and refunding denied requests is not equivalent: the bucket may
-//! have been full in between, and the refund would credit tokens that were never taken.) Degraded decisions are not
-//! recorded, because they do not show what the store would decide: a request that the store would allow must not be
-//! denied.
+//! `governor` gets a state store that reports what would happen without changing anything, and the limiter is charged
+//! only for requests that the store has allowed. (Charging first and refunding denied requests is not equivalent: the
+//! bucket may have been full between the two steps, and the refund would then credit tokens that were never taken.)
+//! Degraded decisions are not recorded, because they do not show what the store would decide: a request that the store
+//! would allow must not be denied.
 //!
-//! The local store keeps its state in the same handle, so a cache in front of it would only add cost. The limiter skips
-//! the cache if [`LimitStore::is_local`].
+//! The local store keeps its state in the same handle, so a cache in front of the local store would only add cost. The
+//! limiter skips the cache if [`LimitStore::is_local`].
 //!
-//! Uses monotonic time, so that setting the system clock back does not lock out any key.
+//! The cache uses monotonic time, so that setting the system clock back does not lock out any key.
 //!
 //! [`LimitStore::is_local`]: super::store::LimitStore::is_local
 
@@ -194,9 +194,9 @@ impl LocalBucket {
     }
 
     /// Applies edited policies and discards the cached decisions. If the rate was edited, the local bucket starts full.
-    /// It allows nothing by itself, since the store decides every request that is not denied here. The store keeps the
-    /// usage, but its bucket may have refilled by any amount, because it is unknown when it learned of the edit. A
-    /// request that the store would allow must not be denied here.
+    /// The local bucket never allows a request, since the store decides every request that is not denied here. The
+    /// store keeps the usage, but its bucket may have refilled by any amount, because the cache does not know when the
+    /// store learned of the edit. A request that the store would allow must not be denied here.
     fn apply_edit(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();
@@ -316,9 +316,9 @@ impl DenialCache {
             .or_else(|| known.over_rate(policies, cost, elapsed, now))
     }
 
-    /// Records a decision by the store, unless it is degraded. A denial by the rate is cached for at most
-    /// `rate_memory`. The bucket is assumed to have been refilling since the call started at `asked_at`: the store may
-    /// have decided at any time after that, and a request that the store would allow must not be denied here.
+    /// Records a decision by the store, unless the decision is degraded. A denial by the rate limit is cached for at
+    /// most `rate_memory`. The bucket is assumed to have been refilling since the call started at `asked_at`: the store
+    /// may have decided at any time after that, and a request that the store would allow must not be denied here.
     pub(super) fn record(
         &self,
         policies: &Policies,
@@ -340,7 +340,7 @@ impl DenialCache {
                 known.denied = None;
                 let price = known.gcra.price(cost);
                 let charged = known.tat.load().max(known.at(asked_at));
-                // No more than the whole burst can be missing.
+                // At most the whole burst can be missing.
                 let tat = known.gcra.settled(charged.saturating_add(price), elapsed);
                 known.tat.store(tat);
             }

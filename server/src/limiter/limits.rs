@@ -1,4 +1,4 @@
-//! The limits of one key, with the values that decisions need precomputed.
+//! The limits of one key, with precomputed values for decisions.
 
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
@@ -31,8 +31,8 @@ pub struct Policies {
 }
 
 impl Policies {
-    /// Creates policies. `daily` and `monthly` are quotas per calendar day and month in `zone`. If `strict`, the store
-    /// does not use leases.
+    /// Creates policies. `daily` and `monthly` are quotas per calendar day and month in `zone`. If `strict` is set, the
+    /// store does not use leases.
     pub fn new(
         rate: RatePolicy,
         daily: Option<NonZeroU64>,
@@ -98,7 +98,7 @@ impl Policies {
         self
     }
 
-    /// Returns the plan's version, or zero if it is unknown.
+    /// Returns the plan's version, or zero if the version is unknown.
     pub fn version(&self) -> u64 {
         self.version
     }

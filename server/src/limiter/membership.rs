@@ -6,8 +6,9 @@
 //! **The shares of all replicas together never exceed the limit**, although each replica uses its own count, which may
 //! be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself has
 //! been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share: the
-//! divisor is at least the number of these replicas, and a replica's rank is at least its position among them. A
-//! replica that stops is still counted for [`FORGOTTEN`], which is long after it has stopped taking a share.
+//! divisor is at least the number of these replicas, and a replica's rank is at least its position among these
+//! replicas. A replica that stops is still counted for [`FORGOTTEN`], which is long after it has stopped taking a
+//! share.
 
 use std::{
     num::NonZeroU64,
@@ -24,11 +25,11 @@ pub const BELIEVED: Duration = Duration::from_secs(7);
 /// How long a replica is counted after its last heartbeat. Must exceed [`BELIEVED`], so that a replica that can no
 /// longer send heartbeats is counted as long as it may take a share.
 pub const FORGOTTEN: Duration = Duration::from_secs(10);
-/// How long a replica is remembered after its last heartbeat. Replicas that start take it into account, because its
-/// share may have allowed requests during an outage of the shared counters.
+/// How long a replica is remembered after its last heartbeat. Replicas that are starting take a remembered replica into
+/// account, because its share may have allowed requests during an outage of the shared counters.
 pub const REMEMBERED: Duration = Duration::from_secs(60);
-/// How long a replica must have been counted before it takes a share. By then, no replica trusts a count that predates
-/// it.
+/// How long a replica must have been counted before it takes a share. By then, no replica trusts a count that does not
+/// include the new replica.
 pub const SETTLED: Duration = Duration::from_secs(8);
 /// How often replicas are counted.
 pub const COUNTED_EVERY: Duration = Duration::from_secs(1);
@@ -87,7 +88,7 @@ impl Membership {
     /// Records a count that placed this replica in `slot`, and when the count began and ended.
     ///
     /// The count's age is measured from its start. The count takes effect at its end: until then, this replica used the
-    /// previous count, and other replicas may not have counted this one.
+    /// previous count, and other replicas may not have counted this replica.
     pub fn confirm_count(&self, slot: ReplicaSlot, began: Monotonic, ended: Monotonic) {
         let mut counted = self.counted.lock();
         *counted = Some(match *counted {
@@ -101,7 +102,7 @@ impl Membership {
                 confirmed: began,
                 ..before
             },
-            // This is the first count, or the first after other replicas may have stopped counting this one.
+            // This is the first count, or the first count after other replicas may have stopped counting this replica.
             _ => Counted {
                 slot,
                 joined: ended,
@@ -178,7 +179,7 @@ mod tests {
             assert_eq!(
                 membership.slot(at(second * SECOND)),
                 None,
-                "others may not know yet"
+                "other replicas may not have counted this replica yet"
             );
         }
         assert_eq!(membership.replica_count(), 2);
@@ -191,7 +192,7 @@ mod tests {
         assert_eq!(
             membership.slot(at(16 * SECOND)),
             None,
-            "it is not confirmed"
+            "the slot is no longer confirmed"
         );
         // After such a gap, the replica must settle again.
         for second in 17..25 {
@@ -217,7 +218,7 @@ mod tests {
         assert_eq!(
             membership.slot(at(17 * SECOND)),
             None,
-            "as old as its beginning"
+            "the age of a count is measured from its start"
         );
     }
 
@@ -226,17 +227,17 @@ mod tests {
         let membership = Membership::default();
         assert!(
             membership.others_may_act(at(0)),
-            "it has not counted them yet"
+            "the replicas have not been counted yet"
         );
         membership.confirm(slot(0, 1), at(SECOND / 2));
         assert!(
             !membership.others_may_act(at(SECOND / 2)),
-            "it is the only one"
+            "there is no other replica"
         );
         membership.confirm(slot(1, 2), at(SECOND));
         assert!(
             membership.others_may_act(at(SECOND)),
-            "their age is unknown"
+            "the age of the other replica is unknown"
         );
         membership.note_oldest_other(Some(Duration::from_secs(3)), at(SECOND));
         assert!(!membership.others_may_act(at(6 * SECOND - 1)));
@@ -246,14 +247,14 @@ mod tests {
         membership.confirm(slot(0, 1), at(3 * SECOND));
         assert!(
             membership.others_may_act(at(3 * SECOND)),
-            "the other one has stopped, but its share may have admitted requests"
+            "the other replica has stopped, but its share may have admitted requests"
         );
         membership.note_oldest_other(None, at(4 * SECOND));
         assert!(!membership.others_may_act(at(5 * SECOND)));
     }
 
-    /// Replicas start, stop, lose PostgreSQL and get slow responses. They count each other as in the database, and the
-    /// sum of their shares of a burst is checked continuously.
+    /// Replicas start, stop, lose PostgreSQL and get slow responses. The replicas count each other as they would in the
+    /// database, and the test continuously checks the sum of their shares of a burst.
     #[test]
     fn shares_of_all_replicas_never_exceed_the_whole() {
         const TICK: u64 = SECOND / 10;
@@ -316,7 +317,7 @@ mod tests {
                         replicas[i].counting = Some((now, now + takes, slot));
                     }
                 }
-                // A replica that stops abandons its count.
+                // A replica that stops abandons a count in progress.
                 replicas.retain(|it| it.stops > now);
                 let acting: Vec<ReplicaSlot> = replicas
                     .iter()

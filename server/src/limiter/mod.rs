@@ -1,9 +1,10 @@
 //! Decides whether a key may make a request now.
 //!
-//! Owns rates, calendar quotas and their usage. Does not depend on HTTP, SQL or secrets: the caller passes a key's
-//! handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger fails, only
-//! keys with calendar quotas (their own or their tenant's) are affected: they spend the tokens that are available
-//! locally, and then get an error. No request is ever allowed without a token from each policy.
+//! This module owns rates, calendar quotas and their usage. It does not depend on HTTP, SQL or secrets: the caller
+//! passes a key's handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger
+//! fails, only keys with calendar quotas (their own or their tenant's) are affected: these keys spend the tokens that
+//! are available locally, and then their requests get an error. No request is ever allowed unless its cost has been
+//! taken from each policy.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -89,21 +90,21 @@ impl Limiter {
         }
     }
 
-    /// Returns the quota that all keys of the tenant share, if there is one. Store it in the cached records of these
-    /// keys.
+    /// Returns the quota that all keys of the tenant share, if there is one. Store the quota in the cached records of
+    /// these keys.
     pub fn tenant_quota(&self, tenant: TenantId) -> Result<Option<TenantQuota>, LimiterError> {
         let quotas = self.tenants.as_ref();
         quotas.map(|quotas| quotas.of(tenant)).transpose()
     }
 
-    /// Returns a key's handle. Store it in the key's cached record. While the handle is in use anywhere, the same key
-    /// always gets the same handle, so a reloaded record keeps its usage.
+    /// Returns a key's handle. Store the handle in the key's cached record. While the handle is in use anywhere, the
+    /// same key always gets the same handle, so the key's usage is kept when its record is reloaded.
     pub fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError> {
         self.store.handle(tenant, key)
     }
 
-    /// Decides on a request from memory, without blocking or allocating. If it returns `None`, call
-    /// [`admit`](Self::admit), which can wait.
+    /// Decides on a request from memory, without blocking or allocating. Returns `None` if the decision may require
+    /// waiting. In that case, call [`admit`](Self::admit).
     #[inline]
     pub fn try_admit(
         &self,
@@ -178,13 +179,13 @@ impl Limiter {
     }
 
     /// Returns the key's state without taking tokens. Calls the shared counters, if there are any, for the state of the
-    /// rate. Until the ledger has responded in the current window, quotas are reported as unused.
+    /// bucket. Until the ledger has responded in the current window, quotas are reported as unused.
     pub async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.store.inspect(handle, policies).await
     }
 
-    /// Drops unused keys whose state equals a new key's, and prefetches quotas for the next day or month. Call every
-    /// [`PRUNE_EVERY`]. Returns the number of remaining keys.
+    /// Drops unused keys whose state is equivalent to the state of a new key, and prefetches quotas for the next day or
+    /// month. Call every [`PRUNE_EVERY`]. Returns the number of remaining keys.
     pub fn prune(&self) -> usize {
         if let Some(quotas) = &self.tenants {
             quotas.prune();
@@ -192,14 +193,14 @@ impl Limiter {
         self.store.prune()
     }
 
-    /// Deletes the state of deleted keys. Call only after every replica has stopped accepting them: another request
+    /// Deletes the state of deleted keys. Call only after every replica has stopped accepting the keys: another request
     /// would get a full bucket.
     pub async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError> {
         self.store.delete(keys).await
     }
 
-    /// Returns all unused tokens to the ledger and the shared counters, as far as they respond in time, and stops
-    /// taking more. Call after the last request, before the process exits.
+    /// Returns all unused tokens to the ledger and the shared counters, if they respond in time, and stops taking more.
+    /// Call after the last request, before the process exits.
     pub async fn drain(&self) -> ReturnedQuota {
         let Some(quotas) = &self.tenants else {
             return self.store.drain().await;

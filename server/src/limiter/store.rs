@@ -1,8 +1,8 @@
 //! The contract that every limit store fulfills.
 //!
-//! While the quota ledger is unavailable, a store spends the blocks it holds, and then returns a [`LimiterError`].
-//! While the shared counters are unavailable, the plan's fallback setting applies: `closed` returns a [`LimiterError`];
-//! `share` and `open` decide, and mark the decision as degraded.
+//! While the quota ledger is unavailable, a store spends the blocks that it holds, and then returns a [`LimiterError`].
+//! While the shared counters are unavailable, the plan's fallback setting applies: with `closed`, the store returns a
+//! [`LimiterError`]; with `share` and `open`, the store decides, and marks the decision as degraded.
 
 use std::{num::NonZeroU32, sync::Arc};
 
@@ -30,16 +30,16 @@ use crate::clock::Nanos;
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
 ///   crash loses at most one block (a hundredth of the quota, and at most 10,000 tokens), the tokens that requests were
 ///   waiting for, and tokens that were being returned. Draining returns all unused tokens, unless the ledger does not
-///   confirm this in time. A failed ledger call may lose the tokens that it was to take. A replica does not keep an
-///   unused block for long while other replicas may need it. A change of time zone takes effect when the current window
-///   ends, or immediately if nothing was used in that window. The next window lasts until the end of the day or month
-///   in the new zone, with a proportional quota. Windows never overlap.
+///   confirm the return in time. A failed ledger call may lose the tokens that it was to take. A replica does not keep
+///   an unused block for long while other replicas may need it. A change of time zone takes effect when the current
+///   window ends, or immediately if nothing was used in that window. The next window lasts until the end of the day or
+///   month in the new zone, with a proportional quota. Windows never overlap.
 /// - *Edits.* Usage is kept when policies change: an edit does not refill a bucket or a quota. But a bucket that has
 ///   been idle until it was full under its last plan may be forgotten, and is then full under any plan.
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.
 #[async_trait]
 pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
-    /// Returns a key's handle, which stays the same as long as it is in use or has state to keep.
+    /// Returns a key's handle, which stays the same as long as the handle is in use or has state to keep.
     fn handle(&self, tenant: TenantId, key: ApiKeyId) -> Result<Arc<KeyHandle>, LimiterError>;
 
     /// Decides on a request without blocking. Returns `None` if a decision would require waiting.
@@ -61,8 +61,8 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns the key's state as known to this replica, without taking tokens.
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision;
 
-    /// Returns the key's state without taking tokens. The state of the rate comes from the shared counters. If there
-    /// are none, or they do not respond in time, returns the same as [`peek`](Self::peek).
+    /// Returns the key's state without taking tokens. The state of the bucket comes from the shared counters. If there
+    /// are no shared counters, or if they do not respond in time, returns the same as [`peek`](Self::peek).
     async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
         self.peek(handle, policies)
     }
@@ -70,16 +70,17 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns whether the buckets are in this process. If so, the limiter does not use the denial cache.
     fn is_local(&self) -> bool;
 
-    /// Returns the maximum time for which a denial by the rate may be cached. After that, other replicas may have
+    /// Returns the maximum time for which a denial by the rate limit may be cached. After that, other replicas may have
     /// returned tokens. `None` means that the denial may be cached until its `retry_after` has passed.
     fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None
     }
 
-    /// Drops unreferenced keys whose state equals a new key's. If only their blocks prevent that, returns these to the
-    /// ledger, so that the next call can drop the keys. If other replicas share the quotas, also returns blocks of
-    /// other keys that have not been used for ten seconds. For keys in use, fetches the first block of the next day or
-    /// month shortly before it begins. Returns the number of remaining keys.
+    /// Drops unreferenced keys whose state is equivalent to the state of a new key. If only a key's blocks prevent
+    /// that, returns the blocks to the ledger, so that the next call can drop the key. If other replicas share the
+    /// quotas, also returns blocks of other keys that have not been used for ten seconds. For keys in use, fetches the
+    /// first block of the next day or month shortly before that day or month begins. Returns the number of remaining
+    /// keys.
     fn prune(&self) -> usize;
 
     /// Deletes the state of deleted keys, on this replica and in the shared counters. On this replica, a key that is
@@ -87,7 +88,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// has stopped accepting the keys: another request would get a full bucket.
     async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError>;
 
-    /// Returns all unused tokens to the ledger and the shared counters, as far as they respond in time, and stops
-    /// taking more. Call before the process exits.
+    /// Returns all unused tokens to the ledger and the shared counters, if they respond in time, and stops taking more.
+    /// Call before the process exits.
     async fn drain(&self) -> ReturnedQuota;
 }

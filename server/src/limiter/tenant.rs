@@ -1,12 +1,12 @@
 //! Monthly quotas (in UTC) that all keys of a tenant share.
 //!
-//! They are checked before the store decides about the key. A request first reserves its cost from the tenant's quota,
-//! and spends or releases the reservation after the store's decision. So the cost is taken from both the tenant and the
-//! key, or from neither. Each replica holds a block of the quota, as for a key's own quotas, in a [`KeyTable`] with one
-//! entry per tenant. The same guarantees apply.
+//! A tenant's quota is checked before the store decides on the key's policies. A request first reserves its cost from
+//! the tenant's quota, and spends or releases the reservation after the store's decision. So the cost is taken from
+//! both the tenant and the key, or from neither. Each replica holds a block of the quota, as for a key's own quotas, in
+//! a [`KeyTable`] with one entry per tenant, with the same guarantees.
 //!
-//! A request counts in the month in which its tokens were reserved, even if it is decided at the beginning of the next
-//! month.
+//! A request counts in the month in which its tokens were reserved, even if the request is decided at the beginning of
+//! the next month.
 //!
 //! A request that waits for the store may have reserved the last token. Other requests then wait for its outcome
 //! instead of being denied, since the token may be released.
@@ -39,7 +39,7 @@ use crate::clock::Clock;
 #[derive(Debug, Clone)]
 pub struct TenantQuota {
     handle: Arc<KeyHandle>,
-    /// The quota in the form of a key's policies. Their rate is never used.
+    /// The quota, expressed as the policies of a key. The rate of these policies is never used.
     policies: Policies,
     limit: NonZeroU64,
 }
@@ -58,8 +58,8 @@ pub struct TenantQuotas {
 }
 
 impl TenantQuotas {
-    /// Creates the quotas. `limit` is the quota per month. In ledger calls, the tenant's ID replaces the key's, and the
-    /// policy is [`Policy::Monthly`].
+    /// Creates the quotas. `limit` is the quota per month. In ledger calls, the tenant's ID replaces the key's ID, and
+    /// the policy is [`Policy::Monthly`].
     pub fn new(
         clock: Arc<dyn Clock>,
         ledger: Arc<dyn QuotaLedger>,
@@ -107,7 +107,7 @@ impl TenantQuotas {
         Ok(decision)
     }
 
-    /// Reserves tokens, and waits for the ledger if this replica has too few. The inner error is a denial.
+    /// Reserves tokens, and waits for the ledger if this replica has too few tokens. The inner error is a denial.
     async fn reserve(
         &self,
         quota: &TenantQuota,
@@ -174,7 +174,7 @@ fn shared_state(decision: &Decision) -> Option<PolicyState> {
 }
 
 /// Returns the decision for a request that its tenant's quota denies. `key` is the key's state. If the key's own quotas
-/// are exhausted too, they are also reported as violated.
+/// are exhausted too, these quotas are also reported as violated.
 fn denial(key: Decision, tenant: &Decision, cost: NonZeroU32) -> Decision {
     let cost = u64::from(cost.get());
     let exhausted = [key.daily, key.monthly].into_iter().flatten();

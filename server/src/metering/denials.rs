@@ -1,7 +1,7 @@
-//! Logs denials, and limits how many denials a tenant may record while the backlog is long.
+//! Logs denials, and limits how many denials of a tenant are recorded while the backlog is long.
 //!
 //! A client that is denied a thousand times per second must not cause a thousand log lines per second, so only a few
-//! lines per second are written. Each line contains the number of lines omitted before it.
+//! lines per second are written. Each line contains the number of lines omitted before that line.
 
 use std::{
     collections::HashMap,

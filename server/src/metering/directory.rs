@@ -1,7 +1,7 @@
 //! The directory of a replica's segments, and the lock that shows whether the replica is running.
 //!
 //! The directories of all replicas are in the `usage` folder of `QUOTA_DATA_DIR`, which replicas may share. A directory
-//! belongs to the process that holds the lock on its lock file. The kernel releases the lock when that process ends,
+//! belongs to the process that holds the lock on its lock file. The kernel releases the lock when that process exits,
 //! for whatever reason.
 
 use std::{
@@ -37,7 +37,7 @@ pub(super) struct Directory {
 }
 
 impl Directory {
-    /// Creates a new directory in `root`. With `durable`, the directory also survives a machine crash.
+    /// Creates a new directory in `root`. If `durable` is set, the directory also survives a machine crash.
     pub fn create(root: &Path, durable: bool) -> io::Result<Self> {
         if !root.exists() {
             folder(root, true)?;
@@ -75,8 +75,8 @@ impl Directory {
         }
     }
 
-    /// Takes over an existing directory. Returns `None` if a running process holds it, or if the path is not an
-    /// existing replica directory.
+    /// Takes over an existing directory. Returns `None` if a running process holds the directory, or if the path is not
+    /// an existing replica directory.
     pub fn adopt(path: &Path) -> io::Result<Option<Self>> {
         let Some(id) = id_of(path) else {
             return Ok(None);
@@ -140,7 +140,7 @@ fn open_lock(directory: &Path) -> io::Result<File> {
         .open(directory.join(LOCK))
 }
 
-/// Returns the ID of a replica's directory. `None` if the path is not a replica's directory.
+/// Returns the ID of a replica's directory. Returns `None` if the path is not a replica's directory.
 pub(super) fn id_of(path: &Path) -> Option<Uuid> {
     Uuid::try_parse(path.file_name()?.to_str()?).ok()
 }
@@ -177,7 +177,7 @@ pub(super) fn segments(directory: &Path) -> io::Result<Vec<PathBuf>> {
     })
 }
 
-/// Moves a segment out of its directory, so that it is not read again but is kept for the operator.
+/// Moves a segment out of its directory, so that the segment is not read again but is kept for the operator.
 pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
     let (Some(directory), Some(name)) = (segment.parent(), segment.file_name()) else {
         return Err(io::ErrorKind::InvalidInput.into());

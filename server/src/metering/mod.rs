@@ -1,9 +1,10 @@
 //! Metering: writes one record for each decision on a known key, and ships each record to PostgreSQL exactly once.
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
-//! for the network. Space is reserved before the decision; if there is none, no decision is made. A *shipper* moves
-//! records to PostgreSQL. Each segment has a *cursor*, the position up to which it has been shipped. The transaction
-//! that inserts the records also advances the cursor. Records that have not been shipped yet are the *backlog*.
+//! for the network. Space is reserved before the decision; without space, no decision is made. A *shipper* moves
+//! records to PostgreSQL. Each segment has a *cursor*, the position up to which the segment has been shipped. The
+//! transaction that inserts the records also advances the cursor. Records that have not been shipped yet are the
+//! *backlog*.
 //!
 //! ```text
 //! reserve -> decision -> fill, or void        one word, then the record, in a mapped file
@@ -20,9 +21,9 @@
 //! | `recorder.rs` | which segment is in use, and what to do when there is no space |
 //! | `reusable.rs` | space that the denials of a tenant share because they are not recorded |
 //! | `sync.rs` | `fdatasync` for groups of records |
-//! | `shipper.rs` | batches, cursors, and directories of replicas that have ended |
+//! | `shipper.rs` | batches, cursors, and directories of replicas that have exited |
 //! | `time.rs` | the time of events |
-//! | `denials.rs` | the log line of a denial, and how many denials a tenant records while the backlog is long |
+//! | `denials.rs` | the log line of a denial, and how many denials of a tenant are recorded while the backlog is long |
 //!
 //! This module does not depend on HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`.
 //! While the disk is full or read-only, decisions cannot be recorded, so no decisions are made.
@@ -122,7 +123,8 @@ enum Space {
     /// Metering is off.
     Unneeded,
     Reserved(ReservedRecord),
-    /// The tenant may not record more denials at the moment, so a denied request leaves the space to another request.
+    /// No more denials of the tenant are recorded at the moment, so a denied request leaves the space for other
+    /// requests.
     Reusable(ReusableSpace),
 }
 
@@ -168,7 +170,8 @@ impl Metering {
         })))
     }
 
-    /// Reserves space for the record of a decision. Call before the decision. If this fails, do not make the decision.
+    /// Reserves space for the record of a decision. Call before the decision. If the reservation fails, do not make the
+    /// decision.
     #[inline]
     pub fn reserve<'a>(
         &self,
@@ -404,8 +407,8 @@ pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
     Ok(clock.monotonic().saturating_since(began).into())
 }
 
-/// Returns the usage directories at a path, which is either one replica's directory or contains several. Returns an
-/// empty list if there are none.
+/// Returns the usage directories at a path, which is either the directory of one replica or a folder that contains
+/// several such directories. Returns an empty list if there are no usage directories.
 pub fn directories(path: &Path) -> io::Result<Vec<PathBuf>> {
     let path = path.canonicalize()?;
     if directory::id_of(&path).is_some() {

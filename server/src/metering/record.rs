@@ -55,7 +55,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Returns `None` if this word is not the header of a record.
+    /// Returns `None` if the word is not the header of a record.
     pub fn parse(word: u64) -> Option<Self> {
         let [a, b, state, version, crc @ ..] = word.to_le_bytes();
         let state = match state {
@@ -110,7 +110,7 @@ pub struct DecisionRecord<'a> {
     pub at: UnixNanos,
     pub cost: u32,
     pub outcome: RecordedOutcome,
-    /// `Retry-After` of a denial, or 0 if there was none.
+    /// `Retry-After` of a denial, or 0 if the denial had no `Retry-After`.
     pub retry_after_secs: u32,
     /// At most [`ENDPOINT_MAX`] bytes.
     pub endpoint: &'a str,
@@ -193,7 +193,7 @@ impl Body {
         &self.bytes[..self.len]
     }
 
-    /// Returns the body of a record of `words` words, padded with zeros. `None` if it does not fit.
+    /// Returns the body of a record of `words` words, padded with zeros. Returns `None` if the body does not fit.
     pub fn padded(&self, words: usize) -> Option<&[u8]> {
         let len = words.checked_sub(1)? * WORD;
         (len >= self.len).then(|| self.bytes.get(..len)).flatten()
@@ -201,7 +201,7 @@ impl Body {
 }
 
 /// Parses the body of a record at `position`. Returns `None` if its format is unknown. PostgreSQL must accept every row
-/// that is returned: a single row that it rejected would block all records after it.
+/// that is returned: a single rejected row would block all later records.
 pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageRecord> {
     let uuid = |at: usize| Uuid::from_slice(body.get(at..at + 16)?).ok();
     let half = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));

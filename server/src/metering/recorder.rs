@@ -1,4 +1,4 @@
-//! The segments of this process: the current one, the next one, and those that wait to be shipped.
+//! The segments of this process: the current segment, the next segment, and the segments that wait to be shipped.
 
 use std::{
     io,
@@ -121,7 +121,7 @@ impl Recorder {
                     // Further records go to another segment.
                     segment.seal();
                 };
-                // The kernel writes back pages that were changed through a memory map, as it does with all other pages.
+                // `fdatasync` also writes pages that were changed through a memory map.
                 Some(Syncer::start(
                     |segment| segment.file.sync_data(),
                     on_failure,
@@ -297,7 +297,7 @@ impl Recorder {
         }
     }
 
-    /// Returns whether the spare segment must replace the one in use because of its age.
+    /// Returns whether the spare segment must replace the segment in use because of that segment's age.
     fn needs_rotation(&self, files: &Files) -> bool {
         let current = self.current.load();
         let is_old = |segment: &Arc<Segment>| self.is_old(segment);
@@ -318,7 +318,7 @@ impl Recorder {
                 return;
             }
             if self.current.load().is_none() {
-                // This creates the first segment, so that no decision has to wait for it.
+                // The first segment is created here, so that no decision has to wait for it.
                 if let Ok(first) = self.create_now(&mut files) {
                     self.current.store(Some(first));
                 }
@@ -356,7 +356,8 @@ impl Recorder {
         }
     }
 
-    /// Waits until the record is as durable as configured. Returns `false` if it may be lost when the machine fails.
+    /// Waits until the record is as durable as configured. Returns `false` if the record may be lost when the machine
+    /// fails.
     pub async fn made_durable(&self, segment: Arc<Segment>) -> bool {
         match &self.syncer {
             None => true,

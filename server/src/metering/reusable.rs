@@ -1,9 +1,10 @@
-//! Space that requests share while their tenant may not record more denials.
+//! Space that requests share while no more denials of their tenant are recorded.
 //!
-//! Such a tenant's request needs space before its decision, like any other. But the request is probably denied, and
-//! then no record is written. If each of these requests left void space behind, that space would fill the backlog just
-//! as the records would have. So the space stays open, and the next such request uses it. The shipper cannot read past
-//! open space, so at the start of each pass, it voids the space that no request is using.
+//! Like any other request, a request of such a tenant needs space before its decision. But the request is probably
+//! denied, and then no record is written. If each of these requests left void space behind, that space would fill the
+//! backlog in the same way as the records would have filled it. So the space stays open, and the next request of such a
+//! tenant uses the same space. The shipper cannot read past open space. So at the start of each pass, the shipper voids
+//! the space that no request is using.
 
 use parking_lot::Mutex;
 
@@ -29,7 +30,7 @@ struct Unused {
 }
 
 impl Reusable {
-    /// Returns unused space, or reserves some if there is none.
+    /// Returns unused space, or reserves space if there is no unused space.
     pub fn take<E>(
         &self,
         reserve: impl FnOnce() -> Result<ReservedRecord, E>,

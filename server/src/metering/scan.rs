@@ -1,6 +1,7 @@
 //! Reads the records of a segment's file.
 //!
-//! Works on bytes instead of the memory map, so that segments of other processes can be read in the same way.
+//! This module works on bytes instead of the memory map, so that segments of other processes can be read in the same
+//! way.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
 
@@ -15,7 +16,7 @@ use crate::repo::usage_batch::UsageRecord;
 pub enum Writer {
     /// The process may still fill reserved records, so reading stops at the first open record.
     Running,
-    /// The process has ended. No response was sent for unfinished records, so they are skipped.
+    /// The process has exited. No response was sent for unfinished records, so they are skipped.
     Ended,
 }
 
@@ -29,12 +30,13 @@ pub(super) struct Batch {
 /// The end of a batch, and why it ends there.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
-    /// The byte offset after the last record, including void records. The offset does not move past unused space: in an
-    /// ended process's segment, that space may be part of a copy of a segment that is still being written.
+    /// The byte offset after the last record, including void records. The offset does not move past unused space: in
+    /// the segment of a process that has exited, that space may be part of a copy of a segment that is still being
+    /// written.
     pub end: u64,
-    /// Whether this is the end of the segment.
+    /// Whether the batch ends at the end of the segment.
     pub is_complete: bool,
-    /// Whether reading stopped at a record that is still being written. Finished records may follow it.
+    /// Whether reading stopped at a record that is still being written. Finished records may follow that record.
     pub is_blocked: bool,
     /// The number of gaps in which no record could be read.
     pub damaged: u64,
@@ -160,8 +162,7 @@ impl Scan<'_> {
         }
     }
 
-    /// Adds the records in `bytes` to the batch. Returns the number of bytes it has processed, or `None` to stop
-    /// reading.
+    /// Adds the records in `bytes` to the batch. Returns the number of bytes processed, or `None` to stop reading.
     fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
@@ -208,7 +209,7 @@ impl Scan<'_> {
                     break false;
                 }
                 found @ (Found::Empty | Found::Damaged) => {
-                    // The machine may have lost this page and kept later ones. The search ends only at a record with a
+                    // The machine may have lost this page and kept later pages. The search ends only at a record with a
                     // matching CRC.
                     if matches!(found, Found::Damaged) && !is_lost {
                         batch.span.damaged += 1;
@@ -221,8 +222,8 @@ impl Scan<'_> {
         goes_on.then_some(at)
     }
 
-    /// Returns the next position with a complete record. If there is none, returns where the next chunk must start: at
-    /// a record that continues beyond this chunk, or at the end of this chunk.
+    /// Returns the next position with a complete record. If there is no complete record, returns where the next chunk
+    /// must start: at a record that continues beyond this chunk, or at the end of this chunk.
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {

@@ -1,11 +1,11 @@
 //! A segment: a file of fixed size in which decisions are recorded.
 //!
 //! The whole file is allocated before use and mapped into memory. A record is written with plain stores to that memory:
-//! the kernel keeps it if the process is killed, and the write cannot fail for lack of space.
+//! the kernel keeps the record if the process is killed, and the write cannot fail for lack of space.
 //!
 //! Writers share a segment without a lock. To reserve space, a writer uses compare-and-swap on the header word at the
-//! tail, and changes it from zero to an open header with the record's length. So the length is known as soon as the
-//! space is reserved, and every reserved record can be skipped, no matter when its writer is killed.
+//! tail, and changes the word from zero to an open header with the record's length. So the length is known as soon as
+//! the space is reserved, and every reserved record can be skipped, no matter when its writer is killed.
 
 use std::{
     fs::{File, OpenOptions},
@@ -54,7 +54,7 @@ impl SegmentHead {
         bytes
     }
 
-    /// Returns `None` if this is not the head of a segment.
+    /// Returns `None` if the bytes are not the head of a segment.
     pub fn parse(bytes: &[u8; RECORDS_AT]) -> Option<Self> {
         let number = |at: usize| Some(u64::from_le_bytes(bytes[at..at + 8].try_into().ok()?));
         let head = Self {
@@ -82,18 +82,18 @@ pub(super) struct Segment {
     pub path: PathBuf,
     pub file: Arc<File>,
     map: MmapRaw,
-    /// The index of the word where the next record begins. It may lag behind. A writer that finds a header there
-    /// advances it.
+    /// The index of the word where the next record begins. The index may lag behind: a writer that finds a header there
+    /// advances the index.
     tail: AtomicUsize,
     /// The number of records filled so far.
     pub records: AtomicU64,
-    /// Whether writing the file to disk has failed. The kernel reports this only once: later calls succeed although
-    /// records may be missing on disk.
+    /// Whether writing the file to disk has failed. The kernel reports the failure only once: later calls succeed
+    /// although records may be missing on disk.
     is_broken: AtomicBool,
 }
 
 impl Segment {
-    /// Creates and allocates the file. With `durable`, the file also survives a machine crash.
+    /// Creates and allocates the file. If `durable` is set, the file also survives a machine crash.
     pub fn create(
         directory: &Path,
         size: u64,
@@ -113,8 +113,8 @@ impl Segment {
                 .write(true)
                 .create_new(true)
                 .open(&unfinished)?;
-            // This allocates every block now. Writing to a hole in a mapped file would kill the process if the disk
-            // were full.
+            // Every block is allocated now. Writing to a hole in a mapped file would kill the process if the disk were
+            // full.
             let length = i64::try_from(size).map_err(io::Error::other)?;
             fallocate(&file, FallocateFlags::empty(), 0, length)?;
             file.write_all_at(&head.bytes(), 0)?;
@@ -125,7 +125,7 @@ impl Segment {
             if durable {
                 File::open(directory)?.sync_all()?;
             }
-            // This loads the pages, so that the first writes do not wait for page faults.
+            // The pages are loaded now, so that the first writes do not wait for page faults.
             let map = MmapOptions::new().populate().map_raw(&file)?;
             Ok((file, map))
         })();
@@ -140,7 +140,7 @@ impl Segment {
                 is_broken: AtomicBool::new(false),
             }),
             Err(error) => {
-                // This frees the space for other files.
+                // Removing the file frees its space for other files.
                 let _ = std::fs::remove_file(&unfinished);
                 let _ = std::fs::remove_file(&path);
                 Err(error)
@@ -184,7 +184,7 @@ impl Segment {
                 Ok(_) => index + len,
                 Err(taken) => self.after(index, taken),
             };
-            // This fails if another writer has already advanced the tail.
+            // The exchange fails if another writer has already advanced the tail.
             let _ = self
                 .tail
                 .compare_exchange(index, next, Ordering::AcqRel, Ordering::Acquire);
@@ -198,7 +198,7 @@ impl Segment {
     fn after(&self, index: usize, word: u64) -> usize {
         match Header::parse(word) {
             Some(header) if header.state != RecordState::Sealed => index + header.words,
-            // This is a seal, since only valid headers are ever written here.
+            // The word is a seal, since only valid headers are ever written here.
             _ => self.words().len(),
         }
     }
@@ -272,7 +272,7 @@ impl ReservedRecord {
                 let chunk = chunk.try_into().map_or(0, u64::from_le_bytes);
                 word.store(chunk, Ordering::Relaxed);
             }
-            // The header is written after the body.
+            // The header is written last, so that only a complete record is marked as done.
             self.close(RecordState::Done, bytes);
             self.segment.records.fetch_add(1, Ordering::Relaxed);
         }

@@ -66,7 +66,7 @@ impl Adopted {
     }
 }
 
-/// The segments of a directory, and the first error if any of them could not be opened.
+/// The segments of a directory, and the first error if a segment could not be opened.
 type Sources = (Vec<(Source, PathBuf)>, Option<io::Error>);
 
 fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
@@ -119,7 +119,7 @@ pub(super) struct Adopter {
     failed_segments: usize,
     size: BatchSize,
     looked_at: Option<Instant>,
-    /// Directories with files that cannot be shipped or removed. They are retried.
+    /// Directories with files that cannot be shipped or removed. The adopter retries these directories.
     failing: BTreeSet<PathBuf>,
 }
 
@@ -151,7 +151,7 @@ impl Shipper {
         if failed.is_none() && self.own.iter().all(|(source, _)| !source.is_blocked) {
             self.complete_until = Some(began.into());
         }
-        // A segment that is completely full is kept until the next one is in use.
+        // A segment that is completely full is kept until the next segment is in use.
         let mut removed = Ok(());
         self.own.retain(|(source, segment)| {
             let is_removed = match source.state {
@@ -323,7 +323,7 @@ impl Adopter {
                     Ok(true) => {
                         self.failing.remove(&path);
                     }
-                    Ok(false) => self.note(path, &"it contains other files"),
+                    Ok(false) => self.note(path, &"the directory contains other files"),
                     Err(error) => {
                         self.note(path, &error);
                         failed.get_or_insert(error.into());
@@ -377,7 +377,7 @@ async fn ship_directory(
     (shipped, failed)
 }
 
-/// Ships a segment of an ended process, and removes the segment when it is complete.
+/// Ships a segment of a process that has exited, and removes the segment when it is complete.
 async fn ship_segment(
     context: &Context,
     source: &mut Source,

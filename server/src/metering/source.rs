@@ -43,7 +43,7 @@ const SHORT: Duration = Duration::from_millis(300);
 /// If a transaction takes more time, the next batch is smaller.
 const LONG: Duration = Duration::from_millis(900);
 
-/// The maximum duration of a transaction. Its statements may take longer than those of a request.
+/// The maximum duration of a transaction. Its statements may take longer than the statements of a request.
 const COMMIT: Duration = Duration::from_secs(40);
 
 /// A segment that is being shipped.
@@ -54,12 +54,12 @@ pub(super) struct Source {
     pub(super) writer: Writer,
     /// Where the next batch begins. `None` means at the cursor.
     pub(super) position: Option<u64>,
-    /// The cursor when it was last read. There are no records between it and `position`.
+    /// The cursor when it was last read. There are no records between the cursor and `position`.
     pub(super) cursor: u64,
     pub(super) shipped: u64,
     /// The time of the oldest record that has been read but not shipped.
     pub(super) oldest: Option<DateTime<Utc>>,
-    /// Whether a record is still being written. That record and all later ones have not been read.
+    /// Whether a record is still being written. That record and all later records have not been read.
     pub(super) is_blocked: bool,
     pub(super) state: SourceState,
 }
@@ -70,7 +70,7 @@ pub(super) enum SourceState {
     Open,
     /// Everything was shipped.
     Complete,
-    /// The segment is older than the log and has no cursor.
+    /// The segment is older than the usage log and has no cursor.
     Rejected,
 }
 
@@ -98,8 +98,8 @@ impl Source {
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
             let batch = scan::read(&file, &head, position, writer, max)?;
-            // The batch is also prepared on this thread, because that takes milliseconds and would delay requests on
-            // the others.
+            // The batch is also prepared on this thread, because the preparation takes milliseconds and would delay
+            // requests on other threads.
             Ok((UsageBatch::new(batch.rows), batch.span))
         };
         tokio::task::spawn_blocking(read)
@@ -128,11 +128,11 @@ impl ShipError {
 #[derive(Debug)]
 pub(super) struct Context {
     pub db: Db,
-    /// Segments that are older than this and have no cursor are rejected.
+    /// Segments that are older than the retention and have no cursor are rejected.
     pub retention: Duration,
     pub metrics: Arc<Metrics>,
     pub host: String,
-    /// Whether to leave the segments of ended processes to other replicas after the current batch.
+    /// Whether to leave the segments of stopped replicas to other replicas after the current batch.
     pub is_stopping: AtomicBool,
 }
 

@@ -66,9 +66,9 @@ fn write(segment: &Arc<Segment>, request_id: &str) {
 
 fn read(file: &File, writer: Writer) -> Batch {
     let head = SegmentHead::read(file)
-        .expect("it is readable")
-        .expect("it is a segment");
-    scan::read(file, &head, RECORDS_AT as u64, writer, usize::MAX).expect("it is readable")
+        .expect("the file is readable")
+        .expect("the file is a segment");
+    scan::read(file, &head, RECORDS_AT as u64, writer, usize::MAX).expect("the file is readable")
 }
 
 fn request_ids(batch: &Batch) -> Vec<&str> {
@@ -77,18 +77,18 @@ fn request_ids(batch: &Batch) -> Vec<&str> {
 }
 
 fn bytes_of(segment: &Segment) -> Vec<u8> {
-    let mut bytes = vec![0; usize::try_from(SIZE).expect("it fits")];
+    let mut bytes = vec![0; usize::try_from(SIZE).expect("the size fits")];
     segment
         .file
         .read_exact_at(&mut bytes, 0)
-        .expect("it is readable");
+        .expect("the file is readable");
     bytes
 }
 
 fn image(directory: &Path, bytes: &[u8]) -> File {
     let path = directory.join("image");
     std::fs::write(&path, bytes).expect("there is space");
-    File::open(path).expect("it was written")
+    File::open(path).expect("the file was written")
 }
 
 #[test]
@@ -175,7 +175,7 @@ fn reading_beside_the_writer_stops_at_the_first_open_record() {
     let before = read(&segment.file, Writer::Running);
     assert_eq!(request_ids(&before), ["a"]);
     assert!(!before.span.is_complete);
-    // If the writer has ended, no response was sent for the open record.
+    // If the writer has exited, no response was sent for the open record.
     let after = read(&segment.file, Writer::Ended);
     assert_eq!(request_ids(&after), ["a", "c", "d"]);
     assert_eq!(after.span.damaged, 0);
@@ -225,7 +225,7 @@ fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
         ends.push(usize::try_from(segment.tail()).unwrap());
     }
     let whole = bytes_of(&segment);
-    // This flips every bit of the second record, including its header.
+    // Flips each bit of the second record, including its header.
     for at in ends[0]..ends[1] {
         for bit in 0..8 {
             let mut torn = whole.clone();
@@ -283,7 +283,7 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
                             }
                         }
                     }
-                    // These records stay open, like a killed process's.
+                    // These records stay open, like those of a killed process.
                     open.into_iter().for_each(std::mem::forget);
                 })
             });
@@ -303,7 +303,7 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
             let batch = read(&image(directory.path(), &bytes), Writer::Ended);
             let found = request_ids(&batch);
             let unique = found.iter().copied().collect::<BTreeSet<_>>();
-            assert_eq!(unique.len(), found.len(), "none twice");
+            assert_eq!(unique.len(), found.len(), "no record twice");
             for id in &before {
                 assert!(unique.contains(id.as_str()), "seed {seed}: {id} is lost");
             }
@@ -345,10 +345,12 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
 /// Returns the number of images to check. Set `CRASH_IMAGES=10000` to check more.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a measurement is no setting of the server"
+    reason = "this variable is not a setting of the server"
 )]
 fn crash_images() -> u64 {
-    std::env::var("CRASH_IMAGES").map_or(500, |images| images.parse().expect("a number of images"))
+    std::env::var("CRASH_IMAGES").map_or(500, |images| {
+        images.parse().expect("CRASH_IMAGES is a number")
+    })
 }
 
 #[test]
@@ -394,7 +396,7 @@ fn no_record_that_was_synced_is_lost_in_any_crash_of_the_machine() {
         let batch = read(&image(directory.path(), &bytes), Writer::Ended);
         let found = request_ids(&batch);
         let unique = found.iter().copied().collect::<BTreeSet<_>>();
-        assert_eq!(unique.len(), found.len(), "seed {seed}: none twice");
+        assert_eq!(unique.len(), found.len(), "seed {seed}: no record twice");
         for id in &confirmed {
             assert!(unique.contains(id.as_str()), "seed {seed}: {id} is lost");
         }
@@ -405,7 +407,7 @@ fn no_record_that_was_synced_is_lost_in_any_crash_of_the_machine() {
         kept_unsynced += (unique.len() - confirmed.len()) as u64;
     }
     assert!(checked > images * 20, "{checked} records were synced");
-    assert!(kept_unsynced > 0, "some of the others are recovered");
+    assert!(kept_unsynced > 0, "some of the other records are recovered");
     println!("{images} images, {checked} synced records, 0 lost; {kept_unsynced} others recovered");
 }
 
@@ -423,7 +425,7 @@ fn a_directory_has_one_owner_and_is_adopted_after_it() {
     drop(owner);
     let adopted = Directory::adopt(&path)
         .unwrap()
-        .expect("no process holds it");
+        .expect("no process holds the directory");
     assert_eq!(adopted.id, id);
     assert!(Directory::adopt(&path).unwrap().is_none());
     // The directory is kept while it contains segments.
@@ -443,7 +445,7 @@ fn shipping_a_copy_takes_nothing_from_the_segment_it_was_copied_from() {
     let live = segment(directory.path());
     write(&live, "a");
     write(&live, "b");
-    // The copy's lock is free, so its writer counts as ended.
+    // The copy's lock is free, so its writer counts as exited.
     let copy = read(&image(directory.path(), &bytes_of(&live)), Writer::Ended);
     assert_eq!(
         (request_ids(&copy), copy.span.is_complete),
@@ -518,7 +520,7 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     let directory = TempDir::new().unwrap();
     let (broken, intact) = (segment(directory.path()), segment(directory.path()));
     let (id, failures) = (broken.head.id, Arc::new(AtomicU64::new(0)));
-    // Like the kernel, this reports the failure only to the first call.
+    // Like the kernel, this function reports the failure only to the first call.
     let has_failed = AtomicBool::new(false);
     let write = move |segment: &Segment| {
         if segment.head.id == id && !has_failed.swap(true, Ordering::Relaxed) {
@@ -533,7 +535,7 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     let syncer = Syncer::start(write, on_failure).unwrap();
     assert!(syncer.sync(intact.clone()).await);
     assert!(!syncer.sync(broken.clone()).await);
-    // This covers a record whose space was reserved before the failure.
+    // This call covers a record whose space was reserved before the failure.
     assert!(!syncer.sync(broken.clone()).await);
     assert!(syncer.sync(intact).await);
     assert!(!syncer.sync(broken).await);
@@ -587,7 +589,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     let directory = TempDir::new().unwrap();
     let recorder = recorder(directory.path(), 2 * SIZE, Arc::default());
     recorder.create_spare();
-    // This takes many times the available space, with two requests at a time.
+    // Takes many times the available space, with two requests at a time.
     for _ in 0..5_000 {
         let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
         for space in spaces {
@@ -596,7 +598,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     }
     let segments = recorder.segments();
     let [only] = &segments[..] else {
-        panic!("it needs more than one segment");
+        panic!("more than one segment is in use");
     };
     assert!(only.tail() < 1_000, "{}", only.tail());
     // An allowed request is recorded, and is shipped once no earlier request is in progress.

@@ -57,7 +57,7 @@ fn limit_headers() -> Map<String, Value> {
     Map::from_iter([
         (
             "X-RateLimit-Limit".to_owned(),
-            number("Maximum burst: requests an idle key may send immediately."),
+            number("Maximum burst: the number of requests that an idle key may send immediately."),
         ),
         (
             "X-RateLimit-Remaining".to_owned(),
@@ -84,7 +84,7 @@ fn limit_headers() -> Map<String, Value> {
         (
             "X-Quota-Degraded".to_owned(),
             text(
-                "Sent only while Redis is unreachable and this replica decides without it.",
+                "Sent only while Redis is unreachable and this replica makes decisions without Redis.",
                 "redis-away",
             ),
         ),

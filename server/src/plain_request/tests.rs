@@ -12,7 +12,7 @@ const PLAIN: &str = "POST /v1/check?x=1 HTTP/1.1\r\nHost: q\r\nX-API-Key: a\r\nA
 fn plain_request_is_read_with_its_fields_and_body() {
     let bytes = format!("{PLAIN}abcdef");
     let Parsed::Plain(request, length) = parse(bytes.as_bytes()) else {
-        panic!("it is plain")
+        panic!("the request is plain")
     };
     assert_eq!(length, PLAIN.len());
     assert_eq!((request.method, request.target), ("POST", "/v1/check?x=1"));
@@ -30,7 +30,7 @@ fn beginning_of_a_plain_request_is_incomplete() {
         assert_eq!(parse(&PLAIN.as_bytes()[..end]), Parsed::Incomplete, "{end}");
     }
     let Parsed::Plain(request, _) = parse(PLAIN.as_bytes()) else {
-        panic!("its head is complete")
+        panic!("the head is complete")
     };
     assert_eq!((request.body_length, request.body), (3, &b""[..]));
 }

@@ -67,8 +67,8 @@ fn is_elsewhere(error: &RedisError) -> bool {
     )
 }
 
-/// Returns whether the command might succeed on another connection, because this one is broken or its server is not a
-/// master.
+/// Returns whether the command might succeed on another connection, because this connection is broken or its server is
+/// not a master.
 pub(super) fn is_of_the_connection(error: &RedisError) -> bool {
     error.is_io_error()
         || error.is_unrecoverable_error()

@@ -1,5 +1,5 @@
-//! Reads the properties of Redis that `quota doctor` reports. Reads them from the single server, the master that
-//! Sentinel reports, or the configured nodes of a cluster.
+//! Reads the properties of Redis that `quota doctor` reports. The properties are read from the single server, the
+//! master that Sentinel reports, or the configured nodes of a cluster.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,8 @@ use crate::{
     error_chain::chain,
 };
 
-/// The time limit for inspecting a node, as a multiple of the connect timeout, since it takes several round trips.
+/// The time limit for inspecting a node, as a multiple of the connect timeout, since the inspection takes several round
+/// trips.
 const STEPS: u32 = 9;
 
 /// Information that a server reports about itself. Values that the server hides are empty.
@@ -25,14 +26,14 @@ pub struct Node {
     /// `standalone` or `cluster`.
     pub mode: String,
     pub role: String,
-    /// `maxmemory-policy`
+    /// The `maxmemory-policy` setting.
     pub eviction: String,
     pub persistence: String,
     /// `None` if an ACL forbids reading the setting.
     pub min_replicas_to_write: Option<u32>,
     /// The maximum lag in seconds. `None` if an ACL forbids reading the setting.
     pub min_replicas_max_lag: Option<u32>,
-    /// The maximum number of connections. `None` if the server hides it.
+    /// The maximum number of connections. `None` if the server hides this number.
     pub max_clients: Option<usize>,
     /// The error if the server rejects the commands that the script of the counters uses.
     pub script_error: Option<String>,

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::deadline::{self, Late};
 
-/// The connection that was current when the link was created. It may break at any time.
+/// The connection that was current when the link was created. The connection may break at any time.
 #[derive(Clone)]
 pub struct Link {
     pub(super) live: Live,
@@ -38,14 +38,14 @@ impl Link {
         self.live.generation
     }
 
-    /// Returns the server's run ID, which changes with every restart. `None` if the server hides it, or for a cluster,
-    /// where each node has its own.
+    /// Returns the server's run ID, which changes with every restart. `None` if the server hides its run ID, or for a
+    /// cluster, where each node has a different run ID.
     pub fn run_id(&self) -> Option<&str> {
         self.live.run_id.as_deref()
     }
 
-    /// Runs a script by its hash or, if the server does not have the script, by its source. Waits for
-    /// `QUOTA_REDIS_TIMEOUT`, or for `patience` if that is longer. All keys must have the same hash tag.
+    /// Runs a script by its hash or, if the server does not have the script, by its source. Waits for the response for
+    /// at most `QUOTA_REDIS_TIMEOUT`, or `patience` if that is longer. All keys must have the same hash tag.
     pub async fn eval(
         &self,
         script: &Script,
@@ -75,7 +75,7 @@ impl Link {
         answer
     }
 
-    /// Sends one command and waits for its response for `QUOTA_REDIS_TIMEOUT`.
+    /// Sends one command and waits for its response for at most `QUOTA_REDIS_TIMEOUT`.
     pub async fn query(&self, cmd: &Cmd) -> Result<Value, CallError> {
         let span = span::of_command(cmd);
         let answer = self
@@ -119,7 +119,7 @@ impl Link {
         }
     }
 
-    /// Prevents further calls on this connection. The supervisor replaces it.
+    /// Prevents further calls on this connection. The supervisor replaces the connection.
     fn discard(&self) {
         let slot = &self.shared.slots[self.at];
         let mut live = slot.live.write();

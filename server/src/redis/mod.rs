@@ -1,12 +1,12 @@
 //! Redis: supervised connections, calls with deadlines, and messages.
 //!
-//! Owns the connection to Redis: one server, the master that Sentinel reports, or a cluster. Valkey works the same way.
-//! Does not depend on what Redis stores.
+//! This module owns the connections to Redis: one server, the master that Sentinel reports, or a cluster. Valkey works
+//! the same way. The module does not depend on what Redis stores.
 //!
 //! There are `QUOTA_REDIS_CONNECTIONS` connections. Each one is multiplexed and has a [`supervisor`]. A call never
-//! waits for a connection: if there is none, the call fails immediately with [`CallError::NotConnected`]. A failed call
-//! is not retried, since it may have been executed. The only exception is a call that a cluster node did not execute
-//! because the key is on another node: that call is resent.
+//! waits for a connection: without a connection, the call fails immediately with [`CallError::NotConnected`]. A failed
+//! call is not retried, since it may have been executed. The only exception is a call that a cluster node did not
+//! execute because the key is on another node: that call is resent.
 //!
 //! While Redis is unreachable, every call fails within `QUOTA_REDIS_TIMEOUT`, or within the longer time that a caller
 //! allows for late responses. Calls are not queued. Callers can tell that Redis may have lost data from
@@ -185,7 +185,7 @@ impl Redis {
 
 /// Installs the process-wide default TLS provider, which the redis crate uses.
 fn install_tls() {
-    // This fails if a provider is already installed.
+    // The call fails if a provider is already installed.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
 }
 

@@ -29,7 +29,7 @@ pub enum CallError {
     Failed(#[source] RedisError),
 }
 
-/// A Lua script. It is called by its hash. Its source is sent only to servers that do not have it yet.
+/// A Lua script. Calls contain only its hash, unless the server does not have the script yet.
 #[derive(Debug, Clone)]
 pub struct Script {
     /// The name in traces.

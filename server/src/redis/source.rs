@@ -1,4 +1,4 @@
-//! Finds the server to connect to, and connects.
+//! Finds the server to connect to, and connects to it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -102,7 +102,7 @@ impl ServerSource {
     ) -> Result<(Connection, Option<Arc<str>>), ConnectError> {
         let limit = settings.connect_timeout;
         if let Self::Cluster(cluster) = self {
-            // This connects to every known node.
+            // Connecting to a cluster opens a connection to every known node, so the limit is longer.
             let limit = limit * SENTINEL_STEPS;
             let connection = timeout(limit, cluster.get_async_connection())
                 .await

@@ -1,7 +1,7 @@
 //! Subscribes to a channel on a separate connection.
 //!
-//! Redis does not store messages. Messages are lost if they are published while the connection is down, or faster than
-//! they are consumed. [`Event::Lost`] means that messages may have been lost, but not which ones.
+//! Redis does not store messages. Messages are lost if they are published while the connection is down, or if they
+//! arrive faster than they are consumed. [`Event::Lost`] means that messages may have been lost, but not which ones.
 
 use std::time::Duration;
 
@@ -35,7 +35,7 @@ pub enum Event {
     Lost,
 }
 
-/// A subscription from [`super::Redis::subscribe`]. It ends when it is dropped.
+/// A subscription from [`super::Redis::subscribe`]. The subscription ends when this value is dropped.
 #[derive(Debug)]
 pub struct Subscription {
     events: mpsc::Receiver<Event>,
@@ -121,7 +121,7 @@ async fn connect(
         .map_err(|_| ConnectError::Late(limit))?
 }
 
-/// Forwards messages until the connection ends, does not respond to a probe, or delivers messages faster than they are
+/// Forwards messages until the connection ends, a probe gets no response, or messages arrive faster than they are
 /// consumed.
 async fn forward(
     sink: &mut PubSubSink,

@@ -194,7 +194,8 @@ pub async fn rotate(
 pub struct FoundKey {
     pub hash: Vec<u8>,
     pub facts: KeyFacts,
-    /// The number of the newest invalidation when the facts were read. Only later invalidations can make them outdated.
+    /// The number of the newest invalidation when the data was read. Only later invalidations can make the data
+    /// outdated.
     pub as_of: i64,
 }
 

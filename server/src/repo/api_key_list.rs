@@ -82,9 +82,9 @@ pub enum Matches {
 
 /// Finds the keys that match a filter, which must have a search.
 ///
-/// `LIKE` cannot use an index under row-level security: the operator could leak data, so PostgreSQL must check the
-/// policy of each row before it evaluates `LIKE`. Therefore, this function bypasses row-level security but returns only
-/// IDs. [`list`] reads the rows as the tenant.
+/// Under row-level security, `LIKE` cannot use an index: `LIKE` is not leakproof, so PostgreSQL must apply the policy
+/// to each row first. Therefore, this function bypasses row-level security but returns only IDs. [`list`] reads the
+/// rows as the tenant.
 pub async fn search(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -39,9 +39,9 @@ pub struct Filter<'a> {
     pub action: Option<&'a str>,
     pub target_type: Option<&'a str>,
     pub target_id: Option<&'a str>,
-    /// Part of the actor's email address.
+    /// Text that the actor's email address must contain.
     pub actor: Option<&'a str>,
-    /// Part of the resource's name.
+    /// Text that the resource's name must contain.
     pub search: Option<&'a str>,
     pub from: Option<DateTime<Utc>>,
     /// The end of the time range (exclusive).

@@ -164,7 +164,7 @@ pub async fn set_checkout(
         .filter(billing_accounts::checkout_attempt.eq(attempt))
         .set((
             billing_accounts::checkout_id.eq(session),
-            // A subscription may start soon. Read it soon, even if Stripe's webhook is lost.
+            // A subscription may start soon. Schedule a read soon, in case Stripe's webhook is lost.
             billing_accounts::read_due_at
                 .eq(sql("least(read_due_at, now() + interval '10 minutes')")),
         ))

@@ -329,7 +329,7 @@ pub struct DueReport {
     /// Whether the billing period or the subscription has ended.
     #[diesel(sql_type = Bool)]
     pub is_of_earlier_period: bool,
-    /// Seconds since the start of the usage.
+    /// Seconds since the start of the time range that the report covers.
     #[diesel(sql_type = BigInt)]
     pub age: i64,
     /// Seconds since the first attempt. `None` if this is the first attempt.

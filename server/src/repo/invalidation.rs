@@ -69,8 +69,8 @@ pub struct Invalidation {
     pub at: DateTime<Utc>,
 }
 
-/// Inserts an invalidation. Call this last in a transaction, because it waits for all other transactions that have
-/// called it. Publish the returned value after the commit.
+/// Inserts an invalidation. Call this last in a transaction, because the insert waits for all other transactions that
+/// have inserted an invalidation. Publish the returned value after the commit.
 pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, DbError> {
     let tenant = tx.tenant().0;
     insert_on(tx, tenant, target).await

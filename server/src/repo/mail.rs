@@ -53,8 +53,8 @@ struct Tenant {
     tenant_id: Uuid,
 }
 
-/// Returns tenants with alerts to send. Skips tenants that were sent alert emails at `per_hour` or more different times
-/// in the last hour.
+/// Returns tenants with alerts to send. Skips tenants for which alert emails were written at `per_hour` or more
+/// different times in the last hour, regardless of the number of recipients.
 pub async fn tenants_with_alerts(
     tx: &mut SystemTx,
     per_hour: i64,

@@ -25,7 +25,7 @@ pub struct StripeAccount {
 }
 
 impl StripeAccount {
-    /// Returns whether the two may be the same account.
+    /// Returns whether both values may describe the same account.
     pub fn matches(&self, other: &Self) -> bool {
         let mut ids = self.account_id.iter().zip(&other.account_id);
         self.livemode == other.livemode && ids.all(|(own, other)| own == other)

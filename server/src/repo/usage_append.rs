@@ -32,7 +32,7 @@ pub struct Appended {
 }
 
 /// A large batch may take longer than a request, and has to wait for other batches of the same tenants. Shorter
-/// timeouts would only make it start over.
+/// timeouts would only make the batch start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
 /// The maximum number of rows per statement. Encoding more rows would block a request-serving thread for several
@@ -53,7 +53,8 @@ const ADD_ROWS: &str = "\
         unnest($9), unnest($10), unnest($11), unnest($12), unnest($13)";
 
 /// Updates `last_used_at` at most once per second, so that busy keys do not cause more writes than others. Skips keys
-/// that another transaction has locked, because recording usage must not wait. Their next use updates them.
+/// that another transaction has locked, because recording usage must not wait. The next use of such a key updates its
+/// `last_used_at`.
 const TOUCH_KEYS: &str = "\
     UPDATE api_keys k SET last_used_at = u.at \
     FROM ( \

@@ -58,7 +58,7 @@ pub(super) struct RowKey {
     pub endpoint: Rank,
     pub key: Uuid,
     pub plan: Uuid,
-    /// The start of the interval, in seconds since 1970.
+    /// The start of the interval, in seconds since the Unix epoch.
     pub start: i64,
     pub policy: &'static str,
 }
@@ -130,7 +130,7 @@ pub(super) struct Rollups {
 #[derive(Debug)]
 pub(super) struct Charged {
     pub tenant: Uuid,
-    /// The start of the interval, in seconds since 1970.
+    /// The start of the interval, in seconds since the Unix epoch.
     pub start: i64,
     pub cost: i64,
 }

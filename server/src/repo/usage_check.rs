@@ -77,7 +77,7 @@ SELECT coalesce(sum(difference), 0)::bigint AS difference FROM (
     FROM levels GROUP BY tenant_id
 ) t"#;
 
-/// Compares windows that ended on the day before, at least an hour ago. By then, replicas have returned unused tokens.
+/// Compares windows that ended between 1 and 25 hours ago. By then, replicas have returned unused tokens.
 ///
 /// If a key's plan gains or loses a quota during a window, the ledger rightly counts only part of the key's usage.
 /// Therefore, usage that exceeds the ledger is reported only if neither the key nor its plan has changed since an hour

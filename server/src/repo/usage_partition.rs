@@ -1,7 +1,7 @@
 //! Creates partitions of the usage tables in advance, and drops them after the retention period.
 //!
-//! Both are done by database functions, with the rights of the tables' owner; see the migration. Rows for a day without
-//! a partition are in the default partition until a partition for that day is created.
+//! Database functions do both, because only the tables' owner has the necessary rights; see the migration. Rows for a
+//! day without a partition are in the default partition until a partition for that day is created.
 
 use std::time::Duration;
 

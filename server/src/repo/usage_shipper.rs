@@ -42,7 +42,7 @@ pub async fn reports(tx: &mut SystemTx) -> Result<Vec<ShipperReport>, DbError> {
     .await?)
 }
 
-/// Returns the report on a directory, and prevents it from being updated until the transaction ends.
+/// Returns the report on a directory, and locks the report until the transaction ends.
 pub async fn report_of(
     tx: &mut SystemTx,
     directory: Uuid,

@@ -26,8 +26,8 @@ struct Position {
 }
 
 /// Returns the position of a segment's cursor, and creates the cursor at `first` if there is none. Returns `None`
-/// instead of creating it if the segment is older than `retention`, or not newer than a segment whose cursor has been
-/// deleted: its records may already have been shipped and deleted.
+/// instead of creating the cursor if the segment is older than `retention`, or not newer than a segment whose cursor
+/// has been deleted: its records may already have been shipped and deleted.
 pub async fn open_cursor(
     tx: &mut SystemTx,
     segment: Uuid,

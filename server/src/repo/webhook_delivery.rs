@@ -108,7 +108,7 @@ pub async fn insert_all(
         is_sent.push(*pending < PENDING_MAX);
         *pending += 1;
     }
-    // Split the list, to keep messages to PostgreSQL small.
+    // Split the list to keep each message to PostgreSQL small.
     for (part, is_sent) in deliveries.chunks(1000).zip(is_sent.chunks(1000)) {
         sql_query(
             "INSERT INTO webhook_deliveries \
@@ -247,7 +247,7 @@ pub struct DueDelivery {
     /// The number of attempts, including the current one.
     #[diesel(sql_type = Integer)]
     pub attempts: i32,
-    /// The time of the attempt, in seconds since 1970.
+    /// The time of the attempt, in seconds since the Unix epoch.
     #[diesel(sql_type = BigInt)]
     pub at: i64,
     #[diesel(sql_type = Text)]

@@ -1,8 +1,9 @@
 //! The phase of a connection and its deadline.
 //!
 //! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase has its own deadline, except while
-//! a handler runs: `QUOTA_REQUEST_TIMEOUT` limits the handler instead. Only a complete request head, a finished
-//! response, or progress in sending a response extends a deadline. Single bytes and canceled requests do not.
+//! a handler runs: the handler is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a finished
+//! response, or progress in sending a response extends a deadline. Single bytes and canceled requests do not extend a
+//! deadline.
 
 use std::sync::{
     Arc,
@@ -39,7 +40,7 @@ pub(super) enum Phase {
 #[repr(u8)]
 pub(super) enum Shutdown {
     None,
-    /// Finish the requests in flight, do not accept new ones, and then close.
+    /// Finish the requests in flight, do not accept new requests, and then close.
     Graceful,
     /// Close now.
     Immediate,
@@ -77,8 +78,8 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// Creates the state of a connection that was just accepted. Its memory use is reported to `memory` until it has
-    /// authenticated.
+    /// Creates the state of a connection that was just accepted. Its memory use is reported to `memory` until the
+    /// connection has authenticated.
     pub(super) fn accepted_now(memory: Option<Arc<Memory>>) -> Self {
         Self {
             accepted: Instant::now(),
@@ -126,7 +127,7 @@ impl Connection {
 
     /// Records that an HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
-        // An idle event stream sends a few bytes well before the deadline.
+        // An idle event stream sends only a few bytes, but well before the deadline.
         let progress = if self.marks.has_endless_response() {
             1
         } else {
@@ -196,7 +197,7 @@ impl Connection {
         if self.head_began.load(Ordering::Relaxed) == 0 {
             self.head_began.store(self.now(), Ordering::Relaxed);
         }
-        // hyper's buffer is twice as large, or a handler has made a copy.
+        // Counted twice, because hyper's buffer is twice as large, or a handler has made a copy.
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
@@ -234,8 +235,8 @@ impl Connection {
             && self.write_blocked.load(Ordering::Relaxed) == 0
     }
 
-    /// Reports the connection's memory use to `memory`. Returns whether this connection uses too much memory, or all
-    /// connections together do.
+    /// Reports the connection's memory use to `memory`. Returns whether this connection, or all connections together,
+    /// use too much memory.
     pub(super) fn account(&self) -> bool {
         let Some(memory) = &self.memory else {
             return false;
@@ -297,7 +298,8 @@ impl Connection {
         self.head_began.load(Ordering::Relaxed) == 0 && !self.has_requested.load(Ordering::Relaxed)
     }
 
-    /// Returns the time at which the connection became idle between two requests. `None` if it is not idle.
+    /// Returns the time at which the connection became idle between two requests. Returns `None` if the connection is
+    /// not idle.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         if !self.has_requested.load(Ordering::Relaxed)
             || self.write_blocked.load(Ordering::Relaxed) > 0
@@ -376,7 +378,7 @@ impl Drop for Connection {
     }
 }
 
-/// A request whose response has been neither passed to hyper completely nor abandoned. Over HTTP/2, the client may not
+/// A request whose response has been neither passed to hyper in full nor abandoned. Over HTTP/2, the client may not
 /// have read the response when the request ends; see [`http2`](super::http2).
 #[derive(Debug)]
 pub(super) struct RequestInFlight {

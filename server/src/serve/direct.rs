@@ -1,9 +1,9 @@
 //! Serves plain requests directly from the bytes of a connection, without hyper.
 //!
-//! Requests that the endpoint accepts are served here, in order. A plain request that the endpoint does not accept is
-//! lent to hyper. hyper gets only the bytes of that request, since the request's end is known. So hyper has not read
-//! any later bytes when its response has been sent. The first request that is not plain ends the direct service: hyper
-//! takes over the connection, starting with that request.
+//! Requests that the endpoint accepts are served here, in order. For a plain request that the endpoint does not accept,
+//! the stream is lent to hyper. hyper can read only the bytes of that request, whose end is known. So hyper has not
+//! read any later bytes when its response has been sent. The first request that is not plain ends the direct service:
+//! hyper takes over the connection, starting with that request.
 //!
 //! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`].
 
@@ -29,7 +29,7 @@ use crate::plain_request::{DirectEndpoint, Parsed, parse};
 const FIRST_READ: usize = 2 * 1024;
 /// Larger buffers are not kept between requests.
 const KEPT_MAX: usize = 8 * 1024;
-/// Responses to pipelined requests are sent once they exceed this size, before the next request is handled.
+/// Once the responses to pipelined requests exceed this size, they are sent before the next request is handled.
 const OUTPUT_MAX: usize = 32 * 1024;
 /// The maximum number of parts in which a request may arrive. The request is parsed from the beginning each time a part
 /// arrives.
@@ -37,7 +37,7 @@ const PARTS_MAX: u32 = 16;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 
-/// What is needed to serve one connection directly.
+/// The context for serving one connection directly.
 pub(super) struct DirectService<'a, D> {
     pub(super) endpoint: &'a D,
     pub(super) peer: IpAddr,
@@ -63,8 +63,8 @@ enum Next {
 }
 
 impl<D: DirectEndpoint> DirectService<'_, D> {
-    /// Serves requests until the first one that is not plain. Returns the stream with that request, or `None` if the
-    /// connection has ended. Until then, `http` serves the requests that are not accepted, on `lent`.
+    /// Serves requests until the first request that is not plain. Returns the stream with that request, or `None` if
+    /// the connection has ended. Until then, `http` serves the requests that are not accepted, on `lent`.
     pub(super) async fn serve<H>(
         &self,
         mut stream: WatchedStream,
@@ -82,7 +82,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             match self.read(&mut stream, &mut input[end..]).await? {
                 Read::Bytes(0) => return Ok(None),
                 Read::Stop if end == 0 => return Ok(None),
-                // hyper announces that its response is the last one.
+                // The incomplete request is left to hyper, whose response announces that the connection will close.
                 Read::Stop => {
                     stream.unread(&input[..end]);
                     return Ok(Some(stream));
@@ -100,7 +100,8 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                     parts = 1;
                 }
                 if length > 0 && start < end {
-                    // Sending the responses has cleared the deadline for the next request.
+                    // Sending the responses has cleared the deadline of the next request, which has already begun to
+                    // arrive.
                     self.connection.has_read(end - start);
                 }
                 match next {
@@ -131,8 +132,8 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         }
     }
 
-    /// Lets hyper serve one request, whose length the stream is allowed to read. Returns the stream after the response
-    /// has been sent, or `None` if hyper has closed the connection.
+    /// Lets hyper serve one request. The stream must allow reading only that request's length. Returns the stream after
+    /// the response has been sent, or `None` if hyper has closed the connection.
     async fn lend<H>(
         &self,
         stream: WatchedStream,
@@ -179,7 +180,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         self.connection.shutdown() != Shutdown::None
     }
 
-    /// Responds to the complete requests in `bytes`. Returns their total length, and what follows them.
+    /// Responds to the complete requests in `bytes`. Returns the total length of these requests, and what follows them.
     async fn answer(
         &self,
         bytes: &[u8],
@@ -224,7 +225,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
     }
 }
 
-/// Waits for a response, unless the client closes the connection.
+/// Waits for a response. Returns an error if the client closes the connection first.
 async fn while_open(stream: &WatchedStream, answering: impl Future<Output = ()>) -> io::Result<()> {
     let mut answering = pin!(answering);
     poll_fn(|context| match answering.as_mut().poll(context) {

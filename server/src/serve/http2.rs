@@ -1,21 +1,21 @@
 //! Tracks which requests of an HTTP/2 connection are open, and which responses make progress, for the connection's
 //! deadlines.
 //!
-//! h2 immediately copies a small body into its own buffer, and does not report when the client reads it or cancels the
-//! request. So this module observes the frames between h2 and the socket. It does not validate them, since h2 closes
-//! the connection if a frame is invalid.
+//! h2 immediately copies a small body into its own buffer, and does not report when the client reads the body or
+//! cancels the request. So this module observes the frames between h2 and the socket. It does not validate the frames,
+//! since h2 closes the connection if a frame is invalid.
 
 /// The first bytes that an HTTP/2 client sends.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How many bytes of a response count as progress. Fewer bytes count only if the response ends with them. This prevents
-/// a client from keeping many responses in memory by occasionally reading a byte.
+/// How many bytes of a response count as progress. Fewer bytes count only if the response ends with them. This rule
+/// prevents a client from keeping many responses in memory by occasionally reading a byte.
 pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of concurrent requests per connection. Each request uses some memory until the client has
 /// received its response.
 pub(super) const CONCURRENT_STREAMS: u32 = 32;
 /// The maximum number of tracked requests. h2 rejects or ignores requests above its own limit.
 const REMEMBERED: usize = 2 * CONCURRENT_STREAMS as usize;
-/// The bytes that a request uses in addition to its head and body, for its tasks and its response head.
+/// The memory, in bytes, that a request uses for its tasks and its response head, in addition to its own head and body.
 const REQUEST: usize = 4 * 1024;
 
 const DATA: u8 = 0;
@@ -111,9 +111,9 @@ pub(super) struct Requests {
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// The time of the last progress of a response that was later reset. Cleared when another response makes progress.
-    /// Without this value, a client that resets responses instead of reading them would get a new deadline with each
-    /// request.
+    /// The time at which a response that was later reset last made progress. Cleared when another response makes
+    /// progress. Without this value, a client that resets responses instead of reading them would get a new deadline
+    /// with each request.
     unread: Option<u64>,
     /// The arrival time of a request that was reset before its response began. Cleared when another response is
     /// complete.
@@ -131,7 +131,7 @@ struct Request {
     received: usize,
 }
 
-/// When the connection started to wait for the client.
+/// What a connection is waiting for its client to do, and since when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Waiting {
     /// The start of the wait for the rest of a request head.
@@ -155,7 +155,7 @@ impl Requests {
             Event::Ended(frame) if frame.is_of_headers() && frame.has(END_HEADERS) => {
                 self.head_began = None;
                 self.head_length = 0;
-                // A lower number belongs to the trailers of an earlier request.
+                // Header frames with a stream number that is not higher are the trailers of an earlier request.
                 if frame.stream > self.last_stream {
                     self.last_stream = frame.stream;
                     if self.open.len() < REMEMBERED {
@@ -191,7 +191,8 @@ impl Requests {
         let Event::Ended(frame) = event else { return };
         match frame.kind {
             HEADERS | DATA if frame.has(END_STREAM) => {
-                // An empty frame is sent regardless of the client's window, so it does not show that the client reads.
+                // An empty frame is sent regardless of the client's window, so the frame does not show that the client
+                // reads.
                 if frame.kind == DATA && frame.length > 0 {
                     self.unread = None;
                 }
@@ -224,7 +225,7 @@ impl Requests {
     }
 
     /// Records that either side has reset a stream. A client can make the server reset a stream by violating the
-    /// protocol on it.
+    /// protocol on that stream.
     fn reset(&mut self, stream: u32) {
         let Some(index) = self.open.iter().position(|it| it.stream == stream) else {
             return;

@@ -1,8 +1,8 @@
 //! The memory used by the requests on all connections that have not authenticated.
 //!
-//! This is an estimate. It includes the bytes of request heads and bodies that may still be in memory, the bytes of
-//! responses that wait for the socket, and a fixed amount per HTTP/2 request. Small amounts are ignored, so most HTTP/1
-//! requests do not count.
+//! The memory use is an estimate. It includes the bytes of request heads and bodies that may still be in memory, the
+//! bytes of responses that wait for the socket, and a fixed amount per HTTP/2 request. Small amounts are ignored, so
+//! most HTTP/1 requests do not count.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 

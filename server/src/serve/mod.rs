@@ -2,9 +2,9 @@
 //!
 //! poem's server has no timeout for header fields. hyper has no timeout for the first bytes of a connection (which
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
-//! Here, each connection has one timer. [`connection`] computes its current deadline, for HTTP/2 from the frames on the
-//! wire ([`http2`]). [`table`] limits the number of connections. [`direct`] responds to plain requests without hyper.
-//! This module does not depend on the endpoint.
+//! Here, each connection has one timer. [`connection`] computes its current deadline. For HTTP/2, the deadline depends
+//! on the frames on the wire ([`http2`]). [`table`] limits the number of connections. [`direct`] responds to plain
+//! requests without hyper. This module does not know what the endpoint does.
 
 mod body;
 mod connection;
@@ -62,11 +62,11 @@ const HEADER_BYTES: usize = 32 * 1024;
 const HEADER_FIELDS: usize = 100;
 /// The overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
-/// HTTP/2: how many bytes of a request body a client may send before they are read. This is enough for a body as large
-/// as the default size limit.
+/// HTTP/2: how many bytes of a request body a client may send before the server has read any of them. The window is
+/// large enough for a body of the default size limit.
 const STREAM_WINDOW: u32 = 64 * 1024;
-/// HTTP/2: how many bytes of request bodies a client may send on a connection before they are read. hyper's default
-/// would buffer 1 MiB.
+/// HTTP/2: how many bytes of request bodies a client may send on a connection before the server has read any of them.
+/// hyper's default would buffer 1 MiB.
 const CONNECTION_WINDOW: u32 = 128 * 1024;
 /// HTTP/2: how many bytes of a response may wait for the socket, per stream.
 const SEND_BUFFER: usize = 64 * 1024;
@@ -75,16 +75,16 @@ const SEND_BUFFER: usize = 64 * 1024;
 const BACKLOG: u32 = 4096;
 /// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
-/// No connections are accepted while more sockets than this are being closed to make room.
+/// No connections are accepted while more than this number of sockets are being closed to make room.
 const CLOSING: usize = 16;
 /// How long an HTTP/2 connection may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
 
 /// An address that is reserved but does not accept connections yet.
 ///
-/// A server reserves its address early during startup, so that an occupied port is reported immediately, but listens
-/// only when it can respond. Until then, connections are refused, and load balancers try another server, even for POST
-/// requests.
+/// A server reserves its address early during startup, so that an occupied port is reported immediately. The server
+/// listens only when it can respond. Until then, connections are refused, and load balancers try another server, even
+/// for POST requests.
 #[derive(Debug)]
 pub struct BoundSocket(TcpSocket);
 
@@ -214,7 +214,7 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // The parts of a request share the memory of the frames they arrived in, and the frames are larger.
+    // The parts of a request share the memory of the frames in which they arrived, and the frames are larger.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 
@@ -249,7 +249,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                 if is_first {
                     slot.has_requested();
                 }
-                // An HTTP/2 connection may also carry an endless response.
+                // On an HTTP/2 connection, handlers also need the marks to announce endless responses.
                 if connection.is_http2() || !connection.marks.is_authenticated() {
                     request.extensions_mut().insert(connection.marks.clone());
                 }
@@ -285,7 +285,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     connection: &connection,
                     slot: &slot,
                 };
-                // Boxed because it contains a whole decision. Otherwise, every connection would reserve memory for it.
+                // Boxed because the future contains a whole decision. Otherwise, every connection would reserve memory
+                // for a decision.
                 let mut served = Box::pin(direct.serve(stream, &lent, http.as_mut()));
                 // The future completes by itself when the connection is shut down.
                 let end = self.supervise(&connection, served.as_mut(), |_| {}).await;
@@ -303,16 +304,16 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         }
     }
 
-    /// Polls `served` until it completes, a deadline passes or the connection is shut down. `finish` makes it stop
-    /// accepting requests.
+    /// Polls `served` until it completes, a deadline passes or the connection is shut down. `finish` makes `served`
+    /// stop accepting requests.
     async fn supervise<F: Future>(
         &self,
         connection: &Connection,
         mut served: Pin<&mut F>,
         finish: impl Fn(Pin<&mut F>),
     ) -> Result<F::Output, End> {
-        // There is one timer for the lifetime of the connection. It is reset when it fires, or when a deadline becomes
-        // earlier. That happens about once per deadline, instead of twice per request.
+        // There is one timer for the lifetime of the connection. The timer is reset only when it fires, or when a
+        // deadline becomes earlier: about once per deadline, instead of twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
         let mut is_finishing = false;
         let mut goodbye_until = None;
@@ -358,7 +359,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     continue;
                 }
                 if phase == Phase::Idle && connection.is_http2() && goodbye_until.is_none() {
-                    // If the client is about to send a request, this tells it that the request was not processed.
+                    // If the client is about to send a request, the shutdown tells the client that the request was not
+                    // processed.
                     finish(served.as_mut());
                     goodbye_until = Some(time::Instant::now() + GOODBYE);
                     continue;
@@ -370,7 +372,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
     }
 }
 
-/// Logs or counts how a connection ended. Returns its result, if it was successful.
+/// Logs or counts how a connection ended. Returns the result of the connection if it ended successfully.
 fn log_end<T, E: std::fmt::Display>(
     end: Result<Result<T, E>, End>,
     metrics: &ConnectionMetrics,

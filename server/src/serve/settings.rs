@@ -13,7 +13,8 @@ const GRPC_CONNECTIONS: usize = 512;
 /// How many bytes requests may use on all connections that have not authenticated: enough for hundreds of the largest
 /// request heads, or thousands of typical ones.
 const MEMORY: usize = 8 * 1024 * 1024;
-/// How many bytes requests may use on one such connection: enough for 32 concurrent typical requests over HTTP/2.
+/// How many bytes requests may use on one connection that has not authenticated: enough for 32 concurrent typical
+/// requests over HTTP/2.
 const MEMORY_PER_CONNECTION: usize = 256 * 1024;
 /// How many bytes requests may use on all connections to the metrics listener.
 const METRICS_MEMORY: usize = 1024 * 1024;
@@ -24,12 +25,12 @@ pub struct Timeouts {
     /// accepted; for later requests, when the first byte of the head arrives.
     pub header: Duration,
     /// How long a connection may be idle between two requests. Must be longer than the idle timeout of proxies, so that
-    /// the proxy closes the connection: if the server closed it while a request was in transit, that request would
-    /// fail.
+    /// the proxy closes the connection and not the server: if the server closed a connection while a request was in
+    /// transit, that request would fail.
     pub idle: Duration,
     /// How long a client may go without reading any of its response.
     pub write: Duration,
-    /// How long requests in flight may take when the server stops.
+    /// How long requests in flight may take after the server has begun to stop.
     pub drain: Duration,
 }
 
@@ -38,15 +39,17 @@ pub struct Timeouts {
 pub struct Limits {
     pub connections: usize,
     /// The maximum number of connections per IPv4 address or IPv6 /64, not counting connections that have
-    /// authenticated. During a connection's first second, its address may have twice as many. 0 means no limit.
+    /// authenticated. An address can have up to twice as many if the additional connections are less than a second old.
+    /// 0 means no limit.
     pub per_address: usize,
-    /// The same limit per IPv4 /24 or IPv6 /56. An IPv6 /48 may have twice as many.
+    /// The maximum number of connections per IPv4 /24 or IPv6 /56, counted in the same way. An IPv6 /48 can have twice
+    /// as many.
     pub per_network: usize,
     /// Networks that are exempt from both limits, because many clients share each of their addresses.
     pub trusted_proxies: Vec<IpNet>,
     /// How many bytes requests may use on all connections that have not authenticated.
     pub memory: usize,
-    /// The same limit per connection.
+    /// How many bytes requests may use on one connection that has not authenticated.
     pub memory_per_connection: usize,
 }
 
@@ -98,7 +101,7 @@ impl ServeSettings {
         Self {
             limits: Limits {
                 connections: GRPC_CONNECTIONS,
-                // Connections of gateways do not count once they have sent a valid service token.
+                // A gateway's connection does not count once a valid service token has been sent on it.
                 per_address: GRPC_CONNECTIONS / 2,
                 per_network: GRPC_CONNECTIONS / 4 * 3,
                 ..public.limits

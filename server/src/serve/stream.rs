@@ -1,4 +1,4 @@
-//! A socket that tells its connection when a request starts to arrive and when the client stops reading, and which
+//! A socket that reports to its connection when a request starts to arrive, when the client stops reading, and which
 //! HTTP/2 frames are transferred.
 
 use std::{
@@ -21,7 +21,7 @@ use super::{
     table::Table,
 };
 
-/// The size of a read while the number of bytes to read is limited.
+/// The maximum size of a read while `allowed` limits the number of bytes.
 const PART: usize = 4 * 1024;
 
 #[derive(Debug)]
@@ -30,7 +30,7 @@ pub(super) struct WatchedStream {
     connection: Arc<Connection>,
     table: Arc<Table>,
     protocol: Protocol,
-    /// Bytes that were read and then put back. They are read again before the socket's bytes.
+    /// Bytes that were read and then put back. These bytes are read again before the socket's bytes.
     unread: Bytes,
     /// How many more bytes may be read.
     allowed: usize,
@@ -69,7 +69,7 @@ impl WatchedStream {
         self.allowed == 0
     }
 
-    /// Puts bytes back, to be read again. They have already been reported to the connection.
+    /// Puts bytes back, to be read again. These bytes have already been reported to the connection.
     pub(super) fn unread(&mut self, bytes: &[u8]) {
         debug_assert!(self.unread.is_empty(), "earlier bytes would be lost");
         self.unread = Bytes::copy_from_slice(bytes);
@@ -81,8 +81,8 @@ impl WatchedStream {
         }
     }
 
-    /// Returns whether the client has closed the connection without sending anything first. If not, wakes the task when
-    /// the client closes the connection.
+    /// Returns whether the client has closed the connection without sending more bytes. Otherwise, the task is woken
+    /// when the client closes the connection or sends something.
     pub(super) fn is_closed(&self, context: &mut Context<'_>) -> bool {
         let mut byte = [0];
         match self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte)) {
@@ -130,7 +130,7 @@ impl AsyncRead for WatchedStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.connection.shutdown() == Shutdown::Immediate {
-            // This ends the connection even if its task is busy reading from the socket.
+            // The error ends the connection even if its task is busy reading from the socket.
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if self.allowed == 0 {
@@ -147,7 +147,7 @@ impl AsyncRead for WatchedStream {
             return Poll::Ready(Ok(()));
         }
         if self.connection.should_pause() {
-            // This lets other tasks run first, including the handlers of connections that were just closed.
+            // Other tasks run first, including the handlers of connections that were just closed.
             context.waker().wake_by_ref();
             return Poll::Pending;
         }
@@ -202,7 +202,8 @@ impl AsyncWrite for WatchedStream {
     }
 }
 
-/// The stream that hyper sees. It is absent while requests are served directly and hyper waits for the next one.
+/// The stream that hyper sees. The stream is absent while requests are served directly and hyper waits for the next
+/// request.
 #[derive(Debug, Clone, Default)]
 pub(super) struct LentStream(Arc<Mutex<Option<WatchedStream>>>);
 
@@ -222,7 +223,7 @@ impl LentStream {
     ) -> Poll<io::Result<T>> {
         match &mut *self.0.lock() {
             Some(stream) => call(Pin::new(stream)),
-            // A stream is lent before hyper is polled again.
+            // hyper is polled again only after a stream has been lent.
             None => Poll::Pending,
         }
     }

@@ -1,7 +1,7 @@
-//! The open connections of one listener: how many are allowed, in total and per address, and which ones are closed to
-//! make room.
+//! The open connections of one listener: how many are allowed, in total and per address, and which connections are
+//! closed to make room.
 //!
-//! When the total is reached, a new connection replaces another one, in this order:
+//! When the total is reached, a new connection replaces another connection, in this order:
 //!
 //! 1. a connection that has been open for at least a second without sending a request,
 //! 2. a connection that is idle between two requests,
@@ -11,14 +11,14 @@
 //!    connection's address.
 //!
 //! No other connection with a request in flight is ever closed to make room. So clients that do not send or read
-//! anything cannot lock out other clients, no matter how many there are.
+//! anything cannot lock out other clients, no matter how many such clients there are.
 //!
 //! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
-//! key or service token is received on it. A gateway, or many clients behind one address, may therefore have as many
-//! connections as the total allows. At the limit for an address or network, a new connection replaces the oldest silent
-//! connection, or the connection that has been idle longest. During its first second, a connection is not closed for
-//! this reason, because its request may be in transit. Instead, an address may have up to twice as many connections
-//! during that second.
+//! key or service token is received on the connection. A gateway, or many clients behind one address, may therefore
+//! have as many connections as the total allows. At the limit for an address or network, a new connection replaces the
+//! oldest connection on which nothing has been received, the connection that has been idle the longest, or the oldest
+//! connection without a complete request. During its first second, a connection is not replaced in this way, because
+//! its request may be in transit. Instead, an address can have up to twice as many connections during that second.
 //!
 //! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
 //! closes the connections that use the most memory, starting with the address that uses the most in total.
@@ -50,12 +50,12 @@ use crate::telemetry::metrics::{ConnectionLimit, ConnectionMetrics};
 
 /// How long a client must have stopped reading its response before its connection can be closed to make room.
 const STALLED_ENOUGH: Duration = Duration::from_secs(1);
-/// How many of the oldest connections without a request are considered for closing. The one whose address has the most
-/// connections is closed.
+/// How many of the oldest connections without a request are considered for closing. Of these, the connection whose
+/// address has the most connections is closed.
 const WAITING_SEARCH: usize = 16;
-/// An address is light compared with another if the other has at least this many times as many connections.
+/// An address is light compared with another address that has at least this many times as many connections.
 const LIGHT: usize = 4;
-/// The minimum time between two searches for idle and stalled connections, because a search checks all connections.
+/// The minimum time between two searches for idle and stalled connections. A search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
 /// A search selects at most `connections / SEARCH_PART` connections.
 const SEARCH_PART: usize = 4;
@@ -82,7 +82,7 @@ struct Open {
     groups: HashMap<IpNet, Group>,
     /// Connections without a request so far, in the order in which they were accepted.
     waiting: BTreeSet<u64>,
-    /// Connections that the last search found. They are closed from the end of the list.
+    /// Connections that the last search found. The connections are closed from the end of the list.
     spare: Vec<u64>,
     /// Like `spare`, but for connections whose client stopped reading its response only recently.
     just_stalled: Vec<u64>,
@@ -98,7 +98,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns the time at which the connection became idle, if that is long enough ago to close it.
+    /// Returns the time at which the connection became idle, if that is long enough ago to close the connection.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
@@ -142,8 +142,8 @@ impl Open {
             .map_or(0, |group| group.counted.len())
     }
 
-    /// Finds up to `most` connections that can be closed to make room: first those that have been idle the longest,
-    /// then stalled ones from the addresses with the most connections.
+    /// Finds up to `most` connections that can be closed to make room: first the connections that have been idle the
+    /// longest, then stalled connections from the addresses with the most connections.
     fn search(&mut self, now: Instant, most: usize) {
         let mut found = Vec::new();
         let mut just_stalled = Vec::new();
@@ -252,7 +252,7 @@ impl Table {
         limit
     }
 
-    /// Closes a connection, if possible, because the process has no free file descriptors.
+    /// Closes a connection, if one can be closed. Called when the process has no free file descriptors.
     pub(super) fn close_spare(&self) -> bool {
         self.make_room(&mut self.open.lock(), None)
     }
@@ -315,8 +315,8 @@ impl Table {
         }
     }
 
-    /// Closes a connection to make room for one from `newcomer`. An address with few connections does not lose one to
-    /// an address with many.
+    /// Closes a connection to make room for one from `newcomer`. An address with few connections does not lose a
+    /// connection to an address with many.
     fn make_room(&self, open: &mut Open, newcomer: Option<IpAddr>) -> bool {
         let now = Instant::now();
         let waiting = open
@@ -347,8 +347,9 @@ impl Table {
     }
 
     /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
-    /// light, a heavy address can lose a connection sooner after its client stops reading. Otherwise, the heavy address
-    /// would take every slot that becomes free, because its clients reconnect immediately.
+    /// light compared with another address, a connection of that heavy address can be closed as soon as its client
+    /// stops reading. Otherwise, the heavy address would take every slot that becomes free, because its clients
+    /// reconnect immediately.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
             .searched_at
@@ -369,7 +370,7 @@ impl Table {
                 continue;
             };
             if open.weight(entry.counted_at) < heavy {
-                // No remaining address has more connections than this one.
+                // No remaining address has more connections than this address.
                 open.just_stalled.push(id);
                 break;
             }

@@ -170,7 +170,11 @@ async fn ask(stream: &mut TcpStream) {
         .unwrap();
     let mut answer = Vec::new();
     while !answer.ends_with(b"here") {
-        assert_ne!(stream.read_buf(&mut answer).await.unwrap(), 0, "it ended");
+        assert_ne!(
+            stream.read_buf(&mut answer).await.unwrap(),
+            0,
+            "the connection ended"
+        );
     }
 }
 
@@ -180,7 +184,7 @@ async fn ended_after(stream: &mut TcpStream) -> Duration {
     let mut rest = Vec::new();
     let _ = timeout(10 * HEADER, stream.read_to_end(&mut rest))
         .await
-        .expect("the server ends it");
+        .expect("the server closes the connection");
     began.elapsed()
 }
 
@@ -199,7 +203,7 @@ async fn slow_header_fields_close_the_connection(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// This holds even if the timer was still set to an earlier request's deadline.
+/// This also applies if the timer is still set to the deadline of an earlier request.
 async fn every_request_gets_the_full_header_timeout(way: Way) {
     let mut stream = connect_by(way).await;
     time::sleep(HEADER / 2).await;
@@ -224,7 +228,7 @@ async fn connection_that_sends_nothing_is_closed(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// Sends one byte that HTTP/1 and HTTP/2 requests have in common, and then a byte occasionally.
+/// Sends the beginning of a request, and then the rest one byte at a time.
 async fn slow_first_request_is_closed_for_any_protocol(way: Way) {
     for (first, rest) in [
         ("P", "OST / HT"),
@@ -262,8 +266,8 @@ async fn client_that_does_not_read_its_response_is_closed(way: Way) {
     let mut answer = Vec::new();
     let _ = timeout(10 * HEADER, stream.read_to_end(&mut answer))
         .await
-        .expect("the server ends it");
-    assert!(answer.len() < LARGE, "it was sent completely");
+        .expect("the server closes the connection");
+    assert!(answer.len() < LARGE, "the response was sent completely");
 }
 
 async fn client_that_reads_slowly_gets_its_whole_response(way: Way) {
@@ -313,7 +317,11 @@ async fn half_closed_connection_gets_its_responses_and_is_closed(way: Way) {
     stream.write_all(&request[..10]).await.unwrap();
     let mut answers = Vec::new();
     while answers.windows(4).filter(|it| it == b"here").count() < 3 {
-        assert_ne!(stream.read_buf(&mut answers).await.unwrap(), 0, "it ended");
+        assert_ne!(
+            stream.read_buf(&mut answers).await.unwrap(),
+            0,
+            "the connection ended"
+        );
     }
     stream.shutdown().await.unwrap();
     let ended = ended_after(&mut stream).await;
@@ -360,7 +368,7 @@ async fn request_in_flight_is_answered_when_the_server_stops(way: Way) {
     drop(stop);
     let mut answer = Vec::new();
     if matches!(way, Way::Direct) {
-        // The request is passed to hyper, which announces that its response is the last one.
+        // The request is passed to hyper, which announces that its response is the last.
         time::sleep(HEADER / 3).await;
         stream.write_all(b"\r\n").await.unwrap();
         stream.read_to_end(&mut answer).await.unwrap();
@@ -381,7 +389,7 @@ async fn direct_responses_that_are_not_read_are_bounded() {
     // The server stops reading when its responses are not read, and closes the connection.
     while began.elapsed() < HEADER * 30 {
         let written = timeout(WRITE * 4, stream.write(&requests)).await;
-        match written.expect("it is not held open") {
+        match written.expect("the connection is not held open") {
             Ok(length) => sent += length,
             Err(_) => break,
         }
@@ -391,7 +399,7 @@ async fn direct_responses_that_are_not_read_are_bounded() {
     assert!(began.elapsed() < HEADER * 30, "{sent} bytes were accepted");
 }
 
-/// Sends the requests in two parts, split at every possible place. Returns the responses each time.
+/// Sends the requests in two parts, split at every possible place, and passes the responses to `check` each time.
 async fn in_two_parts(requests: &[u8], mut check: impl FnMut(&str)) {
     for middle in 0..requests.len() {
         let mut stream = connect_by(Way::Direct).await;
@@ -503,14 +511,14 @@ mod http2 {
     }
 
     fn get_path(stream: u32, path: &str) -> Vec<u8> {
-        // This takes GET and http from the static table, and encodes the path and the authority as literals.
+        // GET and http come from the static table. The path and the authority are encoded as literals.
         let mut head = vec![0x82, 0x86, 0x44, u8::try_from(path.len()).unwrap()];
         head.extend(path.as_bytes());
         head.extend([0x41, 1, b'q']);
         frame(HEADERS, 0x5, stream, &head)
     }
 
-    /// Sends settings with this window size for each response.
+    /// Returns the payload of a SETTINGS frame with this window size for each response.
     fn window(size: u32) -> Vec<u8> {
         [&[0, 4], &size.to_be_bytes()[..]].concat()
     }
@@ -541,7 +549,9 @@ mod http2 {
                 }
             }
         };
-        timeout(20 * HEADER, all).await.expect("the server ends it");
+        timeout(20 * HEADER, all)
+            .await
+            .expect("the server closes the connection");
         (began.elapsed(), kinds)
     }
 
@@ -562,7 +572,10 @@ mod http2 {
             .unwrap();
         let (ended, kinds) = until_closed(&mut stream).await;
         assert!(ended >= IDLE * 9 / 10, "{ended:?}");
-        assert!(kinds.contains(&DATA), "its request was answered: {kinds:?}");
+        assert!(
+            kinds.contains(&DATA),
+            "the request got a response: {kinds:?}"
+        );
         assert!(kinds.contains(&GOAWAY), "{kinds:?}");
     }
 
@@ -575,7 +588,7 @@ mod http2 {
             stream
                 .write_all(&get(2 * id + 1))
                 .await
-                .expect("it is open");
+                .expect("the connection is open");
             time::sleep(IDLE / 4).await;
         }
         let (_, kinds) = until_closed(&mut stream).await;
@@ -619,7 +632,8 @@ mod http2 {
         );
     }
 
-    /// Periodically sends a new request and cancels the previous one. Returns how long the server allows this.
+    /// Periodically sends a new request and cancels the previous request. Returns how long the server allows this
+    /// behavior.
     async fn cancel_unread_responses(size: u32, path: &str) -> Duration {
         let (mut reader, mut writer) = connect().await.into_split();
         let began = time::Instant::now();
@@ -660,7 +674,7 @@ mod http2 {
         }
     }
 
-    /// h2 takes such a body immediately, so hyper is done with it.
+    /// h2 accepts a small body immediately, so hyper considers the response sent.
     #[tokio::test]
     async fn client_that_reads_one_byte_of_a_small_response_is_closed() {
         let mut stream = connect().await;
@@ -695,9 +709,15 @@ mod http2 {
         let mut read = 0;
         while read < MEDIUM {
             let mut head = [0; 9];
-            reader.read_exact(&mut head).await.expect("it is open");
+            reader
+                .read_exact(&mut head)
+                .await
+                .expect("the connection is open");
             let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
-            reader.read_exact(&mut payload).await.expect("it is open");
+            reader
+                .read_exact(&mut payload)
+                .await
+                .expect("the connection is open");
             if head[3] == DATA {
                 read += payload.len();
             }
@@ -715,7 +735,10 @@ mod http2 {
             let canceled = 4 * n + 1;
             let reset = frame(RST_STREAM, 0, canceled, &[0, 0, 0, 8]);
             let requests = [get_path(canceled, "/never"), reset, get(canceled + 2)].concat();
-            stream.write_all(&requests).await.expect("it is open");
+            stream
+                .write_all(&requests)
+                .await
+                .expect("the connection is open");
             time::sleep(WRITE / 4).await;
         }
         let (_, kinds) = until_closed(&mut stream).await;
@@ -749,9 +772,15 @@ mod http2 {
         let reading = async {
             loop {
                 let mut head = [0; 9];
-                stream.read_exact(&mut head).await.expect("it is open");
+                stream
+                    .read_exact(&mut head)
+                    .await
+                    .expect("the connection is open");
                 let mut payload = vec![0; usize::from(u16::from_be_bytes([head[1], head[2]]))];
-                stream.read_exact(&mut payload).await.expect("it is open");
+                stream
+                    .read_exact(&mut payload)
+                    .await
+                    .expect("the connection is open");
                 events += usize::from(head[3] == DATA);
             }
         };

@@ -27,7 +27,7 @@ pub enum BadSignature {
 }
 
 /// Verifies that the body was signed with one of the secrets, within [`TOLERANCE`] of `now`. `now` is in seconds since
-/// 1970.
+/// the Unix epoch.
 pub fn verify(
     body: &[u8],
     header: &str,

@@ -12,7 +12,7 @@ enum Works {
     Not,
     /// Until a scheduled cancellation.
     UntilCanceled,
-    /// For the grace period after the first unpaid invoice, but no longer than until a scheduled cancellation.
+    /// During the grace period after the first unpaid invoice, but not past a scheduled cancellation.
     DuringGrace,
 }
 

@@ -27,8 +27,8 @@ const FLUSH_EVERY: Duration = Duration::from_millis(50);
 const FLUSH_AT: usize = 64 * 1024;
 /// The maximum number of bytes that wait for standard output. Further access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
-/// The maximum number of bytes of access log lines and other events that wait. This maximum is higher, so that a flood
-/// of access log lines does not displace other events.
+/// The maximum number of bytes of access log lines and other events together that wait for standard output. Higher than
+/// [`MAX_WAITING`], so that a flood of access log lines does not displace other events.
 const MAX_WAITING_EVENTS: usize = MAX_WAITING + 1024 * 1024;
 /// How long the process waits on exit for the last lines to be written.
 const STOP_WITHIN: Duration = Duration::from_secs(1);
@@ -53,7 +53,7 @@ pub struct AccessLine<'a> {
     pub micros: u64,
     pub ip: Option<IpAddr>,
     pub tenant: Option<uuid::Uuid>,
-    /// The prefix of the API key, which is not secret: letters and digits.
+    /// The prefix of the API key, which is not secret: letters, digits and an underscore.
     pub key: Option<&'a str>,
 }
 
@@ -70,7 +70,7 @@ fn shorten(text: &str, max: usize) -> Cow<'_, str> {
 }
 
 impl AccessLine<'_> {
-    /// Appends the line as JSON. It is formatted by hand, because this runs for every request. `second` is the time
+    /// Appends the line as JSON, formatted by hand because the function runs for every request. `second` is the time
     /// without its fraction.
     fn json(&self, second: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let mut number = itoa::Buffer::new();
@@ -220,7 +220,7 @@ impl Log {
         log
     }
 
-    /// Makes this the output of `tracing`. Call once per process.
+    /// Makes this log the output of `tracing`. Call once per process.
     pub fn install(&self, directives: &str) -> Result<(), tracing_subscriber::util::TryInitError> {
         let filter = EnvFilter::try_new(directives).unwrap_or_else(|_| EnvFilter::new("info"));
         let registry = tracing_subscriber::registry().with(filter);

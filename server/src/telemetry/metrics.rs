@@ -1,7 +1,7 @@
 //! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! Each counter or gauge without labels is one line in the `metrics!` list. Its help text is also the documentation of
-//! its field.
+//! Each counter or gauge without labels is one line in the `metrics!` list. The help text is also the documentation of
+//! the field.
 
 mod connections;
 mod latency;
@@ -38,7 +38,7 @@ macro_rules! metrics {
             )+
             /// The time from receiving a key to the decision.
             pub decision_seconds: Latency,
-            /// The time from a change, on PostgreSQL's clock, until this replica applied it.
+            /// The time from a change, on PostgreSQL's clock, until this replica applied the change.
             pub invalidation_lag_seconds: Latency,
             pub public_connections: Arc<ConnectionMetrics>,
             pub metrics_connections: Arc<ConnectionMetrics>,
@@ -113,12 +113,12 @@ metrics! {
     key_shared_outdated: Counter, "key_shared_outdated",
         "Key lookups that found an outdated record in Redis";
     key_shared_unreadable: Counter, "key_shared_unreadable",
-        "Key lookups that found a key record in Redis sealed with another secret";
+        "Key lookups that found a record in Redis that was damaged or sealed with another secret";
     key_shared_errors: Counter, "key_shared_errors", "Failed reads and writes of key records in Redis";
     key_loads: Counter, "key_loads", "Key lookups in PostgreSQL";
     key_stale_served: Counter, "key_stale_served",
         "Key lookups served with a key record that could not be confirmed";
-    ledger_takes: Counter, "ledger_takes", "Calendar quota blocks taken from the ledger";
+    ledger_takes: Counter, "ledger_takes", "Blocks of calendar quotas taken from the ledger";
     ledger_errors: Counter, "ledger_errors", "Failed calls to the quota ledger";
     counter_calls: Counter, "counter_calls", "Calls to the shared counters";
     counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or timed out";
@@ -202,9 +202,9 @@ metrics! {
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
         "Usage records counted under `other` because the endpoint limit was reached";
     usage_backlog_records: Gauge, "usage_backlog_records",
-        "Usage records that this process has not written to PostgreSQL yet";
+        "Usage records that this replica has not written to PostgreSQL yet";
     usage_backlog_bytes: Gauge, "usage_backlog_bytes",
-        "Bytes of usage records that this process has not written to PostgreSQL yet";
+        "Bytes of usage records that this replica has not written to PostgreSQL yet";
     usage_adopted_segments: Gauge, "usage_adopted_segments",
         "Usage segments taken over from stopped replicas that have not been shipped completely";
     usage_unrecordable: Gauge, "usage_unrecordable",

@@ -9,8 +9,8 @@ use uuid::Builder;
 
 use crate::clock::UnixNanos;
 
-/// Generates IDs that are unique across processes. They are predictable, which does not matter for request IDs. Reading
-/// random numbers from the operating system for each ID would cost more than everything else here.
+/// Generates IDs that are unique across processes. The IDs are predictable, which does not matter for request IDs.
+/// Reading random numbers from the operating system for each ID would cost more than the rest of the generation.
 #[derive(Debug)]
 pub struct RequestIds {
     /// The start value of this process's counter.

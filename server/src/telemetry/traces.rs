@@ -1,11 +1,11 @@
-//! Traces: which requests are traced, and sending their spans to an OpenTelemetry collector.
+//! Traces: decides which requests are traced, and sends their spans to an OpenTelemetry collector.
 //!
-//! A request is traced if a trusted proxy has decided so. Without such a decision, a configured ratio of requests is
-//! traced.
+//! A request is traced if a trusted proxy has decided to trace it. Without such a decision, a configured fraction of
+//! requests is traced.
 //!
-//! Spans that have ended wait in a bounded queue. A task sends them in batches (OTLP over HTTP, as protobuf). Spans that
-//! do not fit in the queue or that the collector does not accept are dropped and counted. So a slow or unreachable
-//! collector does not delay requests, and delays shutdown by at most two seconds.
+//! Spans that have ended wait in a bounded queue. A task sends the spans in batches (OTLP over HTTP, as protobuf).
+//! Spans that do not fit in the queue or that the collector does not accept are dropped and counted. So a slow or
+//! unreachable collector does not delay requests, and delays shutdown by at most two seconds.
 
 use std::time::Duration;
 
@@ -68,7 +68,7 @@ pub struct Traces {
 pub enum TracesError {
     #[error("cannot create the HTTP client for traces")]
     Client(#[from] reqwest::Error),
-    #[error("cannot create the exporter of traces")]
+    #[error("cannot create the trace exporter")]
     Exporter(#[from] ExporterBuildError),
 }
 
@@ -131,7 +131,7 @@ impl Traces {
     }
 
     /// Starts the span of a request, if the request is traced. `traceparent` is the header of that name
-    /// (<https://www.w3.org/TR/trace-context/>), if it comes from a trusted proxy.
+    /// (<https://www.w3.org/TR/trace-context/>), if the header comes from a trusted proxy.
     pub fn begin(&self, traceparent: Option<&str>) -> Option<Span> {
         let parent = match traceparent.map_or(Sampling::Undecided, Sampling::of) {
             Sampling::On(parent) => parent,
@@ -178,7 +178,8 @@ const TRACEPARENT: usize = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7
 
 impl Sampling {
     fn of(traceparent: &str) -> Self {
-        // Behind a proxy that traces requests, most headers are unsampled, so this check usually avoids parsing the header.
+        // A proxy that traces requests leaves the sampled flag of most `traceparent` headers unset, so this check
+        // usually avoids parsing the header.
         let is_off = |digit: &u8| matches!(digit, b'0' | b'2' | b'4' | b'6' | b'8');
         if traceparent.len() == TRACEPARENT && traceparent.as_bytes().last().is_some_and(is_off) {
             return Self::Off;
@@ -250,7 +251,7 @@ impl Sender {
         loop {
             let is_last = tokio::select! {
                 biased;
-                // Also completes when the `Traces` are dropped.
+                // `wait_for` also completes when the `Traces` are dropped.
                 _ = stopping.wait_for(|stop| *stop) => true,
                 _ = ticks.tick() => false,
             };
@@ -311,7 +312,7 @@ mod tests {
         }
     }
 
-    /// Nothing listens there.
+    /// An address on which nothing listens.
     const NOWHERE: &str = "http://127.0.0.1:1";
 
     #[test]
@@ -352,7 +353,7 @@ mod tests {
         };
         assert_eq!(traced(0.0, None), 0);
         assert_eq!(traced(1.0, None), 10_000);
-        // Outside these bounds with a probability below 1e-12: 7.5 standard deviations.
+        // The bounds are 7.5 standard deviations from the mean, so a count outside them has a probability below 1e-12.
         assert!((25..=175).contains(&traced(0.01, None)));
         assert_eq!(traced(0.0, Some(&format!("{PARENT}01"))), 10_000);
         assert_eq!(traced(1.0, Some(&format!("{PARENT}00"))), 0);
@@ -367,7 +368,7 @@ mod tests {
         for _ in 0..QUEUE + 10 {
             drop(traces.begin(None));
         }
-        assert_eq!(metrics.spans_dropped.get(), 10, "they do not fit");
+        assert_eq!(metrics.spans_dropped.get(), 10, "the queue is full");
         let began = std::time::Instant::now();
         traces.stop().await;
         assert!(began.elapsed() < STOP_WITHIN * 5, "{:?}", began.elapsed());

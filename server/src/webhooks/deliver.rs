@@ -255,7 +255,7 @@ mod schedule_tests {
     }
 
     #[test]
-    fn endpoint_can_ask_for_a_longer_pause_but_not_for_a_shorter_one() {
+    fn endpoint_can_request_a_longer_pause_but_not_a_shorter_one() {
         assert_eq!(pause(1, Some(600), 0.0), Some(600));
         assert_eq!(pause(4, Some(600), 0.0), Some(1800));
         assert_eq!(pause(1, Some(u64::MAX), 0.0), Some(12 * 3600));

@@ -25,7 +25,7 @@ const ERROR_MAX: usize = 200;
 #[derive(Debug)]
 pub struct Attempt<'a> {
     pub event_id: &'a str,
-    /// The time of the attempt, in seconds since 1970.
+    /// The time of the attempt, in seconds since the Unix epoch.
     pub at: i64,
     pub signature: &'a str,
     pub payload: &'a str,
@@ -78,7 +78,7 @@ impl Sender {
         };
         let client = |scheme| {
             builder(scheme).build().or_else(|error| {
-                // This must not prevent startup, because not every server sends webhooks.
+                // This error must not prevent startup, because not every server sends webhooks.
                 tracing::warn!(
                     error = %chain(&error),
                     "no CA certificates were found on this machine, so webhooks to https:// URLs fail"

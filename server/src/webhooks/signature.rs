@@ -16,7 +16,7 @@ pub fn shown(secret: &[u8]) -> String {
 
 /// Returns the value of `webhook-signature`, with one signature per secret.
 ///
-/// `at` is the time of the attempt in seconds since 1970. It is sent as `webhook-timestamp`.
+/// `at` is the time of the attempt in seconds since the Unix epoch. It is sent as `webhook-timestamp`.
 pub fn sign(secrets: &[Vec<u8>], event_id: &str, at: i64, payload: &str) -> String {
     let signed = format!("{event_id}.{at}.{payload}");
     let mut signatures = String::new();

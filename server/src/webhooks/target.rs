@@ -187,8 +187,8 @@ impl Resolve for CheckedResolver {
         Box::pin(async move {
             let found = found.await.map_err(|_| UnusableHost)?;
             let own = targets.own_addresses(&*lookup).await;
-            // A single forbidden address is enough: no host has a legitimate reason to mix forbidden and allowed
-            // addresses.
+            // A single forbidden address is enough to reject a host: no host has a legitimate reason to mix forbidden
+            // and allowed addresses.
             let is_allowed = |ip: &IpAddr| targets.allows(scheme, *ip, &own);
             if found.is_empty() || !found.iter().all(is_allowed) {
                 return Err(UnusableHost.into());

@@ -24,7 +24,7 @@ use super::{
     target::{Lookup, Targets},
 };
 
-/// Returns one answer after the other. The last one is repeated.
+/// Returns the responses one after another, and then repeats the last one.
 #[derive(Debug)]
 struct Answers {
     left: Mutex<VecDeque<Vec<IpAddr>>>,
@@ -127,7 +127,7 @@ async fn send_to(targets: &Targets, lookup: Arc<dyn Lookup>, url: &str) -> Sent 
 const LOOPBACK: &str = "127.0.0.1/32";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn accepted_delivery_is_the_lower_bound_of_all_other_tests_here() {
+async fn delivery_to_an_allowed_address_is_accepted() {
     let receiver = Receiver::saying("HTTP/1.1 204 No Content\r\n\r\n").await;
     let lookup = Answers::new(&[&["127.0.0.1"]]);
     let url = format!("http://hooks.example.com:{}/", receiver.addr.port());
@@ -157,7 +157,7 @@ async fn host_with_any_address_that_is_not_public_is_not_connected_to() {
     assert_eq!(receiver.connections(), 0);
 }
 
-/// The answers of a private network's resolver.
+/// The addresses that a private network's resolver returns.
 #[derive(Debug)]
 struct Names(&'static [(&'static str, &'static str)]);
 
@@ -182,7 +182,7 @@ async fn unknown_host_and_forbidden_address_give_the_same_error() {
     assert!(!errors[0].contains("no such host"), "{}", errors[0]);
 }
 
-/// In a container, the public address of the machine is not that of an interface.
+/// In a container, no interface has the machine's public address.
 #[tokio::test(flavor = "multi_thread")]
 async fn host_of_the_public_url_is_refused_by_name_and_by_address() {
     let lookup = Arc::new(Names(&[
@@ -231,7 +231,7 @@ async fn delivery_to_the_address_of_the_public_url_fails() {
     }
 }
 
-/// The host has an allowed address when it is checked, and a different one afterwards.
+/// The host has an allowed address when it is checked, and a different address afterward.
 #[tokio::test(flavor = "multi_thread")]
 async fn connection_is_made_to_the_address_that_was_checked() {
     let receiver = Receiver::saying("HTTP/1.1 200 OK\r\n\r\n").await;
@@ -301,7 +301,7 @@ async fn huge_body_is_not_read_to_its_end() {
     assert_eq!((sent.status, sent.error), (Some(200), None));
     assert!(began.elapsed() < Duration::from_secs(10));
     tokio::time::sleep(Duration::from_millis(300)).await;
-    // The socket buffers can take up the rest.
+    // The sockets' buffers hold what the server did not read.
     let written = written.load(Ordering::Relaxed);
     assert!(written < 20_000_000, "{written}");
 }

@@ -1,6 +1,6 @@
 //! Checks which requests are admitted under load: with keys in use after their plan was changed, with keys that are not
-//! in memory yet, and on connections from one address. Each test is repeated while an unauthenticated client sends keys
-//! that do not exist.
+//! in memory yet, and on connections from one address. In one test, an unauthenticated client also sends keys that do
+//! not exist.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -25,7 +25,7 @@ use crate::{
     support::app::{Account, Key, TestApp},
 };
 
-/// A remote PostgreSQL with this latency in each direction.
+/// The latency of a remote PostgreSQL, in each direction.
 const FAR: Fault = Fault::Delay(Duration::from_millis(15));
 const AT_MOST: Duration = Duration::from_secs(10);
 
@@ -72,7 +72,11 @@ impl World {
 
 async fn echo(app: &TestApp, http: &Client, key: &str) -> u16 {
     let call = http.get(app.url("/v1/echo")).header("x-api-key", key);
-    call.send().await.expect("it answers").status().as_u16()
+    call.send()
+        .await
+        .expect("the server responds")
+        .status()
+        .as_u16()
 }
 
 async fn echo_all(app: &TestApp, keys: &[Key]) -> Vec<u16> {
@@ -105,7 +109,7 @@ fn stranger(app: &Arc<TestApp>, at_once: usize) -> Vec<JoinHandle<Vec<u16>>> {
 
 async fn answers(stranger: Vec<JoinHandle<Vec<u16>>>) -> Vec<u16> {
     let all = join_all(stranger).await.into_iter();
-    all.flat_map(|answers| answers.expect("it is answered"))
+    all.flat_map(|answers| answers.expect("a response"))
         .collect()
 }
 
@@ -148,7 +152,7 @@ async fn starting_replica_serves_many_keys_at_once() {
     let statuses = echo_all(&app, &world.keys).await;
     println!("{KEYS} keys in {:?}", began.elapsed());
     assert_eq!(count(&statuses, 200), KEYS, "{statuses:?}");
-    // Each request of a batch gets its own key.
+    // If keys are looked up together, each request still gets the result for its own key.
     let made_up = SecretText::generate(Kind::ApiKey).expect("randomness");
     assert_eq!(echo(&app, &app.http, &made_up.reveal()).await, 401);
 }
@@ -165,7 +169,7 @@ async fn lookups_of_invented_keys_do_not_starve_others() {
     let check = app.http.post(app.url("/v1/check"));
     let check = check.bearer_auth(&service_token);
     let check = check.json(&json!({"key": world.keys[0].text}));
-    let status = check.send().await.expect("it answers").status();
+    let status = check.send().await.expect("the server responds").status();
     assert_eq!(status, 200, "the service token and a key");
     // Some requests are concurrent, within the client's share.
     let mut statuses = Vec::new();
@@ -185,7 +189,7 @@ async fn connect_from(last: u8, app: &TestApp) -> TcpStream {
     let socket = TcpSocket::new_v4().expect("a socket");
     let source = Ipv4Addr::new(127, 0, 4, last);
     socket.bind((source, 0).into()).expect("loopback");
-    socket.connect(app.addr).await.expect("it listens")
+    socket.connect(app.addr).await.expect("the server listens")
 }
 
 /// Returns the status of the response. `None` if the connection was closed instead.
@@ -194,7 +198,9 @@ async fn ask(stream: &mut TcpStream, path: &str, key: &str) -> Option<u16> {
     stream.write_all(request.as_bytes()).await.ok()?;
     let mut answer = vec![0; 8192];
     let read = timeout(AT_MOST, stream.read(&mut answer)).await;
-    let length = read.expect("it answers or closes").ok()?;
+    let length = read
+        .expect("the server responds or closes the connection")
+        .ok()?;
     let answer = String::from_utf8_lossy(&answer[..length]).into_owned();
     answer.split(' ').nth(1)?.parse().ok()
 }
@@ -210,7 +216,7 @@ async fn gateway_may_have_more_connections_than_the_limit_per_address() {
     let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
     let key = app.key(&account, &plan).await;
 
-    // All connections open at the same time, each with a request immediately after connecting.
+    // All connections are opened at the same time, and each sends a request immediately.
     let mut gateway = join_all((0..LIMIT * 3 / 2).map(|_| connect_from(1, &app))).await;
     let asked = gateway
         .iter_mut()
@@ -240,7 +246,7 @@ async fn gateway_may_have_more_connections_than_the_limit_per_address() {
     }
     assert!(strangers.len() >= LIMIT, "{}", strangers.len());
     assert!(refused >= LIMIT / 2, "{refused}");
-    // A new connection replaces one that has been idle for a while.
+    // A new connection replaces a connection that has been idle for a while.
     sleep(Duration::from_millis(1500)).await;
     let mut newcomer = connect_from(2, &app).await;
     assert_eq!(ask(&mut newcomer, "/health/live", "").await, Some(200));

@@ -1,4 +1,4 @@
-//! Quota alerts: each threshold once, over all replicas, and each arrives.
+//! Tests quota alerts: across all replicas, each threshold causes exactly one alert, and every alert is delivered.
 
 use std::time::{Duration, Instant};
 
@@ -23,7 +23,7 @@ struct World {
 }
 
 impl World {
-    /// Without background jobs, so that the test decides when quotas are checked.
+    /// Starts a server without background jobs, so that the test decides when quotas are checked.
     async fn new(plan: Value) -> Self {
         Self::on(
             with_hooks(TestApp::setup()).without_jobs().start().await,
@@ -48,7 +48,7 @@ impl World {
         }
     }
 
-    /// Uses this much of the quotas. Returns whether it was allowed.
+    /// Sends a request with this cost. Returns whether the request was allowed.
     async fn spend(&self, app: &TestApp, cost: u64) -> bool {
         let check = json!({"key": self.key.text, "cost": cost});
         let answer = app.post("/v1/check", check).bearer(&self.service_token);
@@ -90,10 +90,10 @@ impl World {
 
     async fn sql(&self, statement: &str) -> u64 {
         let client = self.app.database.connect().await;
-        client.execute(statement, &[]).await.expect("it is SQL")
+        client.execute(statement, &[]).await.expect("valid SQL")
     }
 
-    /// Creates this many keys, each with a daily quota of 2 that was just used up.
+    /// Creates `count` keys, each with a daily quota of 2 that was just used up.
     async fn use_up(&self, count: usize) {
         let (tenant, plan) = (&self.account.tenant_id, &self.plan);
         self
@@ -141,7 +141,7 @@ async fn alerts_of_two_replicas_arrive_once_each_by_themselves() {
     let second = second.start().await;
     let world = World::on(app, json!({"daily_quota": 100})).await;
     let (_, secret) = hooks.create(&world.app, &world.account, "/hook").await;
-    // What one replica holds, the other cannot spend.
+    // One replica cannot spend the tokens that the other replica holds.
     let mut spent = 0;
     while spent < 100 {
         let app = if spent % 2 == 0 { &world.app } else { &second };
@@ -222,7 +222,7 @@ async fn concurrent_checks_of_replicas_create_each_alert_once() {
     assert_eq!(row.await.expect("a row").get::<_, i64>(0), 4);
 }
 
-/// Each threshold is reached exactly by the last request.
+/// A threshold is reached with the request that brings the usage to the threshold, and not before.
 #[tokio::test(flavor = "multi_thread")]
 async fn threshold_is_reached_with_the_request_that_uses_its_share() {
     let world = World::new(json!({"daily_quota": 1000})).await;
@@ -295,12 +295,12 @@ async fn alerts_are_not_repeated_by_a_restart_an_edit_or_another_time_zone() {
     assert!(world.spend(&restarted, 1).await);
     restarted.ship_usage().await;
     restarted.state.alerts.check().await.expect("a check");
-    // Even if what was checked is forgotten.
+    // Alerts are not repeated even if the progress of the checks is lost.
     world.sql("DELETE FROM quota_alert_progress").await;
     world.check().await;
     assert_eq!(world.thresholds().await, [50, 80]);
 
-    // The lower bound: the next threshold is still reported.
+    // Alerts are not lost either: the next threshold is still reported.
     while world.spend(&restarted, 1).await || world.spend(&world.app, 1).await {}
     restarted.ship_usage().await;
     world.check().await;
@@ -313,7 +313,7 @@ async fn new_window_has_its_own_alerts() {
     assert!(world.spend(&world.app, 5).await);
     world.check().await;
     assert_eq!(world.thresholds().await, [50]);
-    // As if the alert were from yesterday.
+    // Make the alert look as if it were from yesterday.
     world
         .sql(
             "UPDATE quota_alerts SET window_start = window_start - interval '1 day', \
@@ -325,7 +325,7 @@ async fn new_window_has_its_own_alerts() {
     assert_eq!(world.thresholds().await, [50, 50]);
 }
 
-/// The process ends in the middle of a check.
+/// Simulates a process that ends in the middle of a check.
 #[tokio::test(flavor = "multi_thread")]
 async fn alert_is_not_lost_if_its_deliveries_cannot_be_stored() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -353,7 +353,7 @@ async fn quota_with_tokens_that_a_crash_lost_is_used_up_when_requests_are_denied
     assert!(world.spend(&world.app, 995).await);
     world.check().await;
     assert_eq!(world.thresholds().await, [50, 80]);
-    // Five tokens were taken by a replica that crashed.
+    // Simulates a replica that took five tokens before it crashed.
     world.sql("UPDATE quota_usage SET used = 1000").await;
     let restarted = with_hooks(TestApp::setup()).database(world.app.database.clone());
     let restarted = restarted.without_jobs().start().await;
@@ -387,7 +387,8 @@ async fn alert_is_created_if_usage_is_recorded_after_its_window_has_ended() {
     }
 }
 
-/// The quota of a window that has ended is unknown after an edit, and usage of one key does not concern another.
+/// After an edit, the quota of a window that has ended is unknown. Usage of one key does not cause alerts for another
+/// key.
 #[tokio::test(flavor = "multi_thread")]
 async fn late_usage_causes_no_alert_of_another_key_or_a_later_quota() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -418,7 +419,7 @@ async fn late_usage_causes_no_alert_of_another_key_or_a_later_quota() {
     world.check().await;
     assert_eq!(world.thresholds().await, Vec::<u64>::new(), "after an edit");
 
-    // As if the plan had never been edited.
+    // Make the plan look as if it had never been edited.
     world
         .sql("ALTER TABLE plans DISABLE TRIGGER plans_touch")
         .await;
@@ -622,7 +623,7 @@ async fn many_keys_are_checked_in_several_transactions() {
     );
 }
 
-/// Reading the usage of a window is costly, so it ends with the last alert.
+/// Reading the usage of a window is costly, so usage is no longer read after the window's last alert.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_with_an_alert_at_100_percent_are_skipped() {
     let world = World::new(json!({"daily_quota": 10, "monthly_quota": 15})).await;
@@ -653,7 +654,7 @@ async fn keys_with_an_alert_at_100_percent_are_skipped() {
         .into_iter()
         .filter(|it| it.0 == "daily");
     assert_eq!(of_daily.map(|it| it.1).collect::<Vec<_>>(), [50, 80, 100]);
-    // The other quota of the key is still read.
+    // The key's usage under its other quota is still read.
     assert_eq!(read().await, [of("monthly", 10)]);
     // The alert of an earlier window does not count.
     world
@@ -699,7 +700,7 @@ async fn events_beyond_the_pending_deliveries_of_a_webhook_fail() {
     let error = failed["error"].as_str().expect("an error");
     assert!(error.contains("1,000 pending deliveries"), "{error}");
 
-    // A tenant can't add more either.
+    // A tenant cannot add more deliveries either.
     let act =
         async |method, path: String, body| world.app.act(&world.account, method, &path, body).await;
     let test = format!("/admin/webhooks/{full}/test");

@@ -74,7 +74,7 @@ pub(crate) async fn migrated() -> TestDatabase {
         .await
 }
 
-/// A request of the load.
+/// A request that was sent around the time of the backup.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
     began: Instant,
@@ -82,7 +82,7 @@ struct Sent {
     allowed: bool,
 }
 
-/// Sends requests until it is stopped, or the server is. Returns them by request ID.
+/// Sends requests until `running` is cleared or the server stops. Returns the requests by ID.
 async fn load(
     http: Client,
     url: String,
@@ -113,17 +113,17 @@ async fn load(
     sent
 }
 
-/// Sends requests until one is denied. Returns the number of allowed ones.
+/// Sends requests until a request is denied. Returns the number of allowed requests.
 async fn spend(http: &Client, url: &str, key: &str) -> u64 {
     for allowed in 0..=2 * QUOTA {
         let answer = http.get(url).header("X-API-Key", key).send().await;
-        match answer.expect("it answers").status().as_u16() {
+        match answer.expect("the server responds").status().as_u16() {
             200 => {}
             429 => return allowed,
             status => panic!("{status}"),
         }
     }
-    panic!("more than twice the quota");
+    panic!("more than twice the quota was allowed");
 }
 
 pub(crate) async fn count(database: &tokio_postgres::Client, query: &str) -> i64 {
@@ -131,7 +131,8 @@ pub(crate) async fn count(database: &tokio_postgres::Client, query: &str) -> i64
     row.expect("a row").get(0)
 }
 
-/// Takes a backup under load, loses the machine, and restores it on another one. Usage is shipped at this interval.
+/// Takes a backup under load, and restores it on another machine, as if the first machine were lost. Usage is shipped
+/// every `ship_every`.
 async fn back_up_and_restore(ship_every: &str) {
     let (source, data, http) = (migrated().await, data_dir(), Client::new());
     let settings = [
@@ -162,7 +163,7 @@ async fn back_up_and_restore(ship_every: &str) {
     quota.kill();
     drop(data);
 
-    // Another machine, whose cluster has neither the roles nor the tables.
+    // Simulates another machine: the new cluster has neither the roles nor the tables.
     let (cluster_dir, data) = (data_dir(), data_dir());
     let cluster = EmbeddedPostgres::start(cluster_dir.path()).await;
     let cluster = cluster.expect("a second PostgreSQL");
@@ -176,10 +177,10 @@ async fn back_up_and_restore(ship_every: &str) {
     let quota = Quota::start_with(data.path(), &[("DATABASE_URL", &url)]);
     let (database, connection) = tokio_postgres::connect(&url, tokio_postgres::NoTls)
         .await
-        .expect("it accepts connections");
+        .expect("PostgreSQL accepts connections");
     tokio::spawn(connection);
 
-    // All usage until the backup started is written, either from the dump or from the segments.
+    // All usage recorded before the backup started is restored, either from the dump or from the segments.
     let before = |at: Instant| sent.values().filter(move |it| it.ended <= at).count();
     let rows = "SELECT count(*) FROM usage_log";
     let patience = Instant::now() + Duration::from_secs(20);
@@ -211,7 +212,10 @@ async fn back_up_and_restore(ship_every: &str) {
             None => assert!(request.ended > started, "{id} is missing"),
         }
     }
-    assert!(by_id.keys().all(|id| sent.contains_key(id)), "a stranger");
+    assert!(
+        by_id.keys().all(|id| sent.contains_key(id)),
+        "an unknown request is in the log"
+    );
     let total = "SELECT coalesce(sum(requests), 0)::bigint FROM usage_days \
         WHERE key_id <> '00000000-0000-0000-0000-000000000000' AND endpoint = E'\\x01' \
         AND plan_id <> '00000000-0000-0000-0000-000000000000'";
@@ -220,7 +224,7 @@ async fn back_up_and_restore(ship_every: &str) {
         i64::try_from(log.len()).expect("few")
     );
 
-    // The key works, and the quota that was used before the backup stays used.
+    // The key works, and quota that was used before the backup remains used.
     let echo = format!("http://{}/v1/echo", quota.addr);
     let after = spend(&http, &echo, &key).await;
     let admitted = |is_counted: &dyn Fn(&Sent) -> bool| {
@@ -245,7 +249,8 @@ async fn back_up_and_restore(ship_every: &str) {
     cluster.stop().await;
 }
 
-/// A new day has a new quota, so a run across midnight proves nothing, and is repeated.
+/// Runs the test, but waits until after midnight if that is less than a minute away: with the quota of a new day, the
+/// test would prove nothing.
 async fn within_a_day<F: Future<Output = ()>>(test: impl Fn() -> F) {
     let clock = SystemClock::new();
     loop {
@@ -262,7 +267,7 @@ async fn restored_backup_has_all_keys_and_usage_and_no_quota_is_granted_twice() 
     within_a_day(|| back_up_and_restore("250ms")).await;
 }
 
-/// As in an outage of PostgreSQL that ended just before the backup.
+/// Simulates an outage of PostgreSQL that ended just before the backup.
 #[tokio::test(flavor = "multi_thread")]
 async fn backup_contains_usage_that_was_not_in_the_database() {
     within_a_day(|| back_up_and_restore("60s")).await;
@@ -277,14 +282,14 @@ async fn damaged_backup_or_one_of_another_database_is_rejected() {
     let dump = backup.join("quota.dump");
     let bytes = fs::read(&dump).expect("a dump");
     let mut damaged = bytes.clone();
-    *damaged.last_mut().expect("it is not empty") ^= 1;
+    *damaged.last_mut().expect("the file is not empty") ^= 1;
     fs::write(&dump, damaged).expect("written");
     let output = restore(&backup, empty.url(), data.path());
     assert!(!output.status.success());
     assert!(text(&output).contains("is damaged"), "{}", text(&output));
 
     fs::write(&dump, bytes).expect("written");
-    // A server, or anyone else, uses the database.
+    // Another session is using the database.
     let session = empty.connect().await;
     let output = restore(&backup, empty.url(), data.path());
     assert!(!output.status.success());
@@ -321,7 +326,7 @@ fn rotate(secrets: &Path, step: &str) -> (bool, String) {
     (output.status.success(), text(&output))
 }
 
-/// A server with the secrets in a folder.
+/// Starts a server with the secrets in a folder.
 fn with_secrets(data: &Path, secrets: &Path, url: &str) -> Quota {
     let file = |name: &str| secrets.join(name).to_str().expect("UTF-8").to_owned();
     let settings = [
@@ -334,7 +339,7 @@ fn with_secrets(data: &Path, secrets: &Path, url: &str) -> Quota {
 
 async fn post(http: &Client, url: String, token: &str, body: Value) -> Value {
     let answer = http.post(url).bearer_auth(token).json(&body).send().await;
-    let answer = answer.expect("it answers");
+    let answer = answer.expect("the server responds");
     let (status, text) = (answer.status(), answer.text().await.expect("text"));
     assert!(status.is_success(), "{status}: {text}");
     serde_json::from_str(&text).expect("JSON")
@@ -343,7 +348,7 @@ async fn post(http: &Client, url: String, token: &str, body: Value) -> Value {
 async fn accepts(quota: &Quota, http: &Client, token: &str) -> bool {
     let url = format!("http://{}/admin/plans", quota.addr);
     let answer = http.get(url).bearer_auth(token).send().await;
-    match answer.expect("it answers").status() {
+    match answer.expect("the server responds").status() {
         StatusCode::OK => true,
         StatusCode::UNAUTHORIZED => false,
         status => panic!("{status}"),
@@ -426,7 +431,7 @@ async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_ou
     assert!(accepts(&quota, &http, &new).await);
     assert!(
         !accepts(&quota, &http, &old).await,
-        "signed with the old secret"
+        "a token signed with the old secret was accepted"
     );
     let unreadable = async |quota: &Quota| {
         quota
@@ -444,13 +449,16 @@ async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_ou
     assert!(!accepts(&quota, &http, &new).await);
     let patience = Instant::now() + Duration::from_secs(20);
     while unreadable(&quota).await != 1 {
-        assert!(Instant::now() < patience, "the webhook is still readable");
+        assert!(
+            Instant::now() < patience,
+            "the webhook's secret is still readable"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     // API keys do not depend on the secret.
     let echo = http.get(format!("http://{}/v1/echo", quota.addr));
     let echo = echo.header("X-API-Key", &key).send().await;
-    assert_eq!(echo.expect("it answers").status(), StatusCode::OK);
+    assert_eq!(echo.expect("the server responds").status(), StatusCode::OK);
     quota.stop();
     drop(session);
 }
@@ -463,7 +471,7 @@ fn switch_can_be_repeated_after_an_interruption() {
         fs::write(secrets.path().join(name), text).expect("written");
     };
     let read = |name: &str| fs::read_to_string(secrets.path().join(name)).expect("a secret");
-    // What the files contain after each of its four writes.
+    // The possible contents of the two secret files when the script is interrupted between two of its steps.
     for files in [("old", "new"), ("new", "new"), ("new", "old")] {
         write("quota_secret", files.0);
         write("quota_secret_previous", files.1);
@@ -484,7 +492,7 @@ fn switch_can_be_repeated_after_an_interruption() {
     );
 }
 
-/// A secret that leaked while a switch was interrupted never comes back.
+/// A secret that leaked while a switch was interrupted is never used again.
 #[test]
 fn leaked_secret_does_not_return_with_a_later_rotation() {
     let secrets = data_dir();
@@ -509,7 +517,8 @@ fn leaked_secret_does_not_return_with_a_later_rotation() {
     assert_ne!(read("quota_secret"), read("quota_secret_previous"));
 }
 
-/// The password would be visible to everyone on the machine, and usage would be missing from the backup.
+/// A password in a URL in one of these forms would be visible to everyone on the machine. With this data directory,
+/// usage would be missing from the backup.
 #[test]
 fn backup_refuses_settings_that_it_would_misread() {
     let folder = data_dir();

@@ -192,12 +192,12 @@ async fn access_follows_the_subscription_on_every_replica() {
         .request(&Method::DELETE, &format!("subscriptions/{id}"), "")
         .expect("canceled");
     reaches_both("canceled", 402).await;
-    // The next payment fails, too.
+    // The tenant subscribes again.
     stripe.subscribe(&first, &account).await;
     reaches_both("active", 200).await;
 }
 
-/// With a grace period of zero days, a failed payment ends access because of its date, without another event.
+/// After a failed payment, access ends on a date, without another event. The grace period is zero days.
 #[tokio::test(flavor = "multi_thread")]
 async fn grace_period_ends_on_its_date() {
     let stripe = TestStripe::start().await;
@@ -218,7 +218,7 @@ async fn grace_period_ends_on_its_date() {
     // The fake's clock is a month ahead of the server's, so the date has not been reached.
     assert_eq!(state["paid_plans_work"], true);
     let client = app.database.connect().await;
-    // Wait until the worker has handled the last event, which sets the date again.
+    // Repeat the update, because the worker may still be processing the last event, which sets the date again.
     for _ in 0..50 {
         client
             .batch_execute(
@@ -298,7 +298,7 @@ async fn handled(app: &TestApp) {
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    panic!("events are not handled");
+    panic!("some events have not been processed");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -325,7 +325,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
         };
         assert_eq!(stripe.deliver(event, &delivery).await, 400, "{signature:?}");
     }
-    // A signature that is valid for another body.
+    // This signature is valid for a different body.
     let (body, header) = stripe
         .fake
         .signed(event, &stripe.endpoint, &Delivery::default());
@@ -337,7 +337,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     };
     let changed = send(format!("{body} ").into_bytes(), &header).await;
     assert_eq!((changed.status, changed.problem()), (400, "malformed"));
-    // A body that is too large is rejected before it is sent.
+    // A request whose body is too large is rejected before the body is sent.
     let announced = format!(
         "POST /billing/stripe/webhook HTTP/1.1\r\nHost: localhost\r\nStripe-Signature: {header}\r\n\
          Content-Length: {}\r\n\r\n",
@@ -348,7 +348,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     let mut response = [0; 12];
     stream.read_exact(&mut response).await.expect("a response");
     assert_eq!(&response, b"HTTP/1.1 413");
-    // A body with a valid signature that is not an event.
+    // These bodies have valid signatures but are not events.
     let now = usage::now().timestamp();
     for body in ["", "[]", "{\"id\":\"evt_1\"}"] {
         let header = sign(now, body, &[&stripe.secret]);
@@ -359,7 +359,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
     let state = app.act(&account, "GET", "/billing", Value::Null).await;
     assert_eq!(state.body["access"], "free");
 
-    // A body just below the limit is accepted, and so is the original.
+    // A body of the maximum size is accepted, and so is the original body.
     let padded = format!("{body}{}", " ".repeat(64 * 1024 - body.len()));
     let padded_header = sign(now, &padded, &[&stripe.secret]);
     assert_eq!(send(padded.into_bytes(), &padded_header).await.status, 204);
@@ -430,7 +430,7 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
         "a live event says nothing about a sandbox"
     );
 
-    // A thin event about the subscription, whose customer has to be requested.
+    // A thin event only refers to the subscription, so the server has to request its customer from Stripe.
     let event = json!({"id": "evt_e", "type": "v1.customer.subscription.updated", "object": "v2.core.event",
         "livemode": false, "related_object": {"id": subscription, "type": "subscription"}});
     stripe.send_event(&app, &event).await;
@@ -446,8 +446,8 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
     );
 }
 
-/// Each request of a checkout fails in every way, before and after its effect. In the end, there is one customer, at
-/// most one open page, and one subscription.
+/// Each request of a checkout fails in every way, before and after its effect. In the end, the tenant has one customer,
+/// and further requests return the same page.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_of_stripe_create_nothing_twice() {
     let stripe = TestStripe::start().await;
@@ -575,7 +575,7 @@ async fn checkout_leads_to_one_subscription() {
         "{success}"
     );
 
-    // After the page expires, the next one is different.
+    // After the page has expired, the next page is different.
     stripe.fake.advance(DAY);
     let next = post(None).await;
     assert_eq!(next.status, 201);
@@ -586,7 +586,7 @@ async fn checkout_leads_to_one_subscription() {
         .fake
         .pay_checkout(session, Card::Good, true)
         .expect("open");
-    // This holds even before any webhook arrives, and while the payment may still succeed.
+    // No further page is created, even before a webhook arrives, or while the payment may still succeed.
     for is_paid in [false, true] {
         if is_paid {
             stripe.fake.settle_checkout(session, true).expect("paid");
@@ -597,7 +597,7 @@ async fn checkout_leads_to_one_subscription() {
             (409, "already-subscribed")
         );
     }
-    // For another tenant, the same key is a different request.
+    // From another tenant, the same idempotency key identifies a different request.
     let other = app.register().await;
     let call = app
         .request(Method::POST, "/billing/checkout")
@@ -605,7 +605,7 @@ async fn checkout_leads_to_one_subscription() {
     let others = call.header("Idempotency-Key", "k").send().await;
     assert_eq!(others.status, 201);
     assert_ne!(others.body["url"], c.body["url"]);
-    // The same key gives the same response.
+    // The same idempotency key gives the same response.
     let replayed = post(Some("k")).await;
     assert_eq!((replayed.status, &replayed.body), (201, &c.body));
     let portal = app
@@ -660,7 +660,7 @@ async fn outage_of_stripe_changes_no_access() {
 
 /// If a webhook never arrives, the regular read of the customer detects the change.
 #[tokio::test(flavor = "multi_thread")]
-async fn lost_webhook_is_made_up_for() {
+async fn change_is_detected_despite_a_lost_webhook() {
     let stripe = TestStripe::start().await;
     let app = stripe.app().await;
     let account = app.register().await;
@@ -682,7 +682,7 @@ async fn lost_webhook_is_made_up_for() {
     assert_eq!(count(&app, later).await, 1);
 }
 
-/// Reads of one customer overlap. The read that started last determines the result, no matter which one ends last.
+/// Reads of one customer overlap. The read that started last determines the result, no matter which read ends last.
 #[tokio::test(flavor = "multi_thread")]
 async fn outdated_read_is_dropped() {
     let stripe = TestStripe::start().await;
@@ -767,7 +767,7 @@ async fn setting_up_twice_creates_nothing_twice() {
     assert_eq!(endpoint["api_version"], quota_fake_stripe::API_VERSION);
     let after = setup::check(&stripe, &url, true).await.expect("checked");
     assert!(after.iter().all(|it| it.is_ok), "{after:?}");
-    // Loss of access is detected.
+    // A webhook endpoint that does not receive all events is detected.
     let id = endpoint["id"].as_str().expect("an ID");
     fake.request(
         &Method::POST,
@@ -784,7 +784,8 @@ async fn setting_up_twice_creates_nothing_twice() {
     assert_eq!(wrong, ["webhook endpoint"]);
 }
 
-/// Two replicas find at the same time that the tenant's customer was deleted. One of them is slow.
+/// Two replicas find at the same time that the tenant's customer was deleted. In some cases, one of their requests to
+/// Stripe is slow.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_that_was_deleted_is_replaced_by_one_customer() {
     for slow in [
@@ -803,7 +804,7 @@ async fn customer_that_was_deleted_is_replaced_by_one_customer() {
         let path = format!("customers/{deleted}");
         let request = stripe.fake.request(&Method::DELETE, &path, "");
         request.expect("deleted");
-        // No event and no regular read comes first.
+        // Discard the event, so that the checkout is the first to detect the deletion.
         stripe.fake.take_queued();
         if let Some(path) = slow {
             let delay = How::Slow(Duration::from_secs(3));
@@ -815,7 +816,7 @@ async fn customer_that_was_deleted_is_replaced_by_one_customer() {
         };
         let mut pages = tokio::join!(checkout(&first), checkout(&second));
         for (page, app) in [(&mut pages.0, &first), (&mut pages.1, &second)] {
-            // The other one is creating the session.
+            // A replica returns 503 while the other one is creating the session.
             if page.status == 503 {
                 *page = checkout(app).await;
             }
@@ -886,7 +887,7 @@ async fn tenant_whose_customer_was_deleted_can_subscribe_again() {
     );
 }
 
-/// Customers without a subscription are read at increasing intervals, others about every 10 minutes.
+/// Customers without a subscription are read at increasing intervals, and other customers about every 10 minutes.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_without_a_subscription_is_rarely_read() {
     let stripe = TestStripe::start().await;

@@ -1,4 +1,5 @@
-//! A secret key of another Stripe account or mode ends no access, and nothing is sold or reported with it.
+//! Tests that a secret key of another Stripe account or mode does not end access, and that nothing is sold or reported
+//! with such a key.
 
 use std::{
     sync::Arc,
@@ -18,7 +19,7 @@ use crate::support::{
 
 const AT_MOST: Duration = Duration::from_secs(30);
 
-/// A tenant with a subscription in its Stripe account, on a server that has stopped.
+/// A tenant with a subscription in the server's Stripe account (`own`), and another account. The server has stopped.
 struct World {
     own: TestStripe,
     other: TestStripe,
@@ -58,7 +59,7 @@ impl World {
 
     async fn sql(&self, statement: &str) {
         let client = self.database.connect().await;
-        client.batch_execute(statement).await.expect("it is SQL");
+        client.batch_execute(statement).await.expect("valid SQL");
     }
 
     async fn stored(&self) -> Option<(Option<String>, bool)> {
@@ -68,7 +69,7 @@ impl World {
         row.map(|row| (row.get(0), row.get(1)))
     }
 
-    /// Cancels the subscription, and delivers the event to a server. Its customer is also due to be read.
+    /// Cancels the subscription, and delivers the event to a server. Also makes a read of the customer due.
     async fn cancel(&self, app: &TestApp) {
         let path = format!("subscriptions/{}", self.subscription);
         let canceled = self.own.fake.request(&Method::DELETE, &path, "");
@@ -79,16 +80,16 @@ impl World {
             .await;
     }
 
-    /// The number of events that have not been processed.
+    /// Returns the number of events that have not been processed.
     async fn waiting(&self) -> i64 {
         let client = self.database.connect().await;
         let sql = "SELECT count(*) FROM billing_events WHERE outcome IS NULL";
         client.query_one(sql, &[]).await.expect("a count").get(0)
     }
 
-    /// Asserts that the tenant has the access it had, and that nothing can be bought.
+    /// Asserts that the tenant's access has not changed, and that the tenant cannot subscribe.
     async fn expect_unchanged(&self, app: &TestApp) {
-        // Several rounds of every job.
+        // Wait for several rounds of every job.
         tokio::time::sleep(Duration::from_secs(3)).await;
         let state = app.act(&self.account, "GET", "/billing", Value::Null).await;
         assert_eq!(state.body["access"], "active", "{}", state.text);
@@ -102,7 +103,7 @@ impl World {
 
 #[expect(
     clippy::unnecessary_wraps,
-    reason = "it is compared with what is stored"
+    reason = "the result is compared with the stored value"
 )]
 fn stored(id: &str, livemode: bool) -> Option<(Option<String>, bool)> {
     Some((Some(id.to_owned()), livemode))
@@ -144,7 +145,7 @@ async fn secret_key_of_another_account_ends_no_access() {
     assert_eq!(world.stored().await, stored("acct_fake", false));
     wrong.stop().await;
 
-    // With the right key, what has happened in the meantime takes effect.
+    // With the right key, changes made in the meantime take effect.
     let right = world.start(&world.own).await;
     wait_for_access(&right, &world.account, "canceled").await;
     wait_for_status(&right, &world.key, 402).await;
@@ -174,7 +175,7 @@ async fn secret_key_of_another_mode_ends_no_access() {
     wait_for_mismatch(&app, 0.0).await;
 }
 
-/// An earlier version has not stored the account.
+/// Earlier versions did not store the account.
 #[tokio::test(flavor = "multi_thread")]
 async fn account_that_knows_no_customer_is_not_stored() {
     let world = World::new().await;
@@ -218,7 +219,8 @@ async fn account_may_change_until_there_are_customers() {
     assert_eq!(first.fake.all("customer").len(), 0);
 }
 
-/// For example, because the data of test mode was deleted. Only a customer that was deleted loses access.
+/// Stripe may not know a customer because someone deleted the test data. Access ends only if Stripe reports that the
+/// customer was deleted.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_that_stripe_does_not_know_keeps_its_access() {
     let world = World::new().await;
@@ -233,7 +235,7 @@ async fn customer_that_stripe_does_not_know_keeps_its_access() {
     }
     world.expect_unchanged(&app).await;
     assert_eq!(world.own.fake.all("customer").len(), 1);
-    // With the right customer, its deletion ends access.
+    // Deleting a customer that Stripe knows ends access.
     let customer = world.own.customer_of(&world.account);
     world
         .sql(&format!(
@@ -267,7 +269,7 @@ async fn key_that_may_not_read_its_account_is_compared_by_its_customers() {
     wait_for_access(&right, &world.account, "canceled").await;
     assert_eq!(world.stored().await, Some((None, false)));
     right.stop().await;
-    // A key with the permission completes what is stored.
+    // A key with the permission adds the missing account ID.
     world.own.fake.heal();
     let _complete = world.start(&world.own).await;
     let began = Instant::now();
@@ -279,7 +281,7 @@ async fn key_that_may_not_read_its_account_is_compared_by_its_customers() {
 
 /// The data of a sandbox was deleted, so the account is the same but does not have the customers.
 #[tokio::test(flavor = "multi_thread")]
-async fn operator_can_start_again_in_the_same_account() {
+async fn operator_can_start_over_in_the_same_account() {
     let world = World::new().await;
     let billing = |app: &TestApp| app.state.billing.clone().expect("billing is on");
     let account = || "acct_fake (test mode)".to_owned();
@@ -329,7 +331,7 @@ async fn operator_can_switch_to_another_account() {
     assert_eq!(world.other.fake.all("customer").len(), 1);
 }
 
-/// Without `--switch-account`, setting up another account changes nothing here.
+/// Without `--switch-account`, setting up the objects in another account does not switch the server to it.
 #[tokio::test(flavor = "multi_thread")]
 async fn command_switches_to_another_account_only_when_asked() {
     let world = World::new().await;
@@ -338,7 +340,7 @@ async fn command_switches_to_another_account_only_when_asked() {
         billing_command(&world.database, &world.other.fake, arguments, &secret).await
     };
     let arguments = ["setup", "--price=2900", "--usage-price=1"];
-    // The webhook endpoint exists.
+    // Let the webhook endpoint exist already.
     let url = setup::webhook_url("https://quota.example.com");
     world.other.fake.move_endpoint(&world.other.endpoint, &url);
     let (status, output) = run(&arguments).await;
@@ -368,7 +370,7 @@ async fn command_switches_to_another_account_only_when_asked() {
     let account = "ok     account: acct_other (test mode)";
     assert!(output.contains(account), "{output}");
 
-    // The tenant subscribes again, and repeating the command ends nothing.
+    // The tenant subscribes again, and repeating the command does not end the tenant's access.
     world.other.send_to(&app);
     world.other.subscribe(&app, &world.account).await;
     wait_for_status(&app, &world.key, 200).await;

@@ -1,4 +1,4 @@
-//! `quota billing`: the objects in Stripe, and the move to another account.
+//! Tests of `quota billing`, which sets up and checks the objects in Stripe.
 
 use quota_fake_stripe::FakeStripe;
 use quota_server::db;
@@ -64,7 +64,7 @@ async fn check_reports_what_is_missing_until_it_is_set_up() {
     assert_eq!(line(&after, "ok     webhook secret: "), "set");
     assert_eq!(stripe.all("product")[0]["name"], "Acme API");
 
-    // Something was changed in Stripe.
+    // Change the endpoint in Stripe.
     let endpoint = stripe.all("webhook_endpoint")[0]["id"].clone();
     let path = format!("webhook_endpoints/{}", endpoint.as_str().expect("an ID"));
     let changed = stripe.request(&Method::POST, &path, "enabled_events[0]=invoice.paid");

@@ -1,4 +1,4 @@
-//! Selling and charging while Stripe fails and the worker ends, at random moments.
+//! Tests subscriptions and charges while Stripe fails, and while the worker is ended at random moments.
 //!
 //! Every kind of request to Stripe fails in every way, before and after its effect. The oracle is the fake's own state:
 //! customers, subscriptions, paid invoices and usage of each tenant.
@@ -39,7 +39,7 @@ type Failed = Arc<Mutex<BTreeMap<String, u32>>>;
 
 struct World {
     stripe: TestStripe,
-    /// Without jobs: the test decides what runs.
+    /// A server without background jobs: the test decides which jobs run.
     app: TestApp,
     failed: Failed,
 }
@@ -48,7 +48,7 @@ struct World {
 struct Customer {
     account: Account,
     plan: String,
-    /// What it has used, in total.
+    /// The tenant's total usage.
     used: i64,
 }
 
@@ -83,7 +83,7 @@ impl World {
         self.app.state.billing.as_ref().expect("billing is on")
     }
 
-    /// Makes this share of all requests fail, in percent, and the first request of each kind.
+    /// Makes `percent` of all requests fail, and the first request of each kind.
     fn fail(&self, seed: u64, percent: u8) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let faults = Fault::all(Duration::from_millis(3));
@@ -115,7 +115,7 @@ impl World {
 
     async fn sql(&self, statement: &str) -> u64 {
         let client = self.app.database.connect().await;
-        client.execute(statement, &[]).await.expect("it is SQL")
+        client.execute(statement, &[]).await.expect("valid SQL")
     }
 
     async fn count(&self, query: &str) -> i64 {
@@ -123,7 +123,7 @@ impl World {
         client.query_one(query, &[]).await.expect("a count").get(0)
     }
 
-    /// Lets all pauses and claims pass.
+    /// Makes all retries due, and all claims expire.
     async fn time_passes(&self) {
         for statement in [
             "UPDATE billing_events SET due_at = now() WHERE outcome IS NULL",
@@ -135,7 +135,7 @@ impl World {
         }
     }
 
-    /// Uses some, in hours that have ended.
+    /// Appends random usage in hours that have ended.
     async fn spend(&self, customer: &mut Customer, rng: &mut fastrand::Rng) {
         for _ in 0..rng.u8(1..4) {
             let cost = rng.i64(1..1000);
@@ -151,7 +151,7 @@ impl World {
         }
     }
 
-    /// Delivers all events, in random order, some of them twice, to whatever server the endpoint is.
+    /// Delivers all events in random order, some of them twice, to the server that the endpoint's URL refers to.
     async fn deliver(&self, rng: &mut fastrand::Rng) {
         let mut events = self.stripe.fake.take_queued();
         let twice: Vec<_> = events.iter().filter(|_| rng.bool()).cloned().collect();
@@ -167,8 +167,8 @@ impl World {
         }
     }
 
-    /// Asserts that the tenant is one customer with one subscription, was charged once for it, and that Stripe has
-    /// counted what it has used.
+    /// Asserts that the tenant has one customer with one subscription, that it was charged once, and that Stripe has
+    /// counted exactly its usage.
     async fn expect_charged_once(&self, customer: &Customer, run: u64) {
         let tenant = customer.account.tenant_id.as_str();
         let of = |kind: &str, is_own: &dyn Fn(&Value) -> bool| {
@@ -212,14 +212,14 @@ impl World {
     }
 }
 
-/// Returns the start of the hour that was some hours ago.
+/// Returns the start of the hour that was `ago` hours ago.
 fn hour(ago: i64) -> DateTime<Utc> {
     let at = usage::now() - TimeDelta::hours(ago);
     at.duration_trunc(TimeDelta::hours(1))
-        .expect("a time of this era")
+        .expect("a valid time")
 }
 
-/// Ends `work` at a random moment, within `longest`. Returns whether it was still running.
+/// Ends `work` at a random moment, within `longest` microseconds. Returns whether `work` was still running.
 async fn end_early(rng: &mut fastrand::Rng, longest: u64, work: impl Future<Output = ()>) -> bool {
     let moment = Duration::from_micros(rng.u64(0..longest));
     tokio::time::timeout(moment, work).await.is_err()
@@ -234,7 +234,7 @@ fn first() -> u64 {
     std::env::var("BILLING_FIRST").map_or(0, |first| first.parse().expect("a number"))
 }
 
-/// `BILLING_SEEDS` sets the number of runs, and `BILLING_FIRST` the seed of the first one.
+/// `BILLING_SEEDS` sets the number of runs, and `BILLING_FIRST` sets the seed of the first run.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that_ends() {
     let world = World::new().await;
@@ -262,15 +262,16 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
             assert!(attempt < 70, "run {seed}: no Checkout");
             let mut started = None;
             let work = async { started = billing.checkout(&buyer).await.ok() };
-            // A slow machine may end all of them.
+            // On a slow machine, every attempt with a time limit may be ended early, so some attempts have none.
             if is_last || attempt >= 60 {
                 work.await;
             } else {
                 ended += u32::from(end_early(&mut rng, 120_000, Box::pin(work)).await);
             }
             session = started.map(|(session, _)| session.id).or(session);
-            // Some requests another page although they have one. A slow machine ends most of those, so the last tenant
-            // does so without an end, until the request for its session has failed.
+            // Some tenants request another page although they already have one. On a slow machine, most of these
+            // requests are ended early. Therefore, the last tenant's requests are never ended early, and are repeated
+            // until the request for its session has failed.
             let enough = if is_last {
                 world.has_failed("GET checkout/sessions/…")
             } else {
@@ -288,8 +289,8 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
         for _ in 0..rng.u8(2..6) {
             world.time_passes().await;
             let work = async {
-                billing.handle_due().await.expect("the database answers");
-                billing.read_due().await.expect("the database answers");
+                billing.handle_due().await.expect("PostgreSQL responds");
+                billing.read_due().await.expect("PostgreSQL responds");
             };
             ended += u32::from(end_early(&mut rng, 60_000, work).await);
             // A tenant may try to subscribe again, or open the portal.
@@ -300,7 +301,7 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
             };
             ended += u32::from(end_early(&mut rng, 120_000, Box::pin(work)).await);
         }
-        // Usage is later than the subscription, so a read between them finds it.
+        // The usage must come after the subscription, so wait until a read has found the subscription.
         while billing.read(tenant).await.is_err() {}
         world.spend(&mut customer, &mut rng).await;
         for _ in 0..rng.u8(2..6) {
@@ -317,8 +318,8 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
              + (SELECT count(*) FROM billing_reports WHERE state = 'pending')";
         for rounds in 0.. {
             world.time_passes().await;
-            billing.handle_due().await.expect("the database answers");
-            billing.read(tenant).await.expect("Stripe answers");
+            billing.handle_due().await.expect("PostgreSQL responds");
+            billing.read(tenant).await.expect("Stripe responds");
             billing.plan_usage().await.expect("planned");
             billing.send_usage().await.expect("sent");
             if world.count(waiting).await == 0 {
@@ -357,8 +358,8 @@ fn kills() -> u64 {
     std::env::var("BILLING_KILLS").map_or(6, |kills| kills.parse().expect("a number"))
 }
 
-/// The same with `kill -9` of the whole server, which handles the requests as well. Each tenant subscribes and uses
-/// while the server is killed twice.
+/// Like the test above, but kills the whole server, which also handles the requests, with SIGKILL. The server is killed
+/// twice while each tenant subscribes and sends requests.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_are_charged_once_by_a_server_that_is_killed() {
     let world = World::new().await;
@@ -398,7 +399,7 @@ async fn tenants_are_charged_once_by_a_server_that_is_killed() {
             Some(id.to_owned())
         };
 
-        // Killed while a Checkout Session is being created.
+        // Kill the server while it is creating a Checkout Session.
         let server = start();
         let moment = Duration::from_micros(rng.u64(0..150_000));
         let _ = tokio::time::timeout(moment, async {
@@ -426,7 +427,7 @@ async fn tenants_are_charged_once_by_a_server_that_is_killed() {
         paid.expect("the session is open");
         world.stripe.fake.advance(AGO);
         world.deliver(&mut rng).await;
-        // Usage is later than the subscription, so a read between them finds it.
+        // The usage must come after the subscription, so wait until a read has found the subscription.
         let tenant = &customer.account.tenant_id;
         let active = format!(
             "SELECT count(*) FROM billing_accounts WHERE tenant_id = '{tenant}' AND access = 'active'"
@@ -440,7 +441,7 @@ async fn tenants_are_charged_once_by_a_server_that_is_killed() {
         world.spend(&mut customer, &mut rng).await;
         drop(server);
 
-        // Killed while events are processed and usage is reported, which starts at once.
+        // Kill the server while it processes events and reports usage, which it starts to do immediately.
         world.time_passes().await;
         let server = start();
         tokio::time::sleep(Duration::from_micros(rng.u64(0..300_000))).await;

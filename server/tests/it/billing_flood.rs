@@ -1,4 +1,4 @@
-//! Many webhooks at once: with valid, wrong, stale, rotated and missing signatures, and with large bodies.
+//! Tests floods of webhooks: with valid, wrong, stale, rotated and missing signatures, and with large bodies.
 
 use std::{
     collections::BTreeMap,
@@ -17,26 +17,27 @@ use crate::{
     usage,
 };
 
-/// The maximum number of requests in progress. Further ones wait, and their time counts.
+/// The maximum number of requests in progress. Further requests wait, and the wait is included in their times.
 const CONCURRENT: usize = 256;
-/// Requests are sent in parts, so many per second.
+/// The number of batches per second in which requests are sent.
 const PARTS: u64 = 100;
 
 /// A kind of webhook.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     Valid,
-    /// Signed with the secret before the current one, while both are set.
+    /// Signed with the previous secret, while both secrets are set.
     Rotated,
     Wrong,
     Stale,
     Missing,
-    /// A valid signature for 1 MB.
+    /// A body of 1 MB with a valid signature.
     Large,
 }
 
 impl Kind {
-    /// One of a hundred is large, since each is as long as a thousand others.
+    /// Returns the kind of a webhook. Only one webhook in a hundred is large, because it is as long as thousands of
+    /// others.
     fn nth(n: u64) -> Self {
         match n % 100 {
             0..50 => Self::Valid,
@@ -53,17 +54,17 @@ impl Kind {
     }
 }
 
-/// The times that responses with a status to a kind of webhook took. The status is 0 if there was no response, for
-/// example because the server closed the connection instead of reading a large body.
+/// The response times by kind of webhook and by status. The status is 0 if there was no response, for example because
+/// the server closed the connection instead of reading a large body.
 type Times = BTreeMap<(Kind, u16), Vec<Duration>>;
 
-/// What a flood caused.
+/// The results of a flood.
 #[derive(Debug, Default)]
 struct Flood {
     times: Times,
-    /// Why there was no response, and how often.
+    /// The reasons for missing responses, and the number of each.
     lost: BTreeMap<(Kind, String), usize>,
-    /// From the first webhook to the last response.
+    /// The time from the first webhook to the last response.
     took: Duration,
 }
 
@@ -80,7 +81,7 @@ fn percentile(times: &[Duration], percent: usize) -> Duration {
     times[(times.len() * percent / 100).min(times.len() - 1)]
 }
 
-/// Sends webhooks at a constant rate. Asserts that exactly those with a valid signature are stored.
+/// Sends webhooks at a constant rate. Asserts that only webhooks with a valid signature and a small body are stored.
 async fn flood(rate: u64, seconds: u64) -> Flood {
     let stripe = TestStripe::start().await;
     let new = stripe.fake.rotate_secret(&stripe.endpoint);
@@ -100,11 +101,11 @@ async fn flood(rate: u64, seconds: u64) -> Flood {
     let mut ticks =
         tokio::time::interval(Duration::from_secs(1) / u32::try_from(PARTS).expect("few"));
     let mut n = 0;
-    // The server closes the connection of a body that it does not read.
+    // The server closes the connection if it does not read the body.
     let large = reqwest::Client::builder().pool_max_idle_per_host(0).build();
     let large = large.expect("a client");
     for _ in 0..seconds * PARTS {
-        // Earlier than now if sending has fallen behind.
+        // The scheduled time has already passed if sending has fallen behind.
         let scheduled = ticks.tick().await.into_std();
         for _ in 0..rate / PARTS {
             let kind = Kind::nth(n);
@@ -154,7 +155,7 @@ async fn flood(rate: u64, seconds: u64) -> Flood {
         }
     }
     while let Some(ended) = requests.join_next().await {
-        ended.expect("it does not panic");
+        ended.expect("the task does not panic");
     }
     let mut flood = std::mem::take(&mut *flood.lock());
     flood.took = began.elapsed();
@@ -177,7 +178,7 @@ async fn flood(rate: u64, seconds: u64) -> Flood {
         own.map(|(_, times)| times.len()).sum()
     };
     let new = usize::try_from(stored(&app).await - before).expect("events are not deleted");
-    // With another response, or none, an event may have been stored, and Stripe would send it again.
+    // After any other response, or none, an event may still have been stored, and Stripe would send it again.
     let (accepted, unknown) = (responses(&|it| it == 204), responses(&|it| it != 204));
     assert!(
         (accepted..=accepted + unknown).contains(&new),
@@ -188,7 +189,7 @@ async fn flood(rate: u64, seconds: u64) -> Flood {
          WHERE id LIKE 'evt!_%' ESCAPE '!' AND id !~ '^evt_(Valid|Rotated|fake)'";
     let bad: i64 = client.query_one(bad, &[]).await.expect("a count").get(0);
     assert_eq!(bad, 0);
-    // None of them says what the customer pays: that is read from Stripe.
+    // Events do not determine access, which is read from Stripe.
     let access = "SELECT count(*) FROM billing_accounts WHERE access <> 'free'";
     let access: i64 = client.query_one(access, &[]).await.expect("a count").get(0);
     assert_eq!(access, 0);
@@ -201,7 +202,7 @@ async fn stored(app: &TestApp) -> i64 {
     client.query_one(sql, &[]).await.expect("a count").get(0)
 }
 
-/// A short one, for correctness.
+/// A short flood that checks only correctness.
 #[tokio::test(flavor = "multi_thread")]
 async fn flood_of_webhooks_changes_nothing_without_a_valid_signature() {
     let Flood { times, lost, .. } = flood(200, 2).await;
@@ -223,7 +224,7 @@ async fn flood_of_webhooks_changes_nothing_without_a_valid_signature() {
     assert!(times.contains_key(&(Kind::Rotated, 204)), "{lost:?}");
 }
 
-/// `QUOTA_WEBHOOKS` sets the rate, and `QUOTA_SECONDS` the time.
+/// `QUOTA_WEBHOOKS` sets the rate, and `QUOTA_SECONDS` the duration.
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a measurement: cargo xtask bench webhooks"]
 #[expect(

@@ -1,6 +1,6 @@
-//! Webhooks that were signed by a program of someone else: localstripe, an independent stand-in for Stripe.
+//! Tests webhooks that were signed by another program: localstripe, an independent substitute for Stripe.
 //!
-//! It is not part of this repository. The test installs it from PyPI, into the target directory.
+//! localstripe is not part of this repository. The test installs it from PyPI into the target directory.
 
 use std::{
     net::TcpListener,
@@ -17,7 +17,7 @@ use crate::support::{app::TestApp, stripe::TestStripe};
 const VERSION: &str = "1.15.10";
 const AT_MOST: Duration = Duration::from_secs(60);
 
-/// Installs localstripe unless it is installed. Returns its program.
+/// Installs localstripe if it is not installed yet. Returns the path of its program.
 fn install() -> Result<PathBuf, String> {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("localstripe-{VERSION}"));
     let program = dir.join("bin/localstripe");
@@ -68,7 +68,7 @@ impl LocalStripe {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .expect("it was installed");
+            .expect("localstripe is installed");
         let it = Self {
             child,
             url: format!("http://127.0.0.1:{port}"),
@@ -76,7 +76,7 @@ impl LocalStripe {
         };
         let began = Instant::now();
         while it.http.get(&it.url).send().await.is_err() {
-            assert!(began.elapsed() < AT_MOST, "it does not start");
+            assert!(began.elapsed() < AT_MOST, "localstripe does not start");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         it
@@ -85,7 +85,7 @@ impl LocalStripe {
     async fn post(&self, path: &str, body: Value) -> Value {
         let call = self.http.post(format!("{}{path}", self.url)).json(&body);
         let answer = call.bearer_auth("sk_test_12345").send().await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         assert!(answer.status().is_success(), "{path}: {}", answer.status());
         answer.json().await.unwrap_or_default()
     }
@@ -136,7 +136,7 @@ async fn webhooks_of_localstripe_are_accepted() {
         assert!(began.elapsed() < AT_MOST, "{:?}", kinds().await);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    // They concern a customer that this server does not have.
+    // The events belong to a customer that this server does not have.
     let waiting = "SELECT count(*) FROM billing_events WHERE outcome IS DISTINCT FROM 'ignored'";
     while client
         .query_one(waiting, &[])

@@ -1,6 +1,6 @@
-//! Every kind of request that Quota sends to Stripe, compared with Stripe's description of its API.
+//! Compares every kind of request that Quota sends to Stripe with Stripe's description of its API.
 //!
-//! The fake compares every request, in all tests. Here, each kind is sent at least once.
+//! The fake checks every request in all tests. This test sends each kind of request at least once.
 
 use std::{
     collections::BTreeSet,
@@ -78,7 +78,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     let billing = app.state.billing.as_ref().expect("billing is on");
     let account = app.register().await;
 
-    // The first response is lost, so that the customer is searched for.
+    // The first response is lost, so that Quota searches for the customer.
     let lost = Fault::after(How::Drop);
     stripe.fake.fail_next("/v1/customers", lost);
     let failed = app
@@ -94,7 +94,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     stripe.fake.take_queued();
     let client = app.database.connect().await;
     let forget = client.execute("DELETE FROM billing_stripe_account", &[]);
-    assert_eq!(forget.await.expect("it is SQL"), 1);
+    assert_eq!(forget.await.expect("valid SQL"), 1);
 
     // Thin events name only their object.
     let of_kind = |kind: &str| text(&stripe.fake.all(kind)[0]["id"]);
@@ -112,7 +112,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     assert_eq!(portal.status, 201, "{}", portal.text);
     billing.read_offer().await.expect("the offer is complete");
 
-    // Usage of yesterday, and usage that Stripe accepts but cannot assign.
+    // Report usage of yesterday, and later usage that Stripe accepts but cannot assign to a customer.
     stripe.fake.advance(4 * DAY);
     let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
     billing.read(tenant).await.expect("read");
@@ -138,7 +138,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     client
         .execute("UPDATE billing_accounts SET customer_id = 'cus_gone'", &[])
         .await
-        .expect("it is SQL");
+        .expect("the update succeeds");
     usage::append(&app, &[record(3)]).await;
     // Thin events have a destination of their own, which has the same URL.
     let path = format!("webhook_endpoints/{}", stripe.endpoint);

@@ -34,7 +34,7 @@ struct World {
 }
 
 impl World {
-    /// A tenant with a plan marked `paid`, and no subscription. Stripe's clock is set back.
+    /// Creates a tenant with a plan marked `paid`, and no subscription. Sets Stripe's clock back.
     async fn unsubscribed(ago: Duration) -> Self {
         let stripe = TestStripe::start().await;
         stripe.fake.set_back(ago);
@@ -69,8 +69,8 @@ impl World {
         world
     }
 
-    /// The tenant subscribed 40 days ago, and the invoice of its last period could not be finalized. Also returns that
-    /// invoice.
+    /// Creates a tenant that subscribed 40 days ago, and whose invoice for the last period could not be finalized. Also
+    /// returns the invoice's ID.
     async fn with_a_draft_invoice() -> (Self, String) {
         let world = Self::unsubscribed(40 * DAY).await;
         world.pay().await;
@@ -79,7 +79,7 @@ impl World {
         fake.advance(40 * DAY);
         let invoices = fake.all("invoice");
         let draft = invoices.iter().find(|it| it["status"] == "draft");
-        let draft = draft.expect("it could not be finalized")["id"].as_str();
+        let draft = draft.expect("an invoice that could not be finalized")["id"].as_str();
         let draft = draft.expect("an ID").to_owned();
         world.read().await;
         (world, draft)
@@ -92,7 +92,7 @@ impl World {
     async fn read(&self) {
         let tenant = self.account.tenant_id.parse().expect("a UUID");
         let read = self.billing().read(quota_common::TenantId(tenant)).await;
-        read.expect("Stripe answers");
+        read.expect("Stripe responds");
     }
 
     fn paid(&self, at: DateTime<Utc>, cost: i64) -> UsageRecord {
@@ -110,16 +110,16 @@ impl World {
 
     async fn execute(&self, sql: &str) -> u64 {
         let client = self.app.database.connect().await;
-        client.execute(sql, &[]).await.expect("it can be executed")
+        client.execute(sql, &[]).await.expect("valid SQL")
     }
 
-    /// Plans and sends until nothing is due.
+    /// Plans and sends reports until none is due.
     async fn report(&self) {
         self.billing().plan_usage().await.expect("planned");
         self.send().await;
     }
 
-    /// Sends until nothing is due. Retries are due immediately.
+    /// Sends reports until none is due. Makes retries due immediately.
     async fn send(&self) {
         for _ in 0..50 {
             let due = "UPDATE billing_reports SET due_at = now() - interval '1 second' WHERE state = 'pending'";
@@ -129,12 +129,12 @@ impl World {
             self.billing()
                 .send_usage()
                 .await
-                .expect("the database answers");
+                .expect("PostgreSQL responds");
         }
-        panic!("reports stay pending");
+        panic!("reports are still pending");
     }
 
-    /// Returns the fake's total for the tenant.
+    /// Returns the usage that the fake has counted for the tenant.
     fn counted(&self) -> Vec<Usage> {
         let customer = self.stripe.customer_of(&self.account);
         let all = self.stripe.fake.usage().into_iter();
@@ -161,11 +161,11 @@ impl World {
     }
 }
 
-/// Returns the start of the hour that was some hours ago.
+/// Returns the start of the hour that was `ago` hours ago.
 fn hour(ago: i64) -> DateTime<Utc> {
     let at = usage::now() - TimeDelta::hours(ago);
     at.duration_trunc(TimeDelta::hours(1))
-        .expect("a time of this era")
+        .expect("a valid time")
 }
 
 fn minutes(n: i64) -> TimeDelta {
@@ -208,7 +208,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
             (format!("{tenant}-{second}-0"), second, 10),
         ]
     );
-    // Once.
+    // The usage is not reported again.
     world.report().await;
     assert_eq!(world.counted().len(), 2);
 
@@ -224,8 +224,8 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     assert_eq!(world.total(), 21);
 }
 
-/// With every kind of fault, before and after the effect, on the way to the meter, the total in Stripe equals the
-/// usage.
+/// The total in Stripe equals the usage, despite every kind of fault in requests to the meter, before and after their
+/// effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_charge_nothing_twice_and_lose_nothing() {
     let world = World::subscribed(3 * DAY).await;
@@ -288,7 +288,7 @@ async fn random_schedules_charge_exactly_what_was_used() {
             .billing()
             .send_usage()
             .await
-            .expect("the database answers");
+            .expect("PostgreSQL responds");
         failed += world
             .reports()
             .await
@@ -319,7 +319,7 @@ pub(crate) fn seeds() -> u64 {
 }
 
 /// The worker repeatedly ends at a random moment, with faults in Stripe in between. The next worker knows only what the
-/// last one has stored and sent.
+/// previous worker has stored and sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -344,7 +344,7 @@ async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
             };
             let moment = Duration::from_micros(rng.u64(0..60_000));
             ended += u32::from(tokio::time::timeout(moment, work).await.is_err());
-            // The next worker starts after the claim of the last one has expired.
+            // The next worker starts after the claim of the previous worker has expired.
             world
                 .execute("UPDATE billing_senders SET until = now()")
                 .await;
@@ -380,7 +380,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
             .billing()
             .send_usage()
             .await
-            .expect("the database answers");
+            .expect("PostgreSQL responds");
         assert_eq!((sent.finished, sent.errors), (0, 1));
         assert_eq!(world.counted().len(), events + before, "{fault:?}");
         world.stripe.fake.advance(Duration::from_hours(30));
@@ -400,7 +400,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
         .billing()
         .send_usage()
         .await
-        .expect("the database answers");
+        .expect("PostgreSQL responds");
     let form = format!(
         "event_name=quota_requests&timestamp={}&payload[value]=2&payload[stripe_customer_id]={}",
         hour(5).timestamp(),
@@ -426,8 +426,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
     );
 }
 
-/// An hour in which a billing period ends is split at that point. Usage of a period whose invoice is final is not
-/// sent.
+/// An hour in which a billing period ends is split at that point. Usage of a period whose invoice is final is not sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_with_the_edge_of_a_period_is_divided() {
     let world = World::subscribed(40 * DAY).await;
@@ -457,7 +456,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
             reports[0],
             ("unbilled".into(), Some("finalized".into()), before)
         );
-        // This includes late usage from the previous period.
+        // Late usage from the previous period is not sent either.
         world.append(&[world.paid(edge - millis(1), 16)]).await;
         world.append(&[world.paid(edge, 32)]).await;
         world.report().await;
@@ -473,7 +472,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
     }
 }
 
-/// While the invoice of the last period is a draft, its usage is still charged.
+/// While the invoice of the last period is a draft, the usage of this period is still charged.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
     let (world, draft) = World::with_a_draft_invoice().await;
@@ -491,8 +490,8 @@ async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
     assert_eq!(invoice["total"], 2900 + 7);
 }
 
-/// The only attempt before the invoice was finalized may have arrived or not. Stripe would accept another one, and not
-/// charge it.
+/// The only attempt before the invoice was finalized may or may not have arrived. Stripe would accept another attempt,
+/// but would not charge for it.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_is_not_sent_again_after_its_invoice_is_final() {
     for (fault, reported, lost) in [
@@ -532,7 +531,7 @@ async fn usage_is_not_sent_again_after_its_invoice_is_final() {
 async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
     let world = World::subscribed(50 * DAY).await;
     let now = usage::now();
-    // Usage before the subscription, and usage that is too old for Stripe.
+    // The first usage is from before the subscription, and the second is too old for Stripe.
     world
         .append(&[world.paid(now - TimeDelta::days(60), 1)])
         .await;
@@ -561,7 +560,7 @@ async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
     assert_eq!(found.lost, 6);
 }
 
-/// A tenant that never subscribed, or whose subscription has no price for usage, is not charged for it.
+/// A tenant that never subscribed, or whose subscription has no price for usage, is not charged for usage.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_without_a_metered_price_is_not_sent() {
     let world = World::unsubscribed(3 * DAY).await;
@@ -615,7 +614,7 @@ async fn usage_without_a_metered_price_is_not_sent() {
     );
 }
 
-/// An hour waits for Stripe if it is not known yet whether a billing period starts or ends in it.
+/// The usage of an hour is not reported before it is known whether a billing period starts or ends in this hour.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_waits_until_subscriptions_were_read_after_it() {
     let world = World::subscribed(3 * DAY).await;
@@ -632,7 +631,7 @@ async fn hour_waits_until_subscriptions_were_read_after_it() {
             .billing()
             .plan_usage()
             .await
-            .expect("the database answers"),
+            .expect("PostgreSQL responds"),
         0
     );
     assert!(world.reports().await.is_empty());
@@ -641,7 +640,7 @@ async fn hour_waits_until_subscriptions_were_read_after_it() {
     assert_eq!(world.total(), 5);
 }
 
-/// Two replicas send at the same time.
+/// Several workers plan and send reports at the same time.
 #[tokio::test(flavor = "multi_thread")]
 async fn several_workers_send_each_report_once() {
     let world = World::subscribed(3 * DAY).await;
@@ -720,7 +719,8 @@ async fn server_reports_usage_by_itself() {
     assert_eq!(state.body["access"], "active");
 }
 
-/// A replica that is too slow has lost its claim, and neither sends nor releases anything.
+/// A replica that is too slow loses its claim, and then neither sends reports nor releases the claim of another
+/// replica.
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_sender_stops_when_another_has_taken_over() {
     let world = World::subscribed(3 * DAY).await;
@@ -743,7 +743,10 @@ async fn slow_sender_stops_when_another_has_taken_over() {
         begun.expect("begun").is_some()
     };
     assert_eq!(claim(slow).await, [tenant]);
-    assert!(claim(quick).await.is_empty(), "it is taken");
+    assert!(
+        claim(quick).await.is_empty(),
+        "another worker's claim was ignored"
+    );
     assert!(begin(slow).await);
     world
         .execute("UPDATE billing_senders SET until = now() - interval '1 second'")
@@ -765,7 +768,8 @@ async fn slow_sender_stops_when_another_has_taken_over() {
     assert_eq!(world.execute(extended).await, 1);
 }
 
-/// The invoice of a period may become final an hour after its end, which can be before its last hour has ended.
+/// The invoice may become final an hour after the period ends, which may be before the usage of the whole hour would be
+/// reported.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
     let world = World::subscribed(3 * DAY).await;
@@ -776,7 +780,7 @@ async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
     }
     let second = TimeDelta::seconds(1);
     let edge = start + (usage::now() - start) / 2;
-    let edge = edge.duration_trunc(second).expect("a time of this era");
+    let edge = edge.duration_trunc(second).expect("a valid time");
     world
         .append(&[
             world.paid(start, 1),
@@ -797,7 +801,7 @@ async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
         .expect("the period ends");
     world.report().await;
     assert_eq!(world.total(), 3, "{:?}", world.reports().await);
-    // Once.
+    // Further usage before the edge is not reported separately.
     world.append(&[world.paid(edge - second, 16)]).await;
     world.report().await;
     assert_eq!(world.reports().await.len(), 1);
@@ -827,14 +831,14 @@ async fn error_that_the_meter_reports_later_is_shown() {
     let round = world.billing().handle_due().await.expect("handled");
     assert_eq!((round.meter_errors, round.failed), (1, 0));
     assert_eq!(state().await["code"], "meter_event_customer_not_found");
-    // A redelivery has no effect.
+    // The event is processed only once.
     assert_eq!(
         world.billing().handle_due().await.expect("nothing").events,
         0
     );
 }
 
-/// Usage that is not in a report yet counts as waiting.
+/// Usage that is not in a report yet counts as pending.
 #[tokio::test(flavor = "multi_thread")]
 async fn hours_that_cannot_be_planned_are_counted_as_pending() {
     let world = World::subscribed(3 * DAY).await;
@@ -843,7 +847,7 @@ async fn hours_that_cannot_be_planned_are_counted_as_pending() {
         compared.oldest_pending
     };
     assert_eq!(pending().await, 0);
-    // The current hour does not wait.
+    // Usage in the current hour is not pending.
     world.append(&[world.paid(usage::now(), 5)]).await;
     assert_eq!(pending().await, 0);
     world.append(&[world.paid(hour(5), 5)]).await;

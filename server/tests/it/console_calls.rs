@@ -23,8 +23,8 @@ use serde_json::{Value, json};
 
 use crate::support::app::{DOCUMENT, faults};
 
-/// Returns the number of kinds of calls. A new kind fails to compile here until it is counted, and then fails the test
-/// until it is among the samples.
+/// Returns the number of kinds of calls. A new kind of call fails to compile here until it is counted, and then fails
+/// the test until it is among the samples.
 const fn kinds(call: &Call) -> usize {
     match call {
         Call::Register(_)
@@ -299,7 +299,7 @@ fn every_console_call_matches_the_document() {
         }
         let schema = &operation["requestBody"]["content"]["application/json"]["schema"];
         match &sent.body {
-            None => assert!(schema.is_null(), "{what} wants a body"),
+            None => assert!(schema.is_null(), "{what} requires a body"),
             Some(body) => {
                 assert!(schema.is_object(), "{what} takes no body");
                 let body = serde_json::from_str(body).expect("JSON");
@@ -321,7 +321,7 @@ fn every_console_call_matches_the_document() {
     }
 }
 
-/// Returns the schema of a successful response that the console reads.
+/// Returns the schema of the response that the console reads, if it reads a response.
 const fn answer(call: &Call) -> Option<&'static str> {
     Some(match call {
         Call::Register(_) | Call::Login(_) => "SignedIn",
@@ -362,7 +362,7 @@ const fn answer(call: &Call) -> Option<&'static str> {
     })
 }
 
-/// Whether the operation requires an access token.
+/// Returns whether the operation requires an access token.
 fn session_needed(operation: &Value) -> bool {
     operation["security"]
         .as_array()

@@ -1,4 +1,5 @@
-//! Tests that the limiter forgets deleted keys, so that a tenant cannot fill Redis by creating, using and deleting keys.
+//! Tests that the limiter forgets deleted keys, so that a tenant cannot fill Redis by creating, using and deleting
+//! keys.
 
 use std::time::{Duration, Instant};
 
@@ -8,9 +9,9 @@ use tokio::{task::JoinSet, time::sleep};
 
 use crate::support::app::{Account, TestApp};
 
-/// Keys that one round creates, uses and deletes.
+/// The number of keys that one round creates, uses and deletes.
 const ROUND: usize = 400;
-/// Redis may use this much more than at the start of the test, in bytes. The buckets of three rounds need more.
+/// The maximum increase in the memory use of Redis, in bytes. The buckets of three rounds would need more memory.
 const ROOM: u64 = 300_000;
 
 async fn number(redis: &RedisServer, command: &str) -> u64 {
@@ -31,7 +32,7 @@ async fn app_on(redis: &RedisServer, grace: &str) -> TestApp {
         .flag("--request-timeout=1s")
         .start()
         .await;
-    let connection = app.state.redis.as_ref().expect("it has Redis");
+    let connection = app.state.redis.as_ref().expect("the server uses Redis");
     assert!(connection.connected(Duration::from_secs(10)).await);
     app
 }
@@ -79,11 +80,11 @@ async fn deleted_keys_do_not_fill_redis() {
             while let Some(client) = clients.join_next().await {
                 client.expect("every key works");
             }
-            // The shared records expire after five minutes.
+            // Delete the shared records, which would expire only after five minutes.
             let records = "EVAL \"for _, key in ipairs(redis.call('KEYS', '*:key?:*')) do redis.call('DEL', key) end\" 0";
             redis.command(records).await;
         }
-        // Long enough for two searches.
+        // The server searches for deleted keys at least twice in this time.
         let patience = Instant::now() + Duration::from_secs(12);
         while buckets(&redis).await > 10 && Instant::now() < patience {
             sleep(Duration::from_millis(250)).await;
@@ -96,8 +97,8 @@ async fn deleted_keys_do_not_fill_redis() {
     }
 }
 
-/// A replica that cannot reach PostgreSQL still accepts the key during the grace period, and must not find a new
-/// bucket.
+/// A replica that cannot reach PostgreSQL still accepts a deleted key during the grace period. The key must not get a
+/// new, full bucket.
 #[tokio::test(flavor = "multi_thread")]
 async fn bucket_of_a_deleted_key_is_kept_while_a_replica_may_accept_the_key() {
     let redis = RedisServer::start().await;

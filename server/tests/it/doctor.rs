@@ -1,4 +1,4 @@
-//! `quota doctor` reports what works and what does not, and never prints a password.
+//! Tests that `quota doctor` reports what works and what does not, and never prints a password.
 
 use std::{fs, net::SocketAddr, path::Path, process::Command, sync::Arc};
 
@@ -214,17 +214,21 @@ async fn nodes_of_a_cluster_are_checked() {
         .succeeds();
 }
 
-/// Writes a certificate, and that of the certificate authority that issued it.
+/// Writes a certificate, and the certificate of the authority that issued it.
 fn certificate(dir: &Path) {
     let mut authority = CertificateParams::new(Vec::new()).expect("no names");
     authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let authority_key = KeyPair::generate().expect("a key");
-    let root = authority.self_signed(&authority_key).expect("it signs");
+    let root = authority
+        .self_signed(&authority_key)
+        .expect("a signed certificate");
     let issuer = Issuer::new(authority, authority_key);
     let key = KeyPair::generate().expect("a key");
     let names = vec!["127.0.0.1".to_owned(), "localhost".to_owned()];
     let params = CertificateParams::new(names).expect("names");
-    let certificate = params.signed_by(&key, &issuer).expect("it signs");
+    let certificate = params
+        .signed_by(&key, &issuer)
+        .expect("a signed certificate");
     fs::write(dir.join("root.pem"), root.pem()).expect("written");
     fs::write(dir.join("redis.pem"), certificate.pem()).expect("written");
     fs::write(dir.join("key.pem"), key.serialize_pem()).expect("written");

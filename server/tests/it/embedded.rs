@@ -1,4 +1,4 @@
-//! Tests of the embedded PostgreSQL: it starts in an empty directory, keeps its data, recovers from crashes, and never
+//! Tests of the private PostgreSQL: it starts in an empty directory, keeps its data, recovers from crashes, and never
 //! outlives the server.
 
 use std::{
@@ -19,28 +19,29 @@ use tokio_postgres::{Client, NoTls};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Returns a data directory that root's PostgreSQL can access, unlike `/root/…`.
+/// Returns a data directory that PostgreSQL can access even if root runs the tests, unlike a directory in `/root`.
 fn data_dir() -> tempfile::TempDir {
     let dir = tempfile::Builder::new()
         .prefix("quota-embedded-")
         .tempdir_in("/tmp")
         .expect("a directory");
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711)).expect("its mode is set");
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o711))
+        .expect("the directory's mode is set");
     dir
 }
 
 async fn connect(url: &str) -> Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls)
         .await
-        .expect("it takes connections");
+        .expect("PostgreSQL accepts connections");
     tokio::spawn(connection);
     client
 }
 
-/// Returns the processes whose working directory is the cluster: every process of its PostgreSQL.
+/// Returns the processes whose working directory is the cluster, which are all processes of its PostgreSQL.
 fn processes_of(data_dir: &Path) -> Vec<i32> {
     let cluster = fs::canonicalize(data_dir)
-        .expect("it is there")
+        .expect("the path exists")
         .join("postgres");
     fs::read_dir("/proc")
         .expect("there is a /proc")
@@ -53,7 +54,8 @@ fn processes_of(data_dir: &Path) -> Vec<i32> {
 }
 
 fn postmaster(data_dir: &Path) -> i32 {
-    let text = fs::read_to_string(data_dir.join("postgres/postmaster.pid")).expect("it runs");
+    let text = fs::read_to_string(data_dir.join("postgres/postmaster.pid"))
+        .expect("the process is running");
     text.lines()
         .next()
         .and_then(|line| line.parse().ok())
@@ -73,7 +75,7 @@ async fn second_start_keeps_the_data_of_the_first() {
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts from nothing");
+        .expect("PostgreSQL starts in an empty directory");
     let client = connect(&postgres.database_url()).await;
     client
         .batch_execute("CREATE TABLE kept (n int); INSERT INTO kept VALUES (42)")
@@ -84,7 +86,7 @@ async fn second_start_keeps_the_data_of_the_first() {
 
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts again");
+        .expect("PostgreSQL starts again");
     let client = connect(&postgres.database_url()).await;
     let row = client
         .query_one("SELECT n FROM kept", &[])
@@ -99,7 +101,7 @@ async fn listens_only_on_a_private_socket_and_loses_nothing_in_a_power_failure()
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts");
+        .expect("PostgreSQL starts");
     let client = connect(&postgres.database_url()).await;
     for (name, wanted) in [
         ("listen_addresses", ""),
@@ -122,7 +124,7 @@ async fn listens_only_on_a_private_socket_and_loses_nothing_in_a_power_failure()
         .await
         .expect("a setting");
     let mode = fs::metadata(row.get::<_, &str>(0))
-        .expect("it is there")
+        .expect("the path exists")
         .permissions()
         .mode();
     assert_eq!(mode & 0o777, 0o700);
@@ -130,11 +132,11 @@ async fn listens_only_on_a_private_socket_and_loses_nothing_in_a_power_failure()
 }
 
 #[tokio::test]
-async fn dropping_it_stops_it() {
+async fn dropping_the_handle_stops_postgres() {
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts");
+        .expect("PostgreSQL starts");
     assert_ne!(processes_of(dir.path()), Vec::<i32>::new());
     drop(postgres);
     eventually("PostgreSQL ends", || processes_of(dir.path()).is_empty()).await;
@@ -145,10 +147,10 @@ async fn second_server_on_the_same_data_directory_is_rejected() {
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts");
+        .expect("PostgreSQL starts");
     let error = EmbeddedPostgres::start(dir.path())
         .await
-        .expect_err("it is taken");
+        .expect_err("the data directory is in use");
     assert!(matches!(error, EmbeddedError::InUse(_)), "{error}");
     assert!(
         error
@@ -161,11 +163,11 @@ async fn second_server_on_the_same_data_directory_is_rejected() {
 }
 
 #[tokio::test]
-async fn it_is_restarted_when_it_crashes() {
+async fn postgres_is_restarted_when_it_crashes() {
     let dir = data_dir();
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts");
+        .expect("PostgreSQL starts");
     let url = postgres.database_url();
     connect(&url)
         .await
@@ -174,14 +176,14 @@ async fn it_is_restarted_when_it_crashes() {
         .expect("a table");
     for _ in 0..2 {
         let first = postmaster(dir.path());
-        kill(Pid::from_raw(first), Signal::SIGKILL).expect("it was alive");
+        kill(Pid::from_raw(first), Signal::SIGKILL).expect("the process was running");
         let deadline = Instant::now() + PATIENCE;
         let client = loop {
             if let Ok((client, connection)) = tokio_postgres::connect(&url, NoTls).await {
                 tokio::spawn(connection);
                 break client;
             }
-            assert!(Instant::now() < deadline, "it did not come back");
+            assert!(Instant::now() < deadline, "PostgreSQL did not restart");
             tokio::time::sleep(Duration::from_millis(50)).await;
         };
         assert_ne!(postmaster(dir.path()), first);
@@ -197,13 +199,14 @@ async fn it_is_restarted_when_it_crashes() {
 
 /// The supervisor may be at any point of a restart when it is asked to stop.
 #[tokio::test]
-async fn stopping_during_a_restart_stops_it() {
+async fn stopping_during_a_restart_stops_postgres() {
     let dir = data_dir();
     for wait in [0, 100, 120, 140, 160, 200] {
         let postgres = EmbeddedPostgres::start(dir.path())
             .await
-            .expect("it starts");
-        kill(Pid::from_raw(postmaster(dir.path())), Signal::SIGKILL).expect("it was alive");
+            .expect("PostgreSQL starts");
+        kill(Pid::from_raw(postmaster(dir.path())), Signal::SIGKILL)
+            .expect("the process was running");
         tokio::time::sleep(Duration::from_millis(wait)).await;
         postgres.stop().await;
         // The sessions of the killed postmaster take a while to detect its death.
@@ -211,7 +214,10 @@ async fn stopping_during_a_restart_stops_it() {
             .ok()
             .and_then(|text| text.lines().next()?.parse::<i32>().ok())
             .is_some_and(|pid| processes_of(dir.path()).contains(&pid));
-        assert!(!guarded, "it runs on, {wait} ms after the kill");
+        assert!(
+            !guarded,
+            "PostgreSQL still runs after it was stopped {wait} ms after the kill"
+        );
     }
 }
 
@@ -222,7 +228,7 @@ async fn killing_the_server_stops_its_postgres() {
     connect(&url).await;
     kill_and_reap(&mut owner);
     eventually("PostgreSQL ends", || processes_of(dir.path()).is_empty()).await;
-    // This is a clean shutdown, not a crash, so there is nothing to recover.
+    // PostgreSQL was shut down cleanly, so there is nothing to recover.
     assert!(!dir.path().join("postgres/postmaster.pid").exists());
 }
 
@@ -232,7 +238,7 @@ async fn server_started_right_after_a_kill_takes_over() {
     let (mut owner, url) = start_owner(dir.path());
     let orphan = postmaster(dir.path());
     // Without its guard, PostgreSQL keeps running, which is the worst state that a crash can leave behind. The owner is
-    // frozen first, because it would otherwise fix this.
+    // frozen first, because it would otherwise stop PostgreSQL.
     let owner_pid = Pid::from_raw(owner.id().cast_signed());
     kill(owner_pid, Signal::SIGSTOP).expect("the owner was alive");
     let guard = parent_of(orphan);
@@ -246,7 +252,7 @@ async fn server_started_right_after_a_kill_takes_over() {
 
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it takes over");
+        .expect("the second server takes over");
     assert_ne!(postmaster(dir.path()), orphan);
     connect(&postgres.database_url()).await;
     postgres.stop().await;
@@ -258,7 +264,7 @@ async fn stale_pid_file_with_the_pid_of_another_process_does_no_harm() {
     let dir = data_dir();
     EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts")
+        .expect("PostgreSQL starts")
         .stop()
         .await;
     let mut stranger = Command::new("sleep").arg("600").spawn().expect("a process");
@@ -273,23 +279,23 @@ async fn stale_pid_file_with_the_pid_of_another_process_does_no_harm() {
     .expect("written");
 
     let started = EmbeddedPostgres::start(dir.path()).await;
-    let alive = stranger.try_wait().expect("it is our child").is_none();
-    stranger.kill().expect("it was alive");
-    stranger.wait().expect("it is our child");
-    assert!(alive, "the stranger was killed");
-    started.expect("it starts all the same").stop().await;
+    let alive = stranger.try_wait().expect("a child process").is_none();
+    stranger.kill().expect("the process was running");
+    stranger.wait().expect("a child process");
+    assert!(alive, "the other process was killed");
+    started.expect("PostgreSQL starts anyway").stop().await;
 }
 
 #[tokio::test]
 async fn crash_while_creating_the_cluster_leaves_nothing_behind() {
     let dir = data_dir();
     let leftover = dir.path().join("postgres.new-1");
-    fs::create_dir(&leftover).expect("made");
+    fs::create_dir(&leftover).expect("created");
     fs::write(leftover.join("PG_VERSION"), "15\n").expect("written");
 
     let postgres = EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts");
+        .expect("PostgreSQL starts");
     connect(&postgres.database_url()).await;
     assert!(!leftover.exists());
     postgres.stop().await;
@@ -299,7 +305,9 @@ async fn crash_while_creating_the_cluster_leaves_nothing_behind() {
 async fn data_directory_with_a_long_or_unusual_path_works() {
     let dir = data_dir();
     let deep = dir.path().join("ä b%".repeat(20)).join("x".repeat(80));
-    let postgres = EmbeddedPostgres::start(&deep).await.expect("it starts");
+    let postgres = EmbeddedPostgres::start(&deep)
+        .await
+        .expect("PostgreSQL starts");
     let socket_dir = {
         let client = connect(&postgres.database_url()).await;
         let row = client
@@ -310,7 +318,7 @@ async fn data_directory_with_a_long_or_unusual_path_works() {
     };
     assert!(socket_dir.starts_with("/tmp"), "{}", socket_dir.display());
     let mode = fs::metadata(&socket_dir)
-        .expect("it is there")
+        .expect("the path exists")
         .permissions()
         .mode();
     assert_eq!(mode & 0o777, 0o700);
@@ -323,13 +331,13 @@ async fn cluster_of_a_version_that_is_not_installed_is_reported() {
     let dir = data_dir();
     EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts")
+        .expect("PostgreSQL starts")
         .stop()
         .await;
     fs::write(dir.path().join("postgres/PG_VERSION"), "8\n").expect("written");
     let error = EmbeddedPostgres::start(dir.path())
         .await
-        .expect_err("nothing reads it");
+        .expect_err("no PostgreSQL supports version 8");
     assert!(error.to_string().contains("postgresql-8"), "{error}");
 }
 
@@ -338,22 +346,22 @@ async fn error_contains_the_output_of_a_postgres_that_does_not_start() {
     let dir = data_dir();
     EmbeddedPostgres::start(dir.path())
         .await
-        .expect("it starts")
+        .expect("PostgreSQL starts")
         .stop()
         .await;
     fs::remove_file(dir.path().join("postgres/global/pg_control")).expect("removed");
     let error = EmbeddedPostgres::start(dir.path())
         .await
-        .expect_err("it is broken");
+        .expect_err("PostgreSQL cannot start");
     assert!(error.to_string().contains("pg_control"), "{error}");
 }
 
-/// This is not a test but the server that the tests above kill.
+/// Not a test, but the process that the tests above start and kill.
 #[tokio::test]
-#[ignore = "run by other tests, in a process of its own"]
+#[ignore = "run by other tests, in a separate process"]
 #[expect(
     clippy::disallowed_methods,
-    reason = "the word of the test that started us"
+    reason = "set by the test that starts this process"
 )]
 async fn owner() {
     let Some(dir) = std::env::var_os("QUOTA_TEST_EMBEDDED_DIR") else {
@@ -361,7 +369,7 @@ async fn owner() {
     };
     let postgres = EmbeddedPostgres::start(Path::new(&dir))
         .await
-        .expect("it starts");
+        .expect("PostgreSQL starts");
     println!("\nurl={}", postgres.database_url());
     // The time is limited, in case the test that started this process has ended.
     tokio::time::sleep(Duration::from_mins(2)).await;
@@ -370,8 +378,8 @@ async fn owner() {
 fn start_owner(data_dir: &Path) -> (Child, String) {
     let (_, module) = module_path!()
         .split_once("::")
-        .expect("we are a module of a test binary");
-    let mut child = Command::new(std::env::current_exe().expect("we run"))
+        .expect("the path of a module in a crate");
+    let mut child = Command::new(std::env::current_exe().expect("a path"))
         .args([
             &format!("{module}::owner"),
             "--exact",
@@ -381,22 +389,22 @@ fn start_owner(data_dir: &Path) -> (Child, String) {
         .env("QUOTA_TEST_EMBEDDED_DIR", data_dir)
         .stdout(Stdio::piped())
         .spawn()
-        .expect("it starts");
+        .expect("PostgreSQL starts");
     let url = BufReader::new(child.stdout.take().expect("piped"))
         .lines()
         .map_while(Result::ok)
         .find_map(|line| line.strip_prefix("url=").map(str::to_owned))
-        .expect("it tells its URL");
+        .expect("the program prints its URL");
     (child, url)
 }
 
 fn kill_and_reap(child: &mut Child) {
-    child.kill().expect("it was alive");
-    child.wait().expect("it is our child");
+    child.kill().expect("the process was running");
+    child.wait().expect("a child process");
 }
 
 fn parent_of(pid: i32) -> i32 {
-    parent(pid).expect("it runs")
+    parent(pid).expect("the process is running")
 }
 
 fn parent(pid: i32) -> Option<i32> {
@@ -415,18 +423,21 @@ fn children_of(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// Root's checkouts are often in `/root`, which other users cannot enter. Applies only to root.
+/// Root's checkouts are often in `/root`, which other users cannot enter. This test applies only to root.
 #[tokio::test]
 async fn root_moves_the_database_if_its_user_cannot_enter_the_directory() {
     if !nix::unistd::geteuid().is_root() {
         return;
     }
     let closed = data_dir();
-    fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o700)).expect("its mode is set");
+    fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o700))
+        .expect("the directory's mode is set");
     let dir = closed.path().join("data");
     let mut clusters = Vec::new();
     for _ in 0..2 {
-        let postgres = EmbeddedPostgres::start(&dir).await.expect("it starts");
+        let postgres = EmbeddedPostgres::start(&dir)
+            .await
+            .expect("PostgreSQL starts");
         let client = connect(&postgres.database_url()).await;
         let row = client
             .query_one("SELECT current_setting('data_directory')", &[])
@@ -435,10 +446,10 @@ async fn root_moves_the_database_if_its_user_cannot_enter_the_directory() {
         clusters.push(PathBuf::from(row.get::<_, &str>(0)));
         // Even if the directory has become accessible, the data remains where it is.
         fs::set_permissions(closed.path(), fs::Permissions::from_mode(0o755))
-            .expect("its mode is set");
+            .expect("the directory's mode is set");
         postgres.stop().await;
     }
-    let home = clusters[0].parent().expect("it has one").to_owned();
+    let home = clusters[0].parent().expect("a parent directory").to_owned();
     assert!(home.starts_with("/var/lib/quota"), "{}", home.display());
     fs::remove_dir_all(home).expect("removed");
     assert_eq!(clusters[0], clusters[1]);

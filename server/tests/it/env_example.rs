@@ -1,4 +1,4 @@
-//! Tests that the example lists all settings, and that an invalid setting prevents startup.
+//! Tests that `.env.example` lists all settings, and that an invalid setting prevents startup.
 
 use std::{
     collections::BTreeSet,
@@ -71,7 +71,7 @@ fn every_variable_is_described_and_known_to_the_binary() {
             help.contains(&format!("[env: {name}")),
             "{name} is not in the help"
         );
-        assert!(names.insert(name), "{name} is there twice");
+        assert!(names.insert(name), "{name} is listed twice");
     }
     // Every variable that the server reads is in the example, because nothing else in the server reads the environment.
     let listed = help.matches("[env: ").count();
@@ -88,7 +88,7 @@ fn example_is_a_valid_environment() {
     let mut given = given.collect::<Vec<_>>();
     // An occupied address prevents startup after the settings have been accepted.
     let taken = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let addr = taken.local_addr().expect("it is bound").to_string();
+    let addr = taken.local_addr().expect("the socket is bound").to_string();
     for (name, value) in &mut given {
         if *name == "QUOTA_LISTEN" {
             *value = &addr;
@@ -104,7 +104,7 @@ fn example_is_a_valid_environment() {
     assert!(!stderr.contains("invalid settings"), "{stderr}");
 }
 
-/// Returns an invalid value for each variable.
+/// Returns an invalid value for a variable.
 fn wrong(name: &str) -> &'static str {
     match name {
         "QUOTA_LISTEN" | "QUOTA_METRICS_LISTEN" | "QUOTA_GRPC_LISTEN" => "8080",
@@ -182,7 +182,7 @@ fn wrong(name: &str) -> &'static str {
         "QUOTA_LOG_FORMAT" => "xml",
         "QUOTA_BILLING_GRACE" => "91",
         "RUST_LOG" => "info,,=,=",
-        name => panic!("say here what is wrong for {name}"),
+        name => panic!("add an invalid value for {name}"),
     }
 }
 
@@ -190,7 +190,7 @@ fn wrong(name: &str) -> &'static str {
 fn invalid_value_prevents_startup_with_one_line_that_names_the_variable() {
     let dir = tempfile::tempdir().expect("a directory");
     let data = dir.path().join("data");
-    let data = data.to_str().expect("it is text");
+    let data = data.to_str().expect("a UTF-8 path");
     let all = variables(&config::env_example());
     for (name, _, _) in &all {
         let wrong = wrong(name);
@@ -209,10 +209,7 @@ fn invalid_value_prevents_startup_with_one_line_that_names_the_variable() {
         );
         assert_eq!(text(&output.stdout), "", "{name}");
     }
-    assert!(
-        !Path::new(data).exists(),
-        "nothing was started, so nothing was created"
-    );
+    assert!(!Path::new(data).exists(), "the data directory was created");
 }
 
 #[test]
@@ -242,7 +239,7 @@ fn commands_without_settings_ignore_invalid_ones() {
     }
 }
 
-/// Starts the server with these variables. Returns the lines that name one.
+/// Starts the server with these variables, which it must reject. Returns the lines of the error that name a variable.
 fn refused(given: &[(&str, &str)]) -> Vec<String> {
     let output = quota(&["serve"], given);
     assert_eq!(output.status.code(), Some(1), "{given:?}");
@@ -267,7 +264,7 @@ fn misspelled_setting_prevents_startup_and_a_kubernetes_link_does_not() {
     assert!(starting("QUOTA_LOG_FORMAT: "), "{lines:#?}");
     assert!(!lines.join("").contains("hunter2"), "{lines:#?}");
 
-    // Valid links are accepted: startup continues with the settings.
+    // Links are ignored: only the invalid setting is reported.
     let lines = refused(&[
         ("QUOTA_SERVICE_HOST", "10.0.0.1"),
         ("QUOTA_PORT", "tcp://10.0.0.1:8080"),
@@ -277,16 +274,16 @@ fn misspelled_setting_prevents_startup_and_a_kubernetes_link_does_not() {
     assert_eq!(lines.len(), 1, "{lines:#?}");
 }
 
-/// Covers mounted secrets, as in Docker and Kubernetes.
+/// Docker and Kubernetes mount secrets as files.
 #[test]
 fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
     let dir = tempfile::tempdir().expect("a directory");
     let file = |name: &str, content: &[u8]| {
         let path = dir.path().join(name);
-        fs::write(&path, content).expect("it is written");
-        path.to_str().expect("it is text").to_owned()
+        fs::write(&path, content).expect("the file is written");
+        path.to_str().expect("a UTF-8 path").to_owned()
     };
-    // The host does not exist, so startup fails later, when connecting to the database named in the file.
+    // The host does not exist, so the command fails only when it connects to the database named in the file.
     let database = file(
         "database",
         b"postgres://quota:hunter2@database.invalid/quota\n",
@@ -307,8 +304,8 @@ fn secret_is_read_from_its_file_and_an_invalid_file_prevents_startup() {
     assert!(!said.contains("hunter2"), "{said}");
 
     let missing = dir.path().join("missing");
-    let missing = missing.to_str().expect("it is text");
-    let directory = dir.path().to_str().expect("it is text");
+    let missing = missing.to_str().expect("a UTF-8 path");
+    let directory = dir.path().to_str().expect("a UTF-8 path");
     let empty = file("empty", b" \n");
     let binary = file("binary", b"\xff\xfe");
     let large = file("large", &vec![b'x'; 70_000]);

@@ -11,7 +11,7 @@ use crate::support::{
     stripe::TestStripe,
 };
 
-/// The operations without credentials, with their status for a malformed body.
+/// The operations that require no credentials, with their status for a malformed body.
 const PUBLIC: &[(&str, u16)] = &[
     ("live", 200),
     ("login", 400),
@@ -32,13 +32,13 @@ const ROLES: [&str; 5] = ["owner", "admin", "developer", "billing", "viewer"];
 /// The permission that an operation requires.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Right {
-    /// No permission, because it concerns the caller's own account.
+    /// No permission, because the operation concerns the caller's own account.
     Own,
     Read,
     Usage,
     Bill,
     Manage,
-    /// It is called with the document's example as the body.
+    /// The test sends the document's example as the body.
     Administer,
 }
 
@@ -134,7 +134,7 @@ impl Operation {
             .collect()
     }
 
-    /// Returns the path with `id` for each of its parameters.
+    /// Returns the path with each of its parameters replaced by `id`.
     pub(crate) fn path_with(&self, id: &str) -> String {
         let parts = self
             .path
@@ -164,7 +164,7 @@ pub(crate) fn operations() -> Vec<Operation> {
     all
 }
 
-/// Follows references.
+/// Returns the schema that a reference refers to, or the schema itself if it is not a reference.
 pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
     match schema["$ref"].as_str() {
         Some(reference) => {
@@ -174,14 +174,14 @@ pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
             resolve(
                 DOCUMENT
                     .pointer(pointer)
-                    .unwrap_or_else(|| panic!("{reference} leads nowhere")),
+                    .unwrap_or_else(|| panic!("{reference} does not exist")),
             )
         }
         None => schema,
     }
 }
 
-/// Whether the schema or a part of it has an example.
+/// Returns whether the schema or a part of it has an example.
 fn has_example(schema: &'static Value) -> bool {
     let schema = resolve(schema);
     let parts = ["allOf", "anyOf", "oneOf"];
@@ -213,7 +213,7 @@ async fn missing_credentials_are_401_before_the_body_is_read() {
         assert_eq!(
             operation.is_secured(),
             public.is_none(),
-            "{}: the document says otherwise than PUBLIC",
+            "{}: the document disagrees with PUBLIC",
             operation.id
         );
         if expected == 401 {
@@ -229,7 +229,10 @@ async fn missing_credentials_are_401_before_the_body_is_read() {
         assert_eq!(answer.status, 401, "{}", answer.text);
     }
     for (id, _) in PUBLIC {
-        assert!(operations().iter().any(|it| it.id == *id), "{id} is gone");
+        assert!(
+            operations().iter().any(|it| it.id == *id),
+            "{id} is not in the document"
+        );
     }
 }
 
@@ -320,14 +323,14 @@ fn every_operation_with_an_access_token_has_a_right() {
 }
 
 /// Each role calls each operation. Without the permission, the response is 403 and no row in any table changes,
-/// regardless of the ID and the body. With it, the operation succeeds.
+/// regardless of the ID and the body. With the permission, the operation succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn role_without_the_right_is_403_and_changes_nothing() {
     let stripe = TestStripe::start().await;
     let app = stripe.configure(TestApp::setup()).without_jobs();
     let app = app.flag("--max-webhooks=100").start().await;
     let owner = app.register().await;
-    // Creates the customer whose portal is opened.
+    // Create the customer whose portal is opened.
     stripe.start_checkout(&app, &owner).await;
     let client = app.database.connect().await;
     let shared_plan = app.plan(&owner, json!({"daily_quota": 1000})).await;
@@ -335,8 +338,8 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
     let mut denied = 0;
     for role in ROLES {
         let member = app.register().await;
-        // The user joins the owner's tenant instead of the one that was created with the account, and has a session
-        // there.
+        // The user joins the owner's tenant instead of the tenant that was created with the account, and signs in there
+        // below.
         client
             .execute(
                 "DELETE FROM sessions WHERE user_id = $1::text::uuid",
@@ -442,7 +445,9 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
 fn every_operation_documents_its_4xx_responses() {
     for operation in operations() {
         let id = operation.id;
-        let answers = operation.meta["responses"].as_object().expect("answers");
+        let answers = operation.meta["responses"]
+            .as_object()
+            .expect("the documented responses");
         let mut needed = Vec::new();
         if operation.is_secured() {
             needed.push("401");
@@ -473,7 +478,7 @@ fn every_operation_documents_its_4xx_responses() {
         );
         for (status, answer) in answers {
             let text = answer["description"].as_str().unwrap_or_default();
-            assert!(!text.trim().is_empty(), "{id} {status} says nothing");
+            assert!(!text.trim().is_empty(), "{id} {status} has no description");
             let names = |field: &str| !answer["headers"][field].is_null();
             assert!(names("X-Request-Id"), "{id} {status} has no X-Request-Id");
             if status == "401" {
@@ -505,18 +510,21 @@ fn every_operation_has_a_summary_and_examples() {
         assert!(!text("summary").is_empty(), "{id} has no summary");
         assert!(
             meta["tags"].as_array().is_some_and(|it| it.len() == 1),
-            "{id} has one tag"
+            "{id} does not have exactly one tag"
         );
         if let Some(schema) = operation.body() {
             let example = &schema["example"];
-            assert!(!example.is_null(), "{id}: its body has no example");
+            assert!(!example.is_null(), "{id}: the body has no example");
             assert_eq!(
                 faults(schema, example),
                 Vec::<String>::new(),
                 "{id}: {example}"
             );
         }
-        for (status, answer) in meta["responses"].as_object().expect("answers") {
+        for (status, answer) in meta["responses"]
+            .as_object()
+            .expect("the documented responses")
+        {
             for (media_type, content) in answer["content"].as_object().into_iter().flatten() {
                 let own = &content["example"];
                 assert!(

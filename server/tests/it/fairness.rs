@@ -1,4 +1,4 @@
-//! Tests that one tenant's burst of changes leaves connections for the others.
+//! Tests that one tenant's burst of requests leaves connections for other tenants.
 
 use std::{
     sync::Arc,
@@ -110,7 +110,7 @@ async fn burst_of_updates_of_one_plan_does_not_delay_another_tenant() {
         let (app, a, path) = (app.clone(), a.clone(), format!("/admin/plans/{plan}"));
         updates.spawn(async move { app.act(&a, "PATCH", &path, json!({"burst": n})).await });
     }
-    // All requests are waiting, or soon will be.
+    // Give all requests time to reach the lock.
     tokio::time::sleep(Duration::from_millis(300)).await;
     for _ in 0..10 {
         app.plan(&b, json!({})).await;
@@ -139,7 +139,7 @@ async fn changes_of_disconnected_clients_leave_the_queue() {
             let answer = creations.join_next().await.unwrap().unwrap();
             assert_eq!(answer.status, 429, "{}", answer.text);
         }
-        // Closes their connections.
+        // Close the clients' connections.
         creations.shutdown().await;
         let began = Instant::now();
         while app.metric("quota_requests_in_flight").await > 0.0 {
@@ -270,15 +270,23 @@ async fn unread_large_responses_of_a_tenant_are_limited() {
             &head,
         ));
     }
-    let mut stream = TcpStream::connect(app.addr).await.expect("it listens");
-    stream.write_all(&requests).await.expect("it reads");
+    let mut stream = TcpStream::connect(app.addr)
+        .await
+        .expect("the server listens");
+    stream.write_all(&requests).await.expect("the server reads");
     let (mut admitted, mut answered) = (0, 0);
     while answered < REQUESTS {
         let mut head = [0; 9];
-        stream.read_exact(&mut head).await.expect("it is open");
+        stream
+            .read_exact(&mut head)
+            .await
+            .expect("an open connection");
         let length = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
         let mut payload = vec![0; length];
-        stream.read_exact(&mut payload).await.expect("it is open");
+        stream
+            .read_exact(&mut payload)
+            .await
+            .expect("an open connection");
         if head[3] == http2::HEADERS {
             answered += 1;
             // `:status: 200` from the static table of HPACK.

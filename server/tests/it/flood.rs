@@ -43,7 +43,7 @@ fn count(bytes: &[u8], what: &[u8]) -> usize {
 fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
     let mut refused = 0;
     for batch in (first..first + keys).step_by(BATCH as usize) {
-        let mut stream = TcpStream::connect(server).expect("it listens");
+        let mut stream = TcpStream::connect(server).expect("the server listens");
         let patience = Some(Duration::from_secs(30));
         stream.set_read_timeout(patience).expect("a socket");
         let mut requests = String::new();
@@ -56,9 +56,13 @@ fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
                 "\r\n\r\n"
             };
         }
-        stream.write_all(requests.as_bytes()).expect("it reads");
+        stream
+            .write_all(requests.as_bytes())
+            .expect("the server reads");
         let mut answers = Vec::new();
-        stream.read_to_end(&mut answers).expect("it answers");
+        stream
+            .read_to_end(&mut answers)
+            .expect("the server responds");
         refused += count(&answers, b"HTTP/1.1 401 ");
     }
     refused
@@ -86,7 +90,7 @@ async fn flood_of_keys_with_wrong_checksums_causes_no_lookups() {
         [0, KEYS / 2].map(|first| std::thread::spawn(move || flood(server, first, KEYS / 2)));
     let mut refused = 0;
     for flood in floods {
-        refused += flood.join().expect("it got its answers");
+        refused += flood.join().expect("every request got a response");
     }
     assert_eq!(refused, KEYS as usize);
 
@@ -149,7 +153,7 @@ async fn silent_connections_do_not_lock_out_others() {
     let flood = tokio::spawn(async move {
         let mut held = Vec::with_capacity(silent);
         for n in 0..silent {
-            // One in a hundred connects to the metrics listener.
+            // One connection in a hundred is opened to the metrics listener.
             let to = if n % 100 == 0 { metrics } else { server };
             match connect_from(hostile(n), to).await {
                 Ok(stream) => held.push(stream),
@@ -158,7 +162,7 @@ async fn silent_connections_do_not_lock_out_others() {
         }
         held
     });
-    // Opens a new connection each time, from a separate address and from one of the flood's addresses.
+    // Each request opens a new connection, from a separate address or from one of the flood's addresses.
     let clients = [Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 1, 1)].map(client_at);
     let began = Instant::now();
     let (mut answered, mut slowest) = (0, Duration::ZERO);
@@ -182,7 +186,7 @@ async fn silent_connections_do_not_lock_out_others() {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    let held = flood.await.expect("it connects");
+    let held = flood.await.expect("the task ends");
     let grown = quota.memory().saturating_sub(before) / (1 << 20);
     println!(
         "{} silent connections in {:?}: {answered} requests answered, the slowest in {slowest:?}, {grown} MiB more",
@@ -199,7 +203,7 @@ async fn silent_connections_do_not_lock_out_others() {
         while quota.counter(&http, &open).await > 10 {
             assert!(
                 ended.elapsed() < Duration::from_secs(30),
-                "{listener}: they are held open"
+                "{listener}: silent connections are held open"
             );
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
@@ -228,7 +232,7 @@ async fn cancels_and_comes_back(source: Ipv4Addr, server: SocketAddr) {
             tokio::time::sleep(Duration::from_millis(400)).await;
             next = [http2::get(id, "/openapi.json"), cancel(id - 2)].concat();
         }
-        // Pauses, because the clients run on the same machine as the server.
+        // Pause, because the clients run on the same machine as the server.
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
 }
@@ -277,7 +281,8 @@ const MOST: u64 = 64;
 const MOST_AT_A_TIME: u64 = 128;
 const LARGE: usize = 31 * 1024;
 
-/// Returns the data that one connection of each kind sends. Bodies are sent to endpoints that need no account.
+/// Returns the kinds of connections, with the data that each connection sends and the maximum increase in memory.
+/// Bodies are sent to endpoints that need no account.
 fn slow_clients() -> [(&'static str, Vec<u8>, u64); 8] {
     let value = |length: usize| "v".repeat(length);
     let body = format!("{{{}", " ".repeat(60_000));
@@ -399,7 +404,7 @@ async fn slow_connections_hold_little_memory() {
         println!("{slow} connections, {kind}: at most {grown} MiB more");
         assert!(grown < most, "{kind}: {grown} MiB");
         let answer = http.get(format!("http://{server}/health/live")).send();
-        assert_eq!(answer.await.expect("it answers").status(), 200);
+        assert_eq!(answer.await.expect("the server responds").status(), 200);
         for client in clients {
             client.abort();
         }
@@ -407,14 +412,17 @@ async fn slow_connections_hold_little_memory() {
     }
 }
 
-/// Sends a request and keeps the connection. `None` if the server closed it without a response.
+/// Sends a request and keeps the connection open. Returns `None` if the server closed the connection without a
+/// response.
 async fn ask_on(stream: &mut tokio::net::TcpStream) -> Option<String> {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let request = b"GET /health/live HTTP/1.1\r\nHost: q\r\n\r\n";
     stream.write_all(request).await.ok()?;
     let mut answer = vec![0; 4096];
     let read = tokio::time::timeout(ANSWERED_WITHIN, stream.read(&mut answer)).await;
-    let length = read.expect("it answers or closes").ok()?;
+    let length = read
+        .expect("the server responds or closes the connection")
+        .ok()?;
     (length > 0).then(|| String::from_utf8_lossy(&answer[..length]).into_owned())
 }
 
@@ -428,7 +436,7 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     let at = async |last: u8| {
         let mut stream = connect_from(Ipv4Addr::new(127, 0, 2, last), app.addr)
             .await
-            .expect("it listens");
+            .expect("the server listens");
         ask_on(&mut stream).await.map(|_| stream)
     };
     let mut held = Vec::new();
@@ -446,9 +454,9 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     assert!(refused >= 5, "beyond its share: {refused}");
     held.push(at(2).await.expect("another address"));
     for _ in 0..20 {
-        held.push(at(9).await.expect("a trusted proxy carries many clients"));
+        held.push(at(9).await.expect("a trusted proxy serves many clients"));
     }
-    // Its existing connections keep working.
+    // The address's existing connections keep working.
     assert!(ask_on(&mut held[0]).await.is_some());
     held.remove(0);
     let again = async {
@@ -457,17 +465,17 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
         }
     };
     let again = tokio::time::timeout(ANSWERED_WITHIN, again).await;
-    assert!(again.is_ok(), "a place came free");
+    assert!(again.is_ok(), "no connection was accepted again");
     let refused = "quota_connections_rejected_total{listener=\"public\",limit=\"address\"}";
     assert!(app.metric(refused).await >= 1.0);
 }
 
-/// Anyone may check readiness, and not every check queries PostgreSQL.
+/// Anyone may check readiness, so not every check may query PostgreSQL.
 #[tokio::test(flavor = "multi_thread")]
 async fn flood_of_readiness_checks_rarely_queries_postgres() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
-    // PostgreSQL's own statistics, after they have been written.
+    // Reads PostgreSQL's own statistics, which are written with a delay.
     let scans = async || {
         tokio::time::sleep(Duration::from_millis(1500)).await;
         let sql = "SELECT coalesce(sum(seq_scan + coalesce(idx_scan, 0)), 0)::bigint FROM pg_stat_user_tables \

@@ -1,4 +1,4 @@
-//! The operator's limits for tenants without a subscription.
+//! Tests of the operator's limits for tenants without a subscription.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::support::{
     stripe::{TestStripe, wait_for_access, wait_for_status},
 };
 
-/// A bound that holds on a busy machine.
+/// A time limit that holds on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(45);
 
 /// Returns a plan whose bucket does not refill noticeably during a test.
@@ -92,7 +92,7 @@ async fn too_many_plans_or_keys_are_refused_until_the_tenant_subscribes() {
     let shown = limits(&app, &account).await;
     assert_eq!(shown["plans"], json!({"used": 2, "maximum": 2}));
     assert_eq!(shown["api_keys"], json!({"used": 3, "maximum": 3}));
-    // Other tenants have separate limits, and nothing else is limited.
+    // Other tenants have separate limits, and other resources are not limited.
     let other = app.register().await;
     app.plan(&other, json!({})).await;
     app.service_token(&account).await;
@@ -415,7 +415,7 @@ async fn replicas_serve_exactly_the_month_of_a_tenant() {
     let mut served = spend(&replicas, &keys, 1300).await;
     assert!(served <= LIMIT, "{served}");
     assert!(served >= LIMIT * 99 / 100, "{served}");
-    // A replica may have held the last tokens while requests were sent only to the other one.
+    // A replica may still hold the last tokens.
     let began = Instant::now();
     while served < LIMIT {
         assert!(began.elapsed() < AT_MOST, "{served}");

@@ -1,5 +1,6 @@
-//! PostgreSQL stops responding in the middle of a transaction, for example because its disk hangs, and later only to the
-//! connections that were open then. Background jobs continue with others.
+//! Tests that background jobs continue after PostgreSQL has stopped responding in the middle of a transaction, for
+//! example because its disk hangs. Later, only the connections that were open at that time remain silent, so the jobs
+//! have to use other connections.
 
 use std::{
     sync::Arc,
@@ -55,8 +56,8 @@ impl World {
         }
     }
 
-    /// Loses all responses to what is in progress while `count` statements of the server wait for a table. `begin` causes
-    /// these statements.
+    /// Runs `begin`, waits until `count` of the server's statements are waiting for a table, and then drops all further
+    /// responses on the open connections.
     async fn freeze(&self, table: &str, count: i64, begin: impl AsyncFn()) {
         let holder = self.app.database.connect().await;
         let observer = self.app.database.connect().await;
@@ -68,7 +69,7 @@ impl World {
             "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass";
         let mut begun_at = Instant::now();
         loop {
-            // The statements give up after a second.
+            // The statements time out after a second.
             if begun_at.elapsed() > Duration::from_secs(3) {
                 begin().await;
                 begun_at = Instant::now();
@@ -131,7 +132,7 @@ async fn webhooks_continue() {
         .hooks
         .create(&world.app, &world.account, "/hook")
         .await;
-    // As many as are sent concurrently.
+    // Freeze as many deliveries as are sent concurrently.
     world
         .freeze("webhooks", 4, async || {
             let client = world.app.database.connect().await;
@@ -196,7 +197,7 @@ async fn billing_continues() {
         row.expect("a count").get::<_, i64>(0) == 1
     };
     until("active", async || has_access("active").await).await;
-    // The regular read of customers.
+    // Freeze the regular read of customers.
     let canceled = world.stripe.fake.all("subscription")[0]["id"].clone();
     let path = format!("subscriptions/{}", canceled.as_str().expect("an ID"));
     let canceled = world
@@ -207,6 +208,6 @@ async fn billing_continues() {
     world.stripe.fake.take_queued();
     world.freeze("billing_accounts", 1, async || {}).await;
     let due = "UPDATE billing_accounts SET read_due_at = now()";
-    client.batch_execute(due).await.expect("it is SQL");
+    client.batch_execute(due).await.expect("valid SQL");
     until("canceled", async || has_access("canceled").await).await;
 }

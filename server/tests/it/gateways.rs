@@ -50,7 +50,7 @@ impl Setting {
         }
     }
 
-    /// Sets up HAProxy with a bug in its script, and a substitute for Quota that admits everything.
+    /// Sets up HAProxy, optionally with a bug in its script, and a substitute for Quota that admits everything.
     async fn with_script_fault(fault: Option<(&str, &str)>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let authority = Authority::new(dir.path(), "authority");
@@ -108,7 +108,7 @@ impl Setting {
         response
     }
 
-    /// Sends a request with headers that a consumer might use to try to get admitted.
+    /// Sends a request with headers that a consumer might forge to be admitted.
     async fn forged(&self, key: &str) -> Response {
         self.send(with_forgeries(self.get("/orders").header("x-api-key", key)))
             .await
@@ -151,7 +151,7 @@ fn has_limits(response: &Response, remaining: &str) {
 
 /// Tests admissions, denials, and everything that a consumer can send to try to change the decision.
 async fn enforces_decisions(program: Program) {
-    // The `Origin` of a page that is not allowed, which does not matter to the gateway.
+    // The allowed origins do not matter to requests through a gateway.
     let app = TestApp::setup()
         .flag("--allowed-origins=https://app.example.com")
         .start()
@@ -195,7 +195,7 @@ async fn enforces_decisions(program: Program) {
     assert_eq!(field(&admitted, "x-quota-degraded"), None);
     assert_eq!(field(&admitted, "x-own"), Some("kept"));
     assert_eq!(admitted.text().await.expect("a body"), "an order");
-    let seen = setting.api.requests().pop().expect("it arrived");
+    let seen = setting.api.requests().pop().expect("the request arrived");
     assert_eq!(seen.line, "POST /orders?deny=x&a=b HTTP/1.1");
     assert_eq!(seen.values("origin"), ["https://elsewhere.example"]);
     assert_eq!(seen.values("x-api-key"), [&key]);
@@ -220,7 +220,11 @@ async fn enforces_decisions(program: Program) {
     assert_eq!(field(&denied, "cache-control"), Some("no-store"));
     let wait: u64 = field(&denied, "retry-after").unwrap().parse().unwrap();
     assert!((1..=60).contains(&wait), "{wait}");
-    assert_eq!(setting.api.requests().len(), before, "the API saw a denial");
+    assert_eq!(
+        setting.api.requests().len(),
+        before,
+        "the API got a denied request"
+    );
     // A consumer cannot choose the status of denials.
     let query = setting.get("/?deny=403").header("x-api-key", &key);
     assert_eq!(setting.send(query).await.status(), 429);
@@ -232,13 +236,17 @@ async fn enforces_decisions(program: Program) {
         .header("x-api-key", &other)
         .header("x-api-key", &key);
     let both = setting.send(both).await.status();
-    let seen = setting.api.requests().pop().expect("earlier ones arrived");
+    let seen = setting
+        .api
+        .requests()
+        .pop()
+        .expect("earlier requests arrived");
     assert!(
         (both == 401 && seen.line != "GET /two HTTP/1.1")
             || (both == 200 && seen.values("x-api-key") == [&other]),
         "{both} {seen:?}"
     );
-    // Proxies remove headers named in `Connection`. The gateway's own token must not be one of them.
+    // Proxies remove headers named in `Connection`. The gateway's own token must not be removed.
     let hop = setting
         .get("/connection")
         .header("x-api-key", &other)
@@ -247,7 +255,7 @@ async fn enforces_decisions(program: Program) {
     let hop = setting.get("/").header("connection", "X-Service-Token");
     assert_eq!(setting.send(hop).await.status(), 401);
 
-    // Usage shows the consumer's actual method and path, not the ones it claims.
+    // Usage shows the consumer's actual method and path, not those in forged headers.
     app.ship_usage().await;
     let decisions = "/admin/decisions?limit=100";
     let decisions = app.act(&account, "GET", decisions, Value::Null).await;
@@ -262,7 +270,7 @@ async fn enforces_decisions(program: Program) {
     assert_eq!(endpoints, expected.into_iter().collect());
 }
 
-/// Tests every kind of response, over a persistent connection.
+/// Tests that the connection to Quota is reused after allowed, denied and rejected requests.
 async fn keeps_connections(program: Program) {
     let app = TestApp::start().await;
     let account = app.register().await;
@@ -301,7 +309,7 @@ async fn reports_degraded_decisions(program: Program) {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let plan = app.plan(&account, plan).await;
         let key = app.key(&account, &plan).await.text;
-        // The first calls are late. After them, the circuit breaker opens.
+        // The first calls fail, until the circuit breaker opens.
         let mut response = setting.forged(&key).await;
         for _ in 0..50 {
             if response.status() == status {
@@ -364,10 +372,10 @@ fn payment_required(head: &Head) -> &'static str {
     }
 }
 
-/// Tests that only Quota's admissions admit a request, no matter what the consumer sends.
+/// Tests that a request is forwarded only if Quota has admitted it, no matter what the consumer sends.
 async fn admits_only_what_quota_admits(program: Program) {
     type Answer = fn(&Head) -> &'static str;
-    // Some gateways follow the decision if it is not an admission.
+    // Some gateways respond with Quota's denial even if the status of Quota's response is 200.
     let follows_decision = matches!(program, Program::Nginx | Program::Envoy);
     let limited = if follows_decision { 429 } else { 503 };
     let answers: [(&str, Answer, u16); 7] = [
@@ -382,11 +390,14 @@ async fn admits_only_what_quota_admits(program: Program) {
     for (name, answer, status) in answers {
         let setting = Setting::new(program, "qs_gateway", Behind::Other(answer)).await;
         let response = setting.forged("qk_any").await;
-        assert!(setting.hop.connections() > 0, "{name}: it was not asked");
+        assert!(
+            setting.hop.connections() > 0,
+            "{name}: Quota was not called"
+        );
         assert_eq!(setting.api.requests().len(), 0, "{name} was admitted");
         assert_eq!(response.status(), status, "{name}: {response:?}");
     }
-    // The same setup admits a response with the header.
+    // With Quota's header in the response, the same setup admits the request.
     let setting = Setting::new(program, "qs_gateway", Behind::Other(allowed_200)).await;
     assert_eq!(setting.forged("qk_any").await.status(), 200);
     assert_eq!(setting.api.requests().len(), 1);
@@ -430,12 +441,12 @@ async fn failing_or_silent_script_admits_nothing() {
     let admit = "if answer and answer.status == 200";
     let faults = [
         (
-            "an error before it asks",
+            "an error before the check",
             ask,
             "error('a mistake')\n  local answer = core.httpclient()",
         ),
         (
-            "an error after it has asked",
+            "an error after the check",
             admit,
             "error('a mistake')\n  if answer and answer.status == 200",
         ),
@@ -482,7 +493,7 @@ fn every_configuration_marks_what_to_fill_in() {
             "127.0.0.1:3000",
             "quota.example.com",
             "qs_YOUR_SERVICE_TOKEN",
-            // Not forgeable in the protocol of the rate limit service.
+            // In the protocol of the rate limit service, a consumer cannot forge a decision.
             if file == "envoy-ratelimit.yaml" {
                 "failure_mode_deny: true"
             } else {
@@ -492,10 +503,11 @@ fn every_configuration_marks_what_to_fill_in() {
             assert!(text.contains(part), "{file} does not name {part}");
         }
     }
-    let traefik = fs::read_to_string(folder().join("traefik.yml")).expect("it is there");
+    let traefik =
+        fs::read_to_string(folder().join("traefik.yml")).expect("the configuration exists");
     assert!(
         traefik.contains("This file is not tested"),
-        "Traefik is untested, and its page has to say so"
+        "the configuration for Traefik does not say that it is untested"
     );
     let files = fs::read_dir(folder()).expect("the folder is there").count();
     assert_eq!(files, 7, "a gateway is missing here");

@@ -1,4 +1,4 @@
-//! Tests Envoy's rate limit service with a gRPC client. `gateways` tests it with Envoy.
+//! Tests the rate limit service for Envoy with a gRPC client. `gateways` tests the service with Envoy.
 
 use std::{sync::Arc, time::Duration};
 
@@ -41,7 +41,7 @@ impl World {
         let app = setup.flag(LISTEN).start().await;
         let account = app.register().await;
         let token = app.service_token(&account).await;
-        let client = GrpcClient::connect(app.grpc_addr.expect("it is on")).await;
+        let client = GrpcClient::connect(app.grpc_addr.expect("gRPC is on")).await;
         Self {
             app,
             account,
@@ -220,7 +220,7 @@ async fn key_that_admits_nothing_is_over_limit_and_charged_nothing() {
         assert_eq!(challenge.contains("invalid_token"), sent, "{entries:?}");
         assert_eq!(reply.problem()["status"], 401);
     }
-    // Entries use much more memory than they have bytes in the message.
+    // In memory, entries are much larger than in the message.
     for (entries, expected) in [
         (32, Code::Ok),
         (33, Code::OverLimit),
@@ -236,14 +236,14 @@ async fn key_that_admits_nothing_is_over_limit_and_charged_nothing() {
         }
     }
     before += 1.0;
-    // Envoy copies headers whose bytes are not UTF-8.
+    // Envoy also copies headers that are not UTF-8.
     let mut not_text = request("");
     not_text.descriptors[0].entries[0].value = vec![b'q', 0xff];
     let reply = world.call(&not_text).await;
     assert_eq!(reply.decision(), "unauthorized");
     assert!((world.decisions().await - before).abs() < 0.5);
 
-    // The other tenant's gateway admits that tenant's key, and not this one's.
+    // The other tenant's gateway admits that tenant's key, and does not admit the first tenant's key.
     let token = world.app.service_token(&stranger).await;
     let reply = world.client.call(&token, &request(&strange)).await;
     assert_eq!(reply.code(), Code::Ok);
@@ -324,21 +324,21 @@ async fn hits_addend_is_the_cost() {
         let reply = world.call(&cost(&key, hits)).await;
         assert_eq!((reply.code(), remaining(&reply)), (Code::Ok, left));
     }
-    // That of the descriptor takes precedence. 0 cannot be free either.
+    // The descriptor's cost takes precedence. A cost of 0 counts as 1.
     for (hits, left) in [(2, 11), (0, 10)] {
         let mut request = cost(&key, 7);
         request.descriptors[0].hits_addend = Some(hits);
         let reply = world.call(&request).await;
         assert_eq!((reply.code(), remaining(&reply)), (Code::Ok, left));
     }
-    // More than the burst can never be allowed.
+    // A cost above the burst can never be allowed.
     let never = world.call(&cost(&key, 21)).await;
     assert_eq!(
         (never.code(), never.decision()),
         (Code::OverLimit, "limited")
     );
     assert_eq!(never.header("retry-after"), None);
-    // More than the check API accepts is rejected, not clamped.
+    // A cost above the check API's maximum is rejected, not clamped.
     for (hits, is_negative) in [
         (1_000_001, false),
         (u64::from(u32::MAX) + 2, false),
@@ -384,7 +384,7 @@ async fn descriptors_are_charged_in_order_up_to_the_first_denied_one() {
     let reply = world.call(&all(&[&second, &first, &first])).await;
     assert_eq!(left(&reply), [1, 1, 0]);
     assert_eq!(reply.header("x-ratelimit-remaining"), Some("1"));
-    // Those of a denial are those of the denied descriptor. The third key is not charged.
+    // For a denial, the headers are those of the denied descriptor. The third key is not charged.
     let reply = world.call(&all(&[&second, &first, &third])).await;
     assert_eq!(reply.code(), Code::OverLimit);
     assert_eq!(
@@ -480,7 +480,7 @@ async fn without_redis_the_plan_decides() {
     for (mode, status) in [("open", Some(0)), ("closed", UNAVAILABLE)] {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let key = world.key(plan).await;
-        // The first calls are late. After them, the circuit breaker opens.
+        // The first calls fail, until the circuit breaker opens.
         let mut reply = world.check(&key.text).await;
         for _ in 0..50 {
             let is_denied = reply.status == Some(0) && reply.code() == Code::OverLimit;
@@ -528,7 +528,8 @@ async fn malformed_messages_get_an_error_and_never_a_panic() {
                 _ => body[at] ^= 1 << random.u8(..8),
             }
         }
-        // Most of these would fail because of their length, and not reach the decoder.
+        // Most of these messages have the wrong length, which is detected before decoding. Therefore, correct the
+        // length of half of the messages.
         if random.bool() && body.len() > 5 {
             body = framed(&body[5..]);
         }
@@ -544,7 +545,7 @@ async fn malformed_messages_get_an_error_and_never_a_panic() {
     assert!(statuses[&3] > 500 && statuses[&0] > 100, "{statuses:?}");
     assert!(world.app.metric("quota_panics_total").await < 0.5);
 
-    // Consumers may cause a message that is too large, so it is a response.
+    // A consumer can cause a message that is too large, so the call succeeds, with a denial.
     let large = "x".repeat(200 * 1024);
     let reply = world.check(&large).await;
     assert_eq!(reply.code(), Code::OverLimit);
@@ -588,8 +589,8 @@ async fn other_requests_are_rejected() {
         .send_to(path, "application/grpc+proto", &token, body.clone())
         .await;
     assert_eq!(reply.code(), Code::Ok);
-    // HTTP/1 has no place for the status.
-    let url = format!("http://{}{path}", world.app.grpc_addr.expect("it is on"));
+    // A gRPC call needs HTTP/2.
+    let url = format!("http://{}{path}", world.app.grpc_addr.expect("gRPC is on"));
     let response = Client::new()
         .post(url)
         .header("content-type", "application/grpc")
@@ -597,11 +598,11 @@ async fn other_requests_are_rejected() {
         .body(body)
         .send()
         .await
-        .expect("it answers");
+        .expect("the server responds");
     assert_eq!(response.status(), 415);
     let decisions = world.decisions().await;
     assert!((decisions - 1.0).abs() < 0.5, "{decisions}");
-    // The API is not served here, nor is this service on the API's address.
+    // The gRPC listener does not serve the API, and the API's listener does not serve gRPC.
     let api = world.app.post(path, json!({})).send().await;
     assert_eq!(api.status, 404);
 }
@@ -615,19 +616,23 @@ async fn process_serves_grpc_and_logs_calls_without_secrets() {
         let lines = std::io::BufRead::lines(out).map_while(Result::ok);
         lines.collect::<Vec<_>>()
     });
-    let addr = quota.grpc_addr.expect("it is on");
+    let addr = quota.grpc_addr.expect("gRPC is on");
     let plan = json!({"name": "grpc", "default_rpm": 60, "burst": 1});
     let key = quota.key_on(&http, plan).await;
     let url = |path: &str| format!("http://{}{path}", quota.addr);
     let login = json!({"email": "owner@example.com", "password": PASSWORD});
     let login = http.post(url("/auth/login")).json(&login).send().await;
-    let login: Value = login.expect("it answers").json().await.expect("JSON");
+    let login: Value = login
+        .expect("the server responds")
+        .json()
+        .await
+        .expect("JSON");
     let access = login["access_token"].as_str().expect("a token");
     let token = http
         .post(url("/admin/service-tokens"))
         .bearer_auth(access)
         .json(&json!({"name": "Envoy"}));
-    let token = token.send().await.expect("it answers");
+    let token = token.send().await.expect("the server responds");
     let token: Value = token.json().await.expect("JSON");
     let token = token["token"].as_str().expect("a token");
 
@@ -641,7 +646,7 @@ async fn process_serves_grpc_and_logs_calls_without_secrets() {
     assert_eq!(quota.counter(&http, open).await, 1);
     quota.stop();
     let refused = tokio::net::TcpStream::connect(addr).await;
-    assert!(refused.is_err(), "it still listens");
+    assert!(refused.is_err(), "the server still listens");
 
     let lines = reader.join().expect("the log ends");
     let all = lines.join("\n");

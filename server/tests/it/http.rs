@@ -24,14 +24,14 @@ const LONG: Duration = Duration::from_secs(20);
 
 /// Sends bytes and reads until the server closes the connection, for at most `LONG`.
 async fn raw(addr: SocketAddr, bytes: &[u8]) -> String {
-    let mut stream = TcpStream::connect(addr).await.expect("it listens");
-    // The server may respond and close before it has read everything.
+    let mut stream = TcpStream::connect(addr).await.expect("the server listens");
+    // The server may respond and close the connection before it has read everything.
     let _ = stream.write_all(bytes).await;
     let mut answer = Vec::new();
     let read = timeout(LONG, stream.read_to_end(&mut answer)).await;
     assert!(
         read.is_ok(),
-        "the connection stays open: {}",
+        "the connection is still open: {}",
         String::from_utf8_lossy(&answer)
     );
     String::from_utf8_lossy(&answer).into_owned()
@@ -39,7 +39,7 @@ async fn raw(addr: SocketAddr, bytes: &[u8]) -> String {
 
 fn status(answer: &str) -> u16 {
     let code = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
-    code.unwrap_or_else(|| panic!("no answer: {answer:?}"))
+    code.unwrap_or_else(|| panic!("no response: {answer:?}"))
 }
 
 async fn app_and_account() -> (TestApp, Account) {
@@ -138,7 +138,7 @@ async fn body_that_is_not_json_gets_a_clear_problem() {
         let shown = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
         assert_eq!(send("application/json", body).await, 400, "{shown}");
     }
-    // A missing body and media type mean an empty object, for bodies without required fields.
+    // A missing body counts as an empty object, in which the required field is missing.
     let none = app.request(reqwest::Method::POST, "/admin/service-tokens");
     assert_eq!(none.bearer(&account.access_token).send().await.status, 422);
 }
@@ -194,7 +194,9 @@ async fn non_http_traffic_is_rejected_and_does_no_harm() {
 async fn slow_headers_are_cut_off_in_time() {
     let app = TestApp::setup().flag("--header-timeout=1s").start().await;
     let began = Instant::now();
-    let mut stream = TcpStream::connect(app.addr).await.expect("it listens");
+    let mut stream = TcpStream::connect(app.addr)
+        .await
+        .expect("the server listens");
     stream
         .write_all(b"GET /health/live HTTP/1.1\r\n")
         .await
@@ -208,7 +210,7 @@ async fn slow_headers_are_cut_off_in_time() {
     });
     let mut answer = Vec::new();
     let ended = timeout(LONG, reader.read_to_end(&mut answer)).await;
-    assert!(ended.is_ok(), "it is held open");
+    assert!(ended.is_ok(), "the connection is held open");
     let took = began.elapsed();
     assert!(
         took >= Duration::from_millis(900) && took < Duration::from_secs(4),
@@ -242,10 +244,10 @@ async fn only_harmless_request_ids_are_kept() {
             .header("x-request-id", value)
             .send()
             .await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         answer.headers()["x-request-id"]
             .to_str()
-            .expect("it is text")
+            .expect("a header value is text")
             .to_owned()
     };
     for good in [
@@ -272,7 +274,7 @@ async fn only_harmless_request_ids_are_kept() {
         let given = ask(bad.as_bytes()).await;
         assert!(uuid::Uuid::parse_str(&given).is_ok(), "{bad:?}: {given}");
     }
-    // Every response has a request ID, including those to malformed requests.
+    // Every response has a request ID, including errors.
     for path in ["/", "/nope", "/docs", "/openapi.json", "/admin/plans"] {
         assert!(app.get(path).send().await.header("x-request-id").is_some());
     }
@@ -322,7 +324,7 @@ async fn pages_exist_and_load_nothing_from_other_hosts() {
                 assert_eq!(
                     app.get(target).send().await.status,
                     200,
-                    "{page} leads to {target}"
+                    "{page} links to {target}"
                 );
             }
         }
@@ -360,18 +362,18 @@ async fn metrics_are_only_on_their_own_port() {
         .get(format!("http://{}/metrics", app.metrics_addr))
         .send()
         .await;
-    assert_eq!(metrics.expect("it answers").status(), 200);
+    assert_eq!(metrics.expect("the server responds").status(), 200);
     let other = app
         .http
         .get(format!("http://{}/admin/plans", app.metrics_addr))
         .send()
         .await;
-    assert_eq!(other.expect("it answers").status(), 404);
+    assert_eq!(other.expect("the server responds").status(), 404);
 }
 
 // The real binary. ------------------------------------------------------------------------------------
 
-/// `quota serve`, stopped on drop.
+/// A running `quota serve`, which is killed when it is dropped.
 struct Serving {
     child: Child,
     addr: SocketAddr,
@@ -386,7 +388,7 @@ impl Drop for Serving {
 
 fn free_addr() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    listener.local_addr().expect("it is bound")
+    listener.local_addr().expect("the socket is bound")
 }
 
 async fn serving(database_url: &str, flags: &[&str]) -> Serving {
@@ -402,8 +404,8 @@ async fn serving(database_url: &str, flags: &[&str]) -> Serving {
         .stderr(Stdio::inherit())
         .spawn()
         .expect("the binary starts");
-    // Its log is read to the end, so that it never blocks on a full pipe.
-    let log = BufReader::new(child.stdout.take().expect("it is piped"));
+    // Read the log to the end, so that the server never blocks on a full pipe.
+    let log = BufReader::new(child.stdout.take().expect("the output is piped"));
     std::thread::spawn(move || log.lines().map_while(Result::ok).for_each(drop));
     let serving = Serving { child, addr };
     for _ in 0..400 {
@@ -413,7 +415,7 @@ async fn serving(database_url: &str, flags: &[&str]) -> Serving {
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    panic!("it does not get ready");
+    panic!("the server does not become ready");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -422,9 +424,9 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     let mut serving = serving(app.database.url(), &["--drain-delay=2s"]).await;
     let addr = serving.addr;
 
-    // A request whose body is incomplete.
+    // Send a request whose body is incomplete.
     let body = r#"{"email":"nobody@example.com","password":"violet-harbour-quilt-93"}"#;
-    let mut flight = std::net::TcpStream::connect(addr).expect("it listens");
+    let mut flight = std::net::TcpStream::connect(addr).expect("the server listens");
     write!(
         flight,
         "POST /auth/login HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{{",
@@ -437,17 +439,20 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
         nix::unistd::Pid::from_raw(pid),
         nix::sys::signal::Signal::SIGTERM,
     )
-    .expect("it is ours");
+    .expect("a child process");
     let told = Instant::now();
     let mut said_not_ready = false;
     while told.elapsed() < Duration::from_millis(1500) {
         let ready = reqwest::get(format!("http://{addr}/health/ready"))
             .await
-            .expect("it still takes requests");
+            .expect("the server still accepts requests");
         if ready.status() == 503 {
             said_not_ready = true;
             let live = reqwest::get(format!("http://{addr}/health/live")).await;
-            assert_eq!(live.expect("it lives").status(), 200);
+            assert_eq!(
+                live.expect("the liveness probe gets a response").status(),
+                200
+            );
             break;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -458,11 +463,11 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     tokio::time::sleep(Duration::from_millis(2500).saturating_sub(told.elapsed())).await;
     assert!(
         std::net::TcpStream::connect(addr).is_err(),
-        "it takes no new connections"
+        "the server accepts no new connections"
     );
     assert!(
-        serving.child.try_wait().expect("it is ours").is_none(),
-        "it waits for the request"
+        serving.child.try_wait().expect("a child process").is_none(),
+        "the server waits for the request"
     );
     flight.write_all(&body.as_bytes()[1..]).expect("sent");
     let mut answer = String::new();
@@ -470,10 +475,13 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     assert_eq!(status(&answer), 401, "{answer}");
 
     let ended = loop {
-        if let Some(ended) = serving.child.try_wait().expect("it is ours") {
+        if let Some(ended) = serving.child.try_wait().expect("a child process") {
             break ended;
         }
-        assert!(told.elapsed() < Duration::from_secs(30), "it does not end");
+        assert!(
+            told.elapsed() < Duration::from_secs(30),
+            "the server does not exit"
+        );
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
     assert_eq!(ended.code(), Some(0));

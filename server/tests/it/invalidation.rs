@@ -1,8 +1,8 @@
-//! Runs three replicas as in production, and tests that a change on one reaches all: with messages between them,
-//! without messages, and without Redis.
+//! Runs three replicas as in production, and tests that a change made on one replica reaches all replicas: with
+//! messages between them, without messages, and without Redis.
 //!
-//! Prints how long this takes, and asserts a bound that holds on a busy machine. The benchmarks measure the promised
-//! second.
+//! Prints how long changes take to arrive, and asserts a bound that holds on a busy machine. The benchmarks measure
+//! whether changes arrive within the promised second.
 
 use std::{
     sync::Arc,
@@ -27,7 +27,7 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// The time limit for any machine.
+/// A time limit that holds on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(5);
 const CHANGES: usize = 120;
 /// The number of changes in progress.
@@ -89,24 +89,24 @@ impl World {
             .json(&body)
             .send()
             .await
-            .expect("it answers");
+            .expect("the server responds");
         let status = answer.status();
         let text = answer.text().await.expect("text");
         assert!(status.is_success(), "{path}: {status} {text}");
         serde_json::from_str(&text).unwrap_or(Value::Null)
     }
 
-    /// Returns the status of a request with the key, and its limit if there is one.
+    /// Returns the status of a request with the key, and the limit in the response if there is one.
     async fn used(&self, replica: &Quota, key: &str) -> (u16, Option<String>) {
         let url = format!("http://{}/v1/echo", replica.addr);
         let answer = self.http.get(url).header("X-API-Key", key).send().await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         let limit = answer.headers().get("x-ratelimit-limit");
         let limit = limit.map(|it| it.to_str().expect("text").to_owned());
         (answer.status().as_u16(), limit)
     }
 
-    /// Creates a plan and a key, lets every replica cache them, changes something, and returns how long after the
+    /// Creates a plan and a key, lets every replica cache them, changes one of them, and returns how long after the
     /// response each replica applied the change.
     async fn change(&self, n: usize) -> Vec<Duration> {
         let plan =
@@ -115,7 +115,7 @@ impl World {
         let plan_id = plan["id"].as_str().expect("an id");
         let key = json!({"name": "it", "plan_id": plan_id});
         let made = self.act(Method::POST, "/admin/api-keys", key).await;
-        let key = made["key"].as_str().expect("the text");
+        let key = made["key"].as_str().expect("the key's secret");
         let path = format!(
             "/admin/api-keys/{}",
             made["api_key"]["id"].as_str().expect("an id")
@@ -151,7 +151,7 @@ impl World {
             while self.used(replica, key).await != expected {
                 assert!(
                     answered.elapsed() < AT_MOST,
-                    "change {n} is not in force on {}",
+                    "change {n} has not been applied by {}",
                     replica.addr
                 );
                 sleep(Duration::from_millis(10)).await;
@@ -204,7 +204,7 @@ async fn every_change_reaches_every_replica() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_change_reaches_every_replica_without_messages() {
     let world = World::start().await;
-    // Forbids publishing and subscribing. All other commands work.
+    // Forbid publishing and subscribing. All other commands work.
     let done = world
         .redis
         .command("ACL SETUSER default resetchannels")

@@ -16,7 +16,7 @@ use crate::support::{
     postgres::TestDatabase,
 };
 
-/// A key, as the test has inserted it.
+/// A key that the test has inserted.
 #[derive(Debug, Clone)]
 struct Key {
     id: String,
@@ -27,7 +27,7 @@ struct Key {
 }
 
 /// Creates an account with this many keys: their names have eight different beginnings, a random middle and, for one in
-/// 1,000 keys, a rare ending. Half of them have an external ID.
+/// 1,000 keys, a rare ending. Half of the keys have an external ID.
 async fn account_with_keys(app: &TestApp, count: usize) -> (Account, Vec<Key>) {
     let account = app.register().await;
     let plan = app.plan(&account, json!({"name": "Plan"})).await;
@@ -65,7 +65,8 @@ async fn account_with_keys(app: &TestApp, count: usize) -> (Account, Vec<Key>) {
     (account, keys.collect())
 }
 
-/// Whether a search finds the key: a part of the name in any case, or the beginning of the prefix or external ID.
+/// Returns whether a search finds the key: by a part of its name in any case, or by the beginning of its prefix or
+/// external ID.
 fn is_found(key: &Key, search: &str) -> bool {
     let is_in_name = key.name.to_lowercase().contains(&search.to_lowercase());
     let begins = |text: &str| text.starts_with(search);
@@ -133,7 +134,7 @@ async fn check_searches(app: &TestApp, account: &Account, keys: &[Key], searches
 async fn searches_of_a_long_list_find_exactly_the_matching_keys() {
     let app = TestApp::setup().without_jobs().start().await;
     let (account, keys) = account_with_keys(&app, 12_000).await;
-    // Another organization has the same names.
+    // Another organization has keys with the same names.
     let (other, _) = account_with_keys(&app, 100).await;
     let some = &keys[17];
     let searches = [
@@ -151,13 +152,13 @@ async fn searches_of_a_long_list_find_exactly_the_matching_keys() {
         &some.prefix,
         &some.name,
         &format!("{}x", some.prefix),
-        // Found in names and in prefixes.
+        // This string occurs in names and in prefixes.
         &some.prefix[3..6],
     ]
     .map(str::to_owned);
     check_searches(&app, &account, &keys, &searches).await;
 
-    // More keys than are counted.
+    // There are more keys than are counted.
     let (ids, total) = pages(&app, &account, "sort=name", 2).await;
     assert_eq!((ids.len(), total), (200, 10_000));
     let (ids, total) = pages(&app, &account, "is_active=false", 20).await;
@@ -165,7 +166,7 @@ async fn searches_of_a_long_list_find_exactly_the_matching_keys() {
     let (ids, total) = pages(&app, &other, "search=zebra", 2).await;
     assert_eq!((ids.len(), total), (1, 1));
 
-    // Without the extension, searches are slower, but find the same.
+    // Without the extension, searches are slower but find the same keys.
     let client = app.database.connect().await;
     client
         .batch_execute("DROP EXTENSION pg_trgm CASCADE")
@@ -175,7 +176,7 @@ async fn searches_of_a_long_list_find_exactly_the_matching_keys() {
     check_searches(&app, &account, &keys, &few).await;
 }
 
-/// Returns the plan of the query that finds the keys of a search, as the server runs it.
+/// Returns PostgreSQL's plan for the query that finds the keys of a search, as the server runs it.
 async fn plan(client: &Client, tenant: &str, search: &str) -> String {
     client
         .batch_execute("BEGIN; SET LOCAL ROLE quota_system")
@@ -196,7 +197,7 @@ async fn searches_use_the_indexes() {
     let app = TestApp::setup().without_jobs().start().await;
     let (account, _) = account_with_keys(&app, 5000).await;
     let client = app.database.connect().await;
-    // Small tables are read completely otherwise.
+    // Otherwise, PostgreSQL would scan the whole table, because it is small.
     client
         .batch_execute("SET enable_seqscan = off")
         .await
@@ -211,7 +212,7 @@ async fn searches_use_the_indexes() {
     }
 }
 
-/// Where the extension is not installed or not allowed.
+/// Covers servers where the extension is not installed or not allowed.
 #[tokio::test(flavor = "multi_thread")]
 async fn migrations_succeed_without_the_extension() {
     let database = TestDatabase::create_empty().await;
@@ -240,10 +241,10 @@ async fn migrations_succeed_without_the_extension() {
     db::revert_all(&url).await.expect("reverted");
 }
 
-/// Measures lists and searches with many keys. `cargo xtask bench keys` runs it. It does not assert times, because they
-/// depend on the machine.
+/// Measures lists and searches with many keys. `cargo xtask bench keys` runs this measurement, which does not assert
+/// times, because they depend on the machine.
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "a measurement, which takes a minute"]
+#[ignore = "a measurement that takes a minute"]
 async fn three_hundred_thousand_keys() {
     const ROUNDS: usize = 50;
     #[expect(clippy::disallowed_methods, reason = "tests have no `Config`")]

@@ -1,5 +1,5 @@
-//! Tests how the last use of keys and service tokens is recorded. The last use of keys is stored with their usage; that
-//! of tokens is kept in memory and stored in batches.
+//! Tests how the last use of keys and service tokens is recorded. The last use of a key is stored with its usage; the
+//! last use of a token is kept in memory and stored in batches.
 
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;
@@ -63,7 +63,7 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     );
     locked.batch_execute(&lock).await.unwrap();
     assert!(app.state.last_used.flush(&app.state.db).await.is_err());
-    // One key is used again in the meantime, and another is used according to a clock that is behind.
+    // In the meantime, one key is used again, and two keys are used according to a clock that is behind.
     app.state.last_used.key(ApiKeyId(ids[1_500]), at(3));
     app.state.last_used.key(ApiKeyId(ids[1_501]), at(0));
     app.state.last_used.key(ApiKeyId(ids[0]), at(0));
@@ -77,7 +77,7 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     let now = written(&database).await;
     let mut expected = vec![Some(1); ids.len()];
     expected[1_500] = Some(3);
-    assert!(now == expected, "something was lost or went back");
+    assert!(now == expected, "a time was lost or moved back");
     // There is nothing left to write.
     let reset = "UPDATE api_keys SET last_used_at = NULL";
     database.batch_execute(reset).await.unwrap();
@@ -106,7 +106,7 @@ async fn later_use_wins_also_when_two_replicas_write_at_once() {
         late.state.last_used.key(ApiKeyId(*id), at(9));
         late.state.last_used.key(ApiKeyId(*id), at(7));
     }
-    // Deleted keys and a token that never existed do not cause an error.
+    // A key and a token that do not exist do not cause an error.
     one.state.last_used.key(ApiKeyId(Uuid::max()), at(1));
     one.state
         .last_used
@@ -172,19 +172,19 @@ async fn last_use_of_a_key_is_written_with_its_usage_and_never_moves_back() {
     app.ship_usage().await;
     let sql = "SELECT extract(epoch FROM now())::float8";
     let now: f64 = database.query_one(sql, &[]).await.unwrap().get(0);
-    let first = times().await[&used.id].expect("it was used");
+    let first = times().await[&used.id].expect("the key was used");
     assert!((now - 60.0..=now + 1.0).contains(&first), "{first} {now}");
     assert_eq!(times().await[&unused.id], None);
     // A denied request also counts as a use.
     tokio::time::sleep(std::time::Duration::from_millis(1_200)).await;
     assert_eq!(app.echo(&used.text).await.status, 429);
     app.ship_usage().await;
-    let second = times().await[&used.id].expect("it was used");
+    let second = times().await[&used.id].expect("the key was used");
     assert!(second > first + 1.0, "{first} {second}");
     let ahead = "UPDATE api_keys SET last_used_at = now() + interval '1 hour' WHERE last_used_at IS NOT NULL";
     database.batch_execute(ahead).await.unwrap();
     assert_eq!(app.echo(&used.text).await.status, 429);
     app.ship_usage().await;
-    let third = times().await[&used.id].expect("it was used");
+    let third = times().await[&used.id].expect("the key was used");
     assert!(third > now + 3_000.0, "{third}");
 }

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-/// Every module of the server, lowest rank first. `main` and `lib` are above all others.
+/// Every module of the server, lowest rank first. `commands`, `lib` and `main` are above all others.
 const RANKS: &[&[&str]] = &[
     &[
         "clock",
@@ -233,7 +233,7 @@ fn imports(code: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Whether the code uses a crate: in a path, or by `use` of the crate itself.
+/// Returns whether the code uses a crate: in a path, or by `use` of the crate itself.
 fn uses(code: &str, krate: &str) -> bool {
     code.match_indices(krate).any(|(at, _)| {
         let before = code[..at].trim_end_matches(' ');
@@ -247,7 +247,7 @@ fn uses(code: &str, krate: &str) -> bool {
 fn violations(path: &str, source: &str) -> Vec<String> {
     let (code, own) = (code(source), module_of(path));
     let Some(own_rank) = rank(own) else {
-        return vec![format!("{path}: {own} has no rank; give it one here")];
+        return vec![format!("{path}: {own} has no rank; add it to RANKS")];
     };
     let mut found = BTreeSet::new();
     for module in imports(&code) {
@@ -340,7 +340,7 @@ fn circle(graph: &BTreeMap<&str, BTreeSet<&str>>, folder: &str) -> Vec<String> {
             break;
         }
     }
-    // The remaining files are in a cycle or import from one.
+    // The remaining files are in a cycle or import from files in a cycle.
     rest.iter()
         .map(|(path, targets)| {
             let targets = targets.iter().filter(|target| rest.contains_key(*target));
@@ -363,7 +363,7 @@ fn inner_violations(graph: &BTreeMap<&str, BTreeSet<&str>>) -> Vec<String> {
             };
             let Some(own_rank) = rank_in(ranks, &own) else {
                 found.push(format!(
-                    "{path}: {own} has no rank in {folder}; give it one here"
+                    "{path}: {own} has no rank in {folder}; add it to INNER_RANKS"
                 ));
                 continue;
             };

@@ -14,17 +14,17 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// The length of the path in each request. The log shortens it.
+/// The length of the path in each request. The log shortens the path.
 const LONG_PATH: usize = 3_900;
 /// More lines than the buffer and the pipe can hold together.
 const REQUESTS: usize = 20_000;
 const BATCH: usize = 100;
 
-/// Sends requests over a few connections and returns the number of responses.
+/// Sends requests over several connections, one after another, and returns the number of responses.
 fn get_many(server: SocketAddr, path: &str) -> usize {
     let mut answered = 0;
     for _ in 0..REQUESTS / BATCH {
-        let mut stream = TcpStream::connect(server).expect("it listens");
+        let mut stream = TcpStream::connect(server).expect("the server listens");
         let patience = Some(Duration::from_secs(20));
         stream.set_read_timeout(patience).expect("a socket");
         let request = format!("GET {path} HTTP/1.1\r\nHost: q\r\n\r\n");
@@ -35,8 +35,13 @@ fn get_many(server: SocketAddr, path: &str) -> usize {
         );
         let writer = std::thread::spawn(move || stream.write_all(requests.as_bytes()));
         let mut answers = Vec::new();
-        reader.read_to_end(&mut answers).expect("it answers");
-        writer.join().expect("it ends").expect("it reads");
+        reader
+            .read_to_end(&mut answers)
+            .expect("the server responds");
+        writer
+            .join()
+            .expect("the thread does not panic")
+            .expect("the server reads");
         answered += String::from_utf8_lossy(&answers)
             .matches("HTTP/1.1 404 ")
             .count();
@@ -50,9 +55,9 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
     let (quota, out) = Quota::start_unread(data.path(), &[("RUST_LOG", "info")]);
     let (addr, path) = (quota.addr, format!("/{}", "p".repeat(LONG_PATH)));
     let answered = std::thread::spawn(move || get_many(addr, &path)).join();
-    assert_eq!(answered.expect("every request is answered"), REQUESTS);
+    assert_eq!(answered.expect("every request gets a response"), REQUESTS);
 
-    // Events do not block either. Registering logs one.
+    // Requests that log an event, such as a registration, are not blocked either.
     for n in 0..8 {
         let account = json!({"email": format!("{n}@example.com"), "password": PASSWORD});
         let url = format!("http://{}/auth/register", quota.addr);
@@ -60,7 +65,7 @@ async fn a_stopped_reader_of_standard_output_stops_no_request() {
             .post(url)
             .json(&account)
             .timeout(Duration::from_secs(20));
-        let status = answer.send().await.expect("it answers").status();
+        let status = answer.send().await.expect("the server responds").status();
         assert!([201, 429].contains(&status.as_u16()), "{status}");
     }
     let dropped = quota.counter(&http, "quota_log_lines_dropped_total").await;

@@ -1,4 +1,4 @@
-//! Emails about alerts reach the members who should receive them, once, despite failures of the mail server.
+//! Tests that emails about alerts reach the right members exactly once, despite failures of the mail server.
 
 use std::time::Duration;
 
@@ -45,7 +45,7 @@ impl World {
         member
     }
 
-    /// Creates an alert to send.
+    /// Creates an alert whose email is pending.
     async fn alert(&self, name: &str) {
         let client = self.app.database.connect().await;
         client
@@ -64,7 +64,7 @@ impl World {
             .expect("an alert");
     }
 
-    /// Writes and sends emails. Returns how many were sent, postponed and given up on.
+    /// Writes and sends emails. Returns how many emails were sent, postponed and abandoned.
     async fn send(&self) -> (u64, u64, u64) {
         let state = &self.app.state;
         let url = &state.config.public_url;
@@ -90,7 +90,7 @@ impl World {
 
     async fn sql(&self, statement: &str) {
         let client = self.app.database.connect().await;
-        client.execute(statement, &[]).await.expect("it is SQL");
+        client.execute(statement, &[]).await.expect("valid SQL");
     }
 }
 
@@ -169,7 +169,11 @@ async fn alerts_are_collected_and_the_number_of_emails_is_limited() {
         assert_eq!(world.send().await, (1, 0, 0), "{n}");
     }
     world.alert("Seventh").await;
-    assert_eq!(world.send().await, (0, 0, 0), "six in an hour are enough");
+    assert_eq!(
+        world.send().await,
+        (0, 0, 0),
+        "at most six emails are sent in an hour"
+    );
     world.alert("Eighth").await;
     world
         .sql("UPDATE mails SET created_at = created_at - interval '1 hour'")
@@ -189,7 +193,11 @@ async fn temporary_refusal_is_retried_and_a_permanent_one_is_not() {
     world.smtp.refuse("451 Try again later");
     world.alert("A").await;
     assert_eq!(world.send().await, (0, 1, 0));
-    assert_eq!(world.send().await, (0, 0, 0), "not before the pause");
+    assert_eq!(
+        world.send().await,
+        (0, 0, 0),
+        "no retry before the pause ends"
+    );
     world
         .sql("UPDATE mails SET due_at = now() WHERE due_at IS NOT NULL")
         .await;
@@ -249,7 +257,7 @@ async fn replicas_write_and_send_each_email_once() {
     assert_eq!(world.smtp.received().len(), 1);
 }
 
-/// Otherwise, someone who creates many accounts could make the server send any number of emails.
+/// Without this limit, someone who creates many accounts could make the server send any number of emails.
 #[tokio::test(flavor = "multi_thread")]
 async fn emails_to_all_tenants_are_limited_and_the_others_wait() {
     let world = World::new().await;
@@ -273,7 +281,7 @@ async fn emails_to_all_tenants_are_limited_and_the_others_wait() {
     }
     let sent = state.alerts.send_emails(&state.mailer).await;
     assert_eq!(sent.expect("a round").sent, 2);
-    // An hour later, the third one is sent.
+    // An hour later, the third email is sent.
     world
         .sql("UPDATE mails SET created_at = created_at - interval '61 minutes'")
         .await;
@@ -350,12 +358,12 @@ async fn tenant_whose_emails_cannot_be_written_does_not_delay_others() {
     assert_eq!(other.send().await, (1, 0, 0));
 }
 
-/// It accepts the message in the end, but another replica may have sent it by then.
+/// The mail server accepts the message in the end, but another replica may have sent it by then.
 #[tokio::test(flavor = "multi_thread")]
 async fn mail_server_that_takes_too_long_is_an_outage() {
     let world = World::new().await;
     world.alert("A").await;
-    // Each answer is within the limit for a command.
+    // Each response arrives within the limit for a command.
     world.smtp.delay(Duration::from_secs(9));
     let began = std::time::Instant::now();
     assert_eq!(world.send().await, (0, 1, 0));

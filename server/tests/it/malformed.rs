@@ -1,4 +1,5 @@
-//! Tests malformed requests: the server responds or closes the connection, never fails, and keeps serving.
+//! Tests malformed requests: the server responds or closes the connection, never fails, and keeps serving other
+//! requests.
 
 use std::{
     collections::BTreeMap,
@@ -288,7 +289,7 @@ fn request(random: &mut Rng) -> Vec<u8> {
     }
     bytes.extend(end(random).as_bytes());
     bytes.extend(body);
-    // Sometimes changes, removes or repeats some bytes.
+    // Sometimes, change or insert some bytes, or truncate the request.
     if random.u8(..8) == 0 && !bytes.is_empty() {
         for _ in 0..random.u8(1..4) {
             let at = random.usize(..bytes.len());
@@ -302,15 +303,17 @@ fn request(random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Sends a random request, followed by a valid one. Returns everything that the server sends until it closes the
+/// Sends a random request, followed by a valid request. Returns everything that the server sends until it closes the
 /// connection.
 async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     let mut random = Rng::with_seed(seed);
     let request = request(&mut random);
-    let mut stream = TcpStream::connect(server).await.expect("it listens");
+    let mut stream = TcpStream::connect(server)
+        .await
+        .expect("the server listens");
     let (mut reader, mut writer) = stream.split();
     let writing = async {
-        // Sends the request in two parts, occasionally with a pause. A server that has closed the connection does not
+        // Send the request in two parts, occasionally with a pause. A server that has closed the connection does not
         // accept any more data.
         let middle = random.usize(..=request.len());
         let last = b"GET /health/live HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
@@ -330,14 +333,17 @@ async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     };
     let both = async { tokio::join!(writing, reading) };
     let ended = timeout(ENDED_WITHIN, both).await;
-    assert!(ended.is_ok(), "seed {seed} is held open: {request:?}");
+    assert!(
+        ended.is_ok(),
+        "seed {seed}: the connection is held open: {request:?}"
+    );
     answers
 }
 
 /// Returns the number of requests to send. Set `MALFORMED_REQUESTS=100000` to send more.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a measurement is no setting of the server"
+    reason = "the length of a test is not a setting of the server"
 )]
 fn requests() -> u64 {
     std::env::var("MALFORMED_REQUESTS").map_or(REQUESTS, |number| number.parse().expect("a number"))
@@ -383,7 +389,7 @@ async fn malformed_requests_are_refused_and_nothing_fails() {
     }
     drop(all);
     println!("{requests} requests: {statuses:?}");
-    // Most requests were parsed far enough to be rejected, and all endpoints were reached.
+    // Each of these statuses must occur, so that the requests are known to reach the endpoints.
     let answered = |status: &str| statuses.get(status).copied().unwrap_or_default();
     for status in ["400", "401", "404", "405", "415", "422"] {
         assert!(answered(status) > 0, "{status}: {statuses:?}");

@@ -82,7 +82,7 @@ async fn metric(app: &TestApp, name: &str) -> String {
     app.metric(name).await.to_string()
 }
 
-/// A server with a key and without workers: the test triggers shipping.
+/// A server with a key and without background jobs: the test triggers shipping.
 struct World {
     app: TestApp,
     account: Account,
@@ -102,7 +102,9 @@ impl World {
     /// Sends one request, and returns its ID and status.
     async fn echo(&self) -> (String, u16) {
         let answer = self.app.echo(&self.key.text).await;
-        let id = answer.header("x-request-id").expect("every answer has one");
+        let id = answer
+            .header("x-request-id")
+            .expect("every response has an ID");
         (id.to_owned(), answer.status)
     }
 
@@ -122,7 +124,7 @@ impl World {
 
     fn usage_directory(&self) -> PathBuf {
         let root = self.app.state.config.data_dir.join("usage");
-        let found = metering::directories(&root).expect("it is readable");
+        let found = metering::directories(&root).expect("a readable directory");
         assert_eq!(found.len(), 1, "{found:?}");
         found[0].clone()
     }
@@ -177,13 +179,15 @@ async fn every_decision_is_recorded_by_every_way_in() {
         billing: "free".to_owned(),
     };
     let mut rows = logged(&app.database).await;
-    let forwarded = rows.get_mut("way-forward").expect("it is there");
-    let retry_after = forwarded.retry_after.take().expect("it was told when");
+    let forwarded = rows.get_mut("way-forward").expect("the row or file exists");
+    let retry_after = forwarded.retry_after.take().expect("a time to retry");
     assert_eq!(
         denied.number("retry-after").to_string(),
         retry_after.to_string()
     );
-    rows.get_mut("way-costly").expect("it is there").retry_after = None;
+    rows.get_mut("way-costly")
+        .expect("the row or file exists")
+        .retry_after = None;
     let expected = [
         ("way-echo", row("GET /v1/echo", None, 1)),
         ("way-check", row("GET /orders", None, 1)),
@@ -203,8 +207,8 @@ async fn without_metering_nothing_is_recorded() {
     assert!(!world.app.state.config.data_dir.join("usage").exists());
 }
 
-/// The connection is cut after each possible number of bytes in PostgreSQL's responses to a batch's transaction,
-/// including after PostgreSQL has committed and before its response has arrived.
+/// The connection is cut at many points in PostgreSQL's responses to a batch's transaction, including after PostgreSQL
+/// has committed and before its response has arrived.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_commit_without_an_answer_counts_nothing_twice() {
     let database = database().await;
@@ -273,7 +277,7 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
     let mut ids = world.echoes(1).await;
     let directory = world.usage_directory();
     let writing = AtomicBool::new(true);
-    // Uses separate connections, like another process.
+    // Use separate connections, as another process would.
     let replay = async || {
         let url = SecretString::from(app.database.url());
         let db = Db::new(&url, &app.state.config.database);
@@ -325,7 +329,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
             break answer;
         }
         allowed += 1;
-        assert!(allowed < 20_000, "it is never full");
+        assert!(allowed < 20_000, "the backlog is never full");
     };
     // A record takes 240 bytes.
     assert!(allowed > 3_000, "{allowed}");
@@ -359,15 +363,15 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
     assert_eq!(metric(app, "quota_usage_unrecordable").await, "0");
 }
 
-/// Denials cost the consumer nothing, so one consumer could send enough of them to fill the backlog for every tenant.
+/// Denials cost the consumer nothing, so one consumer could cause enough denials to fill the backlog for every tenant.
 #[tokio::test(flavor = "multi_thread")]
 async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
-    // Without a limit, these would fill the backlog.
+    // Without a limit, these denials would fill the backlog.
     const DENIED_MAX: u64 = 12_000;
     let database = database().await;
     let (proxy, url) = through_proxy(&database).await;
     let flag = "--usage-backlog-max=1048576";
-    // The test may take longer than the default grace on a busy machine.
+    // The test may take longer than the default grace period on a busy machine.
     let grace = "--stale-grace=5m";
     let world = World::start(|setup| {
         let setup = setup.database(database.clone()).url(url);
@@ -395,9 +399,10 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
         *statuses.entry(status).or_insert(0_u64) += 1;
         sent += 1;
         if sent % 200 == 0 {
-            // Runs continuously, like the job.
+            // Ship continuously, like the background job.
             assert!(app.state.metering.ship().await.is_err());
-            // On a busy machine, the denials recorded per second would take up the rest of the space.
+            // Stop early, because on a busy machine, the denials that are recorded each second would fill the rest of
+            // the backlog.
             if unrecorded().await > 1_000 {
                 break;
             }
@@ -453,7 +458,7 @@ impl SmallDisk {
     fn grow(&self, bytes: u64) {
         let mut mount = Command::new("mount");
         mount.args(["-o", &format!("remount,size={bytes}")]);
-        let remounted = mount.arg(self.path()).status().expect("it runs");
+        let remounted = mount.arg(self.path()).status().expect("the program runs");
         assert!(remounted.success(), "{remounted}");
     }
 }
@@ -473,7 +478,7 @@ async fn a_full_disk_stops_decisions_loses_nothing_and_recovers() {
         println!("skipped: mounting is not permitted here");
         return;
     };
-    // Segments of 1 MiB.
+    // Use segments of 1 MiB.
     let setup = |setup: Setup| {
         setup
             .data_dir(disk.path())
@@ -498,18 +503,18 @@ async fn a_full_disk_stops_decisions_loses_nothing_and_recovers() {
             break status;
         }
         ids.insert(id);
-        assert!(ids.len() < 20_000, "it is never full");
+        assert!(ids.len() < 20_000, "the disk is never full");
     };
     assert_eq!(refused, 503);
     assert!(ids.len() > 5_000, "{}", ids.len());
     assert_eq!(metric(&world.app, "quota_usage_unrecordable").await, "1");
-    // Everything else keeps working.
+    // Requests that are not metered keep working.
     let plans = world
         .app
         .act(&world.account, "GET", "/admin/plans", json!(null));
     assert_eq!(plans.await.status, 200);
 
-    std::fs::remove_file(&ballast).expect("it is there");
+    std::fs::remove_file(&ballast).expect("the row or file exists");
     tokio::time::sleep(Duration::from_millis(150)).await;
     ids.extend(world.echoes(10).await);
     world.app.ship_usage().await;
@@ -567,23 +572,24 @@ async fn a_clean_stop_leaves_nothing_behind() {
     }
     app.stop().await;
     assert_eq!(logged(&database).await.len(), 20);
-    let left = metering::directories(&data.path().join("usage")).expect("it is readable");
+    let left = metering::directories(&data.path().join("usage")).expect("a readable directory");
     assert_eq!(left, Vec::<PathBuf>::new());
     let client = database.connect().await;
     let reports = client.query("SELECT 1 FROM usage_shippers", &[]).await;
-    assert_eq!(reports.expect("it is readable").len(), 0);
+    assert_eq!(reports.expect("readable reports").len(), 0);
 }
 
-/// Copies the records of a running server to a directory that no process holds, as if a second server had been killed.
+/// Copies the records of a running server to a directory that no process has locked, as if a second server had been
+/// killed.
 fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
     std::fs::create_dir_all(to).expect("there is space");
-    let entries = std::fs::read_dir(from).expect("it is readable");
+    let entries = std::fs::read_dir(from).expect("a readable directory");
     let segments = entries
-        .map(|entry| entry.expect("it is readable").path())
+        .map(|entry| entry.expect("a readable entry").path())
         .filter(|path| path.extension().is_some_and(|it| it == "segment"));
     segments
         .map(|path| {
-            let copy = to.join(path.file_name().expect("it has a name"));
+            let copy = to.join(path.file_name().expect("a file name"));
             std::fs::copy(&path, &copy).expect("there is space");
             copy
         })
@@ -592,7 +598,7 @@ fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
 
 /// Sets the time of a segment to 1990.
 fn make_ancient(segment: &Path) {
-    let mut bytes = std::fs::read(segment).expect("it is readable");
+    let mut bytes = std::fs::read(segment).expect("readable");
     bytes[24..32].copy_from_slice(&631_152_000_000_000_000_u64.to_le_bytes());
     let crc = crc32fast::hash(&bytes[..40]);
     bytes[40..44].copy_from_slice(&crc.to_le_bytes());
@@ -610,13 +616,13 @@ async fn segments_of_stopped_replicas_are_counted_until_they_are_shipped() {
     assert_eq!(metric(&world.app, segments).await, "0");
     let lock = world.app.database.connect().await;
     let locked = lock.batch_execute("BEGIN; LOCK usage_segments").await;
-    locked.expect("it is locked");
+    locked.expect("the lock is acquired");
     assert!(world.app.state.metering.ship_adopted().await.is_err());
     assert_eq!(metric(&world.app, segments).await, "1");
     let released = lock.batch_execute("ROLLBACK").await;
-    released.expect("it was locked");
+    released.expect("the lock is released");
     let shipped = world.app.state.metering.ship_adopted().await;
-    assert_eq!(shipped.expect("it can be shipped"), 5);
+    assert_eq!(shipped.expect("the usage is shipped"), 5);
     assert_eq!(metric(&world.app, segments).await, "0");
     assert_eq!(world.logged().await, ids);
 }
@@ -626,8 +632,8 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let world = World::start(|setup| setup).await;
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
-    let root = own.parent().expect("it is in `usage`");
-    // By name, the bad directories sort before the good one.
+    let root = own.parent().expect("the directory has a parent");
+    // By name, the bad directories sort before the good one, so they are processed first.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
     std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");
@@ -635,9 +641,9 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     copy_segments(&own, &good);
     assert!(world.app.state.metering.ship_adopted().await.is_err());
     assert_eq!(world.logged().await, ids);
-    assert!(!good.exists(), "what is shipped is deleted");
-    assert!(unreadable.exists(), "the rest is kept");
-    // The same happens within one directory.
+    assert!(!good.exists(), "shipped segments are deleted");
+    assert!(unreadable.exists(), "unreadable segments are kept");
+    // Within one directory, an unreadable segment does not hold up the others either.
     let ids = &ids | &world.echoes(5).await;
     copy_segments(&own, &unreadable);
     let url = SecretString::from(world.app.database.url());
@@ -654,7 +660,7 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
     let world = World::start(|setup| setup).await;
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
-    let root = own.parent().expect("it is in `usage`").to_owned();
+    let root = own.parent().expect("the directory has a parent").to_owned();
     let left = root.join(uuid::Uuid::from_u128(1).to_string());
     for segment in copy_segments(&own, &left) {
         let ancient = left.join("0.segment");
@@ -662,7 +668,7 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
         make_ancient(&ancient);
     }
     std::fs::write(left.join("1.segment"), "not a segment").expect("there is space");
-    // The location used by an earlier version.
+    // An earlier version left rejected segments here.
     std::fs::write(left.join("2.refused"), "refused").expect("there is space");
     world
         .app
@@ -670,12 +676,12 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
         .metering
         .ship_adopted()
         .await
-        .expect("it ships the rest");
+        .expect("the rest is shipped");
     assert_eq!(world.logged().await, ids);
     assert!(!left.exists(), "nothing is left in the directory");
-    let kept = std::fs::read_dir(root.join("rejected")).expect("it is there");
+    let kept = std::fs::read_dir(root.join("rejected")).expect("the row or file exists");
     let kept = kept
-        .map(|entry| entry.expect("it is readable").file_name())
+        .map(|entry| entry.expect("a readable entry").file_name())
         .collect::<BTreeSet<_>>();
     assert_eq!(kept.len(), 3, "{kept:?}");
     let rejected = "quota_usage_segments_rejected_total";
@@ -688,7 +694,7 @@ async fn lock_tenants(database: &TestDatabase) -> tokio_postgres::Client {
     client
         .batch_execute("BEGIN; SELECT FROM usage_tenants FOR UPDATE")
         .await
-        .expect("it is locked");
+        .expect("the lock is acquired");
     client
 }
 
@@ -704,7 +710,7 @@ async fn a_batch_may_take_longer_than_a_request() {
         lock.batch_execute("ROLLBACK").await
     };
     let (shipped, released) = tokio::join!(world.app.state.metering.ship(), release);
-    released.expect("it was locked");
+    released.expect("the lock is released");
     assert_eq!(shipped.expect("the batch waits"), 1);
 }
 
@@ -717,7 +723,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
     let key = app.key(&account, &plan).await;
     assert_eq!(app.echo(&key.text).await.status, 200);
-    wait_for("the first is shipped", async || {
+    wait_for("the first record is shipped", async || {
         let rows = logged(&database).await.len();
         (rows == 1).then_some(()).ok_or(rows.to_string())
     })
@@ -731,7 +737,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
                 &[],
             )
             .await
-            .expect("it is readable");
+            .expect("readable");
         (!waiting.is_empty()).then_some(()).ok_or_else(String::new)
     })
     .await;
@@ -743,13 +749,15 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
         "{:?}",
         began.elapsed()
     );
-    lock.batch_execute("ROLLBACK").await.expect("it was locked");
-    // The next startup ships it.
+    lock.batch_execute("ROLLBACK")
+        .await
+        .expect("the lock is released");
+    // The next startup ships the records.
     let app = TestApp::setup()
         .data_dir(data.path())
         .database(database.clone());
     let app = app.start().await;
-    wait_for("the second is shipped", async || {
+    wait_for("the second record is shipped", async || {
         let rows = logged(&database).await.len();
         (rows == 2).then_some(()).ok_or(rows.to_string())
     })
@@ -757,7 +765,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     app.stop().await;
 }
 
-/// Usage is reported as complete only up to records that may still be in flight, although the shipper cannot see their
+/// Usage is reported as complete only up to decisions that are still in flight, although the shipper cannot see their
 /// time.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_is_not_complete_beyond_a_decision_in_flight() {
@@ -787,7 +795,7 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
         .reserve(tenant, "GET /slow", "open")
         .expect("there is space");
     tokio::time::sleep(Duration::from_secs(2)).await;
-    // The record follows the open one, so it is not shipped.
+    // These records follow the open record, so they are not shipped.
     world.echoes(2).await;
     let (pending, behind) = report().await;
     assert_eq!(pending, 2);
@@ -806,8 +814,8 @@ async fn a_segment_that_cannot_be_deleted_does_not_stop_reports() {
     let world = World::start(|setup| setup.flag(flag)).await;
     world.echoes(1).await;
     let segments = || {
-        let entries = std::fs::read_dir(world.usage_directory()).expect("it is readable");
-        let paths = entries.map(|entry| entry.expect("it is readable").path());
+        let entries = std::fs::read_dir(world.usage_directory()).expect("a readable directory");
+        let paths = entries.map(|entry| entry.expect("a readable entry").path());
         paths
             .filter(|path| path.extension().is_some_and(|it| it == "segment"))
             .collect::<BTreeSet<_>>()
@@ -817,14 +825,14 @@ async fn a_segment_that_cannot_be_deleted_does_not_stop_reports() {
         world.echoes(100).await;
     }
     // Deleting a directory like a file fails, even for root.
-    std::fs::remove_file(&first).expect("it is deleted");
+    std::fs::remove_file(&first).expect("the file is deleted");
     std::fs::create_dir(&first).expect("there is space");
     assert!(world.app.state.metering.ship().await.is_err());
     let client = world.app.database.connect().await;
     let query = "SELECT pending_records FROM usage_shippers";
     let report = client.query_one(query, &[]).await.expect("one report");
     assert_eq!(report.get::<_, i64>(0), 0);
-    std::fs::remove_dir(&first).expect("it is deleted");
+    std::fs::remove_dir(&first).expect("the file is deleted");
     world.app.ship_usage().await;
 }
 
@@ -845,25 +853,25 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     let (data, http) = (data_dir(), Client::new());
     let settings = [
         ("DATABASE_URL", database.url()),
-        // The first server does not ship anything itself.
+        // After startup, the first server does not ship anything during the test.
         ("QUOTA_USAGE_SHIP_EVERY", "60s"),
     ];
     let first = Quota::start_with(data.path(), &settings);
     let plan = json!({"name": "p", "default_rpm": 1_000_000, "burst": 100_000});
     let key = first.key_on(&http, plan).await;
-    // The first tick is immediate.
+    // The first server ships once at startup.
     tokio::time::sleep(Duration::from_millis(500)).await;
     let url = format!("http://{}/v1/echo", first.addr);
     for n in 0..200 {
         let answer = http.get(&url).header("X-API-Key", &key);
         let answer = answer.header("X-Request-Id", format!("left-{n}")).send();
-        assert_eq!(answer.await.expect("it answers").status(), 200);
+        assert_eq!(answer.await.expect("the server responds").status(), 200);
     }
     assert_eq!(logged(&database).await.len(), 0);
     first.kill();
     let settings = [("DATABASE_URL", database.url())];
     let second = Quota::start_with(data.path(), &settings);
-    let rows = wait_for("the second ships them", async || {
+    let rows = wait_for("the second server ships the records", async || {
         let rows = logged(&database).await;
         if rows.len() < 200 {
             return Err(format!("{} rows", rows.len()));
@@ -871,7 +879,7 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
         Ok(rows)
     });
     assert_eq!(rows.await.len(), 200);
-    wait_for("they are counted", async || {
+    wait_for("the replayed records are counted", async || {
         let name = "quota_usage_records_replayed_total";
         match second.counter(&http, name).await {
             200 => Ok(()),
@@ -880,7 +888,7 @@ async fn a_replica_takes_over_what_a_killed_one_left_in_a_shared_directory() {
     })
     .await;
     second.stop();
-    let left = metering::directories(&data.path().join("usage")).expect("it is readable");
+    let left = metering::directories(&data.path().join("usage")).expect("a readable directory");
     assert_eq!(left, Vec::<PathBuf>::new());
 }
 
@@ -928,18 +936,21 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
         quota.kill();
         let before = answered.len() as u64;
         for client in clients {
-            answered.extend(client.await.expect("it ends well"));
+            answered.extend(client.await.expect("the task ends"));
         }
         in_flight += sent.load(Ordering::Relaxed) - (answered.len() as u64 - before);
         quota = Quota::start_with(data.path(), &settings);
     }
-    assert!(answered.len() > 1_000, "{} were answered", answered.len());
-    assert!(in_flight > 0, "none was in flight at a kill");
+    assert!(answered.len() > 1_000, "only {} responses", answered.len());
+    assert!(
+        in_flight > 0,
+        "no request was in flight when the server was killed"
+    );
     // Usage left behind by killed servers is taken over.
     let url = format!("http://{}/v1/echo", quota.addr);
     let last = http.get(&url).header("X-API-Key", &key);
     let last = last.header("X-Request-Id", "last").send().await;
-    assert_eq!(last.expect("it answers").status(), 200);
+    assert_eq!(last.expect("the server responds").status(), 200);
     answered.insert("last".to_owned());
     let usage = data.path().join("usage");
     wait_for("everything is shipped", async || {
@@ -956,7 +967,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     let lost = answered.difference(&rows).collect::<Vec<_>>();
     let unanswered = rows.difference(&answered).count() as u64;
     println!(
-        "{KILLS} kills, {} answered, {} rows, {in_flight} in flight, {unanswered} rows without an answer",
+        "{KILLS} kills, {} responses, {} rows, {in_flight} in flight, {unanswered} rows without a response",
         answered.len(),
         rows.len()
     );
@@ -964,7 +975,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     assert!(unanswered <= in_flight, "{unanswered} of {in_flight}");
 }
 
-/// Records the relevant system calls, in order, while requests are sent one after another.
+/// Sends requests one after another. Returns the server's relevant system calls, in order, or `None` without strace.
 async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
     let database = database().await;
     let (data, http) = (data_dir(), Client::new());
@@ -996,7 +1007,7 @@ async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
     for n in 0..requests {
         let call = http.get(&url).header("X-API-Key", &key);
         let call = call.header("X-Request-Id", format!("traced-{n}-")).send();
-        assert_eq!(call.await.expect("it answers").status(), 200);
+        assert_eq!(call.await.expect("the server responds").status(), 200);
     }
     let last = format!("traced-{}-", requests - 1);
     wait_for("the trace is written", async || {
@@ -1005,10 +1016,10 @@ async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
         (lines >= 2).then_some(()).ok_or_else(String::new)
     })
     .await;
-    strace.kill().expect("it runs");
-    strace.wait().expect("it ends");
+    strace.kill().expect("the program runs");
+    strace.wait().expect("strace ends");
     quota.stop();
-    let text = std::fs::read_to_string(&trace).expect("it was written");
+    let text = std::fs::read_to_string(&trace).expect("the trace was written");
     Some(text.lines().map(str::to_owned).collect())
 }
 
@@ -1022,8 +1033,8 @@ async fn with_machine_durability_each_response_waits_for_the_disk() {
         let synced = (0..REQUESTS).filter(|n| {
             let id = format!("traced-{n}-");
             let at = |line: &String| line.contains(&id);
-            let read = trace.iter().position(at).expect("it was read");
-            let written = trace.iter().rposition(at).expect("it was written");
+            let read = trace.iter().position(at).expect("the request was read");
+            let written = trace.iter().rposition(at).expect("the trace was written");
             let between = &trace[read + 1..written];
             let begins = between.iter().position(|line| line.contains("fdatasync("));
             begins.is_some_and(|begins| {

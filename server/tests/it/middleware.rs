@@ -1,5 +1,5 @@
 //! Tests the middleware in `deploy/middleware`: the Rust crate, and the unchanged files for FastAPI and Express in
-//! running applications. All of them have to behave in the same way.
+//! running applications. All three have to behave in the same way.
 
 mod programs;
 mod substitute;
@@ -40,7 +40,7 @@ async fn send(request: RequestBuilder) -> Response {
     request.send().await.expect("the API responds")
 }
 
-/// Returns the problem in a response. Its members must agree with the response, and it must not be stored.
+/// Returns the problem in a response. Asserts that the problem matches the response, and that caches must not store it.
 async fn problem(response: Response, status: u16) -> Value {
     assert_eq!(response.status(), status, "{response:?}");
     assert_eq!(
@@ -103,7 +103,8 @@ async fn enforces_decisions(program: Program) {
 
     let bearer = http.get(format!("{}/orders/7", api.url)).bearer_auth(&key);
     let own = api.get(&http, &key).header("x-request-id", "own-id");
-    // Quota would reject the check because of the length of its headers. Node.js itself rejects such long headers.
+    // If the middleware passed on this request ID, Quota would reject the check because of the length of its headers.
+    // Node.js itself rejects such long headers.
     let length = if program == Program::TypeScript {
         129
     } else {
@@ -155,7 +156,7 @@ async fn enforces_decisions(program: Program) {
     assert!(ids.contains(denied_id), "{denied_id} {ids:?}");
 }
 
-/// Tests that exactly as many requests are admitted as were sold, however many are sent at once.
+/// Tests that exactly as many requests are admitted as the quota allows, however many are sent at once.
 async fn admits_exactly_the_quota(program: Program) {
     const QUOTA: usize = 50;
     let app = TestApp::start().await;
@@ -184,17 +185,17 @@ async fn admits_exactly_the_quota(program: Program) {
     });
     let mut statuses = Vec::new();
     for sent in sent.collect::<Vec<_>>() {
-        statuses.extend(sent.await.expect("it ends"));
+        statuses.extend(sent.await.expect("the task ends"));
     }
     let count = |status| statuses.iter().filter(|it| **it == status).count();
     let (allowed, denied, late) = (count(200), count(429), count(503));
     assert_eq!(allowed + denied + late, 150, "{statuses:?}");
-    // On a busy machine, a check may be late. It may have been charged.
+    // On a busy machine, a check may be late. Such a check may have been charged.
     assert!(allowed <= QUOTA && allowed + late >= QUOTA, "{statuses:?}");
     assert!(allowed > QUOTA / 2, "{statuses:?}");
 }
 
-/// Tests everything that Quota, or what is at its address, can do instead of deciding.
+/// Tests everything that Quota, or another server at its address, can do instead of making a decision.
 async fn without_a_decision_the_setting_applies(program: Program) {
     let quota = Substitute::start().await;
     let mut setting = Setting {
@@ -243,7 +244,7 @@ async fn without_a_decision_the_setting_applies(program: Program) {
         ("not HTTP\r\n\r\n".to_owned(), undecided),
         (String::new(), undecided),
         (substitute::SILENCE.to_owned(), undecided),
-        // What Quota itself prevents is never passed on.
+        // A request that Quota itself rejects is never passed on.
         (status("400 Bad Request", ""), [503; 2]),
         (status("422 Unprocessable Content", ""), [503; 2]),
         (

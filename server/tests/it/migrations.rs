@@ -14,12 +14,12 @@ async fn migrate(url: &str) -> Vec<String> {
         .expect("the migrations apply")
 }
 
-/// Runs on a separate thread, because applying migrations blocks.
+/// Applies the migrations in a separate task, because [`migrate`] blocks.
 async fn migrate_apart(url: &str) -> Vec<String> {
     let url = url.to_owned();
     tokio::spawn(async move { migrate(&url).await })
         .await
-        .expect("it does not panic")
+        .expect("the task does not panic")
 }
 
 /// Returns a description of everything that migrations create: columns, constraints, indexes, policies, functions,
@@ -70,7 +70,7 @@ async fn up_after_down_restores_the_schema() {
 
     db::revert_all(&SecretString::from(database.url()))
         .await
-        .expect("they can be taken back");
+        .expect("the migrations can be reverted");
     let down = shape(&client).await;
     let left = down
         .iter()
@@ -98,19 +98,19 @@ async fn concurrent_migrations_both_succeed() {
     assert_eq!(
         applied,
         db::versions(),
-        "each is applied once, by whoever came first"
+        "each migration is applied exactly once"
     );
 }
 
-/// Roles belong to the cluster, and two of its databases create them concurrently.
+/// Roles belong to the cluster, and two databases of the cluster create them concurrently.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_databases_in_one_cluster_do_not_interfere() {
     let (one, other) = tokio::join!(TestDatabase::create_empty(), TestDatabase::create_empty());
     tokio::join!(migrate_apart(one.url()), migrate_apart(other.url()));
-    // Reverting one does not affect the other.
+    // Reverting the migrations of one database does not affect the other database.
     db::revert_all(&SecretString::from(one.url()))
         .await
-        .expect("it can be taken back");
+        .expect("the migrations can be reverted");
     let app = TestApp::setup().database(Arc::new(other)).start().await;
     app.register().await;
     app.stop().await;
@@ -135,7 +135,7 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
     assert!(constraints.len() > 40, "{}", constraints.len());
     let written = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../migrations"))
         .expect("there are migrations")
-        .map(|entry| entry.expect("it is readable").path().join("up.sql"))
+        .map(|entry| entry.expect("a readable entry").path().join("up.sql"))
         .map(|path| std::fs::read_to_string(path).unwrap_or_default())
         .collect::<String>();
     for row in constraints {
@@ -147,7 +147,7 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
         );
         assert!(
             name.starts_with(table),
-            "{table}: {name} does not tell its table"
+            "{table}: {name} does not name its table"
         );
     }
     let sql = "SELECT relname::text FROM pg_class WHERE relnamespace = 'public'::regnamespace \
@@ -189,7 +189,7 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
     assert!(bare.is_empty(), "without an index: {bare:?}");
 }
 
-/// As with hosted PostgreSQL: the owner of the database may create roles and is not a superuser.
+/// Simulates hosted PostgreSQL: the owner of the database may create roles but is not a superuser.
 #[tokio::test(flavor = "multi_thread")]
 async fn role_without_superuser_migrates_and_serves() {
     let database = TestDatabase::create_empty().await;
@@ -198,13 +198,14 @@ async fn role_without_superuser_migrates_and_serves() {
     let name: String = admin
         .query_one("SELECT current_database()::text", &[])
         .await
-        .expect("an answer")
+        .expect("the query succeeds")
         .get(0);
-    // If another role has created the two roles, this one must be made a member, as described in the migration.
+    // If another role has created the two roles, this role must be made a member of them, as described in the
+    // migration.
     let version: i32 = admin
         .query_one("SELECT current_setting('server_version_num')::int", &[])
         .await
-        .expect("an answer")
+        .expect("the query succeeds")
         .get(0);
     admin
         .batch_execute(&format!(
@@ -212,7 +213,7 @@ async fn role_without_superuser_migrates_and_serves() {
              ALTER DATABASE {name} OWNER TO {role};"
         ))
         .await
-        .expect("a superuser may");
+        .expect("a superuser can create roles");
     for shared in ["quota_app", "quota_system"] {
         let admin_option = if version >= 160_000 {
             "WITH ADMIN OPTION"
@@ -222,10 +223,13 @@ async fn role_without_superuser_migrates_and_serves() {
         let there = admin
             .query_opt("SELECT 1 FROM pg_roles WHERE rolname = $1", &[&shared])
             .await
-            .expect("an answer");
+            .expect("the query succeeds");
         if there.is_some() {
             let grant = format!("GRANT {shared} TO {role} {admin_option}");
-            admin.batch_execute(&grant).await.expect("a superuser may");
+            admin
+                .batch_execute(&grant)
+                .await
+                .expect("a superuser can grant roles");
         }
     }
     let url = as_role(database.url(), &role);
@@ -250,19 +254,19 @@ async fn role_without_superuser_migrates_and_serves() {
             &[],
         )
         .await
-        .expect("an answer")
+        .expect("the query succeeds")
         .get(0);
     assert_eq!(owner, role);
     app.stop().await;
     db::revert_all(&SecretString::from(url))
         .await
-        .expect("it takes back what it made");
+        .expect("the role can revert the migrations");
     let drop =
         format!("REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}; DROP ROLE {role}");
     admin
         .batch_execute(&drop)
         .await
-        .expect("nothing of it is left");
+        .expect("the roles own nothing anymore");
 }
 
 /// Returns the URL of the same database, with another role.

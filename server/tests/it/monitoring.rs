@@ -31,7 +31,7 @@ async fn families() -> Families {
     let app = TestApp::start().await;
     assert_eq!(app.get("/v1/echo").send().await.status, 401);
     let url = format!("http://{}/metrics", app.metrics_addr);
-    let scrape = app.http.get(url).send().await.expect("it answers");
+    let scrape = app.http.get(url).send().await.expect("the server responds");
     parse(&scrape.text().await.expect("text"))
 }
 
@@ -54,7 +54,9 @@ fn parse(scrape: &str) -> Families {
             }
             name.clone_into(&mut current);
         } else {
-            let family = families.get_mut(&current).expect("described before");
+            let family = families
+                .get_mut(&current)
+                .expect("HELP and TYPE come first");
             assert!(
                 line.starts_with(&current),
                 "{line} is not a series of {current}"
@@ -62,7 +64,7 @@ fn parse(scrape: &str) -> Families {
             let labels = line.split_once('{').and_then(|(_, it)| it.split_once('}'));
             let labels = labels.map_or("", |(labels, _)| labels).split(',');
             let names = labels.filter_map(|it| it.split_once('=').map(|(name, _)| name));
-            // Buckets are part of the type.
+            // The label `le` follows from the type, so the table does not list it.
             let names = names.filter(|it| *it != "le").map(str::to_owned);
             family.labels.extend(names);
         }
@@ -145,11 +147,11 @@ fn family_of<'a>(series: &str, families: &'a Families) -> Option<(&'a str, &'a F
         .map(|(name, family)| (name.as_str(), family))
 }
 
-/// Returns the metrics that a query reads, and its mistakes: unknown metrics and labels.
+/// Returns the metrics that a query reads, and the query's mistakes: unknown metrics and labels.
 fn check(query: &str, families: &Families) -> (BTreeSet<String>, Vec<String>) {
     let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
     let (mut read, mut mistakes) = (BTreeSet::new(), Vec::new());
-    // Prometheus adds these to every series.
+    // Prometheus adds these labels to every series.
     let mut known = BTreeSet::from(["instance", "job"].map(str::to_owned));
     for (at, _) in query.match_indices("quota_") {
         if query[..at].ends_with(is_word) {
@@ -222,7 +224,7 @@ async fn every_alert_reads_existing_metrics_and_has_a_section_in_the_runbook() {
     for rule in &rules {
         let (read, mistakes) = check(&rule.expression, &families);
         assert_eq!(mistakes, Vec::<String>::new(), "{rule:?}");
-        // `up` is Prometheus's own.
+        // `up` is a metric of Prometheus itself.
         assert!(
             !read.is_empty() || rule.expression.starts_with("up{"),
             "{rule:?}"
@@ -233,7 +235,7 @@ async fn every_alert_reads_existing_metrics_and_has_a_section_in_the_runbook() {
         for name in read {
             linked.entry(name).or_default().insert(anchor.clone());
         }
-        // It is tested both on a healthy server and on one that has the problem.
+        // The alert is tested both on a healthy server and on one that has the problem.
         let line = format!("alertname: {}", rule.name);
         let tested = RULE_TESTS
             .match_indices(&line)
@@ -264,7 +266,7 @@ async fn every_panel_of_the_dashboard_reads_existing_metrics() {
         let title = panel["title"].as_str().expect("a title");
         assert!(
             ids.insert(panel["id"].as_u64()),
-            "two panels have its ID: {title}"
+            "another panel has the same ID: {title}"
         );
         if panel["type"] == "row" {
             continue;
@@ -290,7 +292,7 @@ async fn every_panel_of_the_dashboard_reads_existing_metrics() {
         let query = variable["definition"].as_str().unwrap_or_default();
         assert_eq!(check(query, &families).1, Vec::<String>::new(), "{query}");
     }
-    // Everything that an alert reads can be seen.
+    // The dashboard shows every metric that an alert reads.
     let alerted = rules()
         .iter()
         .flat_map(|rule| check(&rule.expression, &families).0)
@@ -364,7 +366,7 @@ fn prometheus_accepts_the_configuration_and_each_alert_fires_only_for_its_proble
         let (passed, text) = run(&folder, arguments);
         assert!(passed, "{arguments:?}: {text}");
     }
-    // The tests notice an alert that always fires, and one that never does.
+    // The tests detect an alert that always fires, and an alert that never fires.
     let copy = tempfile::tempdir().expect("a directory");
     std::fs::write(copy.path().join("alerts_test.yml"), RULE_TESTS).expect("written");
     for (right, wrong) in [

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Fields for which a value within the bounds may still be invalid: a short password is easy to guess, the current
-/// password must be correct, there is no time zone with such a short or long name, and a burst must refill within 31 days.
+/// password must be correct, no time zone has such a short or long name, and a burst must refill within 31 days.
 const MORE_THAN_BOUNDS: &[&str] = &[
     "burst.max",
     "current_password",
@@ -25,7 +25,7 @@ const MORE_THAN_BOUNDS: &[&str] = &[
 fn document_is_valid_openapi_3_0() {
     let schema = include_str!("openapi-3.0.schema.json");
     let schema: Value = serde_json::from_str(schema).expect("the schema is JSON");
-    let validator = jsonschema::draft4::new(&schema).expect("the schema is one");
+    let validator = jsonschema::draft4::new(&schema).expect("a valid schema");
     let check = |document: &Value| {
         let errors = validator.iter_errors(document);
         errors
@@ -39,7 +39,7 @@ fn document_is_valid_openapi_3_0() {
     broken["paths"]["/v1/echo"]["get"]["responses"] = json!({});
     assert!(
         !check(&broken).is_empty(),
-        "the schema refuses an operation without answers"
+        "the schema rejects an operation without responses"
     );
 }
 
@@ -66,14 +66,14 @@ async fn server_serves_the_same_document() {
 fn operation_ids_are_unique() {
     let mut ids = BTreeSet::new();
     for operation in operations() {
-        assert!(ids.insert(operation.id), "{} is there twice", operation.id);
+        assert!(ids.insert(operation.id), "{} appears twice", operation.id);
         let plain = operation
             .id
             .bytes()
             .all(|byte| byte.is_ascii_lowercase() || byte == b'_');
         assert!(
             plain,
-            "{} is no name that every language can call",
+            "{} is not a valid name in every language",
             operation.id
         );
     }
@@ -177,7 +177,7 @@ impl Sender {
 
     /// Returns a valid body for the operation.
     fn body(&self, operation: &Operation) -> Value {
-        let mut body = operation.body().expect("it takes one")["example"].clone();
+        let mut body = operation.body().expect("the operation has a body")["example"].clone();
         if body["plan_id"].is_string() {
             body["plan_id"] = json!(self.plan);
         }
@@ -255,7 +255,7 @@ fn short(body: &Value) -> String {
     body.to_string().chars().take(300).collect()
 }
 
-/// Whether an error names the field or a part of it.
+/// Returns whether an error names the field or a part of it.
 fn names(answer: &Answer, field: &str) -> bool {
     let errors = answer.body["errors"].as_array();
     let is_field = |it: &Value| {
@@ -324,7 +324,7 @@ fn is_more_than_bounds(field: &str, end: &str) -> bool {
 }
 
 fn fields(operation: &Operation) -> Vec<(&'static str, &'static Value)> {
-    let schema = operation.body().expect("it takes one");
+    let schema = operation.body().expect("the operation has a body");
     let fields = schema["properties"].as_object().expect("a body has fields");
     fields
         .iter()
@@ -399,12 +399,13 @@ fn odd_values() -> Vec<Value> {
     odd
 }
 
-/// Whether the server checks more about a field than a schema can describe.
+/// Returns whether the server checks more about a field than a schema can describe.
 fn needs_more_than_the_schema(operation: &Operation, field: &str) -> bool {
     match field {
-        // The server also checks how easy it is to guess, and its length in bytes.
+        // The server also checks how easy the password is to guess, and its length in bytes.
         "password" => operation.id == "register",
-        // Likewise, and also whether it is the current password, a time zone, or a time in the future.
+        // The server also checks whether the value is strong enough, is the current password, is a time zone, or is in
+        // the future.
         "new_password" | "current_password" | "time_zone" | "expires_at" => true,
         _ => false,
     }
@@ -482,7 +483,7 @@ async fn documented_optional_bodies_and_idempotency_keys_are_enforced() {
         let parameter = parameters
             .iter()
             .find(|it| it["name"] == "Idempotency-Key")
-            .expect("it is there");
+            .expect("the parameter exists");
         for key in ["", "a b", "é", "a\tb", &"k".repeat(255), &"k".repeat(256)] {
             let body = sender.body(&operation);
             let answer = call()

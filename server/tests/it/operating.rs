@@ -37,7 +37,7 @@ impl Process {
             .spawn()
             .expect("the binary starts");
         let log = Arc::new(Mutex::new(Vec::new()));
-        let lines = BufReader::new(child.stdout.take().expect("its output is piped"));
+        let lines = BufReader::new(child.stdout.take().expect("the server's output is piped"));
         let written = Arc::clone(&log);
         std::thread::spawn(move || {
             for line in lines.lines().map_while(Result::ok) {
@@ -69,13 +69,16 @@ impl Process {
 
     async fn stop(&mut self) -> ExitStatus {
         let pid = i32::try_from(self.child.id()).expect("a process ID");
-        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it runs");
+        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("the process is running");
         let told = Instant::now();
         loop {
-            if let Some(status) = self.child.try_wait().expect("it is ours") {
+            if let Some(status) = self.child.try_wait().expect("a child process") {
                 return status;
             }
-            assert!(told.elapsed() < Duration::from_secs(30), "it does not exit");
+            assert!(
+                told.elapsed() < Duration::from_secs(30),
+                "the server does not exit"
+            );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
@@ -99,7 +102,7 @@ fn quota(addr: SocketAddr) -> Command {
 
 fn free_address() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    listener.local_addr().expect("it is bound")
+    listener.local_addr().expect("the socket is bound")
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -114,7 +117,7 @@ async fn starting_server_refuses_connections_and_stops_on_request() {
         .await;
 
     for addr in [process.addr, grpc] {
-        let refused = TcpStream::connect(addr).expect_err("it does not listen yet");
+        let refused = TcpStream::connect(addr).expect_err("the server does not listen yet");
         assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
     }
     for flags in [&[][..], &["--live"], &["--serving"]] {
@@ -137,7 +140,7 @@ async fn health_checks_distinguish_ready_serving_and_live() {
     };
     assert_eq!(codes(&process), [Some(0), Some(0), Some(0)]);
 
-    // Without PostgreSQL, it still serves keys in memory.
+    // Without PostgreSQL, the server still serves keys in memory.
     proxy.set(Fault::Refuse);
     proxy.cut();
     tokio::time::sleep(Duration::from_millis(500)).await;
@@ -152,7 +155,7 @@ async fn health_checks_distinguish_ready_serving_and_live() {
     };
     let before = errors();
     let pid = i32::try_from(process.child.id()).expect("a process ID");
-    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it runs");
+    kill(Pid::from_raw(pid), Signal::SIGTERM).expect("the process is running");
     process.until_logged("stopping").await;
     assert_eq!(codes(&process), [Some(1), Some(1), Some(0)]);
     assert_eq!(errors(), before);
@@ -164,9 +167,11 @@ async fn health_checks_distinguish_ready_serving_and_live() {
 fn exchange(connection: &mut TcpStream) -> (String, bool) {
     connection
         .write_all(b"GET /v1/echo HTTP/1.1\r\nHost: quota\r\n\r\n")
-        .expect("it is open");
+        .expect("an open connection");
     let limit = Some(Duration::from_secs(1));
-    connection.set_read_timeout(limit).expect("it is open");
+    connection
+        .set_read_timeout(limit)
+        .expect("an open connection");
     let mut response = Vec::new();
     let mut part = [0; 4096];
     loop {
@@ -184,7 +189,7 @@ async fn connections_close_after_a_response_while_the_server_is_stopping() {
     for direct in ["--direct-responses=on", "--direct-responses=off"] {
         let mut process = Process::start(database.url(), &["--drain-delay=5s", direct]);
         process.until_logged("\"ready\"").await;
-        let mut kept = TcpStream::connect(process.addr).expect("it listens");
+        let mut kept = TcpStream::connect(process.addr).expect("the server listens");
         for _ in 0..2 {
             let (response, is_closed) = exchange(&mut kept);
             assert!(response.starts_with("HTTP/1.1 401 "), "{response}");
@@ -193,9 +198,9 @@ async fn connections_close_after_a_response_while_the_server_is_stopping() {
         }
 
         let pid = i32::try_from(process.child.id()).expect("a process ID");
-        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("it runs");
+        kill(Pid::from_raw(pid), Signal::SIGTERM).expect("the process is running");
         process.until_logged("stopping").await;
-        let mut new = TcpStream::connect(process.addr).expect("it listens");
+        let mut new = TcpStream::connect(process.addr).expect("the server listens");
         for connection in [&mut kept, &mut new] {
             let (response, is_closed) = exchange(connection);
             assert!(response.starts_with("HTTP/1.1 401 "), "{response}");
@@ -218,7 +223,7 @@ async fn routine_probes_are_not_in_the_access_log() {
         assert!(process.health(&[]).status.success());
     }
     let other = reqwest::get(format!("http://{}/v1/echo", process.addr)).await;
-    assert_eq!(other.expect("it answers").status(), 401);
+    assert_eq!(other.expect("the server responds").status(), 401);
     assert_eq!(process.stop().await.code(), Some(0));
     assert!(process.logged("/v1/echo"));
     assert!(!process.logged("/health/"));

@@ -32,7 +32,7 @@ struct World {
     key: Key,
 }
 
-/// Returns the address of the test's PostgreSQL, and its URL through the proxy.
+/// Starts a proxy in front of the test's PostgreSQL. Returns the proxy and the URL of the database through it.
 pub(crate) async fn through_proxy(database: &TestDatabase) -> (FaultProxy, String) {
     let config: tokio_postgres::Config = database.url().parse().expect("a URL");
     let port = config.get_ports().first().copied().unwrap_or(5432);
@@ -43,7 +43,7 @@ pub(crate) async fn through_proxy(database: &TestDatabase) -> (FaultProxy, Strin
         tokio_postgres::config::Host::Tcp(host) => {
             let addr = tokio::net::lookup_host((host.as_str(), port))
                 .await
-                .expect("it resolves");
+                .expect("the host resolves");
             Upstream::Tcp(addr.into_iter().next().expect("an address"))
         }
     };
@@ -77,7 +77,7 @@ async fn world(change: impl FnOnce(Setup) -> Setup) -> World {
 }
 
 impl World {
-    /// Resets every connection. New ones have this fault.
+    /// Resets every connection. New connections have this fault.
     fn lose(&self, fault: Fault) {
         self.proxy.set(fault);
         if fault == Fault::Refuse {
@@ -87,7 +87,7 @@ impl World {
 
     fn find(&self) {
         self.proxy.set(Fault::Pass);
-        // Open connections remain silent.
+        // Connections that were open during the fault remain silent.
         self.proxy.cut();
     }
 
@@ -111,7 +111,7 @@ impl World {
             assert_eq!(plans.status, 503, "{}", plans.text);
             assert!(
                 began.elapsed() < Duration::from_secs(20),
-                "it does not recover"
+                "the server does not recover"
             );
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
@@ -144,10 +144,10 @@ async fn an_outage(fault: Fault) {
     assert_eq!(
         app.get("/health/live").send().await.status,
         200,
-        "it lives all the same"
+        "the liveness probe still succeeds"
     );
 
-    // Long enough for cached records to be stale. After that, they are served only during the grace period.
+    // Wait until cached records are stale. After that, they are served only during the grace period.
     tokio::time::sleep(Duration::from_millis(1500)).await;
     let token = &world.account.access_token;
     let unknown = unknown_key();
@@ -178,12 +178,12 @@ async fn an_outage(fault: Fault) {
     assert_eq!(
         app.echo(&unknown).await.status,
         401,
-        "it was not remembered as anything"
+        "the failed lookup was not cached"
     );
     let plans = app.get("/admin/plans").bearer(token).send().await;
     assert!(
         !plans.text.contains("Lost"),
-        "what was refused was not done: {}",
+        "a rejected change was made: {}",
         plans.text
     );
 }
@@ -207,10 +207,13 @@ async fn key_in_use_is_served_no_longer_than_the_grace_period() {
     assert_eq!(
         world.app.echo(&world.key.text).await.status,
         200,
-        "within the grace"
+        "within the grace period"
     );
     tokio::time::sleep(Duration::from_millis(2500)).await;
-    assert_unavailable(&world.app.echo(&world.key.text).await, "after the grace");
+    assert_unavailable(
+        &world.app.echo(&world.key.text).await,
+        "after the grace period",
+    );
     world.find();
     world.recovers().await;
     assert_eq!(world.app.echo(&world.key.text).await.status, 200);
@@ -267,7 +270,7 @@ async fn unreachable_ledger_reduces_capacity_and_never_exceeds_a_quota() {
     }
     assert!(
         served >= 291,
-        "{served} of 300: more than a block was lost twice over"
+        "{served} of 300: more than three blocks were lost"
     );
 }
 
@@ -287,10 +290,10 @@ async fn canceled_requests_leave_no_broken_connection_behind() {
         );
         let mut stream = TcpStream::connect(world.app.addr)
             .await
-            .expect("it listens");
+            .expect("the server listens");
         stream.write_all(request.as_bytes()).await.expect("sent");
         tokio::time::sleep(Duration::from_millis(step * 2)).await;
-        stream.set_zero_linger().expect("it is open");
+        stream.set_zero_linger().expect("an open connection");
         drop(stream);
     }
     world.proxy.set(Fault::Pass);
@@ -413,7 +416,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
                 // The response is not validated against the document, because that takes longer than the request.
                 let call = app.http.get(app.url("/v1/echo"));
                 let answer = call.header("x-api-key", unknown_key()).send().await;
-                answers.push(answer.expect("it answers").status().as_u16());
+                answers.push(answer.expect("the server responds").status().as_u16());
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
             answers
@@ -447,7 +450,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
     assert_eq!(gone.status, 204);
     let began = Instant::now();
     while app.echo(&deleted.text).await.status == 200 {
-        assert!(began.elapsed() < AT_MOST, "a deleted key works on");
+        assert!(began.elapsed() < AT_MOST, "a deleted key still works");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let errors = app.metric(failed).await - errors;
@@ -460,7 +463,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
 
     let mut counts = (0, 0);
     for flood in flood {
-        for status in flood.await.expect("it is answered") {
+        for status in flood.await.expect("a response") {
             match status {
                 401 => counts.0 += 1,
                 503 => counts.1 += 1,
@@ -470,7 +473,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
     }
     assert!(
         counts.0 >= 5 && counts.1 >= 5,
-        "{counts:?} looked up and refused"
+        "{counts:?} looked up and rejected"
     );
     assert!(app.metric("quota_lookups_rejected_total").await >= 5.0);
     // Without the flood, a key that is not in memory is looked up in the same slow PostgreSQL.
@@ -490,11 +493,17 @@ async fn change_that_waits_too_long_for_a_lock_is_503() {
     };
     let other = app.database.connect().await;
     let hold = "BEGIN; SELECT id FROM plans FOR UPDATE";
-    other.batch_execute(hold).await.expect("it locks");
+    other
+        .batch_execute(hold)
+        .await
+        .expect("the lock is acquired");
     let answer = patch().send().await;
     assert_eq!(answer.status, 503, "{:?}", answer.body);
     assert!(answer.number("retry-after") >= 1);
-    other.batch_execute("ROLLBACK").await.expect("it ends");
+    other
+        .batch_execute("ROLLBACK")
+        .await
+        .expect("the transaction ends");
     assert_eq!(patch().send().await.status, 200);
 }
 
@@ -526,10 +535,16 @@ async fn changes_are_noticed_after_postgres_was_restored() {
         id = key.id
     );
     let other = app.database.connect().await;
-    other.batch_execute(&restore).await.expect("it is restored");
+    other
+        .batch_execute(&restore)
+        .await
+        .expect("the database is restored");
     let began = Instant::now();
     while app.echo(&key.text).await.status == 200 {
-        assert!(began.elapsed() < AT_MOST, "a key that was ended is let in");
+        assert!(
+            began.elapsed() < AT_MOST,
+            "a key that was ended is admitted"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!((401..=403).contains(&app.echo(&key.text).await.status));
@@ -564,10 +579,16 @@ async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
         id = key.id
     );
     let other = app.database.connect().await;
-    other.batch_execute(&restore).await.expect("it is restored");
+    other
+        .batch_execute(&restore)
+        .await
+        .expect("the database is restored");
     let began = Instant::now();
     while app.echo(&key.text).await.status == 200 {
-        assert!(began.elapsed() < AT_MOST, "a key that was ended is let in");
+        assert!(
+            began.elapsed() < AT_MOST,
+            "a key that was ended is admitted"
+        );
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     assert!((401..=403).contains(&app.echo(&key.text).await.status));

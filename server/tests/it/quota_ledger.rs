@@ -115,7 +115,7 @@ fn at(text: &str) -> UnixNanos {
 
 async fn take(ledger: &PostgresLedger, request: TakeRequest) -> Taken {
     let mut taken = ledger.take(&[request]).await;
-    taken.remove(0).expect("it is answered")
+    taken.remove(0).expect("a response")
 }
 
 /// The replicas have different time zones, and all open the first window of each key at the same time.
@@ -137,7 +137,7 @@ async fn replicas_that_open_a_window_concurrently_agree_on_one() {
     for key in 0..world.keys.len() {
         let taken: Vec<_> = answers
             .iter()
-            .map(|answer| *answer[key].as_ref().expect("it is answered"))
+            .map(|answer| *answer[key].as_ref().expect("a response"))
             .collect();
         for one in &taken {
             assert_eq!(one.window, taken[0].window, "key {key}");
@@ -174,7 +174,7 @@ async fn drain_returns_the_blocks_of_many_keys_exactly() {
         .map(|key| async {
             let handle = limiter.handle(world.tenant, *key).expect("there is room");
             let decision = limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
-            i64::from(decision.expect("the ledger answers").is_allowed())
+            i64::from(decision.expect("the ledger responds").is_allowed())
         })
         .buffer_unordered(100)
         .fold(0, async |sum, one| sum + one)
@@ -221,11 +221,14 @@ async fn postgres_behaves_like_the_test_ledger() {
             };
             // The repetition has no effect.
             for _ in 0..2 {
-                postgres.give_back(&batch).await.expect("it is applied");
-                model.give_back(&batch).await.expect("it is applied");
+                postgres
+                    .give_back(&batch)
+                    .await
+                    .expect("the batch is applied");
+                model.give_back(&batch).await.expect("the batch is applied");
             }
         }
-        // Sometimes hours later, as for a block of the next window.
+        // Sometimes, tokens are taken hours later, as for a block of the next window.
         let later = now.saturating_add(Nanos::from_secs(
             random.u64(0..2) * random.u64(0..20 * 3600),
         ));
@@ -246,10 +249,10 @@ async fn postgres_behaves_like_the_test_ledger() {
         let answers = postgres.take(&requests).await;
         let expected = model.take(&requests).await;
         for ((request, answer), expected) in requests.iter().zip(answers).zip(expected) {
-            let answer = answer.expect("PostgreSQL answers");
+            let answer = answer.expect("PostgreSQL responds");
             assert_eq!(
                 answer,
-                expected.expect("so does the model"),
+                expected.expect("the model responds, too"),
                 "step {step}: {request:?}"
             );
             granted += answer.granted;
@@ -284,7 +287,7 @@ async fn deleted_key_fails_without_affecting_others() {
         .client
         .batch_execute(&sql)
         .await
-        .expect("it is deleted");
+        .expect("the key is deleted");
     let answers = ledger.take(&[request(0), request(1), request(2)]).await;
     let granted: Vec<_> = answers
         .iter()
@@ -292,12 +295,15 @@ async fn deleted_key_fails_without_affecting_others() {
         .collect();
     assert_eq!(granted, [Some(5), None, Some(5)]);
     // Returning tokens for the deleted key does not affect the other keys either.
-    let taken = *answers[0].as_ref().expect("it is answered");
+    let taken = *answers[0].as_ref().expect("a response");
     let batch = ReturnBatch {
         id: Uuid::now_v7(),
         rows: vec![(world.row(0, taken), 2), (world.row(1, taken), 5)],
     };
-    ledger.give_back(&batch).await.expect("it is applied");
+    ledger
+        .give_back(&batch)
+        .await
+        .expect("the batch is applied");
     assert_eq!(world.used().await, 3 + 5);
 }
 
@@ -327,7 +333,11 @@ async fn take_as_before(world: &World, key: usize, start: &str, want: i64) {
         tenant = world.tenant.0,
         key = world.keys[key].0,
     );
-    world.client.batch_execute(&sql).await.expect("it is taken");
+    world
+        .client
+        .batch_execute(&sql)
+        .await
+        .expect("the tokens are taken");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -365,7 +375,10 @@ async fn deletion_and_ledger_do_not_deadlock() {
     let sql = format!(
         "SET lock_timeout = '700ms'; BEGIN; SELECT 1 FROM api_keys WHERE id = '{id}' FOR UPDATE"
     );
-    deleting.batch_execute(&sql).await.expect("it is locked");
+    deleting
+        .batch_execute(&sql)
+        .await
+        .expect("the key is locked");
     let mut requests = Vec::new();
     for key in 0..3 {
         requests.push(world.request(key, Policy::Daily, "UTC", now));
@@ -381,9 +394,12 @@ async fn deletion_and_ledger_do_not_deadlock() {
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
     let sql = format!("DELETE FROM api_keys WHERE id = '{id}'");
-    deleting.batch_execute(&sql).await.expect("it is deleted");
+    deleting
+        .batch_execute(&sql)
+        .await
+        .expect("the key is deleted");
     deleting.batch_execute("COMMIT").await.expect("committed");
-    let answers = calls.await.expect("it does not panic");
+    let answers = calls.await.expect("the task does not panic");
     let granted: Vec<_> = answers
         .iter()
         .map(|it| it.as_ref().ok().map(|taken| taken.granted))

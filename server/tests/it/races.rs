@@ -33,7 +33,7 @@ enum Action {
     CreateToken,
     DeleteToken,
     UpdateTenant,
-    /// Uses the second session, like the next two.
+    /// This and the next two actions use the second session.
     Refresh,
     Logout,
     EndSession,
@@ -66,7 +66,7 @@ const ALL: [Action; 16] = [
     SignIn,
 ];
 
-/// Pairs of which exactly one succeeds, no matter which comes first.
+/// Pairs in which exactly one succeeds, no matter which comes first.
 const EXCLUSIVE: &[(Action, Action)] = &[
     (CreateKey, DeletePlan),
     (MoveKey, DeletePlan),
@@ -80,7 +80,7 @@ const EXCLUSIVE: &[(Action, Action)] = &[
     (ChangePassword, ChangePassword),
 ];
 
-/// Pairs of which the first fails if the second comes first. In all other pairs, both succeed.
+/// Pairs in which the first fails if the second comes first. In all other pairs, both succeed.
 const ORDERED: &[(Action, Action)] = &[
     (MoveKey, DeleteKey),
     (DeactivateKey, DeleteKey),
@@ -340,7 +340,7 @@ async fn race(replicas: [&TestApp; 2], database: &Client, pair: (Action, Action)
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_pair_of_changes_at_once_leaves_what_one_order_leaves() {
+async fn each_concurrent_pair_of_changes_has_the_result_of_one_order() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())

@@ -40,7 +40,7 @@ fn connect(url: &str, flags: &[&str]) -> Redis {
     let flags = all.iter().chain(flags);
     let settings = Flags::try_parse_from(flags).expect("flags").settings;
     let config = Config::read(&settings).expect("valid settings");
-    Redis::connect_lazy(config.redis.expect("it is set"))
+    Redis::connect_lazy(config.redis.expect("REDIS_URL is set"))
 }
 
 async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, CallError> {
@@ -90,13 +90,13 @@ async fn script_is_called_by_hash_and_resent_after_redis_lost_it() {
     let redis = connect(&server.url(), &[]);
     assert!(redis.connected(PATIENCE).await);
     for sum in 1..=3 {
-        assert_eq!(add(&redis, "k", 1).await.expect("it adds"), sum);
+        assert_eq!(add(&redis, "k", 1).await.expect("the script runs"), sum);
     }
     let stats = server.command("INFO commandstats").await;
     assert!(stats.contains("cmdstat_eval:calls=1,"), "{stats}");
     assert!(stats.contains("cmdstat_evalsha:calls=3,"), "{stats}");
     server.command("SCRIPT FLUSH").await;
-    assert_eq!(add(&redis, "k", 1).await.expect("it adds"), 4);
+    assert_eq!(add(&redis, "k", 1).await.expect("the script runs"), 4);
 }
 
 #[tokio::test]
@@ -104,7 +104,7 @@ async fn restart_changes_the_generation_and_the_run_id() {
     let mut server = RedisServer::start().await;
     let redis = connect(&server.url(), &["--redis-connections=3"]);
     assert_eq!(eventually(&redis, "k").await, 1);
-    let before = redis.link("k").expect("it is connected");
+    let before = redis.link("k").expect("Redis is connected");
     assert_eq!(
         before.run_id().map(str::len),
         Some(40),
@@ -114,12 +114,12 @@ async fn restart_changes_the_generation_and_the_run_id() {
 
     server.kill().await;
     server.restart().await;
-    assert_eq!(eventually(&redis, "k").await, 1, "it is empty");
-    let after = redis.link("k").expect("it is connected");
+    assert_eq!(eventually(&redis, "k").await, 1, "Redis still has its data");
+    let after = redis.link("k").expect("Redis is connected");
     assert!(after.generation() > before.generation());
     assert_ne!(after.run_id(), before.run_id());
 
-    // All three reconnect, and the old link remains broken.
+    // All three connections are restored, and the old link remains broken.
     let began = Instant::now();
     while redis.status().connected < 3 {
         assert!(began.elapsed() < PATIENCE);
@@ -145,7 +145,7 @@ async fn patient_caller_gets_a_late_answer() {
         sleep(Duration::from_millis(5)).await;
     }
     server.cont();
-    let answer = patient.await.expect("it ends").expect("it is answered");
+    let answer = patient.await.expect("the task ends").expect("a response");
     assert_eq!(i64::from_redis_value(answer), Ok(1));
     assert_eq!(late(), 1);
 }
@@ -165,19 +165,19 @@ async fn silent_redis_times_out_then_disconnects_and_recovers() {
     assert!(matches!(failed, Err(CallError::TimedOut(_))), "{failed:?}");
     let began = Instant::now();
     while !matches!(add(&redis, "k", 1).await, Err(CallError::NotConnected)) {
-        assert!(began.elapsed() < PATIENCE, "the silence is not noticed");
+        assert!(began.elapsed() < PATIENCE, "the silence is not detected");
     }
     proxy.set(Fault::Pass);
     eventually(&redis, "k").await;
 }
 
-/// Uses the timeouts from the flags.
+/// Connects with the timeouts from the flags.
 fn connect_with(url: &str, flags: &[&str]) -> Redis {
     let url = format!("--redis-url={url}");
     let flags = ["test", &url].into_iter().chain(flags.iter().copied());
     let settings = Flags::try_parse_from(flags).expect("flags").settings;
     let config = Config::read(&settings).expect("valid settings");
-    Redis::connect_lazy(config.redis.expect("it is set"))
+    Redis::connect_lazy(config.redis.expect("REDIS_URL is set"))
 }
 
 #[tokio::test]
@@ -248,7 +248,7 @@ async fn replica_is_not_used_as_a_master() {
 
 async fn kept_up(redis: &Redis, key: &str) -> Link {
     eventually(redis, key).await;
-    redis.link(key).expect("it is connected")
+    redis.link(key).expect("Redis is connected")
 }
 
 #[tokio::test]
@@ -299,7 +299,7 @@ async fn cluster_keeps_each_key_on_its_node() {
     assert!(redis.connected(PATIENCE).await);
     for i in 0..60 {
         let key = format!("{{key-{i}}}:count");
-        assert_eq!(add(&redis, &key, 2).await.expect("it adds"), 2);
+        assert_eq!(add(&redis, &key, 2).await.expect("the script runs"), 2);
     }
     let mut sizes = Vec::new();
     for node in &cluster.nodes {
@@ -307,7 +307,7 @@ async fn cluster_keeps_each_key_on_its_node() {
     }
     assert!(
         sizes.iter().all(|size| !size.contains(":0\r")),
-        "every node has some: {sizes:?}"
+        "every node has some keys: {sizes:?}"
     );
 }
 
@@ -316,7 +316,7 @@ async fn key_that_moves_to_another_node_is_found() {
     let cluster = RedisCluster::start().await;
     let redis = connect(&cluster.url(), &[]);
     assert!(redis.connected(PATIENCE).await);
-    // Moves the slot of {moved} to another node.
+    // Move the slot of {moved} to another node.
     let slot = cluster.nodes[0].command("CLUSTER KEYSLOT {moved}").await;
     let slot: u16 = slot
         .trim_start_matches(':')
@@ -328,13 +328,19 @@ async fn key_that_moves_to_another_node_is_found() {
     let other = (owner + 1) % 3;
     let id = cluster.nodes[other].command("CLUSTER MYID").await;
     let id = id.lines().nth(1).expect("an id").trim().to_owned();
-    assert_eq!(add(&redis, "{moved}:a", 1).await.expect("it adds"), 1);
+    assert_eq!(
+        add(&redis, "{moved}:a", 1).await.expect("the script runs"),
+        1
+    );
     cluster.nodes[owner].command("DEL {moved}:a").await;
     for node in [&cluster.nodes[other], &cluster.nodes[owner]] {
         let moved = format!("CLUSTER SETSLOT {slot} NODE {id}");
         assert!(node.command(&moved).await.contains("OK"));
     }
-    assert_eq!(add(&redis, "{moved}:a", 5).await.expect("it adds"), 5);
+    assert_eq!(
+        add(&redis, "{moved}:a", 5).await.expect("the script runs"),
+        5
+    );
     let there = cluster.nodes[other].command("GET {moved}:a").await;
     assert!(there.contains('5'), "{there}");
 }
@@ -362,7 +368,7 @@ async fn connection_to_a_cluster_recovers_after_an_outage() {
     eventually(&redis, "{a}").await;
     let began = Instant::now();
     while redis.generation() == before {
-        assert!(began.elapsed() < PATIENCE, "it is not noticed");
+        assert!(began.elapsed() < PATIENCE, "the outage is not detected");
         sleep(Duration::from_millis(20)).await;
     }
 }

@@ -27,7 +27,7 @@ async fn spend(quota: &Quota, http: &Client, key: &str, most: u64) -> u64 {
     let url = format!("http://{}/v1/echo", quota.addr);
     for served in 0..most {
         let answer = http.get(&url).header("X-API-Key", key).send().await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         match answer.status().as_u16() {
             200 => {}
             429 => {
@@ -110,7 +110,7 @@ async fn add_keys(database: &TestDatabase, count: usize) -> Vec<String> {
 /// Returns the number of keys with blocks when the server stops. Set `DRAIN_KEYS=100000` to measure a large deployment.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a measurement is no setting of the server"
+    reason = "the size of a test is not a setting of the server"
 )]
 pub(crate) fn drain_keys() -> usize {
     std::env::var("DRAIN_KEYS").map_or(4000, |keys| keys.parse().expect("a number of keys"))
@@ -141,7 +141,7 @@ async fn clean_stop_returns_every_block() {
     let served = stream::iter(secrets)
         .map(|secret| {
             let request = http.get(&url).header("X-API-Key", secret).send();
-            async move { u64::from(request.await.expect("it answers").status() == 200) }
+            async move { u64::from(request.await.expect("the server responds").status() == 200) }
         })
         .buffer_unordered(16)
         .fold(0, async |served, one| served + one)

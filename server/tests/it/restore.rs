@@ -1,5 +1,5 @@
-//! Tests of `restore.sh` on a machine where something remains, after an interruption, and against the server's user; and
-//! of the encrypted connection that both scripts use.
+//! Tests `restore.sh` on a machine where something remains, after an interruption, and against a hostile user of the
+//! server. Also tests the encrypted connection that both scripts use.
 
 use std::{
     fs,
@@ -49,7 +49,11 @@ fn segments(data: &Path) -> Vec<PathBuf> {
         for file in fs::read_dir(directory).into_iter().flatten() {
             let path = file.expect("an entry").path();
             if path.extension().is_some_and(|it| it == "segment") {
-                found.push(path.strip_prefix(data).expect("it is inside").to_owned());
+                found.push(
+                    path.strip_prefix(data)
+                        .expect("the file is in the directory")
+                        .to_owned(),
+                );
             }
         }
     }
@@ -58,8 +62,8 @@ fn segments(data: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Takes a backup while usage is not in the database, because PostgreSQL is unreachable. Then calls `after`, and kills the
-/// server. Returns the backup and the IDs of the requests before it.
+/// Takes a backup while usage is not in the database, because PostgreSQL is unreachable. Then calls `after`, and kills
+/// the server. Returns the backup and the IDs of the requests before it.
 async fn backlog_in_a_backup(
     data: &Path,
     backups: &Path,
@@ -69,7 +73,7 @@ async fn backlog_in_a_backup(
     let (proxy, url) = through_proxy(&source).await;
     let settings = [
         ("DATABASE_URL", url.as_str()),
-        // The smallest segments.
+        // This results in the smallest segments.
         ("QUOTA_USAGE_BACKLOG_MAX", "1048576"),
     ];
     let (quota, http) = (Quota::start_with(data, &settings), Client::new());
@@ -79,7 +83,7 @@ async fn backlog_in_a_backup(
     let echo = format!("http://{}/v1/echo", quota.addr);
     let send = async || {
         let answer = http.get(&echo).header("X-API-Key", &key).send().await;
-        let answer = answer.expect("it answers");
+        let answer = answer.expect("the server responds");
         assert_eq!(answer.status(), 200);
         let id = answer.headers()["x-request-id"].to_str().expect("text");
         id.to_owned()
@@ -126,13 +130,13 @@ async fn assert_complete(database: &TestDatabase, data: &Path, ids: &[String]) {
     quota.stop();
 }
 
-/// After the backup, a segment is shipped and deleted, and then the database is lost. The server's directory remains, with
-/// a newer segment.
+/// After the backup, a segment is shipped and deleted, and then the database is lost. The server's directory remains,
+/// with a newer segment.
 #[tokio::test(flavor = "multi_thread")]
 async fn restore_on_the_same_machine_adds_what_was_shipped_after_the_backup() {
     let (data, backups) = (data_dir(), data_dir());
     let ship = async |recover: &dyn Fn()| {
-        // One is full, one is in use, and one is prepared.
+        // One segment is full, one is in use, and one is prepared.
         let before = segments(data.path());
         assert!(before.len() > 2, "only {before:?}");
         recover();
@@ -189,7 +193,7 @@ async fn interrupted_restore_can_be_repeated() {
     assert_eq!(left, 1, "only `usage`");
     for rejected in REJECTED {
         let restored = fs::read_to_string(data.path().join(rejected));
-        assert_eq!(restored.expect("it is restored"), "rejected");
+        assert_eq!(restored.expect("the backup is restored"), "rejected");
     }
     assert_complete(&empty, data.path(), &ids).await;
 }
@@ -197,8 +201,8 @@ async fn interrupted_restore_can_be_repeated() {
 /// A user without rights.
 const NOBODY: u32 = 65_534;
 
-/// Restores as root into a data directory of another user, with a `tar` that this user's processes outrun: after it has
-/// extracted the archive, `usage` is a link to root's directory.
+/// Restores as root into another user's data directory, with a `tar` that simulates a race with this user's processes:
+/// after `tar` has extracted the archive, `usage` is a link to root's directory.
 fn restore_against_a_hostile_user(backup: &Path, url: &str, data: &Path, to: &Path) -> Output {
     let bin = data_dir();
     let tar = bin.path().join("tar");
@@ -250,7 +254,7 @@ async fn restore_as_root_writes_only_what_the_server_user_may_write() {
         let path = data.path().join(segment);
         let directory = path.parent().expect("a directory");
         for path in [&path, directory] {
-            assert_eq!(fs::metadata(path).expect("it is there").uid(), NOBODY);
+            assert_eq!(fs::metadata(path).expect("the file exists").uid(), NOBODY);
         }
     }
 }
@@ -262,7 +266,7 @@ async fn encrypted(database: &TestDatabase, authority: &Authority) -> u16 {
 
     let (proxy, _) = through_proxy(database).await;
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let port = listener.local_addr().expect("it is bound").port();
+    let port = listener.local_addr().expect("the socket is bound").port();
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
             let (acceptor, upstream) = (acceptor.clone(), proxy.addr());
@@ -282,7 +286,9 @@ async fn encrypted(database: &TestDatabase, authority: &Authority) -> u16 {
                 let Ok(mut stream) = acceptor.accept(stream).await else {
                     return;
                 };
-                let mut postgres = TcpStream::connect(upstream).await.expect("it listens");
+                let mut postgres = TcpStream::connect(upstream)
+                    .await
+                    .expect("the server listens");
                 let _ = copy_bidirectional(&mut stream, &mut postgres).await;
             });
         }
@@ -297,7 +303,7 @@ async fn backup_verifies_the_certificate_if_the_server_does() {
     let file = |name: &str| certificates.path().join(name);
     let trusted = Authority::new(certificates.path(), "trusted");
     let port = encrypted(&source, &trusted).await;
-    // Has not issued the certificate.
+    // This authority has not issued the certificate.
     Authority::new(certificates.path(), "other");
     let config: tokio_postgres::Config = source.url().parse().expect("a URL");
     let (user, name) = (
@@ -345,7 +351,7 @@ async fn backup_verifies_the_certificate_if_the_server_does() {
     ] {
         let (passed, text) = backup(&url, Some("trusted.pem"));
         assert!(passed, "{url}: {text}");
-        // The names of backups contain the second.
+        // The names of backups have a resolution of one second.
         tokio::time::sleep(Duration::from_millis(1100)).await;
     }
 }

@@ -70,7 +70,7 @@ impl World {
     async fn redis(&self) -> MultiplexedConnection {
         let client = redis::Client::open(self.server.url()).expect("a URL");
         let connection = client.get_multiplexed_async_connection().await;
-        connection.expect("it is there")
+        connection.expect("Redis responds")
     }
 
     /// Returns the Redis key of the only shared record.
@@ -78,9 +78,9 @@ impl World {
         let mut redis = self.redis().await;
         let began = Instant::now();
         loop {
-            let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
+            let names: Vec<String> = redis.keys("quota:key*").await.expect("the keys are listed");
             if let [name] = &*names {
-                let bytes = redis.get(name).await.expect("it is there");
+                let bytes = redis.get(name).await.expect("Redis responds");
                 return (name.clone(), bytes);
             }
             assert!(began.elapsed() < PATIENCE, "{names:?}");
@@ -93,7 +93,7 @@ fn redis_flag(server: &RedisServer) -> String {
     format!("--redis-url={}", server.url())
 }
 
-/// Responses may be late while other tests run.
+/// Allows for late responses while other tests run.
 fn slow() -> &'static str {
     "--redis-timeout=2s"
 }
@@ -101,7 +101,7 @@ fn slow() -> &'static str {
 /// Waits until the replica is connected to Redis and can use shared records.
 async fn polled(app: &TestApp) {
     let began = Instant::now();
-    let redis = app.state.redis.as_ref().expect("it has Redis");
+    let redis = app.state.redis.as_ref().expect("the server uses Redis");
     while app.state.freshness.polled_lately().is_none() || redis.status().connected == 0 {
         assert!(began.elapsed() < PATIENCE);
         sleep(Duration::from_millis(5)).await;
@@ -126,14 +126,16 @@ async fn record_read_by_one_replica_is_found_by_another() {
     assert!(second.metric("quota_key_shared_hits_total").await >= 1.0);
     assert!(
         second.metric("quota_key_loads_total").await < 0.5,
-        "PostgreSQL was not asked"
+        "PostgreSQL was not queried"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_keys_are_shared_too() {
     let world = World::start().await;
-    let unknown = SecretText::generate(Kind::ApiKey).expect("chance").reveal();
+    let unknown = SecretText::generate(Kind::ApiKey)
+        .expect("random bytes")
+        .reveal();
     assert_eq!(world.first.echo(&unknown).await.status, 401);
     world.only_record().await;
     let second = world.another().await;
@@ -156,29 +158,26 @@ async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     assert_eq!(changed.status, 200, "{}", changed.body);
     let mut redis = world.redis().await;
     for app in [first, &second, &world.another().await] {
-        // Each time, as if it had just been written.
+        // Each time, the record looks as if it had just been written.
         redis
             .set::<_, _, ()>(&name, &before)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let began = Instant::now();
         while app.echo(&world.key.text).await.status != 401 {
-            assert!(
-                began.elapsed() < PATIENCE,
-                "a key that was switched off opens"
-            );
+            assert!(began.elapsed() < PATIENCE, "a deactivated key is accepted");
         }
         redis
             .set::<_, _, ()>(&name, &before)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         assert_eq!(app.echo(&world.key.text).await.status, 401);
     }
     // A replica that has just started also knows about the change.
     redis
         .set::<_, _, ()>(&name, &before)
         .await
-        .expect("it is written");
+        .expect("the record is written");
     let fresh = world.another().await;
     assert_eq!(fresh.echo(&world.key.text).await.status, 401);
     assert!(fresh.metric("quota_key_shared_outdated_total").await >= 1.0);
@@ -215,7 +214,7 @@ async fn change_to_a_plan_or_tenant_invalidates_every_record() {
         redis
             .set::<_, _, ()>(&name, &before)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let second = world.another().await;
         let answer = second.echo(&world.key.text).await;
         assert_eq!(answer.number("x-ratelimit-limit"), limit);
@@ -228,11 +227,11 @@ async fn change_to_a_plan_or_tenant_invalidates_every_record() {
         redis
             .set::<_, _, ()>(&name, &before)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let third = world.another().await;
         assert_eq!(third.echo(&world.key.text).await.status, 200);
         assert!(third.metric("quota_key_shared_outdated_total").await >= 1.0);
-        redis.del::<_, ()>(&name).await.expect("it is gone");
+        redis.del::<_, ()>(&name).await.expect("the key is deleted");
     }
 }
 
@@ -243,34 +242,34 @@ async fn damaged_or_forged_record_is_ignored() {
     let (name, whole) = world.only_record().await;
     let mut redis = world.redis().await;
     let mut damaged = whole.clone();
-    *damaged.last_mut().expect("it is long") ^= 1;
+    *damaged.last_mut().expect("the record is not empty") ^= 1;
     for bytes in [&damaged[..], b"", b"nonsense", &whole[..40]] {
         redis
             .set::<_, _, ()>(&name, bytes)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let app = world.another().await;
         assert_eq!(app.echo(&world.key.text).await.status, 200);
         assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
     }
-    // A record under another key's name is rejected.
-    let unknown = SecretText::generate(Kind::ApiKey).expect("chance");
-    redis.del::<_, ()>(&name).await.expect("it is gone");
+    // A record stored under another key's name is rejected.
+    let unknown = SecretText::generate(Kind::ApiKey).expect("random bytes");
+    redis.del::<_, ()>(&name).await.expect("the key is deleted");
     assert_eq!(world.first.echo(&unknown.reveal()).await.status, 401);
     let (other, _) = world.only_record().await;
     redis
         .set::<_, _, ()>(&other, &whole)
         .await
-        .expect("it is written");
+        .expect("the record is written");
     let app = world.another().await;
     assert_eq!(app.echo(&unknown.reveal()).await.status, 401);
     assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
-    // Random bytes.
-    redis.del::<_, ()>(&name).await.expect("it is gone");
+    // Random bytes are rejected.
+    redis.del::<_, ()>(&name).await.expect("the key is deleted");
     redis
         .rpush::<_, _, ()>(&name, "list")
         .await
-        .expect("it is written");
+        .expect("the record is written");
     assert_eq!(
         world.another().await.echo(&world.key.text).await.status,
         200
@@ -293,7 +292,12 @@ async fn unreachable_redis_is_a_miss() {
     eventually(&world.first, "quota_key_shared_errors_total", 1.0).await;
     // Redis is used again after it recovers.
     world.server.restart().await;
-    let redis = world.first.state.redis.clone().expect("it has Redis");
+    let redis = world
+        .first
+        .state
+        .redis
+        .clone()
+        .expect("the server uses Redis");
     assert!(redis.connected(PATIENCE).await);
 }
 
@@ -329,11 +333,11 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
             .keys
             .key(&text, app.state.freshness.now(), LookupCaller::default())
             .await;
-        assert!(found.expect("PostgreSQL answers").is_some());
+        assert!(found.expect("PostgreSQL responds").is_some());
         app.state.metrics.key_shared_errors.get()
     };
     for key in &keys[..4] {
-        assert_eq!(look_up(key).await, 1, "Redis was asked once");
+        assert_eq!(look_up(key).await, 1, "Redis was called once");
     }
     clock.advance(Duration::from_secs(2));
     let began = Instant::now();
@@ -341,7 +345,7 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
         assert!(began.elapsed() < PATIENCE);
         sleep(Duration::from_millis(5)).await;
     }
-    assert_eq!(look_up(&keys[4]).await, 2, "and is tried again");
+    assert_eq!(look_up(&keys[4]).await, 2, "Redis is called again");
 }
 
 /// The replica cannot know about changes made since it was cut off.
@@ -386,7 +390,7 @@ async fn no_secret_and_no_plain_hash_is_written_to_redis() {
     let secret = &world.key.text[8..];
     assert!(!shown.contains(secret), "{shown}");
     let mut redis = world.redis().await;
-    let ttl: i64 = redis.ttl(&name).await.expect("it tells");
+    let ttl: i64 = redis.ttl(&name).await.expect("Redis responds");
     assert!((1..=300).contains(&ttl), "{ttl}");
 }
 
@@ -416,7 +420,7 @@ async fn change_is_published_to_other_replicas() {
     redis
         .publish::<_, _, ()>("quota:revoked", "nonsense")
         .await
-        .expect("it is sent");
+        .expect("the message is sent");
     eventually(&second, "quota_invalidations_unreadable_total", 1.0).await;
     assert_eq!(second.echo(&world.key.text).await.status, 200);
 }
@@ -427,7 +431,7 @@ async fn newest_invalidation(app: &TestApp) -> i64 {
     let row = client
         .query_one("SELECT coalesce(max(seq), 0) FROM revocations", &[])
         .await;
-    row.expect("it is read").get(0)
+    row.expect("the number is read").get(0)
 }
 
 /// Returns a message without a seal, which anyone who has seen a message could write.
@@ -451,7 +455,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
         let heard: u64 = redis
             .publish("quota:revoked", unsealed(seq, uuid::Uuid::now_v7()))
             .await
-            .expect("it is sent");
+            .expect("the message is sent");
         assert!(heard <= 2);
     }
     // Both replicas have received the messages, whether they accepted them or not.
@@ -467,7 +471,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
             redis
                 .publish::<_, _, ()>("quota:revoked", unsealed(newest + 1, uuid::Uuid::now_v7()))
                 .await
-                .expect("it is sent");
+                .expect("the message is sent");
             assert!(began.elapsed() < PATIENCE, "{taken} were taken");
             sleep(Duration::from_millis(2)).await;
         }
@@ -494,7 +498,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
         redis
             .set::<_, _, ()>(&name, &record)
             .await
-            .expect("it is written");
+            .expect("the record is written");
         let answer = app.echo(&world.key.text).await;
         assert_eq!(
             answer.status, 401,
@@ -536,18 +540,18 @@ async fn starting_replica_rejects_records_of_keys_deleted_long_ago() {
             &[],
         )
         .await
-        .expect("it is changed");
+        .expect("the row is changed");
     assert!(aged >= 1);
     let mut tx = world.first.state.db.system().await.expect("a connection");
     let swept = sweep::batch(&mut tx, sweep::Expired::Invalidations, 1000).await;
-    tx.commit().await.expect("it commits");
-    assert!(swept.expect("it sweeps") >= 1);
+    tx.commit().await.expect("the transaction is committed");
+    assert!(swept.expect("the rows are swept") >= 1);
 
     let mut redis = world.redis().await;
     redis
         .set::<_, _, ()>(&name, &record)
         .await
-        .expect("it is written");
+        .expect("the record is written");
     let fresh = world.another().await;
     let answer = fresh.echo(&world.key.text).await;
     assert_eq!(
@@ -577,14 +581,14 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
     let mut redis = client
         .get_multiplexed_async_connection()
         .await
-        .expect("it is there");
+        .expect("Redis responds");
     let account = one.register().await;
     let plan = one.plan(&account, json!({})).await;
     let key = one.key(&account, &plan).await;
     assert_eq!(one.echo(&key.text).await.status, 200);
     let began = Instant::now();
     loop {
-        let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
+        let names: Vec<String> = redis.keys("quota:key*").await.expect("the keys are listed");
         if !names.is_empty() {
             break;
         }
@@ -594,7 +598,7 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
     assert_eq!(
         other.echo(&key.text).await.status,
         401,
-        "another installation's record was believed"
+        "another installation's record was accepted"
     );
     let began = Instant::now();
     while other.metric("quota_invalidations_unreadable_total").await < 1.0 {
@@ -620,13 +624,16 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
         .start()
         .await;
     polled(&replica).await;
-    let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
-    redis.del::<_, ()>(names).await.expect("they are gone");
+    let names: Vec<String> = redis.keys("quota:key*").await.expect("the keys are listed");
+    redis
+        .del::<_, ()>(names)
+        .await
+        .expect("the keys are deleted");
     let key = one.key(&account, &plan).await;
     assert_eq!(one.echo(&key.text).await.status, 200);
     let began = Instant::now();
     loop {
-        let names: Vec<String> = redis.keys("quota:key*").await.expect("it lists");
+        let names: Vec<String> = redis.keys("quota:key*").await.expect("the keys are listed");
         if !names.is_empty() {
             break;
         }
@@ -642,8 +649,11 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
 async fn replayed_message_has_no_effect() {
     let world = World::start().await;
     let client = redis::Client::open(world.server.url()).expect("a URL");
-    let mut pubsub = client.get_async_pubsub().await.expect("it is there");
-    pubsub.subscribe("quota:revoked").await.expect("it listens");
+    let mut pubsub = client.get_async_pubsub().await.expect("Redis responds");
+    pubsub
+        .subscribe("quota:revoked")
+        .await
+        .expect("the subscription starts");
     let mut messages = pubsub.on_message();
     let path = format!("/admin/api-keys/{}", world.key.id);
     let change = async |rpm: u32| {
@@ -656,7 +666,7 @@ async fn replayed_message_has_no_effect() {
     change(1000).await;
     let message = tokio::time::timeout(PATIENCE, futures_util::StreamExt::next(&mut messages))
         .await
-        .expect("it is published")
+        .expect("the message is published")
         .expect("a message");
     let message = message.get_payload_bytes().to_vec();
 
@@ -672,10 +682,13 @@ async fn replayed_message_has_no_effect() {
         redis
             .publish::<_, _, ()>("quota:revoked", &message)
             .await
-            .expect("it is sent");
+            .expect("the message is sent");
         sleep(Duration::from_millis(5)).await;
         received = second.metric("quota_invalidations_received_total").await;
-        assert!(began.elapsed() < PATIENCE, "an honest message is not read");
+        assert!(
+            began.elapsed() < PATIENCE,
+            "a genuine message is not applied"
+        );
     }
     assert_eq!(second.echo(&world.key.text).await.status, 200);
     let again = second.metric("quota_key_loads_total").await
@@ -685,7 +698,7 @@ async fn replayed_message_has_no_effect() {
         redis
             .publish::<_, _, ()>("quota:revoked", &message[..cut])
             .await
-            .expect("it is sent");
+            .expect("the message is sent");
     }
     eventually(&second, "quota_invalidations_unreadable_total", 6.0).await;
     assert_eq!(newest_invalidation(&world.first).await, before);

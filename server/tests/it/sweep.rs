@@ -25,7 +25,7 @@ async fn world(many: i32) -> World {
     let key = app.key(&account, &plan).await;
     let fresh = app.key(&account, &plan).await;
     let client = app.database.connect().await;
-    // IDs from the server, which are safe in SQL.
+    // These IDs come from the server, so they are safe in SQL.
     let (tenant, user) = (&account.tenant_id, &account.user_id);
     let (key, fresh) = (&key.id, &fresh.id);
     let rows = format!(
@@ -84,11 +84,11 @@ impl World {
                 &[],
             )
             .await
-            .expect("a superuser sees all");
+            .expect("a superuser sees all rows");
         (0..9).map(|i| row.get(i)).collect()
     }
 
-    /// Returns the rows that must not be swept: one of each kind, and the account's session.
+    /// Asserts that the rows that must not be swept are kept: one of each kind, and the account's session.
     async fn assert_fresh_rows_are_kept(&self) {
         let row = self
             .client
@@ -104,7 +104,7 @@ impl World {
                 &[],
             )
             .await
-            .expect("a superuser sees all");
+            .expect("a superuser sees all rows");
         let kept = (0..8).map(|i| row.get::<_, i64>(i)).collect::<Vec<_>>();
         assert_eq!(kept, [1; 8]);
     }
@@ -135,7 +135,7 @@ impl World {
 async fn more_rows_than_one_statement_can_delete_are_deleted() {
     const MANY: i32 = 3000;
     let world = world(MANY).await;
-    // More than a millisecond per row: three seconds in total.
+    // Make each row take more than a millisecond: three seconds in total.
     world
         .client
         .batch_execute(
@@ -203,7 +203,7 @@ async fn deliveries_of_deleted_webhooks_are_deleted() {
                  now() + interval '1 hour' FROM generate_series(1, {count}) n;"
         )
     };
-    // Two that are deleted, on both sides of the one that is not.
+    // Two webhooks that are deleted, one before and one after the webhook that is kept.
     let rows = [
         insert("'00000000-0000-0000-0000-000000000001'", 2000),
         insert(&format!("'{webhook}'"), 3),

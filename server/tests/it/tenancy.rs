@@ -51,7 +51,7 @@ impl Tenant {
             .send()
             .await;
 
-        // A second sign-in, since the revoked session must not be the caller's own.
+        // Sign in a second time, because the revoked session must not be the caller's own.
         let login = json!({"email": account.email, "password": PASSWORD});
         assert_eq!(app.post("/auth/login", login).send().await.status, 200);
         let sessions = app
@@ -63,7 +63,7 @@ impl Tenant {
         let other = sessions
             .iter()
             .find(|it| it["current"] == false)
-            .expect("the second one");
+            .expect("the second session");
 
         // The tenant's activity: usage, an invalidation, and a request to replay.
         assert_eq!(app.echo(&key.text).await.status, 200);
@@ -119,7 +119,7 @@ impl Tenant {
     fn id(&self, name: &str) -> &str {
         self.ids
             .get(name)
-            .unwrap_or_else(|| panic!("say here what {name} is an id of"))
+            .unwrap_or_else(|| panic!("add the resource that {name} identifies"))
     }
 
     /// Returns everything that identifies a row or response as this tenant's.
@@ -212,7 +212,9 @@ async fn rows_of(client: &Client, tenant: &Tenant) -> BTreeMap<String, Vec<Strin
 
 /// Returns a response without the parts that differ between requests.
 fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
-    let id = answer.header("x-request-id").expect("every answer has one");
+    let id = answer
+        .header("x-request-id")
+        .expect("every response has an ID");
     let mut fields = answer
         .headers
         .iter()
@@ -246,7 +248,8 @@ impl Attempt {
     }
 }
 
-/// Returns a request for each ID that an operation takes in its path or body. All other IDs in it belong to `own`.
+/// Returns a request for each ID that an operation takes in its path or body. All other IDs in the request belong to
+/// `own`.
 fn attempts(own: &Tenant) -> Vec<Attempt> {
     let mut all = Vec::new();
     for operation in operations() {
@@ -293,7 +296,7 @@ fn attempts(own: &Tenant) -> Vec<Attempt> {
     all
 }
 
-/// Whether a field names another resource. An external ID is the tenant's own text.
+/// Returns whether a field names another resource. An external ID is the tenant's own text.
 fn is_reference(field: &str) -> bool {
     field.ends_with("_id") && field != "external_id"
 }
@@ -481,7 +484,8 @@ async fn idempotency_keys_of_tenants_are_separate() {
         tried += 1;
         let example = operation.body().map(|schema| schema["example"].clone());
         let send = async |who: &Tenant| {
-            let body = mine(example.clone(), who).expect("what is made is made of something");
+            let body = mine(example.clone(), who)
+                .expect("an operation that creates a resource has a body");
             let path = match operation.parameters("path").first() {
                 Some(name) => operation.path_with(who.id(name)),
                 None => operation.path.to_owned(),
@@ -520,13 +524,13 @@ async fn idempotency_keys_of_tenants_are_separate() {
         assert_eq!(
             id(&first),
             id(&send(&a).await),
-            "{} replays the own",
+            "{}: the tenant's own response is not replayed",
             operation.id
         );
         assert_eq!(
             id(&theirs),
             id(&send(&b).await),
-            "{} replays the own",
+            "{}: the tenant's own response is not replayed",
             operation.id
         );
     }
@@ -573,7 +577,7 @@ async fn another_tenants_key_is_unknown_to_a_gateway_and_not_charged() {
     assert_eq!(plan.send().await.status, 200);
 }
 
-// In the database: row-level security blocks what a query forgets to restrict. ------------------------------------
+// In the database: row-level security blocks rows that a query forgets to exclude. ---------------------------------
 
 /// Returns how many rows a statement affects as `quota_app` for a tenant, and rolls back. `None` if it is denied.
 async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<u64> {
@@ -587,7 +591,7 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
         transaction
             .batch_execute(&set)
             .await
-            .expect("it can be set");
+            .expect("the setting is accepted");
     }
     match transaction.execute(sql, &[]).await {
         Ok(rows) => Some(rows),
@@ -657,7 +661,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
             );
         }
 
-        // Without a tenant, no rows are visible, and B sees only B's rows.
+        // Without a tenant, no rows are visible. B sees only B's rows.
         let all = format!("SELECT 1 FROM {table}");
         for unset in [None, Some("")] {
             assert!(
@@ -680,7 +684,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
     }
     assert!(
         reachable >= 8,
-        "a tenant sees what is its own in {reachable} tables"
+        "a tenant sees its own rows in {reachable} tables"
     );
     assert_eq!(theirs, rows_of(&client, &a).await);
 }
@@ -697,7 +701,7 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
                 &[&table],
             )
             .await
-            .expect("it is there");
+            .expect("the table exists");
         assert!(
             row.get::<_, bool>(0),
             "{table}: row-level security is not enabled"
@@ -724,7 +728,7 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
     for role in roles {
         assert!(
             !role.get::<_, bool>(1),
-            "{} may too much",
+            "{} has too many privileges",
             role.get::<_, &str>(0)
         );
     }
@@ -771,7 +775,10 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
         .await
         .expect("the catalog is readable");
     assert!(!callers.get::<_, bool>(0), "a tenant may drop partitions");
-    assert!(callers.get::<_, bool>(1), "the server may not");
+    assert!(
+        callers.get::<_, bool>(1),
+        "the server may not drop partitions"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -782,7 +789,7 @@ async fn a_partition_is_reached_through_its_table_alone() {
     client
         .batch_execute("SELECT usage_create_partitions(current_date, current_date + 1)")
         .await
-        .expect("the superuser may");
+        .expect("the superuser may create partitions");
     let partitions = client
         .query(
             "SELECT relname::text, relrowsecurity FROM pg_class WHERE relnamespace = 'public'::regnamespace \
@@ -800,7 +807,7 @@ async fn a_partition_is_reached_through_its_table_alone() {
         let sql = format!("SELECT 1 FROM {name}");
         assert_eq!(as_app(&mut client, Some(own), &sql).await, None, "{sql}");
     }
-    // The rows from before the partitions existed have been moved there.
+    // The rows that were inserted before the partitions existed have been moved to them.
     let sql = "SELECT 1 FROM usage_log WHERE tableoid <> 'usage_log_default'::regclass";
     assert_eq!(as_app(&mut client, Some(own), sql).await, Some(2));
 }

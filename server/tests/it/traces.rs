@@ -1,5 +1,5 @@
-//! Tests of OpenTelemetry traces: which requests are traced, what their spans contain, and that a collector that fails
-//! does not affect requests.
+//! Tests OpenTelemetry traces: which requests are traced, what their spans contain, and that a failing collector does
+//! not affect requests.
 
 use std::{
     fs,
@@ -24,7 +24,7 @@ use crate::support::{
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00f067aa0ba902b7";
-/// Allows for a busy machine.
+/// Long enough for a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn traceparent(flags: &str) -> String {
@@ -240,7 +240,7 @@ async fn failed_dependency_is_visible_in_the_trace() {
         .iter()
         .filter(|it| it.name == "GET /v1/echo")
         .find(|it| it.attribute("http.response.status_code") == "503")
-        .expect("it was traced");
+        .expect("the request was traced");
     assert!(failed.is_error);
     let decision = children(&spans, failed);
     assert_eq!(decision[0].attribute("quota.decision"), "unavailable");
@@ -251,7 +251,7 @@ async fn failed_dependency_is_visible_in_the_trace() {
 async fn collector_that_fails_or_hangs_affects_neither_requests_nor_the_stop() {
     // The first port refuses connections. The second accepts connections, but never responds.
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let silent_port = silent.local_addr().expect("it is bound").port();
+    let silent_port = silent.local_addr().expect("the socket is bound").port();
     for port in [free_port(), silent_port] {
         let app = TestApp::setup()
             .flag(format!(
@@ -261,17 +261,22 @@ async fn collector_that_fails_or_hangs_affects_neither_requests_nor_the_stop() {
             .start()
             .await;
         let (_, key) = key(&app, 60_000_000).await;
-        // Far more spans than fit in the queue.
+        // Send far more spans than fit in the queue.
         for _ in 0..5000 {
             let answer = app.http.get(app.url("/v1/echo")).header("X-API-Key", &key);
-            let status = answer.send().await.expect("it answers").status();
+            let status = answer.send().await.expect("the server responds").status();
             assert!([200, 429].contains(&status.as_u16()), "{status}");
         }
         let dropped = app.metric("quota_spans_dropped_total").await;
         assert!(dropped > 0.0, "port {port}");
         assert!(app.metric("quota_spans_sent_total").await == 0.0);
         let began = Instant::now();
-        app.state.traces.as_ref().expect("it is on").stop().await;
+        app.state
+            .traces
+            .as_ref()
+            .expect("tracing is on")
+            .stop()
+            .await;
         assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
     }
 }
@@ -299,7 +304,10 @@ async fn sigterm_sends_the_last_spans() {
     let http = Client::new();
     for _ in 0..20 {
         let echo = http.get(format!("http://{}/v1/echo", quota.addr));
-        assert_eq!(echo.send().await.expect("it answers").status(), 401);
+        assert_eq!(
+            echo.send().await.expect("the server responds").status(),
+            401
+        );
     }
     tokio::task::block_in_place(|| quota.stop());
     let spans = collector.spans();
@@ -310,7 +318,7 @@ async fn sigterm_sends_the_last_spans() {
 /// Returns the repository's Caddyfile with other ports, on loopback only.
 fn caddyfile(https: u16) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Caddyfile");
-    let mut text = fs::read_to_string(path).expect("it is there");
+    let mut text = fs::read_to_string(path).expect("the Caddyfile exists");
     let options = format!(
         "\tskip_install_trust\n\tadmin off\n\tdefault_bind 127.0.0.1\n\thttp_port {}\n\thttps_port {https}\n",
         free_port()
@@ -329,7 +337,7 @@ fn caddyfile(https: u16) -> String {
 async fn start_caddy(dir: &Path, https: u16, quota: &Quota, collector: &str) -> (Process, Client) {
     let program = caddy::recent(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("there is a Caddy");
     let file = dir.join("Caddyfile");
-    fs::write(&file, caddyfile(https)).expect("it is written");
+    fs::write(&file, caddyfile(https)).expect("the file is written");
     let port = quota.addr.port().to_string();
     let mut command = Command::new(program);
     command
@@ -349,7 +357,7 @@ async fn start_caddy(dir: &Path, https: u16, quota: &Quota, collector: &str) -> 
         .env("XDG_DATA_HOME", dir)
         .env("XDG_CONFIG_HOME", dir);
     let output = dir.join("output");
-    let process = Process::start(&command, &output).expect("it runs");
+    let process = Process::start(&command, &output).expect("Caddy runs");
     let certificate = dir.join("caddy/pki/authorities/local/root.crt");
     let began = Instant::now();
     loop {
@@ -377,7 +385,7 @@ async fn trace_leads_from_caddy_through_the_decision_to_redis_and_postgresql() {
     let data = data_dir();
     let settings = [
         ("OTEL_EXPORTER_OTLP_ENDPOINT", url.as_str()),
-        // Only requests for which Caddy decides so are traced.
+        // Only requests that Caddy decides to trace are traced.
         ("OTEL_TRACES_SAMPLER_ARG", "0"),
         ("QUOTA_TRUSTED_PROXIES", "127.0.0.1"),
         ("REDIS_URL", redis_url.as_str()),
@@ -394,7 +402,10 @@ async fn trace_leads_from_caddy_through_the_decision_to_redis_and_postgresql() {
         .get(format!("https://localhost:{https}/api/v1/echo"))
         .header("X-API-Key", &key)
         .header("traceparent", traceparent("01"));
-    assert_eq!(echo.send().await.expect("it answers").status(), 200);
+    assert_eq!(
+        echo.send().await.expect("the server responds").status(),
+        200
+    );
     let of_caddy = |it: &Received| {
         it.service == "caddy" && it.attributes.values().any(|it| it == "/api/v1/echo")
     };
@@ -404,7 +415,7 @@ async fn trace_leads_from_caddy_through_the_decision_to_redis_and_postgresql() {
     };
     let spans = collector.wait_until(is_complete).await;
 
-    let caddy = spans.iter().find(|it| of_caddy(it)).expect("it was there");
+    let caddy = spans.iter().find(|it| of_caddy(it)).expect("Caddy's span");
     assert_ne!(caddy.trace, TRACE, "clients do not decide");
     assert_eq!(caddy.parent, "");
     let spans: Vec<_> = spans

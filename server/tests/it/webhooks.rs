@@ -1,6 +1,6 @@
-//! Deliveries to webhooks: each arrives, is signed, and is repeated until it is accepted.
+//! Tests deliveries to webhooks: each delivery arrives, is signed, and is repeated until the endpoint accepts it.
 //!
-//! Time passes by moving the times in the database back.
+//! To simulate the passage of time, the tests move the times in the database back.
 
 use std::time::Duration;
 
@@ -23,7 +23,7 @@ impl World {
         Self::start(|setup| setup).await
     }
 
-    /// Sends nothing.
+    /// Starts a server that sends nothing on its own.
     async fn without_jobs() -> Self {
         Self::start(Setup::without_jobs).await
     }
@@ -94,10 +94,10 @@ impl World {
 
     async fn sql(&self, statement: &str) -> u64 {
         let client = self.app.database.connect().await;
-        client.execute(statement, &[]).await.expect("it is SQL")
+        client.execute(statement, &[]).await.expect("valid SQL")
     }
 
-    /// Lets the pause before the next attempt pass.
+    /// Ends the pause before the next attempt.
     async fn pause_passes(&self) {
         self.sql("UPDATE webhook_deliveries SET due_at = now() WHERE status = 'pending'")
             .await;
@@ -108,7 +108,7 @@ fn is(status: &'static str) -> impl Fn(&Value) -> bool {
     move |shown| shown["status"] == status
 }
 
-/// Whether this many attempts were made, and the last one has a result.
+/// Returns whether this many attempts were made, and the last one has a result.
 fn has_failed(attempts: u64) -> impl Fn(&Value) -> bool {
     move |shown| shown["attempts"] == attempts && !shown["error"].is_null()
 }
@@ -274,7 +274,7 @@ async fn gone_endpoint_is_disabled_with_a_note() {
     assert_eq!(audit["items"][0]["target_id"], webhook.as_str());
     assert_eq!(audit["items"][0]["user_id"], Value::Null);
 
-    // Enabled again, it has no note.
+    // After the webhook is enabled again, it has no note.
     let path = format!("/admin/webhooks/{webhook}");
     let enabled = world.act("PATCH", &path, json!({"is_active": true})).await;
     assert_eq!(
@@ -306,7 +306,7 @@ async fn response_of_the_previous_url_does_not_disable_a_webhook() {
         let url = format!("http://{}/slow", world.hooks.addr);
         let path = format!("/admin/webhooks/{webhook}");
         world.act("PATCH", &path, json!({"url": url})).await;
-        // It is in progress when the previous URL responds.
+        // This delivery is in progress when the previous URL responds.
         let other = world.test(&webhook).await;
         let failed = world.wait_until(&webhook, &first, has_failed(1)).await;
         assert_eq!(failed["status"], "pending", "{failed}");
@@ -371,7 +371,7 @@ async fn redelivery_has_the_same_id_and_works_whatever_the_state() {
     assert_eq!(received[0].id(), received[1].id());
     world.wait_until(&webhook, &delivery, is("delivered")).await;
 
-    // A disabled webhook can be tested and sent to.
+    // A disabled webhook can be tested, and events can be redelivered to it.
     let own = format!("/admin/webhooks/{webhook}");
     world.act("PATCH", &own, json!({"is_active": false})).await;
     world.act("POST", &path, Value::Null).await;
@@ -408,7 +408,7 @@ async fn two_replicas_send_each_delivery_once() {
     second.stop().await;
 }
 
-/// The replica that claimed it ended before or after it sent it.
+/// The replica that claimed the delivery ended before or after it sent the event.
 #[tokio::test(flavor = "multi_thread")]
 async fn delivery_of_a_replica_that_crashed_is_repeated_after_its_lease() {
     let hooks = Hooks::start().await;
@@ -431,7 +431,7 @@ async fn delivery_of_a_replica_that_crashed_is_repeated_after_its_lease() {
         .expect("a claim");
     assert!(
         again.is_empty(),
-        "no other worker sends it during the lease"
+        "no other worker sends the delivery during the lease"
     );
 
     let app = with_hooks(TestApp::setup()).database(crashed.database.clone());
@@ -448,7 +448,7 @@ async fn delivery_of_a_replica_that_crashed_is_repeated_after_its_lease() {
     // The result of the first attempt arrives late, and changes nothing.
     world.hooks.respond("/hook", Response::status(500));
     let late = crashed.state.webhooks.deliver(&claimed[0]).await;
-    late.expect("it is recorded");
+    late.expect("the result is handled");
     assert_eq!(
         world.delivery(&webhook, &delivery).await["status"],
         "delivered"
@@ -471,7 +471,7 @@ async fn slow_endpoint_does_not_delay_others() {
         ..Response::status(204)
     };
     world.hooks.respond("/slow", delay);
-    // More than there are attempts in progress.
+    // More deliveries than attempts that can be in progress.
     world.store(&slow, 40).await;
     world.hooks.wait_for("/slow", 4).await;
     let began = std::time::Instant::now();
@@ -498,7 +498,7 @@ async fn secret_is_not_stored_in_plain_and_survives_a_rotation_of_the_servers_se
     let text = secret.strip_prefix("whsec_").expect("the prefix");
     let hex = base64_to_hex(text);
     assert!(!kept.contains(text) && !kept.contains(&hex));
-    assert!(kept.contains("/hook"), "the row itself is there");
+    assert!(kept.contains("/hook"), "the row itself is found");
 
     let database = first.database.clone();
     first.stop().await;
@@ -551,7 +551,7 @@ async fn secret_is_not_stored_in_plain_and_survives_a_rotation_of_the_servers_se
     assert_eq!(world.hooks.received("/hook").len(), 2);
 }
 
-/// The bytes of a secret as PostgreSQL shows them.
+/// Returns the bytes of a secret in the form in which PostgreSQL shows them.
 fn base64_to_hex(text: &str) -> String {
     use std::fmt::Write as _;
 
@@ -595,7 +595,7 @@ async fn addresses_that_are_not_public_are_rejected_and_not_connected_to() {
             "{url}"
         );
     }
-    // A name that resolves to this machine is found out only when it is sent.
+    // A host name that resolves to this machine is detected only when the delivery is sent.
     let url = format!("https://localhost:{}/", hooks.addr.port());
     let body = json!({"name": "Hook", "url": url});
     let made = app.act(&account, "POST", "/admin/webhooks", body).await;
@@ -644,7 +644,7 @@ async fn tests_and_redeliveries_of_a_tenant_are_limited() {
             sent += 1;
         }
     }
-    // A few more if the machine is slow.
+    // A few more may be accepted if the machine is slow.
     assert!(sent >= 30 && refused >= 1, "{sent}, {refused}");
     let stranger = world.app.register().await;
     let (webhook, _) = world.hooks.create(&world.app, &stranger, "/other").await;
@@ -679,7 +679,7 @@ async fn tenant_with_a_large_backlog_does_not_take_all_attempts() {
         own.count()
     };
     assert_eq!((of(&world.account), of(&stranger)), (8, 3));
-    // Its webhooks share its part.
+    // The tenant's webhooks share its part.
     let mut webhooks: Vec<_> = claimed.iter().map(|it| it.webhook_id).collect();
     webhooks.sort();
     webhooks.dedup();
@@ -705,7 +705,7 @@ async fn tenant_without_attempts_in_progress_is_first() {
     }
 }
 
-/// The results of its attempts were not recorded.
+/// The results of the attempts were not recorded.
 #[tokio::test(flavor = "multi_thread")]
 async fn delivery_is_not_attempted_more_than_ten_times() {
     let world = World::new().await;
@@ -751,7 +751,7 @@ async fn gone_endpoint_is_disabled_even_if_its_other_deliveries_cannot_be_cancel
     );
     assert_eq!(world.webhook(&webhook).await["is_active"], false);
     locked.rollback().await.expect("a rollback");
-    // They are canceled with the next attempt.
+    // The deliveries are canceled with the next attempt.
     let again = world.test(&webhook).await;
     world.wait_until(&webhook, &again, is("failed")).await;
     world.wait_until(&webhook, &waiting, is("failed")).await;
@@ -815,7 +815,7 @@ async fn previous_secret_that_cannot_be_read_does_not_prevent_deliveries() {
     assert!(received.is_signed_with(&secret));
 }
 
-/// As an earlier version may have left it.
+/// An earlier version may have left such a backlog.
 #[tokio::test(flavor = "multi_thread")]
 async fn webhook_with_a_large_backlog_can_be_disabled() {
     let world = World::without_jobs().await;
@@ -824,7 +824,7 @@ async fn webhook_with_a_large_backlog_can_be_disabled() {
         .create(&world.app, &world.account, "/hook")
         .await;
     world.store(&webhook, 2500).await;
-    // Altogether, this takes longer than a statement may.
+    // In total, the cancellation takes longer than a statement may.
     let client = world.app.database.connect().await;
     client
         .batch_execute(
@@ -884,7 +884,7 @@ async fn claim_reads_few_of_many_deliveries() {
     for _ in 0..CLAIMS {
         let due = world.app.state.webhooks.claim(32, &[]).await;
         claimed += due.expect("a claim").len();
-        // PostgreSQL counts what was read at most once per second.
+        // PostgreSQL updates its read statistics at most once per second.
         tokio::time::sleep(Duration::from_millis(150)).await;
     }
     assert_eq!(claimed, 4 * CLAIMS);

@@ -92,7 +92,7 @@ fn banned(text: &str) -> Vec<&'static str> {
     for allowed in ALLOWED {
         text = text.replace(allowed, "");
     }
-    // Words are separated by single spaces, with one at either end.
+    // Separate words with single spaces, and add a space at either end.
     let words = text
         .to_lowercase()
         .split(|c: char| !c.is_alphanumeric() && c != '\'')
@@ -272,16 +272,16 @@ fn messages_have_no_banned_words() {
     let mut files = vec![root.join("server/src/auth/password.rs")];
     for folder in ["server/src/api", "common/src"] {
         for entry in fs::read_dir(root.join(folder)).expect("the sources are there") {
-            files.push(entry.expect("it is readable").path());
+            files.push(entry.expect("a readable entry").path());
         }
     }
     files.retain(|path| path.extension().is_some_and(|it| it == "rs"));
     let mut messages = 0;
     let mut found = Vec::new();
     for path in files {
-        let source = fs::read_to_string(&path).expect("it is readable");
+        let source = fs::read_to_string(&path).expect("readable");
         for literal in literals(&source) {
-            // A name, a header or a path, not a sentence.
+            // Skip names, headers and paths, which are not sentences.
             if !literal.contains(' ') {
                 continue;
             }

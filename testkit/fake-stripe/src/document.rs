@@ -29,7 +29,7 @@ static OPERATIONS: LazyLock<Vec<Operation>> = LazyLock::new(|| {
 
 /// An operation of the API.
 struct Operation {
-    /// Its method and path, such as `GET /v1/customers/{customer}`.
+    /// The method and path, such as `GET /v1/customers/{customer}`.
     name: String,
     schema: Value,
     validator: Validator,
@@ -90,7 +90,7 @@ pub fn check(
     (Some(&operation.name), wrong.collect())
 }
 
-/// Converts parameters to the types in the schema where possible. Others remain strings.
+/// Converts parameters to the types in the schema where possible. Other parameters remain strings.
 fn typed(schema: &Value, value: &Value) -> Value {
     if let Some(options) = schema["anyOf"].as_array() {
         let typed = options.iter().map(|option| (option, typed(option, value)));

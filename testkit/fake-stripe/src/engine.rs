@@ -13,7 +13,7 @@ const DAY: i64 = 24 * HOUR;
 /// How long a draft invoice waits for late usage.
 pub const INVOICE_GRACE: i64 = HOUR;
 
-/// When a payment is retried, after the first attempt.
+/// The times from one attempt to collect a payment to the next.
 const RETRIES: [i64; 3] = [3 * DAY, 5 * DAY, 7 * DAY];
 
 impl State {
@@ -21,7 +21,7 @@ impl State {
         self.cards.get(customer).copied().unwrap_or_default()
     }
 
-    /// Handles a timer. Does nothing if its subject has changed since then.
+    /// Handles a timer. Does nothing if the timer's object has changed in the meantime.
     pub fn fire(&mut self, timer: Timer) {
         let is = |object: Result<&Value, Failure>, statuses: &[&str]| {
             object.is_ok_and(|it| statuses.iter().any(|status| it["status"] == *status))
@@ -384,7 +384,7 @@ impl State {
         Ok(self.find("subscription", id)?.clone())
     }
 
-    /// Starts a billing period now, and drafts the invoice for the previous one.
+    /// Starts a billing period now, and drafts the invoice for the previous period.
     fn start_period(&mut self, id: &str, reason: &str) {
         let now = self.now();
         let end = months_after(now, 1);

@@ -32,10 +32,10 @@ pub enum When {
 /// How a request fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// This status, as an error from Stripe itself. It is returned again for the same idempotency key, except 409 and
-    /// 429: Stripe returns these before it processes a request.
+    /// Stripe itself returns an error with this status. Requests with the same idempotency key get the status again,
+    /// except 409 and 429, which Stripe returns before it processes a request.
     Status(u16),
-    /// 502 with an HTML page, from a proxy.
+    /// A proxy returns 502 with an HTML page.
     Html,
     /// The connection is closed without a response.
     Drop,
@@ -106,7 +106,7 @@ pub struct Shared {
     pub invalid: Mutex<Vec<String>>,
     /// Faults of the next requests to a path.
     pub faults: Mutex<Vec<(String, Fault)>>,
-    /// Called with the method and path of every request without such a fault.
+    /// Called with the method and path of every request without a fault in `faults`.
     pub choose: Mutex<Option<Choose>>,
     kept: Mutex<HashMap<String, Kept>>,
     /// Customers and meters with a meter event in progress.
@@ -114,7 +114,7 @@ pub struct Shared {
     pub base: String,
 }
 
-/// The key that requests must use.
+/// The secret key that requests must contain.
 pub const SECRET_KEY: &str = "sk_test_fake";
 
 /// How long an idempotency key is kept.
@@ -263,7 +263,7 @@ async fn execute(shared: &Shared, call: &Call<'_>, key: Option<String>) -> io::R
         let failure = Failure::new(status, kind, message);
         Ok((status, failure.body, vec![("Stripe-Should-Retry", "true")]))
     };
-    // Rate limits and locks come before idempotency keys.
+    // Stripe checks rate limits and locks before idempotency keys.
     if let Some(Fault {
         how: How::Status(status @ (409 | 429)),
         ..
@@ -345,7 +345,7 @@ async fn execute(shared: &Shared, call: &Call<'_>, key: Option<String>) -> io::R
                 return Ok((status, error(status).1, vec![]));
             }
             How::Html => {
-                // This response did not come from Stripe.
+                // The response does not come from Stripe, so Stripe does not store it.
                 shared.forget(key.as_deref());
                 return Ok((502, "<html><body>Bad Gateway</body></html>".into(), vec![]));
             }
@@ -424,7 +424,7 @@ impl Shared {
     }
 }
 
-/// Stripe accepts one meter event at a time for each customer and meter.
+/// A meter event in progress. Stripe accepts one meter event at a time for each customer and meter.
 struct Metering<'a>(&'a Shared, Option<(String, String)>);
 
 impl<'a> Metering<'a> {

@@ -1,13 +1,13 @@
 //! A stateful stand-in for Stripe, for tests and for trying out billing without an account.
 //!
-//! It has the endpoints that Quota uses, returns complete objects of the API version that the `async-stripe` crates
-//! pin, and behaves like Stripe where that matters: idempotency keys, signed webhooks with redelivery, a clock that can
-//! be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can fail before
-//! or after their effect. It also serves its own Checkout page and customer portal.
+//! The fake has the endpoints that Quota uses, returns complete objects of the API version that the `async-stripe`
+//! crates pin, and behaves like Stripe where that matters: idempotency keys, signed webhooks with redelivery, a clock
+//! that can be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can
+//! fail before or after their effect. The fake also serves its own Checkout page and customer portal.
 //!
 //! Every request is compared with Stripe's own description of its parameters.
 //!
-//! It shares no code with Quota, so that the two cannot agree by accident.
+//! The fake shares no code with Quota, so that the two cannot have the same mistakes.
 #![recursion_limit = "512"]
 
 mod api;
@@ -35,7 +35,8 @@ pub use crate::{
     webhook::{Delivery, Signature, sign},
 };
 
-/// A running fake. It stops when it is dropped, and then panics if it has received a request that Stripe would not accept.
+/// A running fake. When dropped, the fake stops, and then panics if it has received a request that Stripe would not
+/// accept.
 pub struct FakeStripe {
     shared: Arc<Shared>,
     client: reqwest::Client,
@@ -88,7 +89,7 @@ impl FakeStripe {
             .push(tokio::spawn(webhook::deliver_queued(shared, client)));
     }
 
-    /// Returns the address, for clients and for the URLs of its pages.
+    /// Returns the base URL for clients, which is also the base of the fake's pages.
     pub fn url(&self) -> &str {
         &self.shared.base
     }
@@ -113,9 +114,9 @@ impl FakeStripe {
         self.with(|state| state.call(&call))
     }
 
-    // Events at Stripe ----------------------------------------------------------------------------
+    // Changes at Stripe ---------------------------------------------------------------------------
 
-    /// Returns the time of the fake in seconds since 1970.
+    /// Returns the fake's time in seconds since the Unix epoch.
     pub fn now(&self) -> i64 {
         self.with(|state| state.now())
     }
@@ -126,13 +127,13 @@ impl FakeStripe {
         self.with(|state| state.advance(seconds));
     }
 
-    /// Moves the clock back. Call before anything has happened.
+    /// Moves the clock back. Call this before there are any objects.
     pub fn set_back(&self, time: Duration) {
         let seconds = i64::try_from(time.as_secs()).unwrap_or(0);
         self.with(|state| state.set_back(seconds));
     }
 
-    /// Makes this a different account than other fakes: the account gets this ID, and new objects get different IDs.
+    /// Changes the fake's account ID to `id`. From then on, the IDs of new objects differ from those of other accounts.
     pub fn set_account(&self, id: &str) {
         self.with(|state| state.change_account(id));
     }
@@ -147,13 +148,13 @@ impl FakeStripe {
         self.with(|state| state.after_retries = outcome);
     }
 
-    /// Makes finalizing the next invoices fail.
+    /// Makes the finalization of the next `count` invoices fail.
     pub fn fail_finalizations(&self, count: u32) {
         self.with(|state| state.failing_finalizations = count);
     }
 
     /// Completes a Checkout Session, as a customer with this card would. With `delayed`, the payment takes days:
-    /// [`settle_checkout`](Self::settle_checkout) determines how it ends.
+    /// [`settle_checkout`](Self::settle_checkout) determines the outcome.
     pub fn pay_checkout(&self, session: &str, card: Card, delayed: bool) -> Result<Value, Failure> {
         self.with(|state| state.complete_session(session, card, delayed))
     }
@@ -169,7 +170,7 @@ impl FakeStripe {
         self.with(|state| state.all(kind).to_vec())
     }
 
-    /// Returns an object. Panics if it does not exist.
+    /// Returns an object. Panics if the object does not exist.
     pub fn get(&self, kind: &str, id: &str) -> Value {
         self.with(|state| state.find(kind, id).cloned())
             .expect("the object exists")
@@ -232,7 +233,7 @@ impl FakeStripe {
         });
     }
 
-    /// Rotates the secret of an endpoint. Both secrets are used for signing for a day. Returns the new secret.
+    /// Rotates the secret of an endpoint. For a day, webhooks are signed with both secrets. Returns the new secret.
     pub fn rotate_secret(&self, endpoint: &str) -> String {
         self.with(|state| state.rotate_secret(endpoint))
     }

@@ -1,4 +1,5 @@
-//! Runs the fake together with a program, whose settings make it bill through the fake.
+//! Runs the fake together with a program, usually the server, and sets the variables that make the server bill through
+//! the fake.
 //!
 //! `fake-stripe [--listen ADDRESS] COMMAND…` listens on 127.0.0.1:12111 by default. Webhooks are sent to
 //! `QUOTA_PUBLIC_URL`, or otherwise to the server's default address. The fake exits when the program does.
@@ -95,7 +96,7 @@ fn set_up(fake: &FakeStripe, server: &str) -> String {
     let post = |path: &str, form: &str| {
         let created = fake
             .request(&Method::POST, path, form)
-            .expect("the fake creates it");
+            .expect("the fake creates the object");
         created["id"].as_str().unwrap_or_default().to_owned()
     };
     let product = post("products", "name=Quota");

@@ -170,7 +170,7 @@ fn portal(state: &mut State, id: &str, chosen: Option<&str>) -> Option<Response<
     let status = subscription.and_then(|id| state.find("subscription", &id).ok().cloned());
     let status = status.map_or_else(|| "none".to_owned(), |it| text(&it["status"]));
     let choices = [
-        ("good", "Use a working card, and pay what is open"),
+        ("good", "Use a working card, and pay open invoices"),
         ("bad", "Use a card that is declined"),
         ("end", "Cancel at the end of the period"),
         ("keep", "Don't cancel"),

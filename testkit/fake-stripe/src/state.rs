@@ -81,7 +81,7 @@ impl Failure {
     }
 }
 
-/// Something that happens at a later time.
+/// A change that happens at a later time.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Timer {
     ExpireSession(String),
@@ -103,9 +103,9 @@ pub struct Usage {
     pub value: i64,
     /// When the usage occurred.
     pub at: i64,
-    /// When Stripe received it.
+    /// When Stripe received the meter event.
     pub received: i64,
-    /// The invoice that charges it.
+    /// The invoice that charges the usage.
     pub invoice: Option<String>,
 }
 
@@ -134,7 +134,7 @@ pub struct State {
     pub request_key: Option<String>,
 }
 
-/// Returns the machine's time in seconds since 1970.
+/// Returns the machine's time in seconds since the Unix epoch.
 #[expect(
     clippy::disallowed_methods,
     reason = "a separate program, whose clock starts at the machine's time"
@@ -154,7 +154,7 @@ impl State {
         format!("{prefix}_fake{:08}", self.next_id)
     }
 
-    /// IDs are unique across all of Stripe, so objects of the new account get different numbers.
+    /// Changes the account. IDs are unique across all of Stripe, so objects of the new account get different numbers.
     pub fn change_account(&mut self, id: &str) {
         self.account = Some(id.to_owned());
         self.next_id += 10_000_000;
@@ -212,7 +212,7 @@ impl State {
         found.ok_or_else(|| Failure::no_such(kind, id))
     }
 
-    /// Changes fields of an object. Returns it.
+    /// Changes fields of an object. Returns the object.
     pub fn set(&mut self, kind: &str, id: &str, fields: &Value) -> Value {
         let object = self.find_mut(kind, id).expect("the object exists");
         for (name, value) in fields.as_object().expect("fields") {
@@ -235,7 +235,7 @@ impl State {
     /// Records a thin event, which only refers to its object.
     pub fn emit_thin(&mut self, kind: &str, related: &Value, data: &Value) -> Value {
         let id = self.id("evt");
-        let created = DateTime::from_timestamp(self.now(), 0).expect("a time of this era");
+        let created = DateTime::from_timestamp(self.now(), 0).expect("a valid time");
         let event = json!({
             "id": id, "object": "v2.core.event", "type": kind, "created": created.to_rfc3339(), "livemode": false,
             "context": null, "reason": null, "related_object": related, "data": data,
@@ -283,8 +283,8 @@ pub fn required(params: &Value, names: &[&str]) -> Result<(), Failure> {
 
 /// Returns the same day and time a number of months later.
 pub fn months_after(at: i64, months: u32) -> i64 {
-    let at = DateTime::from_timestamp(at, 0).expect("a time of this era");
+    let at = DateTime::from_timestamp(at, 0).expect("a valid time");
     at.checked_add_months(Months::new(months))
-        .expect("a time of this era")
+        .expect("a valid time")
         .timestamp()
 }

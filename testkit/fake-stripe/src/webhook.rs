@@ -32,7 +32,7 @@ pub struct Delivery {
     pub under_new_id: bool,
     /// Whether to use the format for an endpoint with an API version from 2024.
     pub as_of_2024: bool,
-    /// The event type to send instead of the actual one.
+    /// The event type to send instead of the actual type.
     pub kind: Option<String>,
 }
 
@@ -135,8 +135,8 @@ pub async fn send(
         .map_or(0, |response| response.status().as_u16())
 }
 
-/// Delivers queued events until the fake is dropped. A delivery that fails is tried three times, signed again each
-/// time.
+/// Delivers queued events until the fake is dropped. Each delivery is attempted up to three times, with a new signature
+/// each time.
 pub async fn deliver_queued(shared: Arc<Shared>, client: reqwest::Client) {
     loop {
         tokio::time::sleep(Duration::from_millis(10)).await;

@@ -1,6 +1,6 @@
 """Extracts the parameters of Stripe's API from Stripe's Python library, as JSON Schema.
 
-Stripe generates the library from its OpenAPI document. A release of the library is for one version of the API:
+Stripe generates the library from its OpenAPI document. Each release of the library is for one version of the API. To run this script for a release:
 
     python3 -m venv venv && venv/bin/pip install stripe==16.0.1
     venv/bin/python extract.py
@@ -121,7 +121,7 @@ def record(params):
 
 @functools.cache
 def classes(module):
-    """Returns the classes that a module defines, as syntax."""
+    """Returns the classes that a module defines, as syntax trees."""
     tree = ast.parse(pathlib.Path(sys.modules[module].__file__).read_text())
     return {it.name: it for it in tree.body if isinstance(it, ast.ClassDef)}
 
@@ -146,7 +146,7 @@ def name(annotation):
 
 
 def operations(source):
-    """Yields the operations of a service: its method and path, and the module and class of its parameters."""
+    """Yields the operations of a service, each with its method and path, and the module and class of its parameters."""
     tree = ast.parse(source)
     modules = {
         alias.name: it.module

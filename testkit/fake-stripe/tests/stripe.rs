@@ -1,4 +1,4 @@
-//! The fake, used through async-stripe, which parses whole objects and fails if one is invalid.
+//! Tests the fake through async-stripe, which parses whole objects and fails if an object is invalid.
 //!
 //! Each test describes the Stripe behavior that it covers.
 
@@ -596,7 +596,7 @@ async fn finalization_can_fail() {
 /// A received webhook: the signature header and the body.
 type Hook = (Option<String>, String);
 
-/// Receives webhooks. Responds with one `status` per attempt.
+/// Receives webhooks. Responds to each attempt with one of `statuses`, starting with the last, and then with 200.
 async fn receiver(mut statuses: Vec<u16>) -> (String, Arc<Mutex<Vec<Hook>>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await
@@ -632,7 +632,7 @@ async fn receiver(mut statuses: Vec<u16>) -> (String, Arc<Mutex<Vec<Hook>>>) {
     (url, hooks)
 }
 
-/// Whether a header contains a valid signature of the body.
+/// Returns whether a header contains a valid signature of the body.
 fn is_signed(hook: &Hook, secret: &str) -> bool {
     let Some(header) = &hook.0 else { return false };
     let at = header
@@ -808,7 +808,7 @@ async fn pages_lead_through_checkout_and_the_portal() {
     );
 }
 
-/// Checks the responses to requests without the key, to an unknown path, or without required parameters.
+/// Checks the responses to requests with a wrong key, for an unknown object or path, or without required parameters.
 #[tokio::test]
 async fn bad_requests_are_rejected() {
     let shop = Shop::open().await;
@@ -836,7 +836,8 @@ async fn bad_requests_are_rejected() {
     assert_eq!(prices.data[0].id.as_str(), shop.usage);
 }
 
-/// Stripe rejects parameters that it does not document. The fake also remembers them, so that its test fails.
+/// Stripe rejects parameters that it does not document. The fake also records such requests, so that the test that sent
+/// them fails.
 #[tokio::test]
 async fn requests_that_stripe_does_not_document_are_detected() {
     let fake = FakeStripe::start().await.expect("a free port");
@@ -855,7 +856,7 @@ async fn requests_that_stripe_does_not_document_are_detected() {
         for (name, value) in defaults.iter().chain(headers) {
             let mut only = reqwest::header::HeaderMap::new();
             only.insert(*name, value.parse().expect("a value"));
-            // Replaces the default.
+            // `headers` replaces default headers of the same name.
             call = call.headers(only);
         }
         let status = call.body(body.to_owned()).send().await;

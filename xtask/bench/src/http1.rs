@@ -83,7 +83,7 @@ mod tests {
     use super::answer;
 
     #[test]
-    fn an_answer_is_whole_when_its_body_is() {
+    fn a_response_is_complete_when_its_body_is() {
         let whole = b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 2\r\nX: y\r\n\r\n{}";
         for end in 0..whole.len() {
             assert_eq!(answer(&whole[..end]).unwrap(), None, "{end}");
@@ -92,7 +92,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_answer_is_told() {
+    fn a_malformed_response_is_an_error() {
         assert!(answer(b"SSH-2.0\r\n\r\n").is_err());
         assert!(answer(b"HTTP/1.1 200 OK\r\n\r\n").is_err());
     }

@@ -1,6 +1,6 @@
-//! PostgreSQL is stopped under load: no decision is lost or late, and the backlog is shipped soon afterwards.
+//! Stops PostgreSQL under load. No decision may be lost or late, and the backlog must be shipped soon afterward.
 //!
-//! One server with its own PostgreSQL. The load consists of requests with many keys to many endpoints, both
+//! There is one server, with its own PostgreSQL. The load consists of requests with many keys to many endpoints, both
 //! Zipf-distributed, at a fixed rate: before the outage, while PostgreSQL is stopped, and until the backlog is shipped.
 //! Then the rows of the usage log are compared with the client's own count.
 
@@ -46,7 +46,7 @@ const PHASES: [&str; 3] = ["before", "outage", "after"];
 
 #[derive(Args)]
 pub(crate) struct Options {
-    /// The `quota` binary, built for release
+    /// The `quota` binary, a release build
     quota: PathBuf,
     /// The directory of `initdb` and `postgres`
     #[arg(long)]

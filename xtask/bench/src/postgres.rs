@@ -161,7 +161,7 @@ impl Postgres {
         Ok(())
     }
 
-    /// Stops the server in order: connections end, and everything is on disk.
+    /// Stops the server cleanly: closes its connections, and writes everything to disk.
     pub(crate) async fn stop(&mut self) -> Result<()> {
         if let Some(mut process) = self.running.take() {
             process.signal(Signal::SIGINT)?;
@@ -171,7 +171,7 @@ impl Postgres {
         Ok(())
     }
 
-    /// Whether the server is running.
+    /// Returns whether the server is running.
     pub(crate) fn is_running(&mut self) -> Result<bool> {
         Ok(match &mut self.running {
             Some(process) => process.ended()?.is_none(),
@@ -188,7 +188,7 @@ impl Postgres {
             .args(["-p", &self.port.to_string()]);
         for setting in [
             "listen_addresses=127.0.0.1",
-            // The path of a socket may be too long.
+            // No socket: its path may be too long.
             "unix_socket_directories=",
             "max_connections=120",
             "timezone=UTC",

@@ -95,8 +95,8 @@ impl Server {
         Ok(server)
     }
 
-    /// Starts `quota serve` with default settings: an embedded database in a temporary directory, and the log in a file
-    /// there. `settings` are additional environment variables.
+    /// Starts `quota serve` with default settings: an embedded database in a temporary directory, with the log in the
+    /// same directory. `settings` are additional environment variables.
     pub(crate) fn quota(
         binary: &Path,
         directives: &str,
@@ -140,7 +140,7 @@ impl Server {
                 return Ok(listen.parse()?);
             }
             if let Some(status) = self.child.try_wait()? {
-                bail!("quota ended with {status} instead of starting:\n{text}");
+                bail!("quota exited with {status} instead of starting:\n{text}");
             }
             if Instant::now() > deadline {
                 bail!("quota was not ready within {STARTED_WITHIN:?}:\n{text}");

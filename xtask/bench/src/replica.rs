@@ -85,7 +85,7 @@ impl Replica {
                 return Ok(());
             }
             if let Some(status) = self.ended()? {
-                bail!("quota ended with {status} instead of starting:\n{text}");
+                bail!("quota exited with {status} instead of starting:\n{text}");
             }
             ensure!(Instant::now() < deadline, "quota is not ready:\n{text}");
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -103,7 +103,7 @@ impl Replica {
         self.process.as_ref().map(Process::pid)
     }
 
-    /// Returns how the running server has ended, if it has.
+    /// Returns the status with which the server exited, if it has exited.
     pub(crate) fn ended(&mut self) -> Result<Option<ExitStatus>> {
         Ok(match &mut self.process {
             Some(process) => process.ended()?,
@@ -123,7 +123,7 @@ impl Replica {
             .collect()
     }
 
-    /// Sends a signal, and returns how long the server took to end.
+    /// Sends a signal, and returns how long the server took to exit.
     pub(crate) async fn end(&mut self, signal: Signal) -> Result<Duration> {
         let began = Instant::now();
         if let Some(mut process) = self.process.take() {
@@ -132,7 +132,7 @@ impl Replica {
             let status = ended.context("a replica did not stop in time")?;
             ensure!(
                 signal == Signal::SIGKILL || status.success(),
-                "a replica ended with {status}:\n{}",
+                "a replica exited with {status}:\n{}",
                 tail(&self.log_since_start())
             );
         }

@@ -168,7 +168,7 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     for (case, figures) in cases.iter().zip(measured) {
         let per_second = median(figures.iter().map(|it| it.per_second));
         let micros = median(figures.iter().map(|it| it.micros));
-        // Compared per round, because a disturbance affects both.
+        // Compare per round, because a disturbance affects both.
         let ratio = median(
             figures
                 .iter()
@@ -224,7 +224,7 @@ mod tests {
     }
 
     #[test]
-    fn a_round_with_wrong_answers_counts_for_nothing() {
+    fn a_round_with_unexpected_statuses_does_not_count() {
         let admitted = |statuses| Answers::Admitted.check(&statuses);
         assert_eq!(admitted([(200, 7)].into()).unwrap(), 7);
         assert!(admitted([(200, 7), (429, 1)].into()).is_err());

@@ -1,4 +1,4 @@
-//! The cost of traces: compares servers that trace different ratios of their requests, in the same run.
+//! The cost of traces: compares servers that trace different fractions of their requests, in the same run.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -22,7 +22,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let cores = Cores::pick();
     let case = |name, settings: &[(&str, String)]| Case::start(quota, cores, name, settings);
     let off = case("off", &[])?;
-    // Started after the first server, so that it runs on the core of the load.
+    // The collector is started after the first server, so that it runs on the core of the load.
     let collector = Collector::start()?;
     let traced = |name, ratio: &str| {
         let settings = [

@@ -135,7 +135,7 @@ mod tests {
             let mut entry = entry.expect("an entry");
             let name = String::from_utf8_lossy(entry.header().identifier()).into_owned();
             let mut bytes = Vec::new();
-            entry.read_to_end(&mut bytes).expect("its bytes");
+            entry.read_to_end(&mut bytes).expect("the entry's bytes");
             members.push((name, bytes));
         }
         let names: Vec<&str> = members.iter().map(|(name, _)| name.as_str()).collect();

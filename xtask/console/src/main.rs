@@ -45,7 +45,7 @@ fn main() -> Result<()> {
     bindgen
         .web(true)?
         .input_path(&main)
-        // The other modules share its memory and its tables.
+        // The other modules share the main module's memory and tables.
         .keep_lld_exports(true)
         .out_name("quota-ui")
         .typescript(false)
@@ -288,7 +288,7 @@ fn hash_of(bytes: impl AsRef<[u8]>) -> String {
     format!("{hash:016x}")
 }
 
-/// Adds a file under a name that contains a hash of its content. Returns the name.
+/// Adds a file whose name contains a hash of its content. Returns the name.
 fn add_hashed(
     files: &mut BTreeMap<String, Vec<u8>>,
     stem: &str,

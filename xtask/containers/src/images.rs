@@ -1,8 +1,8 @@
 //! The images that the Compose files and the Dockerfile use.
 //!
-//! They are pulled if a registry can be reached. Otherwise, stand-ins with the same names are built from Debian
-//! packages. They behave as the Compose files expect, but are not the real images and trust this machine's certificate
-//! authorities, so they must not be distributed.
+//! The images are pulled if a registry can be reached. Otherwise, stand-ins with the same names are built from Debian
+//! packages. The stand-ins behave as the Compose files expect, but are not the real images and trust this machine's
+//! certificate authorities, so they must not be distributed.
 
 use std::{
     fs,
@@ -42,7 +42,7 @@ fn stand_ins() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("stand-ins")
 }
 
-/// Whether an image exists or can be pulled.
+/// Returns whether an image exists or can be pulled.
 fn present(engine: &Engine, name: &str) -> Result<bool> {
     if engine.has_image(name) {
         return Ok(true);
@@ -119,7 +119,8 @@ fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
         inside("etc/ssl/certs/ca-certificates.crt"),
     )?;
     for file in apt_settings()? {
-        let to = inside("etc/apt/apt.conf.d").join(file.file_name().context("it has a name")?);
+        let to =
+            inside("etc/apt/apt.conf.d").join(file.file_name().context("the file has no name")?);
         fs::copy(&file, to)?;
     }
     fs::write(
@@ -166,7 +167,10 @@ fn import(engine: &Engine, root: &Path, name: &str) -> Result<()> {
         .args(["--numeric-owner", "-c", "."])
         .stdout(Stdio::piped())
         .spawn()?;
-    let files = tar.stdout.take().context("its output is piped")?;
+    let files = tar
+        .stdout
+        .take()
+        .context("the output of tar is not piped")?;
     let imported = engine
         .docker(&["import", "-", name])
         .stdin(files)
@@ -233,7 +237,10 @@ fn rust(engine: &Engine, folder: &Path) -> Result<()> {
 fn copy_folder(from: &Path, to: &Path) -> Result<()> {
     for entry in fs::read_dir(from)? {
         let path = entry?.path();
-        fs::copy(&path, to.join(path.file_name().context("it has a name")?))?;
+        fs::copy(
+            &path,
+            to.join(path.file_name().context("the file has no name")?),
+        )?;
     }
     Ok(())
 }

@@ -33,7 +33,7 @@ pub struct Alerts {
 }
 
 impl Alerts {
-    /// Checks an alert on a desktop without a notification service, and then one with the service.
+    /// Checks an alert on a desktop without a notification service, and then an alert on a desktop with this service.
     pub async fn check(page: &App, world: &World, server: &str) -> Result<Self> {
         let key = create_key(page).await?;
         let display = world.display()?;
@@ -68,7 +68,7 @@ impl Alerts {
         };
         ensure!(sent == expected, "{sent:?}");
         page.text("has used 80% of its daily quota").await?;
-        // Another program's notification.
+        // Simulates a click on another program's notification.
         notifications.click(2, display.time()?).await?;
         tokio::time::sleep(SETTLE).await;
         page.heading("API keys").await?;
@@ -102,7 +102,7 @@ impl Alerts {
     }
 }
 
-/// Deletes the key and its plan. The list of keys then contains this other key.
+/// Deletes the key and its plan. After that, the list of keys must contain the key `other`.
 pub async fn delete_key(page: &App, other: &str) -> Result<()> {
     page.follow("API keys").await?;
     page.follow(KEY).await?;

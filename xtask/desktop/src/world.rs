@@ -53,7 +53,7 @@ impl World {
             services.join("org.freedesktop.Notifications.service"),
             "[D-BUS Service]\nName=org.freedesktop.Notifications\nExec=/bin/false\n",
         )?;
-        // Stands in for the system's browser.
+        // This script stands in for the system's browser.
         let browser = folder.path().join("bin/xdg-open");
         fs::write(&browser, "#!/bin/sh\necho \"$1\" >>\"$HOME/opened\"\n")?;
         fs::set_permissions(&browser, fs::Permissions::from_mode(0o755))?;

@@ -13,8 +13,8 @@ use crate::{
     settings::{OnUnavailable, Settings},
 };
 
-/// How long a connection to Quota may be idle before it is closed. Shorter than Quota's own timeout (75 s by default),
-/// so that a check is not sent on a connection that Quota is closing.
+/// How long a connection to Quota may be idle before it is closed. This time is shorter than Quota's own timeout (75 s
+/// by default), so that a check is not sent on a connection that Quota is closing.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// An invalid setting.
@@ -83,29 +83,29 @@ impl QuotaLayerBuilder {
         self
     }
 
-    /// Reads the API key from this header only. By default, it is read from `X-API-Key` and from `Authorization: Bearer
-    /// qk_…`. A request with several keys is rejected.
+    /// Reads the API key from this header only. By default, the key is read from `X-API-Key` and from `Authorization:
+    /// Bearer qk_…`. A request with several keys is rejected.
     pub fn key_header(self, name: HeaderName) -> Self {
         self.key(move |parts| request::single(&parts.headers, &name).map(str::to_owned))
     }
 
-    /// Reads the API key with a function. A request for which it returns `None` gets 401.
+    /// Reads the API key with a function. A request for which the function returns `None` gets 401.
     pub fn key(mut self, key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         self.settings.key = Arc::new(key);
         self
     }
 
-    /// The number of requests that a request counts as, up to 1,000,000. Default: 1. A cost of 0 counts as 1. A request
-    /// with a cost above 1,000,000 gets 429.
+    /// The cost of a request: how many requests it counts as, up to 1,000,000. Default: 1. A cost of 0 counts as 1. A
+    /// request with a cost above 1,000,000 gets 429.
     pub fn cost(mut self, cost: impl Fn(&Parts) -> u32 + Send + Sync + 'static) -> Self {
         self.settings.cost = Arc::new(cost);
         self
     }
 
-    /// The name under which usage lists a request. By default, its method and route, such as `GET /orders/{id}`, if
-    /// axum has matched the route; otherwise none.
+    /// The endpoint under which a request is recorded in usage. By default, the request's method and route, such as
+    /// `GET /orders/{id}`, if axum has matched the route; otherwise none.
     ///
-    /// Return names from a small set, not paths with IDs: usage lists at most 256 endpoints per key.
+    /// Return names from a small set, not paths with IDs: usage reports list at most 256 endpoints per key.
     pub fn endpoint(
         mut self,
         endpoint: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static,
@@ -117,10 +117,10 @@ impl QuotaLayerBuilder {
     /// Remembers denials of up to `keys` keys, and denies their requests without a check for up to a second. Off by
     /// default.
     ///
-    /// Only denials are remembered, so this never allows a request that Quota would deny. A denial is remembered only if
-    /// its wait is longer than a second. Therefore, a request is denied without a check only if Quota would deny it
-    /// too, unless the plan was changed or tokens were returned within that second. Such denials are not recorded as
-    /// usage.
+    /// Allowed requests are never remembered, so the cache never allows a request that Quota would deny. A denial is
+    /// remembered only if a limit caused it and a retry cannot succeed within a second. Therefore, a request is denied
+    /// without a check only if Quota would deny it too, unless the key or its plan was changed or tokens were returned
+    /// within that second. Denials without a check are not recorded as usage.
     pub fn cache_denials(mut self, keys: usize) -> Self {
         self.settings.denials = Some(DenialCache::new(keys));
         self
@@ -157,7 +157,8 @@ impl QuotaLayerBuilder {
     }
 }
 
-/// Returns the URL of the check API, given the URL of Quota. That may have a path, such as `/api` behind a proxy.
+/// Returns the URL of the check API, given the URL of Quota. Quota's URL may have a path, such as `/api` behind a
+/// proxy.
 fn check_url(base: &str) -> Option<Url> {
     let mut url = Url::parse(base).ok()?;
     let is_plain = matches!(url.scheme(), "http" | "https")

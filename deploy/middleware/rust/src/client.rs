@@ -28,25 +28,27 @@ pub(crate) struct Check<'a> {
     pub(crate) endpoint: Option<String>,
 }
 
-/// Why there is no decision.
+/// The reason why there is no decision.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CheckError {
     #[error("no response from Quota")]
     Http(#[from] reqwest::Error),
     #[error("unexpected status {0} from Quota")]
     Status(StatusCode),
-    /// Quota considers the check invalid. The consumer may have caused this, so the request must not be passed on.
+    /// Quota rejects the check as invalid. The consumer may have caused this error, so the request must not be passed
+    /// on.
     #[error("Quota rejected the check with status {0}")]
     Invalid(StatusCode),
     /// The key's plan denies all requests while Redis is unreachable.
     #[error("Quota cannot check this key's limits")]
     Closed,
-    #[error("the response is not a decision of Quota")]
+    #[error("the response is not a decision by Quota")]
     NotADecision,
 }
 
 impl CheckError {
-    /// Returns whether the request must not be passed on, whatever the setting.
+    /// Returns whether the request must not be passed on, even with
+    /// [`OnUnavailable::Allow`](crate::OnUnavailable::Allow).
     pub(crate) fn is_final(&self) -> bool {
         matches!(self, Self::Invalid(_) | Self::Closed)
     }
@@ -71,7 +73,8 @@ impl Client {
         }
     }
 
-    /// Returns Quota's decision. `request_id` identifies it in Quota's log; if it is invalid, Quota chooses another.
+    /// Returns Quota's decision. `request_id` identifies the decision in Quota's log. If the ID is invalid, Quota
+    /// chooses another.
     pub(crate) async fn check(
         &self,
         check: &Check<'_>,

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde::Deserialize;
 
-/// Why a request was allowed or denied.
+/// The reason why a request was allowed or denied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[non_exhaustive]
@@ -24,7 +24,7 @@ pub enum Code {
     /// Quota could not be reached, and the layer passes on requests in that case. Nothing is known about the key.
     #[serde(skip)]
     Unchecked,
-    /// A reason for a denial that this version does not know.
+    /// A denial reason that is unknown to this version of the crate.
     #[serde(other)]
     Other,
 }
@@ -43,7 +43,7 @@ pub struct LimitState {
     pub reset_at: String,
 }
 
-/// Quota's decision on a request. Requests that are passed on have it in their extensions.
+/// Quota's decision on a request. It is stored in the extensions of each request that is passed on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Decision {
@@ -54,9 +54,9 @@ pub struct Decision {
     pub limits: Vec<LimitState>,
     /// Seconds to wait before retrying, rounded up. `None` if the request was allowed or can never be allowed.
     pub retry_after: Option<u64>,
-    /// The headers that the response gets.
+    /// The headers to add to the response.
     pub headers: HeaderMap,
-    /// Identifies the decision in Quota's log.
+    /// The ID of the decision in Quota's log.
     pub request_id: Option<HeaderValue>,
 }
 

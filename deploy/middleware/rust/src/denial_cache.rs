@@ -10,8 +10,8 @@ use quick_cache::sync::Cache;
 
 use crate::decision::{Code, Decision};
 
-/// How long a denial is remembered. Waits are reported in whole seconds, rounded up, so a wait of two seconds is longer
-/// than this.
+/// How long a denial is remembered. Waits are reported in whole seconds, rounded up, so a reported wait of two seconds
+/// is longer than this time.
 const KEPT: Duration = Duration::from_secs(1);
 
 /// Denials by key. Allowed requests are never cached.
@@ -20,13 +20,13 @@ pub(crate) struct DenialCache {
 }
 
 struct Denial {
-    /// A request with a lower cost may be allowed.
+    /// The cost of the denied request. A request with a lower cost may be allowed.
     cost: u32,
     until: Instant,
     decision: Decision,
 }
 
-/// Does not show the keys.
+/// Does not show the keys, which are secrets.
 impl fmt::Debug for DenialCache {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("DenialCache")
@@ -42,7 +42,7 @@ impl DenialCache {
         }
     }
 
-    /// Returns a denial that still applies to a request with this cost.
+    /// Returns a denial of `key` that still applies to a request with the given `cost`.
     pub(crate) fn get(&self, key: &str, cost: u32, now: Instant) -> Option<Decision> {
         let denial = self.denials.get(key)?;
         if now >= denial.until {
@@ -88,7 +88,7 @@ mod tests {
         assert_eq!(at(0).and_then(|it| it.retry_after), Some(60));
         assert!(at(999).is_some());
         assert_eq!(at(1000), None);
-        assert_eq!(at(0), None, "it has been removed");
+        assert_eq!(at(0), None, "the denial has been removed");
     }
 
     #[test]

@@ -16,11 +16,11 @@
 //! ```
 //!
 //! A request that Quota allows reaches the service with a [`Decision`] in its extensions, and its response gets the
-//! rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 without a valid API key,
-//! 402 if the key's tenant has to subscribe, and 429 if a limit is reached. If Quota cannot be reached in time, the
-//! response is 503, or the request is passed on unchecked: see [`OnUnavailable`].
+//! rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API
+//! key, 402 if the key's tenant has to subscribe, and 429 if a limit is reached. If Quota cannot be reached in time,
+//! the response is 503, or the request is passed on unchecked: see [`OnUnavailable`].
 //!
-//! A check is never repeated once Quota may have received it, since it may already have consumed tokens.
+//! Once Quota may have received a check, the check is not repeated, because it may already have consumed tokens.
 
 mod builder;
 mod client;

@@ -4,16 +4,16 @@ use http::{HeaderMap, HeaderName, header, request::Parts};
 
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const KEY_PREFIX: &str = "qk_";
-/// Quota rejects checks with longer keys.
+/// The maximum length of a key. Quota rejects checks with longer keys.
 const MAX_KEY: usize = 256;
-/// Quota rejects checks with longer endpoints.
+/// The maximum length of an endpoint. Quota rejects checks with longer endpoints.
 const MAX_ENDPOINT: usize = 128;
 
 /// Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Other credentials in `Authorization` belong to
 /// the service.
 ///
-/// Returns `None` if there are several keys or several values of either header: the service could read a different key
-/// than the one that is checked.
+/// Returns `None` if there are several keys or several values of either header, because the service could read a key
+/// that was not checked.
 pub(crate) fn api_key(headers: &HeaderMap) -> Option<String> {
     let bearer = match sent(headers, &header::AUTHORIZATION) {
         Sent::Several => return None,
@@ -57,7 +57,7 @@ fn sent<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Sent<'a> {
     }
 }
 
-/// Returns whether Quota accepts this string in a check. If not, it cannot be a key.
+/// Returns whether Quota accepts this string in a check. If not, the string cannot be a key.
 pub(crate) fn may_be_key(key: &str) -> bool {
     (1..=MAX_KEY).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
 }
@@ -83,7 +83,7 @@ pub(crate) fn matched_route(_: &Parts) -> Option<String> {
     None
 }
 
-/// Returns whether Quota accepts this request ID. With a longer one, the consumer could make the check fail.
+/// Returns whether Quota accepts this request ID. With an ID that is too long, the consumer could make the check fail.
 pub(crate) fn is_id(bytes: &[u8]) -> bool {
     (1..=128).contains(&bytes.len())
         && bytes

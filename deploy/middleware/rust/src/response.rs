@@ -13,7 +13,7 @@ pub type ResponseBody<B> = Either<B, Full<Bytes>>;
 const QUOTA_EXCEEDED: &str = "https://iana.org/assignments/http-problem-types#quota-exceeded";
 const REDUCED_CAPACITY: &str =
     "https://iana.org/assignments/http-problem-types#temporary-reduced-capacity";
-/// The type of problems that the status describes sufficiently.
+/// The problem type for problems that the status describes sufficiently.
 const BLANK: &str = "about:blank";
 
 #[derive(Serialize)]

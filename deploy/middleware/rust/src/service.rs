@@ -25,7 +25,7 @@ use crate::{
     settings::{OnUnavailable, Settings},
 };
 
-/// Quota rejects checks with a higher cost.
+/// The maximum cost. Quota rejects checks with a higher cost.
 const MAX_COST: u32 = 1_000_000;
 
 /// Checks each request with Quota before it reaches the service. Clones share connections and remembered denials.
@@ -61,7 +61,7 @@ struct Checker {
 
 /// What happens to a request.
 enum Verdict {
-    /// It reaches the service.
+    /// The request reaches the service.
     Pass(Decision),
     Deny(Response<Full<Bytes>>),
 }
@@ -134,7 +134,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        // The clone may not be ready, so the service that is ready is the one to call.
+        // The clone may not be ready, so call the original, which is ready, and keep the clone.
         let clone = self.inner.clone();
         let mut inner = mem::replace(&mut self.inner, clone);
         let checker = Arc::clone(&self.checker);

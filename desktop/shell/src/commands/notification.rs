@@ -1,6 +1,7 @@
 //! Notifications of the operating system, over the [Desktop Notifications Specification].
 //!
-//! Without a notification service, nothing is shown and the log says so. The console announces alerts itself, too.
+//! If there is no notification service, no notification is shown, and the error is logged. The console itself also
+//! announces alerts.
 //!
 //! [Desktop Notifications Specification]: https://specifications.freedesktop.org/notification-spec/latest/
 
@@ -17,14 +18,14 @@ use zbus::{Proxy, connection, proxy::SignalStream, zvariant::Value};
 
 use crate::window;
 
-/// The name of the service and of its interface.
+/// The name of the service, which is also the name of its interface.
 const SERVICE: &str = "org.freedesktop.Notifications";
 const PATH: &str = "/org/freedesktop/Notifications";
-/// Starting the service can take a while.
+/// The time limit for a call to the service, which may have to start first.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 const TITLE: &str = "Quota alert";
-/// Longer than any text that the console sends.
+/// The maximum length of a text, longer than any text that the console sends.
 const MAX_TEXT: usize = 1000;
 /// The name of the desktop entry and of the icon that the packages install.
 const DESKTOP_ENTRY: &str = "quota-desktop";
@@ -35,14 +36,15 @@ const ALERTS: &str = "/console/alerts";
 
 struct Notifications {
     service: Proxy<'static>,
-    /// The IDs of this app's notifications. The service also reports clicks on those of other apps.
+    /// The IDs of this app's notifications. The service also reports clicks on notifications of other apps.
     shown: HashSet<u32>,
 }
 
 /// `None` until the first notification, and after the session bus has closed the connection.
 static NOTIFICATIONS: Mutex<Option<Notifications>> = Mutex::const_new(None);
 
-/// Shows a notification about alerts, unless the user is looking at the window. A click on it opens the alerts page.
+/// Shows a notification about alerts, unless the user is looking at the window. A click on the notification opens the
+/// alerts page.
 #[tauri::command]
 pub async fn notify(app: AppHandle, text: String) -> Result<(), CallError> {
     if text.is_empty() || text.len() > MAX_TEXT {
@@ -64,7 +66,7 @@ pub async fn notify(app: AppHandle, text: String) -> Result<(), CallError> {
 }
 
 async fn show(app: AppHandle, text: &str) -> zbus::Result<()> {
-    // Locked until the ID is stored, so that a click cannot be handled before.
+    // Locked until the ID is stored, so that no click is handled before then.
     let mut notifications = NOTIFICATIONS.lock().await;
     let Notifications { service, shown } = match &mut *notifications {
         Some(it) => it,
@@ -116,7 +118,7 @@ async fn connect(app: AppHandle) -> zbus::Result<Notifications> {
 async fn handle_clicks(app: AppHandle, mut signals: SignalStream<'static>) {
     let mut token = None;
     while let Some(signal) = signals.next().await {
-        // Other signals have other arguments.
+        // Ignores other signals, which have other arguments.
         let Ok((id, text)) = signal.body().deserialize::<(u32, String)>() else {
             continue;
         };
@@ -130,7 +132,7 @@ async fn handle_clicks(app: AppHandle, mut signals: SignalStream<'static>) {
         let header = signal.header();
         let is = |name: &str| header.member().is_some_and(|it| it.as_str() == name);
         if is("ActivationToken") {
-            // Arrives before the click.
+            // This signal arrives before `ActionInvoked`.
             token = Some(text);
         } else if is("ActionInvoked") && text == CLICK {
             window::reveal(&app, ALERTS, token.take());
@@ -139,7 +141,7 @@ async fn handle_clicks(app: AppHandle, mut signals: SignalStream<'static>) {
     *NOTIFICATIONS.lock().await = None;
 }
 
-/// Escapes characters that have a special meaning in markup.
+/// Escapes characters that have a special meaning in the markup of notifications.
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")

@@ -12,11 +12,11 @@ use tauri::{AppHandle, Manager as _};
 
 use crate::STARTED;
 
-/// Kept until the app exits: on X11 and Wayland, copied text is available only while the program that copied it is
-/// running.
+/// The clipboard, which is kept until the app exits: on X11 and Wayland, copied text is available only while the
+/// program that copied it is running.
 static CLIPBOARD: Mutex<Option<arboard::Clipboard>> = Mutex::new(None);
 
-/// Longer than any text that the console copies.
+/// The maximum length of a copied text, longer than any text that the console copies.
 const MAX_COPY: usize = 64 * 1024;
 
 #[tauri::command]
@@ -35,7 +35,7 @@ pub async fn copy(text: String) -> Result<(), CallError> {
     })
 }
 
-/// Far larger than any export.
+/// The maximum size of a file, far larger than any export.
 const MAX_FILE: usize = 16 * 1024 * 1024;
 
 /// Saves an export in the user's downloads folder, under a name that is not in use. Returns the file's path.

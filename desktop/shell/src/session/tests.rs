@@ -105,7 +105,7 @@ impl FakeServer {
                 self.generation.store(generation + 1, Ordering::SeqCst);
                 (200, Self::pair(generation + 1))
             }
-            // As on a real server, the previous refresh token gets the same new tokens again.
+            // As with a real server, a request with the previous refresh token gets the same new tokens again.
             Some(sent) if sent + 1 == generation => (200, Self::pair(generation)),
             _ => {
                 self.ended.store(true, Ordering::SeqCst);
@@ -189,7 +189,7 @@ impl Fixture {
         }
     }
 
-    /// Returns a session as another process of the same user would have it.
+    /// Returns a session like that of another process of the same user.
     fn session(&self) -> Arc<Session> {
         let client = Client::new(self.server.clone()).expect("a client");
         let keychain: Arc<dyn Keychain> = Arc::clone(&self.keychain) as _;
@@ -309,7 +309,7 @@ async fn list_concurrently(session: &Arc<Session>) {
 async fn concurrent_calls_share_one_refresh() {
     let fixture = Fixture::new().await;
     fixture.session().call(&login()).await.expect("signed in");
-    // A session as it is after a restart, with nothing in memory.
+    // A session after a restart, with nothing in memory.
     let session = fixture.session();
     list_concurrently(&session).await;
     assert_eq!(fixture.refreshes(), 1);
@@ -405,7 +405,7 @@ async fn loaded_data_is_readable_while_the_server_is_unreachable() {
     assert_eq!(session.call(&Call::Me).await, Err(CallError::Unreachable));
     let change = Call::UpdateMe(UpdateMe::default());
     assert_eq!(session.call(&change).await, Err(CallError::Unreachable));
-    // The user remains signed in. Signing out drops the tokens, although the server does not learn of it.
+    // The user remains signed in. Signing out drops the tokens, although the server is not informed.
     assert!(fixture.keychain.only().is_some());
     let result = session.call(&Call::Logout).await;
     assert_eq!(result, Err(CallError::Unreachable));

@@ -1,10 +1,11 @@
 //! Sends calls from a browser to the server that served the page. Scripts cannot read the session's cookies.
 //!
-//! When the access token has expired, it is refreshed and the call is sent again. Concurrent calls share one refresh.
-//! If the refresh is rejected, the session has ended and the call returns the server's 401.
+//! When the access token has expired, this module refreshes the token and sends the call again. Concurrent calls share
+//! one refresh. If the server rejects the refresh, the session has ended, and the call returns the server's 401.
 //!
-//! All windows of a browser share its cookies. If the user signs in to another account in one window, the others still
-//! show the previous account. They notice that the session's readable CSRF cookie has changed, and stop sending calls.
+//! All windows of a browser share its cookies. If the user signs in to another account in one window, the other windows
+//! still show the previous account. These windows notice that the session's readable CSRF cookie has changed, and stop
+//! sending calls.
 
 use std::cell::RefCell;
 
@@ -68,10 +69,10 @@ fn account_before_replacement() -> Option<(UserId, TenantId)> {
     })
 }
 
-/// How long a response may take, in milliseconds. Longer than the server's default limit.
+/// How long a response may take, in milliseconds: longer than the server's default limit.
 const RESPONSE_MS: u32 = 30_000;
 
-/// Explains why `fetch` failed. A change may still take effect after the time limit.
+/// Returns why `fetch` failed. After a timeout, a change may still take effect.
 fn fetch_error(error: &JsValue, call: &Call) -> CallError {
     let name = js_sys::Reflect::get(error, &"name".into()).ok();
     let is_late = name.and_then(|it| it.as_string()).as_deref() == Some("TimeoutError");
@@ -82,7 +83,7 @@ fn fetch_error(error: &JsValue, call: &Call) -> CallError {
     }
 }
 
-/// Sends a request. Uses `fetch` directly: an HTTP crate would make the download 2% larger.
+/// Sends a request. Uses `fetch` directly, because an HTTP crate would make the download 2% larger.
 async fn request(
     call: &Call,
     credentials: RequestCredentials,
@@ -178,7 +179,7 @@ async fn send_once(call: &Call) -> CallResult<String> {
 }
 
 thread_local! {
-    /// Calls that are waiting for the current refresh.
+    /// The calls that are waiting for the current refresh. `None` if no refresh is in progress.
     static WAITING: RefCell<Option<Vec<oneshot::Sender<CallResult<bool>>>>> = const { RefCell::new(None) };
 }
 
@@ -211,7 +212,7 @@ async fn refresh() -> CallResult<bool> {
     refreshed
 }
 
-/// Sends a request the way an API client would: with the key and without the session.
+/// Sends a request as an API client would: with the key and without the session.
 pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     let fields = [("x-api-key", key)];
     let response = request(&Call::Echo, RequestCredentials::Omit, &fields).await?;

@@ -19,7 +19,7 @@ extern "C" {
 
 fn parse<T: DeserializeOwned>(value: &JsValue) -> Option<T> {
     let json = js_sys::JSON::stringify(value).ok()?.as_string();
-    // `JSON.stringify(undefined)` returns `undefined`; here it means that the response has no body.
+    // `JSON.stringify(undefined)` returns `undefined`, which means that the response has no body.
     serde_json::from_str(json.as_deref().unwrap_or("null")).ok()
 }
 
@@ -50,7 +50,7 @@ pub async fn send(call: &Call) -> CallResult<String> {
         Err(_) => host::set_loaded_at(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
-        // Until sign-in, it is unknown whether the keychain can store a session.
+        // Before sign-in, it is not known whether the keychain can store a session.
         if let Ok(status) = host_status().await {
             host::set_status(status);
         }
@@ -67,7 +67,7 @@ pub fn origin() -> String {
     host::server_address()
 }
 
-/// Sends a request the way an API client would: with the key and without the session.
+/// Sends a request as an API client would: with the key and without the session.
 pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     let response: ipc::TestResponse = invoke("try_key", &json!({ "key": key })).await?;
     let value = |name: &str| {

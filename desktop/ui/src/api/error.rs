@@ -27,7 +27,7 @@ impl CallError {
         matches!(self, Self::Problem(problem) if problem.kind.ends_with(&format!("/{}", code.slug())))
     }
 
-    /// Returns the message, without the request ID if that is shown separately.
+    /// Returns the message, without the request ID if the ID is shown separately.
     pub fn message(&self) -> String {
         let message = self.full_message();
         self.request_id().map_or_else(

@@ -40,7 +40,8 @@ pub use error::{CallError, CallResult, TestResponse};
 pub use transport::{add_server, forget_server, host_status, ready, use_server};
 pub use transport::{copy, is_secure, notify, open_billing, origin, quit, save_file, try_key};
 
-/// A call in progress. Boxed, so that each page does not contain its own copy of the call's state machine.
+/// A call in progress. The future is boxed, so that each page does not contain its own copy of the call's state
+/// machine.
 pub type PendingCall<T> = Pin<Box<dyn Future<Output = CallResult<T>>>>;
 
 type Listener = Box<dyn Fn(&CallError)>;
@@ -243,7 +244,7 @@ pub fn billing() -> PendingCall<BillingState> {
     fetch(Call::Billing)
 }
 
-/// Loads the gateway configurations, a static file of the console.
+/// Loads the gateway configurations, which are a static file of the console.
 pub fn gateway_files() -> PendingCall<String> {
     Box::pin(async {
         let text = load_text("meta[name=gateways]").await;

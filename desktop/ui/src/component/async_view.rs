@@ -1,6 +1,7 @@
 //! Loads data from the server, shows it, and offers to retry after a failure.
 //!
-//! Most functions erase the type of the data: compiling them for each type would make the download a quarter larger.
+//! Most functions erase the type of the data, because compiling these functions for each type would make the download a
+//! quarter larger.
 
 use std::{any::Any, marker::PhantomData, pin::Pin, sync::Arc, time::Duration};
 
@@ -30,13 +31,13 @@ enum LoadState {
 struct Core {
     state: RwSignal<LoadState>,
     version: RwSignal<u32>,
-    /// Whether to dim the current data because a visible reload is in progress.
+    /// Whether to dim the current data, because a reload that the user should see is in progress.
     pending: RwSignal<bool>,
     /// Whether the next load runs in the background.
     quiet: StoredValue<bool>,
-    /// When the data on the page was loaded, in milliseconds since 1970.
+    /// When the data on the page was loaded, in milliseconds since the Unix epoch.
     loaded_at: StoredValue<i64>,
-    /// Why the latest background load failed. `None` if it succeeded.
+    /// Why the latest background load failed. `None` if the load succeeded.
     stale: RwSignal<Option<CallError>>,
 }
 
@@ -61,7 +62,7 @@ impl Core {
         spawn_local(async move {
             for pause_ms in [500, 2000, 4000] {
                 gloo_timers::future::TimeoutFuture::new(pause_ms).await;
-                // Run in the background, so that the page is not dimmed.
+                // Loads in the background, so that the page is not dimmed.
                 if self.quiet.try_update_value(|quiet| *quiet = true).is_some() {
                     self.reload();
                 }
@@ -97,7 +98,7 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
         self.core.reload();
     }
 
-    /// Reloads after a failed load; does nothing otherwise.
+    /// Reloads the data if the last load failed. Otherwise, does nothing.
     pub fn retry(self) {
         let has_failed = |state: &LoadState| matches!(state, LoadState::Failed(_));
         if self.core.state.try_with_untracked(has_failed) == Some(true) {
@@ -110,7 +111,7 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
         self.core.refresh();
     }
 
-    /// Reloads a few times, because the server can take a few seconds to record the requests just sent.
+    /// Reloads a few times, because the server can take a few seconds to record the requests that have just been sent.
     pub fn reload_after_requests(self) {
         self.core.reload_after_requests();
     }
@@ -254,7 +255,7 @@ pub fn Async<T, V>(
     /// Completes the error message `Couldn't load …`.
     #[prop(default = "this page")]
     what: &'static str,
-    /// Whether this is inside a card. The error then has no frame of its own.
+    /// Whether the view is inside a card. An error then has no frame of its own.
     #[prop(optional)]
     inside: bool,
     show: impl Fn(T) -> V + Send + Sync + 'static,
@@ -291,7 +292,7 @@ fn view_data(
     .into_any()
 }
 
-/// How long loading may take before the skeleton says so.
+/// How long loading may take before the skeleton says that it is still in progress.
 const SLOW: Duration = Duration::from_secs(5);
 
 fn skeleton() -> AnyView {

@@ -30,7 +30,7 @@ impl ChartState {
 #[component]
 pub fn Chart(
     bars: Vec<Bar>,
-    /// For example, `Requests per hour, CET`.
+    /// The title, for example `Requests per hour, CET`.
     title: String,
     state: ChartState,
     /// Called when the user opens a bar for more detail.

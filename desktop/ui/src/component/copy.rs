@@ -8,13 +8,13 @@ use crate::{api, model::text::capitalized};
 #[component]
 pub fn CopyButton(
     #[prop(into)] text: Signal<String>,
-    /// What the button copies. Part of its accessible name.
+    /// What the button copies. This text is part of the button's accessible name.
     #[prop(into)]
     what: String,
     #[prop(optional)] on_copied: Option<Callback<()>>,
 ) -> impl IntoView {
     let copied = RwSignal::new(false);
-    // Shown next to the button, because an open dialog would cover a toast.
+    // The result is shown next to the button, because an open dialog would cover a toast.
     let failed = RwSignal::new(false);
     let copy = move |_| {
         let text = text.get_untracked();

@@ -23,7 +23,7 @@ pub fn ExportButton(
             };
             match saved {
                 Ok(Some(path)) => toasts.succeed(format!("Saved to {path}")),
-                // No toast needed: the browser shows the download itself.
+                // No toast is needed, because the browser shows the download itself.
                 Ok(None) => {}
                 Err(error) => toasts.fail(&error),
             }

@@ -44,7 +44,7 @@ pub fn select_filter(
     .into_any()
 }
 
-/// Options that do not depend on loaded data.
+/// Returns options that do not depend on loaded data.
 pub fn fixed_options(
     options: impl IntoIterator<Item = &'static (&'static str, &'static str)>,
 ) -> Signal<Vec<(String, String)>> {

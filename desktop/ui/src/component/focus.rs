@@ -9,7 +9,7 @@ use web_sys::{Element, HtmlElement};
 /// The attribute that identifies an element across renderings.
 const KEY: &str = "data-focus-key";
 
-/// Returns the focused element. Returns `None` if that is the document's body.
+/// Returns the focused element. Returns `None` if the document's body has focus.
 fn focused() -> Option<Element> {
     document()
         .active_element()
@@ -36,8 +36,8 @@ pub fn focus_soon(selector: impl Into<String>) {
     });
 }
 
-/// Restores focus after the current rendering: to the same element or, if it no longer exists, to the page's content.
-/// Call before rendering again.
+/// Restores focus after the current rendering: to the same element or, if that element no longer exists, to the page's
+/// content. Call before rendering again.
 pub fn keep_focus() {
     let Some(before) = focused() else { return };
     let key = before.get_attribute(KEY);

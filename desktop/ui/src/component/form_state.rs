@@ -2,7 +2,7 @@
 //!
 //! Fields register themselves. A field shows an error when the user leaves it or submits the form; editing the field
 //! clears the error. If the user leaves a field by pressing a mouse button, the error appears only when the button is
-//! released: otherwise, it could move the element that the user is clicking.
+//! released. Otherwise, the error could move the element that the user is clicking.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 

@@ -64,7 +64,7 @@ fn target(key: &str, at: usize, count: usize) -> Option<usize> {
 #[component]
 pub fn Menu(
     #[prop(into)] label: String,
-    /// Identifies the button after the list around it has been rendered again.
+    /// Identifies the button after the list that contains it has been rendered again.
     #[prop(into)]
     focus_key: String,
     items: Vec<MenuItem>,

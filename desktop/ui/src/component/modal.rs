@@ -25,14 +25,16 @@ use crate::{
 pub fn Modal(
     open: RwSignal<bool>,
     #[prop(into)] title: Signal<String>,
-    /// While set, neither Escape nor navigation closes the dialog, because the user could not get its content back.
+    /// While this is set, neither Escape nor navigation closes the dialog, because the user could not see its content
+    /// again.
     #[prop(optional, into)]
     locked: Signal<bool>,
     /// Called when the user presses Escape in a locked dialog.
     #[prop(optional)]
     on_escape: Option<Callback<()>>,
     #[prop(optional)] wide: bool,
-    /// Whether to show the dialog as a full-height panel at the side of the page. Used for forms that create or edit.
+    /// Whether to show the dialog as a full-height panel at the side of the page, as for forms that create or edit a
+    /// resource.
     #[prop(optional)]
     panel: bool,
     /// Whether to omit the padding, and to show the title only to screen readers.
@@ -82,8 +84,8 @@ pub fn Modal(
                     ev.prevent_default();
                 }
             }
-            // If the user presses Escape twice, browsers close the dialog even if `cancel` was prevented. Handling the
-            // key itself avoids that.
+            // If the user presses Escape twice, browsers close the dialog even if `cancel` was prevented. To avoid
+            // this, the key itself is handled.
             on:keydown=move |ev: KeyboardEvent| {
                 if locked.get_untracked() && ev.key() == "Escape" {
                     ev.prevent_default();
@@ -123,7 +125,8 @@ impl Confirmation {
         self.open.set(true);
     }
 
-    /// Makes the confirmed call. On success, closes the dialog and calls `done`; on failure, shows the error.
+    /// Makes the call that the user has confirmed. On success, closes the dialog and calls `done`; on failure, shows
+    /// the error.
     pub fn send<T: 'static>(self, call: PendingCall<T>, done: impl FnOnce(T) + 'static) {
         self.busy.set(true);
         spawn_local(async move {
@@ -157,7 +160,7 @@ pub fn Confirm(
     /// The text that the user must type to enable the button.
     #[prop(optional, into)]
     phrase: MaybeProp<String>,
-    /// A less drastic action to offer, with its label.
+    /// A less drastic action to offer instead, with its label.
     #[prop(optional)]
     alternative: Option<(&'static str, Callback<()>)>,
     /// Whether to offer the alternative.

@@ -74,7 +74,8 @@ impl Commands {
     }
 
     fn on_keydown(self, ev: &KeyboardEvent, keys: StoredValue<Keys>) {
-        // An open dialog handles its own keys. An input method editor may still be composing text.
+        // Ignores keys while a dialog is open, which handles its own keys, and while an input method editor is
+        // composing text.
         let dialog = document().query_selector("dialog[open]").ok().flatten();
         if dialog.is_some() || ev.default_prevented() || ev.is_composing() {
             return;
@@ -334,7 +335,7 @@ fn Palette(commands: Commands) -> impl IntoView {
     }
 }
 
-/// Keys to press one after the other.
+/// Shows keys that the user presses one after the other.
 #[component]
 fn Keycaps(keys: &'static str) -> impl IntoView {
     view! {

@@ -25,7 +25,7 @@ pub fn watch_presses() {
 
 fn release() {
     PRESSED.set(false);
-    // Run after the click, which immediately follows this event.
+    // Runs after the click, which immediately follows this event.
     set_timeout(
         || {
             for then in WAITING.take() {

@@ -2,7 +2,7 @@ use leptos::prelude::*;
 
 use crate::{reactive::effect, route::route};
 
-/// Opens a dialog if the URL contains the `new` query parameter, and removes this parameter. If `is_allowed` is false,
+/// If the URL contains the `new` query parameter, opens a dialog and removes the parameter. If `is_allowed` is false,
 /// only removes the parameter.
 pub fn open_from_query(open: RwSignal<bool>, is_allowed: bool) {
     let route = route();

@@ -34,7 +34,7 @@ impl NewSecret {
         }
     }
 
-    /// Opens the dialog. Does nothing if the user has left the page that owns it.
+    /// Opens the dialog. Does nothing if the user has left the page that owns the dialog.
     pub fn show(self, name: String, secret: Option<String>) {
         let _ = self.name.try_set(name);
         let _ = self.secret.try_set(secret.unwrap_or_default());
@@ -52,7 +52,7 @@ pub fn SecretDialog(
     #[prop(into)] title: Signal<String>,
     /// `key` or `token`.
     noun: &'static str,
-    /// Tells the user what to do if the secret is lost.
+    /// A sentence that tells the user what to do if the secret is lost.
     recovery: &'static str,
     #[prop(optional)] on_close: Option<Callback<()>>,
     children: ChildrenFn,

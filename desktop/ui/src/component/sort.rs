@@ -19,7 +19,7 @@ fn current() -> String {
         .unwrap_or_default()
 }
 
-/// The sort orders shared by all sortable lists. The first is the server's default.
+/// The sort orders that all sortable lists have. The first one is the server's default.
 const COMMON_ORDERS: &[(&str, &str)] = &[
     ("", "Newest first"),
     ("created_at", "Oldest first"),
@@ -29,7 +29,7 @@ const COMMON_ORDERS: &[(&str, &str)] = &[
 
 #[component]
 pub fn SortSelect(
-    /// Sort orders specific to this list.
+    /// Sort orders that only this list has.
     #[prop(optional)]
     more: &'static [(&'static str, &'static str)],
 ) -> impl IntoView {

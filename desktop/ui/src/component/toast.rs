@@ -16,7 +16,7 @@ use crate::{
 };
 
 const SUCCESS: Duration = Duration::from_secs(6);
-/// How long to show a message with an action: long enough to read it and decide.
+/// How long to show a message with an action: long enough to read the message and decide.
 const WITH_ACTION: Duration = Duration::from_secs(12);
 
 /// A button's label, and what the button does.
@@ -84,8 +84,8 @@ impl Toasts {
     ) {
         let id = self.next_id.get_value();
         self.next_id.set_value(id.wrapping_add(1));
-        // Screen readers announce a change only if the live region already exists, so place it before adding the
-        // message.
+        // Screen readers announce a change only if the live region already exists, so the region is placed before the
+        // message is added.
         self.place();
         let message = Message {
             id,

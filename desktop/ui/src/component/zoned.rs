@@ -7,7 +7,7 @@ use wasm_bindgen::{JsCast, JsValue};
 use crate::model::zoned::LocalTime;
 
 thread_local! {
-    /// One formatter per time zone, because creating one is slow.
+    /// One formatter per time zone, because creating a formatter is slow.
     static FORMATTERS: RefCell<BTreeMap<String, Option<js_sys::Intl::DateTimeFormat>>> = const { RefCell::new(BTreeMap::new()) };
 }
 
@@ -36,7 +36,8 @@ fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
     Some(made.unchecked_into())
 }
 
-/// Converts `at`, in milliseconds since 1970, to local time. Uses UTC if the browser does not know the time zone.
+/// Converts `at`, in milliseconds since the Unix epoch, to local time. Uses UTC if the browser does not know the time
+/// zone.
 pub fn local_time(at: i64, zone: &str) -> Option<LocalTime> {
     FORMATTERS.with_borrow_mut(|all| {
         let mut format = |zone: &str| -> Option<LocalTime> {
@@ -46,7 +47,7 @@ pub fn local_time(at: i64, zone: &str) -> Option<LocalTime> {
                 .as_ref()?;
             #[expect(
                 clippy::cast_precision_loss,
-                reason = "milliseconds since 1970 are exact in a double"
+                reason = "milliseconds since the Unix epoch are exact in a double"
             )]
             let date = js_sys::Date::new(&JsValue::from_f64(at as f64));
             let text = formatter.format().call1(&JsValue::UNDEFINED, &date).ok()?;

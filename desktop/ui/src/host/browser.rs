@@ -1,6 +1,6 @@
 //! A browser has no host state.
 
-/// Whether users can sign out while the server is unreachable. False here: scripts cannot delete the session's
+/// Whether users can sign out while the server is unreachable. They cannot, because scripts cannot delete the session's
 /// HTTP-only cookies.
 pub const SIGNS_OUT_LOCALLY: bool = false;
 

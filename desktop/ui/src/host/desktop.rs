@@ -3,7 +3,7 @@
 use leptos::prelude::*;
 use quota_common::{Timestamp, ipc::HostStatus};
 
-/// The signals are reference-counted because they exist before the first page is mounted and outlive the last one.
+/// The signals are reference-counted, because they exist before the first page is mounted and outlive the last page.
 struct Host {
     status: ArcRwSignal<Option<HostStatus>>,
     /// When the data on the page was loaded. `None` while the server is reachable.
@@ -19,7 +19,7 @@ thread_local! {
     };
 }
 
-/// Whether users can sign out while the server is unreachable. True here: the app drops its tokens.
+/// Whether users can sign out while the server is unreachable. They can, because the app can drop its tokens.
 pub const SIGNS_OUT_LOCALLY: bool = true;
 
 pub fn status() -> ArcRwSignal<Option<HostStatus>> {
@@ -43,8 +43,8 @@ pub fn is_offline() -> bool {
     loaded_at().with_untracked(Option::is_some)
 }
 
-/// Records the origin of the last response: `None` if it came from the server, or the time at which the app received it
-/// if it is a stored response.
+/// Records where the last response came from: `None` if it came from the server, or the time at which the app received
+/// the response if it is a stored response.
 pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     HOST.with(|host| {
         if host.loaded_at.get_untracked() != loaded_at {

@@ -11,7 +11,7 @@ pub struct Bucket {
     pub limit: u64,
     /// The number of tokens at the time `at`.
     pub remaining: u64,
-    /// The time of the report, in milliseconds since 1970.
+    /// The time of the report, in milliseconds since the Unix epoch.
     pub at: i64,
     /// `refill` tokens are added every `window` seconds.
     pub refill: u64,
@@ -85,7 +85,7 @@ impl History {
     /// Adds a level. `share` is in thousandths.
     pub fn add(&mut self, now: i64, share: u64) {
         self.points.push((now, share.min(1000)));
-        // Keep one point from before the time range, so that the line starts at the edge.
+        // Keeps one point from before the time range, so that the line starts at the edge.
         let old = self
             .points
             .iter()

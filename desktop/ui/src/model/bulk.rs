@@ -37,8 +37,8 @@ impl BulkAction {
         format!("{}?", self.button(keys))
     }
 
-    /// Returns the text that the user must type to confirm. Returns `None` for an action that does not interrupt
-    /// clients.
+    /// Returns the text that the user must type to confirm the action. Returns `None` for an action that does not
+    /// interrupt clients.
     pub fn phrase(self, keys: usize) -> Option<String> {
         (self != Self::Activate).then(|| self.button(keys).to_ascii_lowercase())
     }

@@ -31,7 +31,8 @@ pub const fn name(policy: PolicyName) -> &'static str {
     }
 }
 
-/// Returns a chart that compares the remaining quota with an even pace, and projects it until the reset.
+/// Returns a chart that compares the remaining quota with an even pace, and projects the remaining quota until the
+/// reset.
 pub fn burn_down_chart(burn: &BurnDown) -> Markup {
     let line = |of: &dyn Fn(usize) -> u64| {
         let points = burn.points.iter().enumerate();

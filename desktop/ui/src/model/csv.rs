@@ -11,8 +11,8 @@ pub fn csv(rows: impl IntoIterator<Item = Vec<String>>) -> String {
     file
 }
 
-/// Quotes a cell if needed. If a spreadsheet would evaluate the text as a formula, prefixes it with an apostrophe
-/// (OWASP, "CSV Injection"). Leaves plain numbers unchanged.
+/// Quotes a cell if necessary. If a spreadsheet would evaluate the text as a formula, prefixes the text with an
+/// apostrophe (OWASP, "CSV Injection"). Leaves plain numbers unchanged.
 fn cell(text: &str) -> String {
     let is_number = text.parse::<i64>().is_ok();
     let is_formula = !is_number && text.starts_with(['=', '+', '-', '@', '\t', '\r']);

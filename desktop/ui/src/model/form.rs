@@ -68,15 +68,15 @@ pub fn metadata(text: &str) -> Result<Metadata, &'static str> {
             Some((name.trim().to_owned(), value.trim().to_owned()))
         })
         .collect::<Option<_>>()
-        .ok_or("Write each entry on a separate line, as name=value")
+        .ok_or("Enter one name=value pair per line")
 }
 
 pub fn check_metadata(text: &str) -> Result<(), &'static str> {
     metadata(text).map(drop)
 }
 
-/// Returns the new value if it differs from the old one. Unchanged fields are not sent, so that they do not undo
-/// changes made by others.
+/// Returns the new value if it differs from the old value. Unchanged fields are not sent, so that an edit does not undo
+/// changes made by other users.
 pub fn changed<T: PartialEq>(was: &T, now: T) -> Option<T> {
     (*was != now).then_some(now)
 }

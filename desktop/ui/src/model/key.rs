@@ -6,7 +6,7 @@ use super::{
     text::{date_time, number, relative},
 };
 
-/// Returns a relative time with the exact time as a tooltip. It is updated while the page is open.
+/// Returns a relative time with the exact time as a tooltip. The relative time is updated while the page is open.
 pub fn time_markup(at: Timestamp, now: i64) -> Markup {
     let millis = at.inner().timestamp_millis();
     with_text(
@@ -68,7 +68,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
     if let Some(plan) = plan {
         all.push(limit_details(key, plan, time_zone));
     }
-    // Shown separately from Quota's own fields, because tenants can choose any names.
+    // The metadata is shown separately from Quota's own fields, because tenants can choose any names.
     if !key.metadata.is_empty() {
         let rows: Vec<_> = key
             .metadata

@@ -1,4 +1,4 @@
-//! The limits that apply to an API key, and how much of each is used.
+//! The limits that apply to an API key, and the current use of each limit.
 
 use quota_common::{
     api_key::ApiKey,
@@ -42,7 +42,7 @@ impl EffectiveLimits {
 }
 
 /// Returns a meter for each limit of a key. Includes the tokens refilled since `loaded_at`. Both times are from the
-/// browser's clock, in milliseconds since 1970.
+/// browser's clock, in milliseconds since the Unix epoch.
 pub fn limit_meters(it: &KeyLimits, loaded_at: i64, now: i64) -> Markup {
     let meters = it.limits.iter();
     meters
@@ -63,7 +63,7 @@ fn burst_meter(limit: &LimitState, rpm: u32, loaded_at: i64, now: i64) -> Markup
     };
     let note = match bucket.full_in(now) {
         0 => "None used".to_owned(),
-        secs => format!("All available again in {}", countdown(secs)),
+        secs => format!("Full burst available in {}", countdown(secs)),
     };
     let meter = Meter {
         label: "Burst",
@@ -143,7 +143,7 @@ mod tests {
         let now = limit_meters(&it, loaded, loaded).to_string();
         for text in [
             "8 of 10 used",
-            "All available again in 8 s",
+            "Full burst available in 8 s",
             "600 of 1,000 used",
             "Resets in 17 hours",
             "0 of 9,000 used",
@@ -152,7 +152,7 @@ mod tests {
         }
         let later = limit_meters(&it, loaded, loaded + 5000).to_string();
         assert!(
-            later.contains("3 of 10 used") && later.contains("All available again in 3 s"),
+            later.contains("3 of 10 used") && later.contains("Full burst available in 3 s"),
             "{later}"
         );
         assert!(later.contains("600 of 1,000 used"), "{later}");

@@ -13,7 +13,7 @@ pub struct Message<A> {
     pub is_error: bool,
     /// An action that the message offers.
     pub action: Option<A>,
-    /// The time when the message was added, in milliseconds since 1970.
+    /// The time when the message was added, in milliseconds since the Unix epoch.
     pub added_at: i64,
 }
 
@@ -26,7 +26,8 @@ impl<A: Clone> Messages<A> {
         Self(Vec::new())
     }
 
-    /// Shows a message. A success message removes all others except errors that the user has not had time to read.
+    /// Shows a message. A success message removes all other messages, except errors that the user has not had time to
+    /// read.
     pub fn add(&mut self, message: Message<A>) {
         self.0.retain(|it| {
             it.is_error && (message.is_error || message.added_at - it.added_at < READ_MS)

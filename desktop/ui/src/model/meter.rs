@@ -20,7 +20,7 @@ impl Meter<'_> {
         format!("{} of {} used", number(self.used), number(self.limit))
     }
 
-    /// Returns the used part in percent. At least 1 if anything is used, so that the bar is visible.
+    /// Returns the used part in percent. If anything is used, the result is at least 1, so that the bar is visible.
     fn percent(&self) -> u64 {
         let percent = u128::from(self.used) * 100 / u128::from(self.limit.max(1));
         u64::try_from(percent)

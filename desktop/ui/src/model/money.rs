@@ -1,4 +1,4 @@
-//! Amounts of money. Uses decimal arithmetic on strings: floating-point numbers would be inexact and would make the
+//! Amounts of money, with decimal arithmetic on strings. Floating-point numbers would be inexact and would make the
 //! download larger.
 
 use quota_common::number::group_thousands;
@@ -23,7 +23,7 @@ fn digits_of(currency: &str) -> usize {
 pub fn money(amount: &str, exponent: usize, currency: &str) -> String {
     let digits = digits_of(currency);
     let (whole, fraction) = amount.split_once('.').unwrap_or((amount, ""));
-    // All digits, at least one of them before the decimal point.
+    // All digits, padded with zeros so that at least one digit is before the decimal point.
     let text = format!("{:0>width$}{fraction}", whole, width = digits + 1);
     let text = format!(
         "{text:0<width$}",

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::audit::compact;
 
-/// The first fields of an event, as in the request body. The server returns fields in alphabetical order.
+/// The fields to show first, as in the body of the event's request. The server returns fields in alphabetical order.
 const FIRST: [&str; 2] = ["type", "timestamp"];
 
 /// Formats the body of an event, one field per line.

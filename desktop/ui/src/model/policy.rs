@@ -7,8 +7,8 @@ pub struct PolicyState {
     /// `rpm`, `daily`, `monthly`, or `tenant_monthly`.
     pub policy: String,
     pub limit: u64,
-    /// `None` if the response does not contain it. Responses report only the rate limit and the policy that is closest
-    /// to exhaustion.
+    /// The number of requests left. `None` if the response does not contain this number: responses report only the rate
+    /// limit and the policy that is closest to exhaustion.
     pub remaining: Option<u64>,
     pub denied: bool,
 }

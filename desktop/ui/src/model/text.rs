@@ -21,7 +21,7 @@ pub fn capitalized(text: &str) -> String {
     })
 }
 
-/// Quotes a name for use in a sentence: truncates it, and isolates it from the surrounding text direction.
+/// Quotes a name for use in a sentence: truncates the name, and isolates its text direction from the surrounding text.
 pub fn quoted(name: &str) -> String {
     const MAX_CHARS: usize = 60;
     let mut short: String = name.chars().take(MAX_CHARS).collect();
@@ -43,7 +43,7 @@ fn duration(secs: u64) -> String {
     }
 }
 
-/// Formats a time relative to `now`. Both times are in milliseconds since 1970.
+/// Formats a time relative to `now`. Both times are in milliseconds since the Unix epoch.
 pub fn relative(at: i64, now: i64) -> String {
     let secs = (at - now).unsigned_abs() / 1000;
     match (at > now, secs) {
@@ -54,7 +54,7 @@ pub fn relative(at: i64, now: i64) -> String {
     }
 }
 
-/// Formats a time in UTC, such as `25 Nov 2026, 23:12 UTC`. `millis` is in milliseconds since 1970.
+/// Formats a time in UTC, such as `25 Nov 2026, 23:12 UTC`. `millis` is in milliseconds since the Unix epoch.
 pub fn date_time(millis: i64) -> String {
     const MONTHS: [&str; 12] = [
         "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
@@ -133,7 +133,7 @@ impl Gateway {
     /// Returns the configuration for a server at `origin`, such as `https://quota.example.com`. `files` contains the
     /// configurations of all gateways, each below a line with the gateway's name.
     pub fn configuration(self, files: &str, origin: &str, token: &str) -> String {
-        // The server's tests run these files in real gateways. Their leading comments are removed here.
+        // The server's tests run these files in real gateways. The files' leading comments are removed here.
         let file = |name: &str| {
             let start = format!("=== {name}\n");
             let text = files.split_once(&*start).map_or("", |(_, text)| text);

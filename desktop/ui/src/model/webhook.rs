@@ -171,7 +171,7 @@ fn notice(it: &Webhook, now: i64) -> Markup {
             "Quota disabled this webhook. {reason} Events aren't sent. Fix the endpoint, then enable the webhook."
         ),
         (WebhookStatus::Failing, _, Some(since)) => format!(
-            "Deliveries started failing {}. If none succeed within 3 days, Quota will disable this webhook.",
+            "Deliveries started failing {}. Quota disables a webhook if all deliveries fail for 3 days.",
             relative(since.inner().timestamp_millis(), now)
         ),
         _ => return Markup::default(),
@@ -218,7 +218,7 @@ pub fn check_url(text: &str) -> Result<(), &'static str> {
     match rest {
         _ if text.len() > WEBHOOK_URL_MAX => Err("Must be at most 2,000 characters"),
         Some(rest) if !rest.is_empty() && rest.bytes().all(|it| it.is_ascii_graphic()) => Ok(()),
-        Some(_) => Err("Enter a complete URL, without spaces"),
+        Some(_) => Err("Enter a complete URL without spaces or special characters"),
         None => Err("Must start with https://"),
     }
 }
@@ -356,7 +356,7 @@ pub const fn has_result(it: &WebhookDelivery) -> bool {
 /// Returns whether an attempt is in progress or imminent, so that the result should be loaded soon.
 pub fn is_changing(deliveries: &[WebhookDelivery], now: i64) -> bool {
     const SOON_MS: i64 = 10_000;
-    /// Longer than any attempt.
+    /// A time that is longer than any attempt, in milliseconds.
     const ATTEMPT_MS: i64 = 20_000;
     let millis = |at: quota_common::Timestamp| at.inner().timestamp_millis();
     deliveries.iter().any(|it| {

@@ -117,13 +117,13 @@ pub fn start_of_day(at: i64, local: &dyn Fn(i64) -> Option<LocalTime>) -> Option
     Some(guess - off * MINUTE_MS)
 }
 
-/// Returns the start of the local day `days` days before the one that contains `at`.
+/// Returns the start of the local day that is `days` days before the day that contains `at`.
 pub fn start_of_day_before(
     at: i64,
     days: i64,
     local: &dyn Fn(i64) -> Option<LocalTime>,
 ) -> Option<i64> {
-    // Count from noon, so that days with 23 or 25 hours make no difference.
+    // Counts from noon, so that days with 23 or 25 hours make no difference.
     let noon = start_of_day(at, local)? + DAY_MINUTES / 2 * MINUTE_MS;
     start_of_day(noon - days * DAY_MINUTES * MINUTE_MS, local)
 }
@@ -136,7 +136,7 @@ pub fn start_of_date(date: &str, local: &dyn Fn(i64) -> Option<LocalTime>) -> Op
     if !(1970..=9999).contains(&year) || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
         return None;
     }
-    // Noon in UTC is on the same day in most time zones, and at most one day off in the others.
+    // Noon in UTC is on the same day in most time zones, and at most one day off in other time zones.
     let noon = (days_since_1970(year, month, day) * DAY_MINUTES + DAY_MINUTES / 2) * MINUTE_MS;
     let found = [0, -1, 1].into_iter().find_map(|off| {
         let at = noon + off * DAY_MINUTES * MINUTE_MS;

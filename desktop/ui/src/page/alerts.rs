@@ -41,7 +41,7 @@ pub fn Alerts() -> impl IntoView {
     let mark_seen = move || {
         let newest = loader.with(|page| page.items.first().map(|it| it.id));
         let is_first_page = query.with(|query| query.get("cursor").is_none());
-        // Alerts that appear while the user is looking at another window remain new until the user returns.
+        // Alerts that appear while the user is looking at another window remain marked as new until the user returns.
         let has_focus = document().has_focus().unwrap_or(true);
         if let Some(newest) = newest.flatten()
             && is_first_page

@@ -29,8 +29,8 @@ use crate::{
     session::session,
 };
 
-/// Kept outside the key details, which are rendered again after each load. Otherwise, reloading would discard typed
-/// text or a new key in a dialog.
+/// The dialogs, which are outside the key details. The details are rendered again after each load, which would discard
+/// typed text or a new key in a dialog.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
@@ -58,7 +58,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             .unwrap_or_else(|| "API key".to_owned())
     });
     let is_loaded = flag_memo(move || loader.with(|_| ()).is_some());
-    // If the key was loaded after an error, retry the rest too.
+    // If the key was loaded after an error, also retries the other parts of the page.
     effect(move || {
         if is_loaded.get() {
             plans.retry();
@@ -71,7 +71,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
         editing: RwSignal::new(false),
         rotating: RwSignal::new(false),
         deactivating,
-        // Shares `busy`, because this dialog also offers to deactivate the key.
+        // This dialog shares `busy`, because it also offers to deactivate the key.
         deleting: Confirmation {
             busy,
             ..Confirmation::new()
@@ -142,7 +142,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     }
 }
 
-/// Opens the dialog named by the `open` query parameter, as soon as the key is loaded, and removes this parameter.
+/// Opens the dialog named by the `open` query parameter as soon as the key is loaded, and removes this parameter.
 fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
     let route = route();
     let own_path = route.path.get_untracked();
@@ -210,7 +210,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
             pasted.get()
         }
     });
-    // A different key, pasted by mistake, would be charged.
+    // Requests with a different key, pasted by mistake, would count against that key's limits.
     let mistake = move || {
         let key = loader.ready()?;
         let pasted = pasted.get();
@@ -304,7 +304,7 @@ fn DeleteDialog(
                 Ok(()) => {
                     let name = name.unwrap_or_default();
                     toasts.succeed(format!("Key {} deleted", text::quoted(&name)));
-                    // Leave the page of the deleted key, unless the user has already left it.
+                    // Leaves the page of the deleted key, unless the user has already left the page.
                     if busy.try_set(false).is_none() {
                         route.replace("/console/api-keys");
                     }

@@ -21,7 +21,7 @@ use crate::{
     session::session,
 };
 
-/// Sort orders specific to this list.
+/// Sort orders that only this list has.
 const ORDERS: &[(&str, &str)] = &[
     ("-last_used_at", "Recently used"),
     ("last_used_at", "Least recently used"),
@@ -34,7 +34,7 @@ const STATUSES: [(&str, &str); 4] = [
     ("inactive", "Inactive"),
 ];
 
-/// Returns the `is_active` and `is_expired` filters for a status. They match the badges in the list.
+/// Returns the `is_active` and `is_expired` filters for a status. The filters match the badges in the list.
 fn status_filter(status: Option<&str>) -> (Option<bool>, Option<bool>) {
     match status {
         Some("active") => (Some(true), Some(false)),
@@ -143,7 +143,7 @@ pub fn ApiKeys() -> impl IntoView {
     }
 }
 
-/// The button is disabled, with an explanation, until a plan exists.
+/// The button to create a key. It is disabled, with an explanation, until a plan exists.
 #[component]
 fn NewKeyButton(plans: Loader<Vec<Plan>>, creating: RwSignal<bool>) -> impl IntoView {
     let has_no_plan = move || plans.ready().is_some_and(|plans| plans.is_empty());
@@ -196,7 +196,7 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
                     .into_iter()
                     .map(|plan| (plan.id.to_string(), plan.name)),
             );
-            // Keep the filter even if its plan was deleted.
+            // Keeps the filter even if its plan was deleted.
             let current = query.with(|query| query.get("plan_id"));
             if let Some(id) = current.filter(|id| !options.iter().any(|(it, _)| it == id)) {
                 options.push((id, "Deleted plan".to_owned()));
@@ -214,7 +214,7 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
     }
 }
 
-/// The dialogs for these actions are on the key's page.
+/// The menu of a key. The dialogs for its actions are on the key's page.
 #[component]
 fn KeyMenu(key: ApiKey, loader: Loader<Page<ApiKey>>) -> impl IntoView {
     let toasts = expect_context::<Toasts>();

@@ -74,7 +74,7 @@ const FILTERS: [&str; 7] = [
     "target_id",
 ];
 
-/// Reads the filter from the URL query. The filter's dates are UTC days, and both days are included.
+/// Reads the filter from the URL query. The filter's dates are UTC days, and both are included.
 fn filter(query: &Query) -> AuditFilter {
     const DAY_MS: f64 = 86_400_000.0;
     let midnight = |name: &str, days_later: f64| -> Option<Timestamp> {
@@ -176,7 +176,7 @@ impl PlanNames {
             let plan = plans.iter().find(|plan| plan.id.to_string() == id);
             plan.map(|plan| plan.name.clone())
         });
-        // Until plans are loaded, it is unknown whether a plan was deleted.
+        // Until the plans are loaded, it is not known whether a plan was deleted.
         found.unwrap_or_else(|| Some("…".to_owned()))
     }
 

@@ -1,7 +1,7 @@
 //! The billing page: the subscription, its charges, and the operator's limits.
 //!
-//! Checkout and the customer portal are Stripe pages. A browser leaves this page to open them and returns to it
-//! afterward. The desktop app opens them in the default browser while this page waits.
+//! Checkout and the customer portal are Stripe pages. A browser leaves this page to open a Stripe page, and returns
+//! afterward. The desktop app opens Stripe pages in the default browser, while this page waits.
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{ProblemCode, billing::BillingState, ipc::BillingPage};
@@ -19,7 +19,7 @@ use crate::{
     route::route,
 };
 
-/// How often to check for the result of a visit to Stripe. After a minute, `SLOW_POLL_MS` applies.
+/// How often to check for the result of a visit to Stripe, in milliseconds. After a minute, `SLOW_POLL_MS` applies.
 const POLL_MS: u32 = 2000;
 const SLOW_POLL_MS: u32 = 10_000;
 const SLOW_AFTER: u32 = 30;
@@ -93,7 +93,7 @@ fn stop_waiting(visit: Visit) {
     route().replace("/console/billing");
 }
 
-/// Polls until the page no longer waits for anything or the user leaves it.
+/// Polls until the page no longer waits for anything, or the user leaves the page.
 fn poll(visit: Visit, loader: Loader<BillingState>) {
     visit.polls.set(0);
     spawn_local(async move {
@@ -225,7 +225,7 @@ fn stripe_button(
                     });
                     poll(visit, loader);
                 }
-                // Keep the button busy while the browser leaves this page. The browser may restore the page later in
+                // The button remains busy while the browser leaves this page. The browser may restore the page later in
                 // the same state.
                 Ok(()) => gloo_timers::future::TimeoutFuture::new(4000).await,
                 Err(error) => {
@@ -252,7 +252,7 @@ fn stripe_button(
     .into_any()
 }
 
-/// Explains that Stripe is unreachable. For these calls, an unavailable dependency is always Stripe.
+/// Explains that Stripe is unreachable. For calls that open Stripe pages, an unavailable dependency is always Stripe.
 fn explained(mut error: CallError) -> CallError {
     if error.is(ProblemCode::Unavailable)
         && let CallError::Problem(problem) = &mut error

@@ -77,7 +77,7 @@ pub fn BulkActions(
     let confirmation = Confirmation::new();
     let count = Signal::derive(move || selected.with(Vec::len));
     let shown_count = shown.len();
-    // Deselect keys that are no longer shown.
+    // Deselects keys that are no longer shown.
     effect(move || {
         if selected.with_untracked(|it| it.iter().any(|key| !shown.contains(&key.id))) {
             selected.update(|it| it.retain(|key| shown.contains(&key.id)));

@@ -104,7 +104,7 @@ pub fn LazyPage(page: Chunk) -> impl IntoView {
         Chunk::Usage | Chunk::Billing | Chunk::Alerts => (pages.first)(),
         Chunk::Audit | Chunk::Settings | Chunk::Webhooks => (pages.second)(),
     };
-    // Show a header until the page shows its own.
+    // Shows a header until the page shows its own header.
     let is_missing = move || loader.with(|_| ()).is_none();
     view! {
         {move || is_missing().then(|| view! { <PageHeader title=page.title()/> })}

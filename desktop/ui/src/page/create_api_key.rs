@@ -29,8 +29,8 @@ pub fn CreateDialog(
     on_changed: Callback<()>,
 ) -> impl IntoView {
     let new = NewSecret::new();
-    // Kept outside the part that is rendered again when plans are loaded. The response to a pending call is the only
-    // one that contains the new secret, so it must not be lost.
+    // This state is outside the part that is rendered again when plans are loaded. Only the response to the pending
+    // call contains the new secret, so this response must not be lost.
     let form = FormState::new();
     view! {
         <Modal open panel=true title="Create API key" locked=form.busy>
@@ -66,7 +66,7 @@ fn CreateForm(
     new: NewSecret,
     on_changed: Callback<()>,
 ) -> impl IntoView {
-    // If plans were still loading when the dialog opened, the form appears later.
+    // If the plans were still being loaded when the dialog opened, the form appears later.
     form.reset();
     focus_soon("#key_name");
     let name = RwSignal::new(String::new());
@@ -127,8 +127,8 @@ fn CreateForm(
     }
 }
 
-/// Shows a new secret, and remembers it until the tab is closed. Works even after the user has left the page, so that
-/// the secret in a late response is not lost.
+/// Shows a new secret, and remembers the secret until the tab is closed. Works even after the user has left the page,
+/// so that the secret in a late response is not lost.
 pub fn show_key(new: NewSecret, created: CreatedApiKey, session: Session) {
     if let Some(secret) = &created.key {
         session.known_keys.update(|known| {

@@ -55,7 +55,7 @@ fn EditForm(
     let plan_id = key.plan_id;
     let options = Signal::derive(move || {
         let plans = plans.ready().unwrap_or_default();
-        // Until plans are loaded, the only option is the key's current plan.
+        // Until the plans are loaded, the only option is the key's current plan.
         let own = (!plans.iter().any(|plan| plan.id == plan_id))
             .then(|| (plan_id.to_string(), "…".to_owned()));
         own.into_iter()
@@ -77,7 +77,7 @@ fn EditForm(
                 .ok()
                 .and_then(|plan| changed(&plan_id, plan)),
             rpm_override: changed(&key.rpm_override, rpm_override).map(|rpm| rpm.map(Into::into)),
-            // The input is less precise than the stored time, so send the time only if the user changed it.
+            // The input is less precise than the stored time, so the time is sent only if the user changed it.
             expires_at: (expiry != previous_expiry.get_value()).then(|| local_time::parse(&expiry)),
             external_id: changed(
                 &key.external_id,

@@ -43,16 +43,17 @@ struct Overview {
     setup: Option<Setup>,
 }
 
-/// Used to determine which of the first steps are done.
+/// The data that determines which of the first steps are done.
 #[derive(Clone)]
 struct Setup {
-    /// The most recently used key or, if no key has been used, the newest one.
+    /// The most recently used key or, if no key has been used, the newest key.
     key: Option<ApiKey>,
     tokens: Page<ServiceToken>,
 }
 
 impl Overview {
-    /// Returns whether any request has been made: in the last day with any key, or ever with a key that still exists.
+    /// Returns whether any request has been made, either in the last day with any key, or at any time with a key that
+    /// still exists.
     fn has_requests(&self) -> bool {
         let Some(setup) = &self.setup else {
             return true;
@@ -106,7 +107,7 @@ pub fn Home() -> impl IntoView {
     let can_read = untrack(move || session.can_read());
     let loader = load(move || Box::pin(load_overview(zone.get(), can_read)) as PendingCall<_>);
     refresh_regularly(loader);
-    // Kept outside the loaded data, so that it survives reloading.
+    // This state is outside the loaded data, so that reloading does not reset it.
     let state = ChartState::new();
     let is_open = RwSignal::new(None::<bool>);
     view! {
@@ -330,7 +331,7 @@ fn lists(it: &Overview) -> Markup {
     .collect()
 }
 
-/// Returns one of the first steps. It becomes a link once the steps before it are done.
+/// Returns one of the first steps. The step becomes a link once the previous steps are done.
 fn step(
     done: bool,
     is_available: bool,
@@ -451,7 +452,7 @@ fn first_steps(it: &Overview) -> Option<Steps> {
     })
 }
 
-/// Expanded until a request has been sent, then collapsed.
+/// The first steps: expanded until a request has been sent, and collapsed after that.
 #[component]
 fn GetStarted(steps: Steps, is_open: RwSignal<Option<bool>>) -> impl IntoView {
     let Steps {

@@ -32,10 +32,11 @@ const DECISIONS: u32 = 10;
 /// How often to update the meters as the burst refills.
 const SECOND: Duration = Duration::from_secs(1);
 
-/// The limits and their load time in milliseconds since 1970.
+/// The limits and their load time in milliseconds since the Unix epoch.
 pub type LoadedLimits = (KeyLimits, i64);
 
-/// Loaded together, so that the chart and the list match.
+/// The requests of the last day and the latest decisions. They are loaded together, so that the chart and the list
+/// match.
 #[derive(Clone)]
 pub struct Activity {
     /// The last 24 hours.
@@ -83,7 +84,7 @@ impl KeyUsage {
         self.activity.retry();
     }
 
-    /// Reloads until the requests just sent are included.
+    /// Reloads until the data includes the requests that have just been sent.
     pub fn reload_after_requests(self) {
         // Limits reflect requests immediately.
         self.limits.refresh();
@@ -92,7 +93,7 @@ impl KeyUsage {
     }
 }
 
-/// A meter for each limit of the key.
+/// Shows a meter for each limit of the key.
 #[component]
 pub fn LimitMeters(limits: Loader<LoadedLimits>) -> impl IntoView {
     let clock = RwSignal::new(now());

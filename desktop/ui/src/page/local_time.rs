@@ -28,7 +28,7 @@ pub fn format(at: Timestamp) -> String {
     let date = js_sys::Date::new_0();
     #[expect(
         clippy::cast_precision_loss,
-        reason = "milliseconds since 1970 are exact in a double"
+        reason = "milliseconds since the Unix epoch are exact in a double"
     )]
     date.set_time(at.inner().timestamp_millis() as f64);
     let local = date.get_time() - date.get_timezone_offset() * 60_000.0;

@@ -1,5 +1,5 @@
-//! Detects new quota alerts while the console is open. The navigation shows their number, and a toast announces them. In
-//! the desktop app, the operating system shows the toast's text as well.
+//! Detects new quota alerts while the console is open. The navigation shows the number of new alerts, and a toast
+//! announces them. In the desktop app, the operating system shows the toast's text too.
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{QuotaAlertId, call::PageOf};
@@ -18,7 +18,7 @@ use crate::{
 
 /// How often to check for alerts, in clock ticks. Two ticks are one minute.
 const EVERY: u32 = 2;
-/// The count stops at this number.
+/// The highest number of new alerts that is shown.
 const MAX_COUNT: u32 = 20;
 
 /// Alerts that the user has not seen in this browser.
@@ -62,7 +62,7 @@ impl NewAlerts {
             limit: Some(MAX_COUNT),
             cursor: None,
         };
-        // Pages that need the response report errors themselves.
+        // Errors are ignored: pages that need the response report errors themselves.
         let Ok(page) = api::list_alerts(page).await else {
             return;
         };
@@ -92,7 +92,7 @@ impl NewAlerts {
         preferences::seen_alert(&self.tenant()?)?.parse().ok()
     }
 
-    /// Marks this alert and all older ones as seen.
+    /// Marks `newest` and all older alerts as seen.
     pub fn mark_seen(self, newest: QuotaAlertId) {
         if self.seen().is_none_or(|seen| seen < newest) {
             self.store(newest);

@@ -1,4 +1,4 @@
-//! Shown in place of a page that the user's role cannot use.
+//! The page that replaces a page that the user's role cannot use.
 
 use leptos::prelude::*;
 

@@ -34,7 +34,7 @@ impl PlanForm {
             rate: RwSignal::new(
                 plan.map_or_else(|| "60".to_owned(), |it| number(it.default_rpm.into())),
             ),
-            // Leave the burst blank if it is equal to the rate: in both cases, it follows rate changes.
+            // The field is blank if the burst is equal to the rate: in both cases, the burst follows rate changes.
             burst: text(
                 plan.filter(|it| it.burst != it.default_rpm)
                     .map(|it| it.burst.into()),

@@ -121,8 +121,8 @@ pub fn Plans() -> impl IntoView {
     }
 }
 
-/// Warns about paid plans that do not work. `keys` is the number of keys on one plan; `None` means all keys on paid
-/// plans.
+/// Returns a warning about paid plans that do not work. `keys` is the number of keys on one plan; `None` means all keys
+/// on paid plans.
 fn warning(billing: Option<Loader<BillingState>>, keys: Option<u64>) -> Option<String> {
     billing?
         .with(|it| paid_warning(it, keys.unwrap_or(it.paid_keys), keys.is_none()))
@@ -297,9 +297,9 @@ fn DeleteDialog(plan: RwSignal<Option<Plan>>, on_deleted: Callback<Plan>) -> imp
     });
     let usage = move || {
         plan.get().map(|it| match it.key_count {
-            1 => "1 key uses this plan. Move or delete it first.".to_owned(),
+            1 => "1 key uses this plan. Move or delete the key first.".to_owned(),
             n => format!(
-                "{} keys use this plan. Move or delete them first.",
+                "{} keys use this plan. Move or delete the keys first.",
                 text::number(n)
             ),
         })

@@ -60,13 +60,13 @@ fn RotateForm(
     let submit = move || {
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
-            // Unless the user can see the warning below, don't confirm that the previous secret may be revoked.
+            // The call confirms that the previous secret may be revoked only if the user can see the warning below.
             replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {
             let result = api::rotate_api_key(id, body).await;
             if matches!(&result, Err(error) if error.is(ProblemCode::PreviousKeyActive)) {
-                // The key was rotated elsewhere. Reload to show the warning before the user tries again.
+                // The key was rotated elsewhere. Reloads it to show the warning before the user tries again.
                 let _ = form.busy.try_set(false);
                 loader.reload();
                 return;

@@ -33,7 +33,7 @@ fn sign_in(form: FormState, call: impl Future<Output = CallResult<auth::SignedIn
     let session = session();
     spawn_local(async move {
         let result = match call.await {
-            // Only another call can tell whether the browser has stored the cookies.
+            // Only another call can show whether the browser has stored the cookies.
             Ok(_) => api::me().await.map_err(|error| {
                 if error.is(ProblemCode::Unauthorized) {
                     CallError::CookiesBlocked

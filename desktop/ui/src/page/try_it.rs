@@ -36,8 +36,8 @@ struct Results {
     failure: Option<CallError>,
     /// Whether *Send until 429* ended without a 429 response.
     never_rejected: bool,
-    /// The key's limits, and the value of `allowed` when they were loaded. Needed because responses report only the
-    /// limit that is closest to exhaustion.
+    /// The key's limits, and the value of `allowed` when the limits were loaded. Responses report only the limit that
+    /// is closest to exhaustion.
     limits: Option<(Vec<LimitState>, u64)>,
 }
 
@@ -102,7 +102,7 @@ fn reason(
     }
 }
 
-/// Warns that the user entered a key other than the page's key.
+/// Returns a warning that the user has entered a key other than the page's key.
 pub fn other_key(key: &ApiKey) -> String {
     format!(
         "This is a different key. The key on this page starts with {}.",
@@ -126,12 +126,12 @@ pub fn TryIt(
     let clock = RwSignal::new(now());
     let busy = RwSignal::new(false);
     let stopped = RwSignal::new(false);
-    // When the next request will be allowed, in milliseconds since 1970.
+    // When the next request will be allowed, in milliseconds since the Unix epoch.
     let retry_at = RwSignal::new(None::<i64>);
-    // Clear the results when the user enters a different key.
+    // Clears the results when the user enters a different key.
     let sent_with = text_memo(move || secret.get().trim().to_owned());
     effect(move || {
-        // `track()` is not enough: the memo is computed only when it is first read.
+        // `track()` is not enough, because the memo is computed only when it is first read.
         sent_with.with(|_| ());
         results.set(Results::default());
         bucket.set(None);
@@ -172,7 +172,7 @@ pub fn TryIt(
         }
     });
 
-    // Sends one request. Returns whether it was allowed, or `None` if that no longer matters.
+    // Sends one request. Returns whether the request was allowed, or `None` if the result no longer matters.
     let send = move || async move {
         let key = sent_with.get_untracked();
         let response = api::try_key(&key).await;
@@ -228,7 +228,7 @@ pub fn TryIt(
                     let _ = busy.try_set(false);
                     return;
                 };
-                // Stop if the user has stopped the test, or if a limit was reached.
+                // Stops if the user has stopped the test, or if a limit was reached.
                 if stopped.get_untracked() || (!allowed && until_limited) {
                     never_rejected = false;
                     break;
@@ -305,7 +305,7 @@ fn ResponseSummary(
     }
 }
 
-/// Loads the limits that responses do not report. If that fails, only the reported limits are shown.
+/// Loads the limits that responses do not report. If the limits cannot be loaded, only the reported limits are shown.
 async fn load_limits(key: Option<ApiKeyId>, results: RwSignal<Results>) {
     let Some(key) = key else { return };
     let allowed = results.try_with_untracked(|results| results.allowed);
@@ -314,8 +314,8 @@ async fn load_limits(key: Option<ApiKeyId>, results: RwSignal<Results>) {
     }
 }
 
-/// A meter for each quota after the last response. The rate has its own chart, so its meter is shown only if the rate
-/// limit denied the request.
+/// Shows a meter for each quota after the last response. The rate has its own chart, so a meter for the rate is shown
+/// only if the rate limit denied the request.
 #[component]
 fn Policies(
     results: RwSignal<Results>,
@@ -367,7 +367,7 @@ fn BucketChart(bucket: Bucket, history: RwSignal<History>, clock: RwSignal<i64>)
             <p class="plot-time"><span>"30 s ago"</span><span>"now"</span></p>
             <figcaption>
                 <span>"Burst: " <strong>{move || number(level())}</strong> {format!(" of {} available", number(bucket.limit))}</span>
-                <span class="muted">{format!("Refills {} per second", bucket.pace())}</span>
+                <span class="muted">{format!("Refills at {} per second", bucket.pace())}</span>
             </figcaption>
         </figure>
     }

@@ -53,8 +53,8 @@ pub fn UsagePage() -> impl IntoView {
     let route = route();
     let query = route.query;
     let session = session();
-    // Load data only when one of these parameters changes. Stored as a string, because each memo type adds to the
-    // download size.
+    // Data is loaded only when one of these parameters changes. The parameters are stored as a string, because each
+    // memo type adds to the download size.
     let requested = text_memo(move || query.with(UsageRequest::parameters));
     let request = move || UsageRequest::read(&Query::read(&requested.get()));
     let zone = text_memo(move || zone_name(request().zone, &session.time_zone()));
@@ -73,7 +73,7 @@ pub fn UsagePage() -> impl IntoView {
         };
         api::list_api_keys(filter, page)
     });
-    // Keys are sorted by last use. Until the keys are loaded, it is unknown whether any key was used.
+    // Keys are sorted by last use. Until the keys are loaded, it is not known whether any key was used.
     let was_used = Signal::derive(move || {
         keys.with(|page| {
             page.items
@@ -154,7 +154,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     let set_range = move |value: &str| {
         let mut query = query.get_untracked().with("range", value);
         if value == "custom" {
-            // Select today, until the user chooses other days.
+            // Selects today until the user chooses other days.
             let today = local_time(now(), &zone.get_untracked()).map(|it| it.iso_date());
             let today = today.unwrap_or_default();
             for name in ["from", "to"] {
@@ -277,7 +277,7 @@ fn Report(data: UsageData, was_used: Signal<bool>) -> impl IntoView {
         groups,
     } = data;
     let total = usage.total;
-    // A closure, because it runs again when the user switches between requests and cost.
+    // This is a closure, because it runs again when the user switches between requests and cost.
     let chart = move || {
         let by_cost = by_cost.get();
         let bars = bars(&usage, by_cost);
@@ -320,7 +320,7 @@ fn Report(data: UsageData, was_used: Signal<bool>) -> impl IntoView {
     .into_any()
 }
 
-/// Returns a note that states up to when the data is complete, if recent data is missing.
+/// If recent data is missing, returns a note that says up to which time the data is complete.
 fn partial_note(data: &UsageData) -> Option<String> {
     const LATE_MS: i64 = 60_000;
     let complete = data.usage.complete_until.inner().timestamp_millis();
@@ -328,7 +328,7 @@ fn partial_note(data: &UsageData) -> Option<String> {
     let at = local_time(complete, &data.usage.time_zone)?;
     (end - complete > LATE_MS).then(|| {
         format!(
-            "Data complete through {}. Later requests may be missing.",
+            "Data is complete up to {}. Later requests may be missing.",
             at.in_full()
         )
     })
@@ -351,7 +351,7 @@ fn Tabs() -> impl IntoView {
     }
 }
 
-/// Shown if there are no requests or none that match the filters.
+/// The placeholder if there are no requests, or no requests that match the filters.
 #[component]
 fn NoRequests(was_used: Signal<bool>) -> impl IntoView {
     let query = route().query;
@@ -371,7 +371,7 @@ fn NoRequests(was_used: Signal<bool>) -> impl IntoView {
             .into_any()
         } else if was_used.get() {
             view! {
-                <EmptyState shape=Shape::Usage title="No requests in the last 24 hours" about="Choose a longer range to see earlier ones.">
+                <EmptyState shape=Shape::Usage title="No requests in the last 24 hours" about="Choose a longer range to see earlier requests.">
                     <a class="button" href="/console/usage?range=30d">"Show the last 30 days"</a>
                 </EmptyState>
             }

@@ -24,14 +24,14 @@ const DAY_MS: i64 = 24 * HOUR_MS;
 #[derive(Clone, PartialEq)]
 pub struct UsageData {
     pub usage: Usage,
-    /// The totals of the previous period. It is as long as the part of this period that had passed when the data was
-    /// loaded.
+    /// The totals of the previous period, which is as long as the part of the current period that had passed when the
+    /// data was loaded.
     pub before: UsageCounts,
-    /// Grouped by key, endpoint, or policy.
+    /// Usage grouped by key, endpoint, or policy.
     pub groups: Usage,
 }
 
-/// Converts milliseconds since 1970, rounding down to seconds.
+/// Converts milliseconds since the Unix epoch, rounding down to seconds.
 pub fn timestamp(millis: i64) -> Option<Timestamp> {
     let millis = u64::try_from(millis).ok()?;
     Timestamp::from_unix_secs(millis / 1000)
@@ -92,7 +92,7 @@ pub async fn load_usage(request: UsageRequest, zone: String) -> CallResult<Optio
         ..filter.clone()
     });
     let groups = groups.await?;
-    // Compare only with the same length of time.
+    // Only periods of the same length are compared.
     let length = to.min(now) - from;
     let before = api::usage(UsageFilter {
         from: timestamp(from - length),
@@ -176,7 +176,7 @@ pub fn bars(usage: &Usage, by_cost: bool) -> Vec<Bar> {
     bars
 }
 
-/// Returns the hour or day with the most requests, and their number.
+/// Returns the hour or day with the most requests, and the number of these requests.
 pub fn peak(bars: &[Bar]) -> Option<(String, u64)> {
     let highest = bars.iter().max_by_key(|bar| bar.allowed + bar.rejected)?;
     let total = highest.allowed + highest.rejected;

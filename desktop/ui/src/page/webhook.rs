@@ -27,8 +27,8 @@ use crate::{
     session::session,
 };
 
-/// Kept outside the webhook details, which are rendered again after each load. Otherwise, reloading would discard typed
-/// text or a new secret in a dialog.
+/// The dialogs, which are outside the webhook details. The details are rendered again after each load, which would
+/// discard typed text or a new secret in a dialog.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
@@ -167,7 +167,7 @@ fn WebhookDetails(
 
 /// How often to check for the result of a test event.
 const POLL_MS: u32 = 400;
-/// Together, these polls take longer than any attempt.
+/// The maximum number of polls. Together, they take longer than any attempt.
 const MAX_POLLS: u32 = 50;
 
 #[derive(Clone)]
@@ -277,7 +277,7 @@ fn DeleteDialog(
             match api::delete_webhook(id).await {
                 Ok(()) => {
                     toasts.succeed(format!("Webhook {} deleted", quoted(&name)));
-                    // Leave the page of the deleted webhook, unless the user has already left it.
+                    // Leaves the page of the deleted webhook, unless the user has already left the page.
                     if busy.try_set(false).is_none() {
                         route.replace("/console/webhooks");
                     }

@@ -1,4 +1,4 @@
-//! In a browser, nothing is added to the console.
+//! A browser adds nothing to the console.
 
 use leptos::prelude::*;
 

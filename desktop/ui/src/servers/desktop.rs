@@ -63,7 +63,7 @@ pub fn Banners() -> impl IntoView {
     }
 }
 
-/// Shown while signed out. Names the server in use and lets users choose another one.
+/// Names the server in use and lets users choose another server. Shown while the user is signed out.
 #[component]
 pub fn ServerPicker() -> impl IntoView {
     view! {

@@ -1,4 +1,4 @@
-//! The desktop app's additions to the console: banners and a list of servers. Empty in a browser.
+//! The desktop app's additions to the console: banners and a list of servers. A browser has no additions.
 
 #[cfg_attr(feature = "desktop", path = "desktop.rs")]
 #[cfg_attr(not(feature = "desktop"), path = "browser.rs")]

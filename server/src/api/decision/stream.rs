@@ -1,9 +1,10 @@
 //! Streams decisions as server-sent events.
 //!
-//! A stream reads the log by position, which is the order in which rows become visible. It contains the decisions that
-//! all replicas have shipped, and any replica can resume it. It holds only one batch at a time, and reads the next one
-//! after the client has read the current one. A client that falls too far behind receives the number of decisions it
-//! has missed. If a stream must end but its client does not read it to the end, the connection is closed.
+//! A stream reads the log by position, which is the order in which rows become visible. The stream contains the
+//! decisions that all replicas have shipped, and any replica can resume the stream. A stream holds only one batch at a
+//! time, and reads the next one after the client has read the current one. A client that falls too far behind receives
+//! the number of decisions it has missed. If a stream must end but its client does not read it to the end, the
+//! connection is closed.
 //!
 //! While PostgreSQL is unreachable, events are delayed.
 
@@ -276,7 +277,7 @@ impl IntoResponse for DecisionStream {
         let mut response = Response::builder().body(self.0);
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(MEDIA_TYPE));
-        // nginx would buffer events otherwise. Caddy never buffers this media type.
+        // Otherwise, nginx would buffer events. Caddy never buffers this media type.
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
         response
     }

@@ -11,7 +11,7 @@ use crate::{api::limit_headers::HeaderSink, clock::UnixNanos};
 
 /// The length of a date such as `Thu, 26 Nov 2026 16:00:00 GMT`.
 const DATE: usize = 29;
-/// Most responses are smaller than this.
+/// A capacity, in bytes, that is enough for most responses.
 const USUAL: usize = 1024;
 
 thread_local! {

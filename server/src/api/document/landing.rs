@@ -18,7 +18,7 @@ fn configuration(file: &str) -> String {
     escape(text.trim_end())
 }
 
-/// The landing page's pictures, taken by `cargo xtask pictures`.
+/// The landing page's screenshots, taken by `cargo xtask pictures`.
 const PICTURES: [(&str, &[u8]); 4] = [
     (
         "usage-light",
@@ -38,7 +38,7 @@ const PICTURES: [(&str, &[u8]); 4] = [
     ),
 ];
 
-/// Returns the section with the pictures. They follow the page's theme.
+/// Returns the section with the screenshots, which follow the page's theme.
 fn pictures() -> String {
     let figure = |name: &str, caption: &str| {
         format!(

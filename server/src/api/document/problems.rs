@@ -125,7 +125,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
 curl -X DELETE {base}/admin/plans/$PLAN_ID -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::PreviousKeyActive => (
-            "The same request will fail until the previous key expires. To revoke that key immediately, set `replace_previous`.",
+            "The same request will fail until the previous secret expires. To revoke the previous secret immediately, set `replace_previous`.",
             r#"curl {base}/admin/api-keys/$KEY_ID/rotate \
   -H "Authorization: Bearer $ACCESS_TOKEN" -H "Content-Type: application/json" \
   -d '{"replace_previous": true}'"#,

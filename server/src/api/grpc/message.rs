@@ -1,7 +1,7 @@
 //! The messages of Envoy's rate limit service.
 //!
-//! Contains the fields that Quota uses of `envoy/service/ratelimit/v3/rls.proto` and the files it imports. Unknown
-//! fields are skipped when a message is decoded.
+//! Contains only the fields of `envoy/service/ratelimit/v3/rls.proto`, and of the files it imports, that Quota uses.
+//! Unknown fields are skipped when a message is decoded.
 
 use prost::{Enumeration, Message};
 

@@ -9,7 +9,8 @@
 //! | `endpoint` | the endpoint to record in usage |
 //! | `method`, `path` | the endpoint, if there is no entry `endpoint` |
 //!
-//! Descriptors are checked in order, up to the first one that is denied. Those before it remain charged.
+//! Descriptors are checked in order, up to the first one that is denied. The tokens that the descriptors before it have
+//! consumed are not returned.
 //!
 //! By default, Envoy forwards a request if the call fails. So a call fails only if the gateway is misconfigured or the
 //! server cannot make a decision. Any error that a consumer can cause results in [`Code::OverLimit`].
@@ -35,11 +36,11 @@ use crate::{
     limiter::{Decision, Policy},
 };
 
-/// The maximum number of descriptors in a request. Each is checked separately.
+/// The maximum number of descriptors in a request. Each descriptor is checked separately.
 const DESCRIPTORS_MAX: usize = 16;
-/// The maximum number of entries in a descriptor. An entry uses many times more memory than it has bytes in the message.
+/// The maximum number of entries in a descriptor. An entry takes up many times more memory than bytes in the message.
 const ENTRIES_MAX: usize = 32;
-/// Envoy writes this for a header that is missing.
+/// The value that Envoy sends for a missing header.
 const MISSING: &[u8] = b"-";
 
 /// Decides whether a tenant's gateway may forward a request.

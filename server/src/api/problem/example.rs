@@ -2,11 +2,9 @@
 
 use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName};
 
-pub(super) const USAGE_UNRECORDABLE: &str =
-    "Usage can't be recorded right now. Nothing was charged. Try again in a few seconds.";
+pub(super) const USAGE_UNRECORDABLE: &str = "Usage can't be recorded right now. This request doesn't count against any limit. Try again in a few seconds.";
 
-pub(super) const SUBSCRIPTION_NEEDED: &str =
-    "This key's plan requires an active subscription. Nothing was charged.";
+pub(super) const SUBSCRIPTION_NEEDED: &str = "This key's plan requires an active subscription. This request doesn't count against any limit.";
 
 /// Returns a typical problem of this type.
 pub fn example(code: ProblemCode, base: &str) -> Problem {
@@ -27,11 +25,11 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         ProblemCode::NotFound => "Not found.",
         ProblemCode::MethodNotAllowed => "Method not allowed.",
         ProblemCode::RequestTimeout => "The request body was not received in time.",
-        ProblemCode::PlanInUse => "3 keys use this plan. Move or delete them first.",
+        ProblemCode::PlanInUse => "3 keys use this plan. Move or delete the keys first.",
         ProblemCode::NameTaken => "A plan with this name already exists.",
         ProblemCode::EmailTaken => "An account with this email already exists.",
         ProblemCode::PreviousKeyActive => {
-            "The previous key is valid until 2026-08-04T06:26:00.000Z. Rotate again after that, or send replace_previous: true to revoke that key now."
+            "The previous secret is valid until 2026-08-04T06:26:00.000Z. Rotate again after that, or send replace_previous: true to revoke that secret now."
         }
         ProblemCode::BillingOff => "Billing is off on this server.",
         ProblemCode::AlreadySubscribed => {
@@ -72,7 +70,7 @@ pub fn example(code: ProblemCode, base: &str) -> Problem {
         }],
         ProblemCode::PreviousKeyActive => vec![FieldError {
             field: "replace_previous".into(),
-            message: "must be true to revoke the previous key".into(),
+            message: "must be true to revoke the previous secret".into(),
         }],
         _ => Vec::new(),
     };

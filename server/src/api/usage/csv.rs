@@ -112,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_spreadsheet_would_run_becomes_text() {
+    fn cells_that_a_spreadsheet_would_evaluate_become_text() {
         for formula in [
             "=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1",
         ] {

@@ -218,7 +218,7 @@ async fn network_is_suspect_after_a_few_failures_and_not_for_long() {
 }
 
 #[tokio::test]
-async fn zero_switches_it_off() {
+async fn zero_disables_the_limit() {
     let (attempts, _) = attempts(0);
     for _ in 0..1000 {
         fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
@@ -246,7 +246,7 @@ async fn register(attempts: &Arc<Attempts>, ip: &str) -> Result<(), Duration> {
     Ok(())
 }
 
-/// Four per day: one every six hours after the first four.
+/// The limit is four registrations per day: after the first four, one is allowed every six hours.
 #[tokio::test]
 async fn network_registers_its_number_of_accounts_and_then_as_many_per_day() {
     let (attempts, clock) = attempts(4);
@@ -256,7 +256,7 @@ async fn network_registers_its_number_of_accounts_and_then_as_many_per_day() {
     let mut later = 0;
     for _ in 0..48 {
         clock.advance(Duration::from_hours(1));
-        // Unused counters are removed, but not these.
+        // This removes unused counters. The network's counter is in use.
         attempts.prune();
         if let Err(wait) = register(&attempts, "192.0.2.1").await {
             assert!(wait <= Duration::from_hours(6), "{wait:?}");
@@ -265,7 +265,7 @@ async fn network_registers_its_number_of_accounts_and_then_as_many_per_day() {
         }
     }
     assert!((7..=8).contains(&later), "{later} in two days");
-    // Another network is not affected, and a wider one may create more.
+    // Another network is not affected, and a wider network may create more accounts.
     register(&attempts, "198.51.100.1").await.unwrap();
     let mut neighbors = 0;
     for n in 2..100 {

@@ -49,7 +49,7 @@ fn costly_passwords_are_estimated_in_parts() {
     let password = Password::new(&costly[..100]);
     let began = std::time::Instant::now();
     let _ = password.judge("ada@example.com");
-    // Takes a few milliseconds. Without the limit, it would take most of a second.
+    // The estimate takes a few milliseconds. Without the limit, it would take most of a second.
     assert!(began.elapsed() < Duration::from_millis(500));
 }
 
@@ -170,7 +170,10 @@ fn full_class_makes_room_for_a_new_network() {
     assert!(!taken[room] && taken[room + 1], "{taken:?}");
     assert_eq!(done.len(), room);
     assert!(done.contains(&(room + 1)) && !done.contains(&(room - 1)));
-    assert!(done.contains(&0), "who waited longest is served");
+    assert!(
+        done.contains(&0),
+        "the waiter that has waited longest is served"
+    );
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Finds the PostgreSQL programs on this machine, and creates a cluster with them.
+//! Finds the PostgreSQL programs on this machine, and creates a cluster with these programs.
 
 use std::{
     cmp::Reverse,

@@ -37,10 +37,10 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// A crash after this uptime resets the backoff.
 const SETTLED: Duration = Duration::from_mins(1);
 
-/// The log is rotated at startup if it is longer than this.
+/// If the log is longer than this size, it is rotated at startup.
 const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 
-/// The guard and the other end of its pipe. They are separate because waiting for a [`Child`] closes its standard
+/// The guard and the other end of its pipe. The pipe is separate because waiting for a [`Child`] closes its standard
 /// input, which would make the guard stop PostgreSQL.
 #[derive(Debug)]
 pub(super) struct Guarded {
@@ -123,7 +123,8 @@ impl Cluster {
         }
     }
 
-    /// Stops a PostgreSQL instance that an earlier server left running on this cluster, and waits until it has exited.
+    /// Stops a PostgreSQL instance that an earlier server left running on this cluster, and waits until that instance
+    /// has exited.
     ///
     /// This process holds the lock of the data directory, so any PostgreSQL instance running there is an orphan. An
     /// orphan is recognized by its working directory, because PostgreSQL changes to the directory of its cluster. (By
@@ -209,7 +210,7 @@ impl Cluster {
         }
     }
 
-    /// Requests a fast shutdown, and then an immediate shutdown if the fast one takes too long.
+    /// Requests a fast shutdown, and then an immediate shutdown if the fast shutdown takes too long.
     pub(super) async fn stop(
         &self,
         Guarded {

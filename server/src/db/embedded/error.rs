@@ -55,7 +55,7 @@ pub enum EmbeddedError {
     )]
     Unreachable { path: PathBuf, user: String },
     #[error(
-        "{} is not a directory that only the database's user can access: remove it, or set QUOTA_DATA_DIR to a \
+        "{} is not a private directory of the user that PostgreSQL runs as: remove it, or set QUOTA_DATA_DIR to a \
          shorter path",
         .0.display()
     )]

@@ -84,7 +84,7 @@ impl Place {
             data_dir = %data_dir.display(),
             user = place.user_name(),
             cluster = %fallback.display(),
-            "PostgreSQL's user cannot access the data directory, so the data of the private PostgreSQL is outside it"
+            "the user that PostgreSQL runs as cannot access the data directory, so the data of the private PostgreSQL is in another directory"
         );
         let place = Self {
             cluster: fallback,
@@ -135,7 +135,8 @@ impl Place {
         self.user.as_ref().map_or("", |user| user.name.as_str())
     }
 
-    /// Checks that the database's user can enter `dir`. The mode bits alone do not determine this.
+    /// Checks that the user that PostgreSQL runs as can enter `dir`. The mode bits alone do not determine whether the
+    /// user can.
     pub(super) async fn check_reach(&self, dir: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -165,7 +166,7 @@ impl Place {
         })
     }
 
-    /// Makes the database's user the owner of `path`.
+    /// Changes the owner of `path` to the user that PostgreSQL runs as.
     pub(super) fn give(&self, path: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -174,13 +175,13 @@ impl Place {
             .map_err(|errno| EmbeddedError::file("cannot change the owner of", path)(errno.into()))
     }
 
-    /// Returns a command that runs under the guard as the database's user.
+    /// Returns a command that runs `program` under [`GUARD`], as the user that PostgreSQL runs as.
     pub(super) fn guarded(&self, program: &Path) -> Command {
         let mut command = Command::new("/bin/sh");
         command
             .args(["-c", GUARD, "quota-postgres-guard"])
             .arg(program)
-            // Secrets in the environment must not be passed to PostgreSQL, and its PG* variables are meant for clients.
+            // Secrets in the environment must not be passed to PostgreSQL, and the PG* variables are meant for clients.
             .env_clear()
             .env("PATH", "/usr/bin:/bin")
             .env("LC_ALL", "C")
@@ -197,7 +198,7 @@ impl Place {
 
 /// Creates the data directory and returns its canonical path.
 pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
-    // PostgreSQL runs as another user, who must be able to reach its directory inside this one.
+    // PostgreSQL runs as another user, who must be able to reach the cluster's directory inside the data directory.
     let mode = if geteuid().is_root() { 0o711 } else { 0o700 };
     make_dir(data_dir, mode).map_err(|error| EmbeddedError::NoDataDir {
         path: data_dir.to_owned(),
@@ -252,7 +253,7 @@ fn nameless(uid: Uid, gid: Gid) -> User {
     }
 }
 
-/// Returns a short name that is derived from a path and unique to it.
+/// Returns a short name that is derived from a path and unique to that path.
 fn short_name(path: &Path) -> String {
     let hash = digest::digest(&digest::SHA256, path.as_os_str().as_encoded_bytes());
     hash.as_ref()[..8]
@@ -263,8 +264,8 @@ fn short_name(path: &Path) -> String {
         })
 }
 
-/// Returns the directory of the socket: the cluster's own, or a short one if the cluster's path is too long for a
-/// socket.
+/// Returns the directory of the socket: the cluster's directory, or a directory with a short path if the cluster's path
+/// is too long for a socket.
 pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     let length = place.cluster.as_os_str().len() + "/.s.PGSQL.".len() + PORT.len();
     if length <= SOCKET_PATH_LIMIT {
@@ -280,7 +281,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
             ));
         }
     }
-    // Any user can create files in /tmp, so an existing directory may not be Quota's.
+    // Any user can create files in /tmp, so an existing directory may not belong to Quota.
     let metadata =
         fs::symlink_metadata(&dir).map_err(EmbeddedError::file("cannot inspect", &dir))?;
     let owner = place.user.as_ref().map_or(geteuid(), |user| user.uid);
@@ -292,7 +293,7 @@ pub(super) fn socket_dir(place: &Place) -> Result<PathBuf, EmbeddedError> {
     }
     tracing::info!(
         socket_dir = %dir.display(),
-        "the path of the data directory is too long for a socket, so the socket is outside it"
+        "the path of the data directory is too long for a socket, so the socket is in another directory"
     );
     Ok(dir)
 }

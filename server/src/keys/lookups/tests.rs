@@ -29,7 +29,7 @@ fn fixture(limit: usize, workers: usize) -> Fixture {
         let permits = of_query.clone();
         async move {
             let permit = permits.acquire().await;
-            permit.expect("it is not closed").forget();
+            permit.expect("the semaphore is not closed").forget();
             // Even numbers are existing secrets.
             let found = hashes.iter().filter(|hash| hash[0] % 2 == 0);
             Ok(found.map(|hash| (hash.to_vec(), hash[0])).collect())
@@ -90,7 +90,11 @@ async fn one_connection_is_reserved_for_known_secrets() {
     assert_eq!(it.statements.lock().len(), 2);
     it.find(10, None);
     tokio::task::yield_now().await;
-    assert_eq!(*it.statements.lock(), [1, 1, 1], "it alone");
+    assert_eq!(
+        *it.statements.lock(),
+        [1, 1, 1],
+        "the known secret is looked up separately"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -105,7 +109,7 @@ async fn flooding_source_is_limited_and_others_keep_their_share() {
     assert_eq!(others.iter().filter(|it| it.is_ok()).count(), 3);
     assert!(
         it.batches.begin(None).is_ok(),
-        "what is known is not limited"
+        "lookups of known secrets are not limited"
     );
     drop((flood, others));
     assert!(it.batches.0.queue.lock().started.is_empty());
@@ -142,7 +146,10 @@ async fn sources_take_turns() {
     assert_eq!(other.await.unwrap().unwrap(), Some(4));
     assert_eq!(*it.statements.lock(), [1, BATCH, BATCH]);
     let answered = counted.load(std::sync::atomic::Ordering::SeqCst);
-    assert!(answered < BATCH, "{answered} of the other caller");
+    assert!(
+        answered < BATCH,
+        "{answered} lookups of the first caller came first"
+    );
 }
 
 #[tokio::test(start_paused = true)]

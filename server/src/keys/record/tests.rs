@@ -122,7 +122,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
     let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));
     let metrics = Arc::<Metrics>::default();
     let freshness = Arc::new(Freshness::new(clock.clone()));
-    // Does not need a connection, because the keys have no quotas.
+    // No connection is needed, because the keys have no quotas.
     let db = Db::new(
         &"postgres://localhost/none".into(),
         &DatabaseSettings::default(),
@@ -170,7 +170,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
     };
     // Blocks only the test's own thread, which runs no loads.
     has_reached.recv().unwrap();
-    // Many more than the maximum, so that entries are removed from the index.
+    // Many more keys than the maximum, so that entries are removed from the index.
     for n in 1..=300 {
         let (secret, now) = (secret(n), clock.monotonic());
         let found = keys.key(&secret, now, LookupCaller::default()).await;
@@ -184,7 +184,7 @@ async fn plan_edit_reaches_a_key_cached_while_the_index_is_pruned() {
         let found = keys.key(&secret, now, LookupCaller::default()).await;
         found.unwrap().unwrap().plan.clone()
     };
-    assert_eq!(name().await, "old", "it is cached");
+    assert_eq!(name().await, "old", "the old record is cached");
     let edit = Invalidation {
         seq: 2,
         tenant: TENANT,

@@ -1,7 +1,7 @@
 //! The circuit breaker for a partition of the shared counters.
 //!
-//! Decides when an outage begins, and records the latest time received from the counters. The store sends the probes,
-//! and closes the breaker when one succeeds.
+//! The breaker decides when an outage begins, and records the latest time received from the counters. The store sends
+//! the probes, and closes the breaker when one succeeds.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicU64, Ordering},
@@ -26,8 +26,8 @@ pub(super) const SILENCE: Duration = Duration::from_millis(200);
 const CALLS: u32 = 20;
 const SPAN: Nanos = Nanos::from_secs(1);
 
-/// In microseconds. If a timely response is older than the last one by more than this, the counters' clock was set
-/// back.
+/// If a timely response is older than the last response by more than this many microseconds, the counters' clock was
+/// set back.
 const TURNED_BACK: u64 = 1_000_000;
 
 /// The circuit breaker for one partition.
@@ -65,7 +65,7 @@ struct Pause {
 /// A period during which the counters are unavailable.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Outage {
-    /// The number of the outage; 0 means that there is none.
+    /// The number of the outage; 0 means that there is no outage.
     pub(super) number: u64,
     pub(super) since: Monotonic,
     /// When the outage began, on the counters' clock.
@@ -77,7 +77,7 @@ pub(super) struct Outage {
 
 impl Outage {
     /// Returns whether the promised epoch may have started, and this replica may be about to use the counters again.
-    /// Requests that this replica allowed now would be in addition to those that the counters allow.
+    /// Requests that this replica allowed now would be in addition to the requests that the counters allow.
     pub(super) fn is_paused(self, now: Monotonic) -> bool {
         self.pause
             .is_some_and(|pause| pause.from <= now && now < pause.until)
@@ -117,7 +117,8 @@ impl CircuitBreaker {
         CounterMicros(self.last_heard.load(Ordering::Relaxed))
     }
 
-    /// Records the start of a call. Each call confirms the last response to the counters.
+    /// Records the start of a call. Each call confirms to the counters that this replica has received the last
+    /// response.
     pub(super) fn record_call(&self, now: Monotonic) {
         self.inner.lock().called_at = now;
     }
@@ -170,8 +171,8 @@ impl CircuitBreaker {
         }
     }
 
-    /// Records a call that failed or is late. Returns `true` if this opens the breaker; the caller must then start
-    /// probing.
+    /// Records a call that failed or is late. Returns `true` if the failure opens the breaker; the caller must then
+    /// start probing.
     pub(super) fn record_failure(&self, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         inner.count(now, true);
@@ -186,7 +187,7 @@ impl CircuitBreaker {
 
     /// Opens the breaker if it is closed, because the counters start a new epoch at `start` or slightly later, and
     /// grant no tokens until then. From `start` on, this replica pauses: it allows no requests without the counters.
-    /// Like [`record_failure`](Self::record_failure), returns `true` if this opens the breaker.
+    /// Like [`record_failure`](Self::record_failure), returns `true` if the call opens the breaker.
     pub(super) fn open_for_new_epoch(&self, start: Monotonic, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         let is_first = self.open(&mut inner, now);
@@ -235,8 +236,8 @@ impl CircuitBreaker {
         self.is_open.store(false, Ordering::Release);
     }
 
-    /// Returns [`NEVER_HEARD`] if this replica has never received a response and `others_may_have_outage`, which means
-    /// that other replicas may have an outage that it does not know of. Otherwise, returns zero.
+    /// Returns [`NEVER_HEARD`] if this replica has never received a response and `others_may_have_outage` is set, which
+    /// means that other replicas may have an outage that this replica does not know of. Otherwise, returns zero.
     pub(super) fn never_heard(&self, others_may_have_outage: bool) -> CounterMicros {
         if others_may_have_outage && self.last_heard() == CounterMicros::NONE {
             NEVER_HEARD
@@ -284,7 +285,10 @@ mod tests {
         }
         assert!(breaker.outage().is_none());
         assert!(breaker.record_failure(ms(300)));
-        assert!(!breaker.record_failure(ms(301)), "once");
+        assert!(
+            !breaker.record_failure(ms(301)),
+            "the breaker opens only once"
+        );
         let outage = breaker.outage().unwrap();
         assert_eq!((outage.number, outage.since), (1, ms(300)));
         breaker.close(CounterMicros(1), ms(400));

@@ -1,16 +1,17 @@
 //! Calls to the counters, and their outcomes.
 //!
-//! Calls run in separate tasks, so that a request can be canceled while it waits, a late response is still used, and no
-//! tokens are lost. All waiting requests for a key share one call, which requests all the tokens they need. Requests
-//! that arrive during a call get tokens that it does not need, or wait for the next call. The next call starts when the
-//! current one ends, is late, or has taken a small fraction of the time in which the bucket fills ([`Terms::pause`]).
+//! Calls run in separate tasks, so that a waiting request can be canceled, a late response is still used, and no tokens
+//! are lost. All waiting requests for a key share one call, which requests all the tokens that these requests need.
+//! Requests that arrive during a call get the tokens that the call's own requests do not need, or wait for the next
+//! call. The next call starts when the current call ends, is late, or has taken a small fraction of the time in which
+//! the bucket fills ([`Terms::pause`]).
 //!
 //! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits for at
 //! most two deadlines.
 //!
-//! Tokens from a late response are used like those from a timely one: for requests, and as a lease if the plan allows
-//! leases. However, if none of the call's requests is waiting any longer and other tokens are available locally, the
-//! tokens are returned.
+//! Tokens from a late response are used like tokens from a timely response: for requests, and as a lease if the plan
+//! allows leases. However, if none of the call's requests is waiting any longer and other tokens are available locally,
+//! the tokens are returned.
 
 use std::{
     collections::BTreeMap,
@@ -43,7 +44,7 @@ use crate::{
     },
 };
 
-/// How much longer than its deadline to wait for a call, so that tokens from a late response are used or returned.
+/// How long to keep waiting for a call after its deadline, so that tokens from a late response are used or returned.
 /// Calls to Redis fail sooner: after this time in total, or after the deadline if that is longer. On exit, each call
 /// that returns leases may take this long.
 pub(super) const CALL_DEADLINE: Duration = Duration::from_secs(1);
@@ -163,7 +164,8 @@ impl StoreCore {
         }
     }
 
-    /// Deletes the buckets of deleted keys. The call does not affect the breaker, because no request depends on it.
+    /// Deletes the buckets of deleted keys. The call does not affect the breaker, because no request depends on the
+    /// call.
     pub(super) async fn delete_buckets(
         &self,
         keys: &[(TenantId, ApiKeyId)],
@@ -213,7 +215,7 @@ impl StoreCore {
                     breaker.record_success(reply.at, now);
                 }
                 // A late response is not a promise: the epoch may already have started, and other calls may have been
-                // granted tokens in it.
+                // granted tokens in the new epoch.
                 if let BucketState::Initializing { wait: wait_us } = reply.state
                     && !late
                     && let wait = Duration::from_micros(wait_us)
@@ -317,7 +319,7 @@ impl StoreCore {
                 failures.store(RETURNS_FAILED, Ordering::Relaxed);
             }
         }
-        // Calls in flight return the tokens that they are granted.
+        // Calls in flight return the tokens that they get.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();

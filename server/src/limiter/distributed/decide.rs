@@ -1,12 +1,12 @@
 //! Makes a decision: with local tokens, with a call to the counters, or without the counters.
 //!
-//! Takes the cost from the quotas and the rate together, or from neither. While the counters are unavailable, applies
-//! the plan's fallback setting.
+//! The cost is taken from the quotas and the rate together, or from neither. While the counters are unavailable, the
+//! plan's fallback setting applies.
 //!
-//! With the counters, a denial names the rate as violated only if their last response shows that, or if the cost
-//! exceeds the burst. Without them, it is unknown whether the rate is exceeded: [`OnRedisFailure::Share`] denies
-//! without naming a policy, [`OnRedisFailure::Closed`] returns an error, and [`OnRedisFailure::Open`] names the rate if
-//! the request exceeds this replica's separate limit.
+//! With the counters, a denial names the rate as violated only if their last response shows that the rate is exceeded,
+//! or if the cost exceeds the burst. Without the counters, it is unknown whether the rate is exceeded:
+//! [`OnRedisFailure::Share`] denies without naming a policy, [`OnRedisFailure::Closed`] returns an error, and
+//! [`OnRedisFailure::Open`] names the rate if the request exceeds this replica's separate limit.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -45,7 +45,7 @@ pub(super) enum LocalOutcome {
     /// The quotas allow the request. Its rate tokens must be taken from the counters.
     Fetch,
     /// The quotas deny the request, or its cost exceeds the burst. The counters are called only so that the denial can
-    /// report the state of the rate.
+    /// report the state of the bucket.
     Peek,
 }
 
@@ -112,7 +112,7 @@ impl StoreCore {
         Ok(LocalOutcome::Done(decision))
     }
 
-    /// Requests the next lease while the current one is being spent.
+    /// Requests the next lease while the current lease is being spent.
     #[cold]
     fn fetch_ahead(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, policies: &Policies) {
         if !self.breaker(handle).is_open() {
@@ -121,8 +121,8 @@ impl StoreCore {
         }
     }
 
-    /// Takes `tokens` from the counters, in one call with all other waiting requests of this key. With zero, only reads
-    /// the state of the bucket.
+    /// Takes `tokens` from the counters, in one call with all other waiting requests of this key. If `tokens` is zero,
+    /// only reads the state of the bucket.
     async fn fetch(
         &self,
         handle: &Arc<KeyHandle>,
@@ -173,8 +173,9 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Denies a request based on the state on this replica. With `wait`, the rate denies it for at least that long.
-    /// Returns `None` if neither the rate nor a quota denies the request.
+    /// Denies a request based on the state on this replica. If `wait` is set, the rate limit denies the request, and a
+    /// retry cannot succeed before `wait` has passed. Returns `None` if neither the rate limit nor a quota denies the
+    /// request.
     fn denial(
         &self,
         handle: &Arc<KeyHandle>,
@@ -258,8 +259,8 @@ impl StoreCore {
                         let debt = share.tat.saturating_since(monotonic);
                         (verdict, rate(policies, now, debt.min(gcra.tau())))
                     }
-                    // There is no outage (only this call failed), or this replica has no slot. Treat its share as
-                    // empty.
+                    // There is no outage (only this call failed), or this replica has no slot. Treat the replica's
+                    // share as empty.
                     _ => (Err(A_SECOND), rate(policies, now, gcra.tau())),
                 };
                 let outcome = match verdict {
@@ -298,7 +299,7 @@ impl StoreCore {
                     let again = || self.decide_locally(handle, policies, cost, Some(&mut demand));
                     match self.keys.fetch(handle, cost, &mut patience, again).await {
                         Ok(outcome) => outcome,
-                        // The rate may deny the request anyway.
+                        // The rate limit may deny the request anyway.
                         Err(error) => {
                             self.fetch(handle, policies, 0).await;
                             return self
@@ -349,7 +350,7 @@ impl StoreCore {
     }
 }
 
-/// Returns a decision that reports the state of the rate as known to this replica.
+/// Returns a decision that reports the state of the bucket as known to this replica.
 pub(super) fn decision(
     state: &mut KeyState,
     policies: &Policies,
@@ -365,7 +366,7 @@ fn left(until: Monotonic, now: Monotonic) -> Option<NonZeroU64> {
     NonZeroU64::new(until.saturating_since(now).0)
 }
 
-/// Returns the state of the rate, given the time until the bucket is full.
+/// Returns the state of the rate limit, given the time until the bucket is full.
 pub(super) fn rate(policies: &Policies, now: UnixNanos, debt: Nanos) -> PolicyState {
     let gcra = policies.gcra();
     PolicyState {

@@ -1,4 +1,4 @@
-//! Calls that take tokens, and the tokens they grant.
+//! Calls that take tokens, and the distribution of the granted tokens.
 
 use std::{pin::pin, sync::Arc, time::Duration};
 
@@ -23,11 +23,11 @@ use crate::{
 };
 
 impl StoreCore {
-    /// Starts a call for the waiting requests, if one is needed. With `ahead`, starts a call even if no requests are
-    /// waiting.
+    /// Starts a call for the waiting requests, if one is needed. If `ahead` is set, starts a call even if no requests
+    /// are waiting.
     pub(super) fn begin_fetch(&self, handle: &Arc<KeyHandle>, state: &mut KeyState, ahead: bool) {
         let (Ok(runtime), Some(inner)) = (Handle::try_current(), self.me.upgrade()) else {
-            // Dropping the waiters ends the waiting requests, since there will be no response.
+            // Dropping the waiters notifies their requests that there will be no response.
             state.lease().waiting().clear();
             return;
         };
@@ -88,8 +88,8 @@ impl StoreCore {
     }
 }
 
-/// Starts to return unspent tokens, unless a call in flight will do so. Tokens that become free at the same time are
-/// returned together.
+/// Starts to return unspent tokens, unless a call in flight will return them. Tokens that become free at the same time
+/// are returned together.
 fn begin_return(inner: &Arc<StoreCore>, handle: &Arc<KeyHandle>) {
     if let Ok(runtime) = Handle::try_current()
         && handle.state.lock().lease().begin_return()
@@ -115,7 +115,7 @@ async fn return_unspent(inner: Arc<StoreCore>, handle: Arc<KeyHandle>) {
     }
 }
 
-/// A call that takes tokens. However it ends, its requests are notified and the next call may begin.
+/// A call that takes tokens. When the call ends in any way, its requests are notified and the next call may begin.
 struct LeaseFetch {
     inner: Arc<StoreCore>,
     handle: Arc<KeyHandle>,
@@ -127,7 +127,7 @@ struct LeaseFetch {
     requests: Vec<Waiter>,
     /// The span of the request that started the call, if the request is traced.
     span: Option<Parent>,
-    /// Whether the call has neither ended nor become late. While the call is active, the next one has to wait for
+    /// Whether the call has neither ended nor become late. While the call is active, the next call has to wait for
     /// [`Terms::pause`].
     active: bool,
 }
@@ -141,8 +141,8 @@ impl Drop for LeaseFetch {
 }
 
 impl LeaseFetch {
-    /// Stops holding up the next call, because this one has failed or is late, and starts the next one if requests are
-    /// waiting. If this call is late, its requests keep waiting for the response until they time out.
+    /// Allows the next call, because this call has failed or is late, and starts the next call if requests are waiting.
+    /// If this call is late, its requests keep waiting for the response until they time out.
     fn allow_next_call(&mut self) {
         if std::mem::take(&mut self.active) {
             let mut state = self.handle.state.lock();
@@ -153,8 +153,8 @@ impl LeaseFetch {
 
     /// Distributes granted tokens: first to the requests that the call was made for, then to requests that have arrived
     /// since. The rest is held for later if the plan allows it. If the response is late and none of the call's requests
-    /// is waiting any longer, the tokens are not distributed but returned, unless no others are available locally.
-    /// Returns whether any tokens are held.
+    /// is waiting any longer, the tokens are not distributed but returned, unless no other tokens are available
+    /// locally. Returns whether any tokens are held.
     fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
         let BucketState::Active {
             granted,
@@ -241,7 +241,7 @@ impl LeaseFetch {
     /// accumulate and are not fetched one by one. That time is too short for the bucket to fill up.
     ///
     /// The time is measured from the start of the call. The counters decide a little later, but the next call takes
-    /// just as long to reach them, so measuring from the response would count the time in transit twice.
+    /// just as long to reach the counters, so measuring from the response would count the time in transit twice.
     fn deny_while_low(&self, lease: &mut Lease, grant: Unspent, debt: Nanos, refused: Option<u64>) {
         let (call, ttl) = (&self.call, self.inner.ttl);
         // A debt above `tau` comes from another version of the plan and cannot be compared.
@@ -263,7 +263,7 @@ impl LeaseFetch {
             None => return,
         };
         let missing = call.emission.saturating_mul(n).saturating_sub(left);
-        // There are enough tokens under this version of the plan. The counters used another version.
+        // Under this version of the plan, there are enough tokens. The counters must have used another version.
         if missing == Nanos::ZERO {
             return;
         }
@@ -277,7 +277,7 @@ impl LeaseFetch {
     }
 }
 
-/// Makes the call, distributes its tokens, and finally returns the unspent ones.
+/// Makes the call, distributes its tokens, and finally returns the unspent tokens.
 async fn fetch(mut fetch: LeaseFetch) {
     let (inner, handle) = (Arc::clone(&fetch.inner), Arc::clone(&fetch.handle));
     let asked_at = fetch.asked_at;

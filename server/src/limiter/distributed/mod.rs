@@ -1,9 +1,9 @@
 //! The distributed store: buckets that all replicas share, leases, and decisions during an outage.
 //!
-//! Decides when to call the shared counters. Calendar quotas use blocks from the ledger, as in the local store, but the
-//! blocks of all replicas together are no larger than one block in the local store. This module does not depend on
-//! Redis: the counters are a trait ([`SharedCounters`]), implemented by a script in Redis and, in the simulation, by a
-//! model of that script.
+//! The store decides when to call the shared counters. Calendar quotas use blocks from the ledger, as in the local
+//! store, but the blocks of all replicas together are no larger than one block in the local store. This module does not
+//! depend on Redis: the counters are a trait ([`SharedCounters`]), implemented by a script in Redis and, in the
+//! simulation, by a model of that script.
 //!
 //! ```text
 //! local tokens          ─ spend them, no I/O
@@ -14,45 +14,46 @@
 //!
 //! **Guarantees.** In any window of `T` seconds, all replicas together allow at most `burst + rate · (T + ttl)`, or at
 //! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) explains why).
-//! Calendar quotas are exact: the ledger counts a token before it is spent. If an idle key sends its entire burst to
-//! one replica all at once, the requests are allowed after at most two round trips to the counters.
+//! Calendar quotas are exact: the ledger counts a token before it is spent. If a client sends the entire burst of an
+//! idle key to one replica at the same time, the requests are allowed after at most two round trips to the counters.
 //!
 //! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
-//! call in flight when it arrives and the next call, or for a late response. After that, the request is decided without
-//! the counters. A request also waits for at most two calls to the ledger. Its quota tokens are reserved before its
-//! rate tokens are taken, so that no rate tokens are taken for a request that the quota then denies. If their window
-//! ends before the rate tokens arrive, the request starts over, unless the new window's tokens are available locally.
+//! call that is in flight when the request arrives and for the next call, or for a late response. After that, the
+//! request is decided without the counters. A request also waits for at most two calls to the ledger. Its quota tokens
+//! are reserved before its rate tokens are taken, so that no rate tokens are taken for a request that the quota then
+//! denies. If the quota's window ends before the rate tokens arrive, the request starts over, unless the new window's
+//! tokens are available locally.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
-//! With `Share`, it uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty* shortly
-//! after the start of the outage. Together, all shares amount to one bucket that starts empty, so the shares and the
-//! tokens granted before the outage stay within the envelope. With `Open`, each replica enforces the whole limit in a
-//! separate bucket that starts full. With `Closed`, requests fail. A denial by a share does not name a violated policy,
-//! since it is unknown whether the limit itself was reached.
+//! With `Share`, the replica uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty*
+//! shortly after the start of the outage. Together, all shares amount to one bucket that starts empty, so the shares
+//! and the tokens granted before the outage stay within the envelope. With `Open`, each replica enforces the whole
+//! limit in a separate bucket that starts full. With `Closed`, requests fail. A denial by a share does not name a
+//! violated policy, since it is unknown whether the limit itself was reached.
 //!
 //! **When the counters are available again**, they do not know which requests were allowed without them, and may have
-//! lost their state. So after a loss of state, or an outage in which no replica got a response, they start a *new
-//! epoch* with every bucket empty. The epoch starts at one moment on the counters' clock, slightly in the future. Until
-//! then, all replicas decide as during the outage. If only one replica had an outage, that replica resumes its calls. A
-//! replica that has just started cannot know whether other replicas have an outage. If no replica has received a
-//! response for 0.8 s, the new replica also causes a new epoch, unless all other replicas have just started too. (In a
-//! cluster, a new replica never causes an epoch, because partitions may be idle for a long time.)
+//! lost their state. So after a loss of state, or an outage in which no replica got a response, the counters start a
+//! *new epoch* with every bucket empty. The epoch starts at one moment on the counters' clock, slightly in the future.
+//! Until then, all replicas decide as during the outage. If only one replica had an outage, that replica resumes its
+//! calls. A replica that has just started cannot know whether other replicas have an outage. If no replica has received
+//! a response for 0.8 s, the new replica also causes a new epoch, unless all other replicas have just started too. (In
+//! a cluster, a new replica never causes an epoch, because partitions may be idle for a long time.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
 //! hold, the rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A
-//! bucket learns of an edit from the first request after it, without the time of the edit. So the bucket counts as
-//! having refilled at the lower of the two rates since the previous request. A bucket that has been idle for a minute
-//! plus twice the time until it was full is deleted, and counts as full under any plan. After a loss of state, raising
-//! the burst does not add more tokens than have refilled since then.
+//! bucket learns of an edit from the first request after the edit, without the time of the edit. So the bucket counts
+//! as having refilled at the lower of the two rates since the previous request. A bucket that has been idle for a
+//! minute plus twice the time until it was full is deleted, and counts as full under any plan. After a loss of state,
+//! raising the burst does not add more tokens than have refilled since then.
 //!
-//! **Not guaranteed.** While only some replicas have an outage, `Share` lets them allow their part `p` of the bucket in
-//! addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the sum of
-//! their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica's part is the
-//! entire burst. The same can happen at the start of a new epoch, if one replica's first call fails while other
-//! replicas' calls succeed. It cannot happen in an outage of all replicas, even if the outage is too short for some of
-//! them to detect: shares begin to fill only when the outage has either ended or been detected by all replicas. In a
-//! cluster, however, a replica that was not using a partition does not detect the partition's outage. `Closed` never
-//! allows additional requests.
+//! **Not guaranteed.** While only some replicas have an outage, `Share` lets these replicas allow their part `p` of the
+//! bucket in addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the
+//! sum of their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica's part is
+//! the entire burst. The same can happen at the start of a new epoch, if one replica's first call fails while other
+//! replicas' calls succeed. Additional requests cannot be allowed in an outage of all replicas, even if the outage is
+//! too short for some of them to detect: shares begin to fill only when the outage has either ended or been detected by
+//! all replicas. In a cluster, however, a replica that was not using a partition does not detect the partition's
+//! outage. `Closed` never allows additional requests.
 
 mod breaker;
 mod calls;
@@ -95,7 +96,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// Limits that all replicas share.
+/// The store whose limits all replicas share.
 #[derive(Debug)]
 pub struct DistributedStore(Arc<StoreCore>);
 

@@ -13,18 +13,18 @@ use crate::{
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
 };
 
-/// The maximum interval between probes, and by how much it varies.
+/// The maximum interval between probes, and by how much the interval varies.
 const PROBE_EVERY: Duration = Duration::from_millis(250);
 const PROBE_JITTER: Duration = Duration::from_millis(50);
-/// How long after the last call a heartbeat is sent: after a successful call, and after a failed one. Short enough that
-/// all replicas detect an outage within half a second. A call for tokens confirms the last response just like a
-/// heartbeat. So a replica that renews leases, which takes a call every 90 ms with the default settings, does not send
-/// heartbeats.
+/// The time from the last call to the next heartbeat: after a successful call, and after a failed call. These intervals
+/// are short enough that all replicas detect an outage within half a second. A call for tokens confirms the last
+/// response just like a heartbeat. So a replica that renews leases, which takes a call every 90 ms with the default
+/// settings, does not send heartbeats.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(110);
 const SUSPECT_EVERY: Duration = Duration::from_millis(50);
 /// How often to check whether a heartbeat is due.
 const TICK: Duration = Duration::from_millis(20);
-/// The counters store a confirmation only if it is newer than the stored one by more than this.
+/// The counters store a confirmation only if it is newer than the stored confirmation by more than this time.
 const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
 /// The minimum time to wait for the response to a probe. Only a response within the deadline of normal calls ends an
 /// outage. If slow counters could end an outage, every request would time out, and each recovery would empty all
@@ -32,8 +32,8 @@ const CONFIRMED_EVERY: Duration = Duration::from_millis(50);
 const PROBE_DEADLINE: Duration = Duration::from_millis(250);
 /// The minimum time from a loss of state to the new epoch.
 const EPOCH_DELAY: Duration = Duration::from_millis(600);
-/// The counters postpone an unconfirmed start of an epoch only this long after a call, or one deadline, if that is
-/// longer.
+/// The counters postpone an unconfirmed start of an epoch only if they set the start at least this long ago, or at
+/// least one deadline ago if that is longer.
 const POSTPONED_AFTER: Duration = Duration::from_millis(50);
 /// How long an unused partition continues to get heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
@@ -46,25 +46,26 @@ const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
 
-/// See [`StoreCore::max_detection_delay`]. Response times are omitted here. They delay the second probe at least as
-/// much as they delay the detection.
+/// See [`StoreCore::max_detection_delay`]. Response times are omitted here. Response times delay the second probe at
+/// least as much as the detection.
 const _: () = assert!(
     5 * CALL_EVERY.as_millis()
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis() + PROBE_EVERY.as_millis()
             - PROBE_JITTER.as_millis(),
-    "an idle replica must detect an outage before the second probe of the first replica that did"
+    "an idle replica must detect an outage before the second probe of the replica that detected it first"
 );
 
 /// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has
 /// confirmed a response sent after the outage began and newer than the stored confirmation by more than
-/// [`CONFIRMED_EVERY`]. One call gets such a response, and the next call confirms it. Each of these calls starts within
+/// [`CONFIRMED_EVERY`]. One call gets this response, and the next call confirms it. Each of these calls starts within
 /// [`CALL_EVERY`]. The first response may take up to `deadline`, and so may the second call.
 pub(super) fn first_probe(deadline: Duration) -> Duration {
     FIRST_PROBE + 2 * deadline
 }
 
 /// Returns the time from a loss of state to the new epoch. All replicas that can reach the counters must learn of the
-/// epoch before it starts; one that does not begins another epoch when it returns, and all buckets are emptied again.
+/// epoch before it starts; a replica that has not learned of the epoch would begin another epoch when it returns, and
+/// empty all buckets again.
 ///
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
 /// after [`first_probe`], and arrives within another `deadline`. A replica that is probing already waits for
@@ -93,8 +94,9 @@ impl StoreCore {
     ///
     /// The first replica may detect the outage as soon as it begins, if it received its last response long before. An
     /// idle replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one
-    /// deadline later. This happens before the first replica's second probe. So if the idle replica does not detect the
-    /// outage, the outage ends before that probe, and the first replica recovers with its second probe at the latest.
+    /// deadline later. The detection comes before the first replica's second probe. So if the idle replica does not
+    /// detect the outage, the outage ends before that probe, and the first replica recovers with its second probe at
+    /// the latest.
     pub(super) fn max_detection_delay(&self) -> Nanos {
         let deadline = self.settings.deadline;
         let second_probe = first_probe(deadline) + PROBE_DEADLINE.max(deadline) + PROBE_EVERY;
@@ -103,8 +105,8 @@ impl StoreCore {
 }
 
 /// Returns a call that takes no tokens and does not affect any key. The call does not report an outage of this replica,
-/// even if an outage begins before the call is sent. Only probes report outages: they are sent late enough that other
-/// replicas could have confirmed a response.
+/// even if an outage begins before the call is sent. Only probes report outages, because probes are sent late enough
+/// that other replicas could have confirmed a response.
 fn heartbeat_call(partition: u16, inner: &StoreCore) -> TakeCall {
     let breaker = &inner.breakers[usize::from(partition)];
     TakeCall {
@@ -159,7 +161,7 @@ pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
 }
 
 /// Confirms that this replica knows when the promised epoch starts. Without a confirmation, the start may be postponed.
-/// The call does not report the outage: if it arrived late, that would start another epoch.
+/// The call does not report the outage: a report that arrived late would start another epoch.
 fn confirm_promise(inner: Arc<StoreCore>, number: u16, promised: CounterMicros) {
     tokio::spawn(async move {
         let call = TakeCall {
@@ -215,8 +217,8 @@ pub(super) async fn probe_until_recovered(
         if let Ok(Ok(reply)) = answer {
             match reply.state {
                 // A late response is not treated as a promise: the response to the first call in the epoch would
-                // probably be late too, and this replica would have paused for nothing. The counters postpone the
-                // epoch.
+                // probably be late too, and this replica would have paused without any benefit. In this case, the
+                // counters postpone the epoch.
                 BucketState::Initializing { wait: left } if in_time => {
                     wait = Duration::from_micros(left);
                     promise = reply.at.saturating_add(left);

@@ -1,8 +1,8 @@
 //! The shared counters in Redis.
 //!
-//! Contains the script (`take.lua`, which documents its arguments), the names of its keys, and the initial state of a
-//! new deployment. If Redis is not connected, every call fails immediately; if it does not respond, calls fail after
-//! [`CALL_DEADLINE`], or after `QUOTA_REDIS_TIMEOUT` if that is longer.
+//! This module contains the script (`take.lua`, which documents its arguments), the names of the Redis keys, and the
+//! initial state of a new deployment. If Redis is not connected, every call fails immediately; if Redis does not
+//! respond, calls fail after [`CALL_DEADLINE`], or after `QUOTA_REDIS_TIMEOUT` if that is longer.
 //!
 //! | key | value |
 //! |---|---|
@@ -28,13 +28,13 @@ use crate::{
 /// The number of partitions of a cluster: enough to distribute keys evenly over tens of nodes.
 const CLUSTER_PARTITIONS: u16 = 256;
 
-/// The number of buckets per command, so that no other call waits long for it.
+/// The maximum number of buckets deleted by one command: few enough that other calls do not wait long.
 const DELETED_AT_ONCE: usize = 100;
 
 const TAKE: &str = include_str!("take.lua");
 
-/// Starts the first epoch of a new deployment in the past, so that its buckets are full. Does nothing if there is an
-/// epoch.
+/// Starts the first epoch of a new deployment in the past, so that its buckets are full. Does nothing if an epoch
+/// exists.
 const FIRST: &str = "
 if redis.call('EXISTS', KEYS[1]) == 0 then
   local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
@@ -60,7 +60,7 @@ impl RedisCounters {
         Self::with_script(redis, TAKE)
     }
 
-    /// Creates counters that use a different script. Tests use this to control the time.
+    /// Creates counters that use a different script. Tests use a different script to control the time.
     #[doc(hidden)]
     pub fn with_script(redis: Redis, take: &'static str) -> Self {
         Self {

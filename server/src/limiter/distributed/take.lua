@@ -1,29 +1,31 @@
--- Credits unspent tokens to one bucket, and then takes tokens from it: at least `need`, or none.
--- A call is atomic and uses the clock of Redis.
+-- Credits unspent tokens to one bucket, and then takes tokens from that bucket: at least `need`, or none. The script
+-- runs atomically and uses the clock of Redis.
 --
 -- KEYS[1]  the bucket, a hash:
---            at      when `debt` was computed, in microseconds of TIME
+--            at      when `debt` was computed, in microseconds of the Redis clock (TIME)
 --            debt    nanoseconds of refill until the bucket is full
---            x       debt in excess of an empty bucket's, left over from a larger burst
---            e, t    nanoseconds per token, and from empty to full
+--            x       debt beyond that of an empty bucket, left over from a larger burst
+--            e, t    nanoseconds per token, and nanoseconds from empty to full
 --            v, vt   version of the plan that `e` and `t` come from, and when a caller last used that version
 --            s       start of the epoch in which the bucket was last used
---            y       nanoseconds of refill since `s`, including refill lost while the bucket was full, less the
---                    tokens taken. The bucket never contains more, even if its burst is raised. Absent if more than
---                    `LARGEST`
+--            y       nanoseconds of refill since `s`, including refill lost while the bucket was full, minus the
+--                    tokens taken. The bucket never contains more than that, even if its burst is raised. Absent if
+--                    greater than `LARGEST`
 --            g       generation: changes when tokens granted earlier can no longer be credited
---            m, mt   the least `debt` since `mt`
---            n, nt   the least `debt` since `nt`, which is earlier than `mt`
+--            m, mt   the lowest `debt` since `mt`
+--            n, nt   the lowest `debt` since `nt`, which is earlier than `mt`
 -- KEYS[2]  the partition's epoch, a hash in the same slot:
---            run     run id of the Redis process that the epoch began on
---            s       its start, in microseconds of TIME
---            c       1 if, before the start, a caller has confirmed that it knows of it
+--            run     run ID of the Redis process on which the epoch began
+--            s       start of the epoch, in microseconds of TIME
+--            c       1 if a caller confirmed before the start that it knows the start
 --            ok      time of the latest response that a caller without an outage has confirmed receiving in time
--- ARGV     1 e   2 t   3 v   4 need   5 want   6 back   7 when the oldest of the returned tokens was taken
+-- ARGV     1 e   2 t   3 v   4 need: the least number of tokens to grant   5 want: the most tokens to grant
+--          6 back: the number of returned tokens   7 when the oldest of the returned tokens was taken
 --          8 time of the latest response that the caller received in time
---          9 start of the caller's outage, or 0; 1 if it has never received a response and other callers may have an
---            outage
---         10 start of the epoch that the previous response promised, or 0; before that start, confirms the promise
+--          9 start of the caller's outage, or 0; 1 if the caller has never received a response and other callers may
+--            have an outage
+--         10 start of the epoch that the previous response promised, or 0; a call before that start confirms the
+--            promise
 --         11 microseconds from a loss of state to the new epoch   12 lease TTL in microseconds
 --         13 generation in which the returned tokens were taken
 --         14 tokens that requests are waiting for; the rest of `want` is for later
@@ -33,31 +35,33 @@
 -- **Granting.** Waiting requests are granted as many tokens as the bucket contains. A grant that includes tokens for
 -- later is at most half of what the bucket contains, so that callers near the limit leave some tokens for each other.
 --
--- **Crediting.** Returned tokens must never make the bucket fuller than if they had not been taken. If they had not
--- been taken, the debt would have been lower by `back * e` until it reached zero. After that, the bucket would have
--- been full and lost refill that it has in fact received. So the credit is lower than `back * e` by at most the time
--- since the tokens were taken, but not lower than the least debt since then:
+-- **Crediting.** Returned tokens must never make the bucket fuller than if the tokens had not been taken. If the tokens
+-- had not been taken, the debt would have been lower by `back * e` until it reached zero. After that, the bucket would
+-- have been full and would have lost refill that it has in fact received. The lost refill is at most the time since the
+-- tokens were taken, and at most the amount by which `back * e` exceeds the lowest debt since then:
 --
---   credit = min(debt, back * e, max(back * e - (now - taken), least debt since a mark no later than `taken`))
+--   credit = min(debt, back * e, max(back * e - (now - taken), lowest debt since a mark no later than `taken`))
 --
 -- Then every stored minimum is lowered by the credit, so that the next return is credited as if these tokens had never
 -- been taken. A change of `e` or `t`, a new epoch, or a clock that was set back starts a new generation, in which
 -- earlier tokens are not credited.
 --
 -- **Plans.** Callers may know different versions of a plan. The newest version is used, unless no caller has used it
--- for `OUTDATED`: then version numbers have started over, for example because the database was restored from a backup.
+-- for `OUTDATED`. In that case, version numbers have started over, for example because the database was restored from
+-- a backup.
 --
 -- Numbers are integers below 2^53, where doubles are exact. A bucket that takes longer than 104 days to fill is exact
 -- to two nanoseconds.
 --
--- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is the same as a new one,
--- except after an edit: the additional time allows for a rate that has been lowered since the last use.
+-- **Expiry.** A bucket is kept for a minute plus twice the time until it is full. A full bucket is equivalent to a new
+-- one unless the plan has been edited. The time beyond the refill covers a rate that was lowered since the bucket was
+-- last used.
 local OUTDATED = 10000000
 -- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
--- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage. A caller whose
--- responses take up to 500 ms confirms them often enough.
+-- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
+-- that take up to 500 ms are still confirmed often enough.
 local CONNECTED = 800000
--- A confirmation is stored only if it is newer than the stored one by more than this many microseconds.
+-- A confirmation is stored only if it is newer than the stored confirmation by more than this many microseconds.
 local CONFIRMED = 50000
 -- 52 days in nanoseconds. Larger sums are not exact.
 local LARGEST = 2 ^ 52
@@ -70,22 +74,22 @@ local back, taken_at = tonumber(ARGV[6]), tonumber(ARGV[7])
 local heard, outage = tonumber(ARGV[8]), tonumber(ARGV[9])
 local promised, delay, lease = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
 local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
--- A caller that was promised an epoch must call within this many microseconds of its start to use it. The delay exceeds
--- the time that its call may take.
+-- To use an epoch that it was promised, a caller must call within this many microseconds after the epoch's start. The
+-- delay is longer than that call may take.
 local PROMISED = delay - 100000
 -- An unconfirmed start is postponed only once this many microseconds of the delay have passed. By then, a caller that
--- received it in time has confirmed it. Otherwise, callers could keep postponing each other's starts.
+-- received the start in time has confirmed it. Otherwise, callers could postpone each other's starts indefinitely.
 local KNOWN = math.max(50000, tonumber(ARGV[15]))
--- By this many microseconds after the start of an epoch, callers that were promised it have received a response and
--- confirmed it: they make two calls, and each may take one deadline.
+-- By this many microseconds after the start of an epoch, callers that were promised the epoch have received and
+-- confirmed a response. The confirmation requires two calls, each of which may take one deadline.
 local SETTLED = 50000 + 3 * tonumber(ARGV[15])
 
 local function whole(number)
   return string.format('%.0f', number)
 end
 
--- Converts nanoseconds of refill from `e0` per token to `e` per token: number * e / e0, computed exactly in steps of 12
--- bits. Also returns the remainder, less than one nanosecond.
+-- Converts nanoseconds of refill from `e0` per token to `e` per token: number * e / e0, computed exactly, 12 bits at a
+-- time. Also returns the remainder of the division.
 local function exchanged(number, e0, e)
   local whole_tokens = math.floor(number / e0)
   local rest = number - whole_tokens * e0
@@ -112,7 +116,7 @@ local returns_in_time = promised > 0 and start == promised and now - start < PRO
 local others_connected = (ok > outage and ok <= now and now - ok < CONNECTED) or (outage == 1 and ok == 0)
 local is_stranger = outage > 0 and start and start <= now and not returns_in_time and not others_connected
 -- Callers that were promised the epoch are about to confirm a response. If a caller with slow responses could begin
--- another epoch meanwhile, it could keep all callers from recovering. It has to call again.
+-- another epoch before that, this caller could keep all others from recovering. So that caller has to call again.
 local is_settling = is_stranger and epoch[4] == '1' and now - start < SETTLED
 if epoch[1] ~= run or not start or start > now + delay or (is_stranger and not is_settling) then
   start = now + delay
@@ -122,8 +126,8 @@ elseif start > now then
   if promised == start then
     redis.call('HSET', KEYS[2], 'c', '1')
   elseif outage > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
-    -- It is possible that no caller has received a response that contains this start. A caller that calls again only
-    -- after the start would not know of it.
+    -- Perhaps no caller has received a response with this start. A caller whose next call comes after the start would
+    -- then have no promise to use the epoch.
     start = now + delay
     redis.call('HSET', KEYS[2], 's', whole(start))
   end
@@ -134,8 +138,8 @@ end
 if is_settling then
   return {1, now, start + SETTLED - now}
 end
--- This ignores callers with an outage: they may not receive this response in time, and would then continue without the
--- counters. If the stored response is in the future, the clock has gone back since.
+-- Callers with an outage are ignored: they may not receive this response in time, and would then continue without the
+-- counters. If the stored response is in the future, the clock has been set back since.
 local confirmed = ok <= now and ok or 0
 if outage == 0 and heard > confirmed + CONFIRMED and heard <= now and heard >= start then
   redis.call('HSET', KEYS[2], 'ok', whole(heard))
@@ -238,7 +242,7 @@ if want > 0 then
     gathered = gathered and gathered - granted * e
     changed = true
     -- Sets a new mark from time to time, and when a return of this whole grant could not be credited in full
-    -- with the current mark.
+    -- under the current mark.
     if now - mt > 2 * lease or m < granted * e then
       n, nt = m, mt
       m, mt = debt, now

@@ -11,8 +11,8 @@ use crate::{
     },
 };
 
-/// A waiting request. Tokens fetched for the request are kept until it has [reserved](Self::reserve) them, and stay
-/// reserved until they are spent or released. Dropping the guard releases them.
+/// A waiting request. Tokens fetched for the request are kept until the request [reserves](Self::reserve) them. The
+/// reservation lasts until the tokens are spent or released. Dropping the guard releases reserved tokens.
 pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     handle: &'a Arc<KeyHandle>,
@@ -37,7 +37,7 @@ impl<'a> DemandGuard<'a> {
     }
 
     /// Reserves the request's quota tokens if all blocks have enough, so that no other request can use the same tokens
-    /// while this one waits for its rate.
+    /// while this request waits for the other policies.
     pub(in crate::limiter) fn reserve(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         if self.reserved.is_none() {
             self.reserved = state.reserve_quotas(self.cost, now);
@@ -48,8 +48,8 @@ impl<'a> DemandGuard<'a> {
         self.reserved.is_some()
     }
 
-    /// Spends the reserved tokens. If their window has ended, releases them and tries to spend tokens of the current
-    /// window. Returns whether tokens were spent.
+    /// Spends the reserved tokens. If the window of these tokens has ended, releases them and tries to spend tokens of
+    /// the current window. Returns whether tokens were spent.
     pub(in crate::limiter) fn spend(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         let Some(reserved) = self.reserved.take() else {
             return state.spend_quotas(self.cost, now);
@@ -80,7 +80,7 @@ impl<'a> DemandGuard<'a> {
         }
     }
 
-    /// Releases the reserved tokens. The request waits again.
+    /// Releases the reserved tokens. The request then waits for tokens again.
     pub(in crate::limiter) fn release(&mut self, state: &mut KeyState) {
         if let Some(reserved) = self.reserved.take() {
             state.begin_wait(self.cost);

@@ -15,8 +15,8 @@ pub struct KeyHandle {
     /// Used only with a remote store.
     pub(in crate::limiter) denials: DenialCache,
     pub(in crate::limiter) state: Mutex<KeyState>,
-    /// Notified when requests that wait for quota tokens should check again: when a ledger call for this key has ended,
-    /// and when a reservation has.
+    /// Notified when requests that wait for quota tokens should check again: when a ledger call for this key or a
+    /// reservation has ended.
     pub(in crate::limiter) call_ended: Notify,
 }
 

@@ -1,13 +1,14 @@
 //! Calls to the quota ledger: batched, limited in number, and retried where that is safe.
 //!
 //! Calls that arrive while all workers are busy share the next batch, so a thousand keys whose day begins at the same
-//! time need only a few transactions on a few connections. However a call ends, even if it panics or the runtime shuts
-//! down, its block is notified.
+//! time need only a few transactions on a few connections. Every call notifies its block when it ends, even if the call
+//! panics or the runtime shuts down.
 //!
-//! Takes are not retried: if one fails or is abandoned after the ledger has granted tokens, these are lost until their
-//! window ends. Tokens to be returned are kept until the ledger has confirmed the return. A batch is retried with the
-//! same ID and applied at most once, so an outage or an ambiguous failure neither loses these tokens nor credits them
-//! twice. They can be lost only when the process ends: if it is killed, or if draining runs out of time.
+//! Calls that take tokens (*takes*) are not retried: if one fails or is abandoned after the ledger has granted tokens,
+//! the tokens are lost until their window ends. Tokens to be returned are kept until the ledger has confirmed the
+//! return. A batch is retried with the same ID and applied at most once, so an outage or an ambiguous failure neither
+//! loses these tokens nor credits them twice. Tokens to be returned can be lost only when the process exits: if it is
+//! killed, or if draining runs out of time.
 
 use std::{
     pin::pin,
@@ -44,13 +45,13 @@ use crate::{
     spans,
 };
 
-/// Quota tokens that a drain has returned to the ledger, or failed to return. Does not include tokens of the rate,
-/// which are returned to the shared counters.
+/// Quota tokens that a drain has returned to the ledger, or failed to return. Does not include rate tokens, which are
+/// returned to the shared counters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ReturnedQuota {
     /// Tokens whose return was confirmed.
     pub given_back: u64,
-    /// Tokens whose return was not confirmed. They may be unavailable until their window ends.
+    /// Tokens whose return was not confirmed. These tokens may be unavailable until their window ends.
     pub lost: u64,
 }
 
@@ -59,14 +60,13 @@ pub struct ReturnedQuota {
 #[error("no response within {0:?}")]
 pub(in crate::limiter) struct TooSlow(pub(in crate::limiter) Duration);
 
-/// The connections to the ledger. They are shared by all key tables whose settings contain a clone of this value.
-/// Batches get connections in the order in which they ask for them, so one table's work does not keep other tables
-/// waiting.
+/// The connections to the ledger, shared by all key tables whose settings contain a clone of this value. Batches get
+/// connections in the order in which they request them, so no table can starve another.
 #[derive(Debug, Clone)]
 pub struct LedgerConnections {
     count: usize,
     all: Arc<Semaphore>,
-    /// Permits for batches of returns. If there are several connections, one is left for takes.
+    /// Permits for batches of returns. If there are several connections, one is reserved for takes.
     returns: Arc<Semaphore>,
 }
 
@@ -147,7 +147,7 @@ impl LedgerCalls {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// Stops starting takes, and cancels queued ones.
+    /// Starts no more calls that take tokens, and cancels those that are queued.
     pub(in crate::limiter) fn begin_draining(self: &Arc<Self>) {
         self.draining.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = {
@@ -215,7 +215,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Starts to fetch the first block of the next window, if it is time.
+    /// Starts to fetch the first block of the next window, if that window begins soon.
     pub(in crate::limiter) fn start_next(
         self: &Arc<Self>,
         handle: &Arc<KeyHandle>,
@@ -290,7 +290,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Starts to return the tokens that `call` has not given back.
+    /// Starts to return the tokens that `call` was to give back but has not.
     pub(super) fn give_back_of(self: &Arc<Self>, call: &Call) {
         for (window_start, n) in &call.order.give_back {
             self.give_back(call.row(*window_start), *n);
@@ -325,7 +325,7 @@ impl LedgerCalls {
             (Target::Current, None) => block.finish_return(),
             (Target::Current, Some(Ok(taken))) => block.finish_fetch(taken, now),
             (Target::Current, Some(Err(error))) => {
-                tracing::debug!(error = %error, key = %call.handle.key, "no block from the quota ledger");
+                tracing::debug!(error = %error, key = %call.handle.key, "cannot fetch a block from the quota ledger");
                 block.fail(error, now);
             }
             (Target::Next, taken) => block.finish_next(taken.and_then(Result::ok), now),

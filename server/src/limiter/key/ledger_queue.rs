@@ -66,7 +66,7 @@ pub(super) fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -
     }
 }
 
-/// Waiting calls, and the number of workers. Lock it after a key's state, never before.
+/// Waiting calls, and the number of workers. Lock the queue after a key's state, never before.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) urgent: VecDeque<Call>,
@@ -75,7 +75,7 @@ pub(super) struct Queue {
     pub(super) is_ahead_running: bool,
     pub(super) takers: usize,
     pub(super) returns: BTreeMap<LedgerRow, u64>,
-    /// Failed batches of returns. They keep their IDs, since the ledger may have applied them.
+    /// Failed batches of returns. The batches keep their IDs, since the ledger may have applied them.
     pub(super) retries: VecDeque<ReturnBatch>,
     pub(super) returners: usize,
 }
@@ -85,7 +85,7 @@ impl Queue {
         self.takers == 0 && self.returners == 0
     }
 
-    /// Returns whether there are takes to put into a batch.
+    /// Returns whether there are calls that take tokens to put into a batch.
     pub(super) fn has_takes(&self) -> bool {
         !self.urgent.is_empty() || (!self.ahead.is_empty() && !self.is_ahead_running)
     }

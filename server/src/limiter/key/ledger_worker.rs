@@ -22,7 +22,7 @@ use crate::{
 const TAKES: usize = 50;
 /// The maximum number of rows per batch of returns.
 const RETURNS: usize = 1000;
-/// A second worker for returns starts if more rows than this are waiting.
+/// If more rows than this number are waiting, a second worker for returns starts.
 const RETURNS_FOR_ONE: usize = 2 * RETURNS;
 
 /// The initial and the maximum pause after a failed return.
@@ -30,7 +30,7 @@ const PAUSE: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 impl LedgerCalls {
-    /// Starts a worker for returns if another one is needed.
+    /// Starts another worker for returns if one is needed.
     pub(super) fn start_returner(self: &Arc<Self>) {
         let Ok(runtime) = Handle::try_current() else {
             return;
@@ -43,13 +43,13 @@ impl LedgerCalls {
             is_missing
         };
         // The lock must be released first: a runtime that is shutting down drops the worker immediately, and dropping
-        // it takes the lock.
+        // the worker takes the lock.
         if is_missing {
             runtime.spawn(return_all(Worker::new(self, Role::Returner)));
         }
     }
 
-    /// Starts a worker for takes if another one is needed.
+    /// Starts another worker for takes if one is needed.
     pub(super) fn start_taker(self: &Arc<Self>) {
         let Ok(runtime) = Handle::try_current() else {
             return;
@@ -90,8 +90,8 @@ enum Role {
     Returner,
 }
 
-/// A running worker. If it ends early, because of a panic or because the runtime drops it, another worker replaces it
-/// if there is still work.
+/// A running worker. If a worker ends early, because of a panic or because the runtime drops it, another worker takes
+/// its place if there is still work.
 struct Worker {
     calls: Arc<LedgerCalls>,
     role: Role,
@@ -120,7 +120,7 @@ impl Worker {
         }
     }
 
-    /// Returns whether there is work. If there is none, ends the worker.
+    /// Returns whether there is work. If there is no work, ends the worker.
     fn has_work(&mut self) -> bool {
         self.has_begun = true;
         let calls = Arc::clone(&self.calls);
@@ -183,7 +183,7 @@ impl Drop for Worker {
         }
         let calls = Arc::clone(&self.calls);
         self.end(&mut calls.queue.lock());
-        // A worker that never ran was dropped by a runtime that is shutting down, which would drop the next one too.
+        // If a worker never ran, the runtime dropped it while shutting down, and would drop the next worker too.
         if self.has_begun {
             match self.role {
                 Role::Taker => calls.start_taker(),
@@ -202,7 +202,8 @@ struct Takes {
 }
 
 impl Takes {
-    /// Returns may have to wait for a key that is being deleted, so calls without returns come first.
+    /// Makes the calls. Calls that only take tokens come first, because a return may have to wait for a key that is
+    /// being deleted.
     async fn run(mut self) {
         let (owing, list) = std::mem::take(&mut self.list)
             .into_iter()
@@ -218,7 +219,7 @@ impl Takes {
         owing.take().await;
     }
 
-    /// Gives back the tokens that the calls owe to the ledger. If that fails, ends the calls.
+    /// Gives back the tokens that the calls owe to the ledger. If that fails, ends the calls with the error.
     async fn give_back(&mut self) {
         let mut owed = BTreeMap::new();
         for call in &mut self.list {
@@ -255,7 +256,7 @@ impl Takes {
         }
         let requests: Vec<_> = self.list.iter().map(Call::request).collect();
         let deadline = self.calls.deadline;
-        // The batch can belong to only one trace.
+        // A batch can belong to only one trace.
         let span = self.list.iter().find_map(|call| call.span.clone());
         let take = spans::within(span, self.calls.ledger.take(&requests));
         let answer = time::timeout(deadline, take).await;
@@ -290,7 +291,7 @@ impl Drop for Takes {
     }
 }
 
-/// A batch of returns in flight. It is retried until the ledger confirms it.
+/// A batch of returns in flight. The batch is retried until the ledger confirms it.
 struct Returns {
     calls: Arc<LedgerCalls>,
     batch: Option<ReturnBatch>,
@@ -315,7 +316,7 @@ impl Drop for Returns {
     }
 }
 
-// Form a batch only when there is a connection, so that calls that arrive during the wait join it.
+// Both loops form a batch only once they have a connection, so that calls that arrive during the wait join the batch.
 
 async fn take_all(mut worker: Worker) {
     let calls = Arc::clone(&worker.calls);

@@ -1,7 +1,7 @@
 //! The state of one key on this replica: its bucket or lease, and its blocks of calendar quotas.
 //!
-//! Contains everything that a decision reads and changes under the key's lock, for every store. Does not read clocks,
-//! start tasks or make calls: it reports missing blocks to the store, which fetches them.
+//! The state contains everything that a decision reads and changes under the key's lock, for every store. This module
+//! does not read clocks, start tasks or make calls. It reports missing blocks to the store, which fetches them.
 
 use std::num::{NonZeroU32, NonZeroU64};
 
@@ -25,24 +25,24 @@ use crate::{
 /// The state of one key.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// Fingerprint of the policies that were last applied to this state; zero if none were applied.
+    /// Fingerprint of the policies that were last applied to this state; zero if no policies have been applied.
     fingerprint: u64,
     /// The time zone of days and months.
     zone: Zone,
     gcra: Gcra,
     /// The TAT of the local bucket. Used by the local store, and during an outage with the fallback setting `open`.
     pub(in crate::limiter) tat: UnixNanos,
-    /// Debt in excess of an empty bucket's, left over from a larger burst.
+    /// Debt beyond that of an empty bucket, left over from a larger burst.
     beyond: Nanos,
-    /// When tokens were last taken from the bucket, or the plan was edited.
+    /// When tokens were last taken from the bucket or the plan was last edited, whichever is later.
     used_at: UnixNanos,
     /// Used by the distributed store.
     pub(in crate::limiter) lease: Option<Box<Lease>>,
     daily: Block,
     monthly: Block,
-    /// The total cost of requests that wait for quota tokens, except requests that have reserved them.
+    /// The total cost of requests that wait for quota tokens, except requests that have reserved these tokens.
     pub(in crate::limiter) waited_for: u64,
-    /// At least the largest cost among these requests.
+    /// An upper bound for the largest cost among these requests.
     largest_wait: u64,
 }
 
@@ -69,7 +69,7 @@ pub(in crate::limiter) struct Quotas {
 
 impl Quotas {
     /// Returns the policies whose blocks must be fetched before a decision. If the request is denied anyway, a block is
-    /// worth fetching only if its quota may prolong the wait. `denied` means that the rate denies the request.
+    /// worth fetching only if its quota may prolong the wait. `denied` means that the rate limit denies the request.
     pub(in crate::limiter) fn missing(
         &self,
         denied: bool,
@@ -173,7 +173,7 @@ impl KeyState {
         &self.zone
     }
 
-    /// Takes `cost` from the local bucket and every quota, or from none of them. Call
+    /// Takes `cost` from the local bucket and every quota, or takes nothing. Call
     /// [`apply_policies`](Self::apply_policies) with `now` first.
     pub(in crate::limiter) fn step(
         &mut self,
@@ -221,7 +221,7 @@ impl KeyState {
         self.used_at = now;
     }
 
-    /// Returns whether the blocks of all calendar quotas have `tokens`.
+    /// Returns whether the blocks of all calendar quotas contain `tokens` tokens.
     pub(in crate::limiter) fn quotas_fit(&self, tokens: u64) -> bool {
         let fits = |block: &Block| {
             matches!(
@@ -232,7 +232,7 @@ impl KeyState {
         fits(&self.daily) && fits(&self.monthly)
     }
 
-    /// Spends `tokens` from every calendar quota, or from none if one has too few.
+    /// Spends `tokens` tokens of every calendar quota, or of none if a quota has too few.
     pub(in crate::limiter) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
         let fits = self.quotas_fit(tokens);
         if fits {
@@ -242,7 +242,7 @@ impl KeyState {
         fits
     }
 
-    /// Reserves `tokens` from every calendar quota, or from none if one has too few.
+    /// Reserves `tokens` tokens of every calendar quota, or of none if a quota has too few.
     pub(in crate::limiter) fn reserve_quotas(
         &mut self,
         tokens: u64,
@@ -295,8 +295,8 @@ impl KeyState {
         }
     }
 
-    /// Returns whether a waiting request may have to be denied: the quotas have too few tokens for it, even if all
-    /// reserved tokens are released.
+    /// Returns whether a waiting request may have to be denied: the quotas have too few tokens for the request, even if
+    /// all reserved tokens are released.
     pub(in crate::limiter) fn may_deny_waiting(&self) -> bool {
         [&self.daily, &self.monthly].iter().any(|block| {
             let status = block.status(self.largest_wait);
@@ -416,7 +416,7 @@ impl KeyState {
         self.monthly.tidy(self.waited_for);
     }
 
-    /// Returns whether this state is the same as a new key's.
+    /// Returns whether this state is equivalent to the state of a new key.
     pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: Monotonic) -> bool {
         self.tat.saturating_add(self.beyond) <= now
             && self

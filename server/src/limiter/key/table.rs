@@ -1,14 +1,14 @@
 //! The table of all keys on this replica.
 //!
-//! Used by every store. Owns the handles, prunes them, and fetches missing blocks. The ledger is a trait, so this
-//! module does not depend on SQL. If the ledger is slow or fails, keys without calendar quotas are not affected; keys
-//! with quotas spend their blocks and then get [`LimiterError::LedgerUnavailable`].
+//! Every store uses this table. It owns the handles, prunes them, and fetches missing blocks. The ledger is a trait, so
+//! this module does not depend on SQL. If the ledger is slow or fails, keys without calendar quotas are not affected;
+//! keys with quotas spend their blocks and then get [`LimiterError::LedgerUnavailable`].
 //!
-//! A handle has one lock, which is held briefly, instead of several atomics. All policies are decided together: with
-//! several atomics, a request could be denied because of tokens that another denied request is about to return.
+//! Each handle has one lock, which is held only briefly. Atomics would not be enough, because all policies are decided
+//! together: with atomics, a request could be denied because of tokens that another denied request is about to return.
 //!
 //! Workers call the ledger, one call at a time per key and policy. A request waits only if too few tokens are available
-//! locally. If it is canceled while it waits, no tokens are lost.
+//! locally. If the request is canceled while it waits, no tokens are lost.
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -41,7 +41,7 @@ use crate::{
     },
 };
 
-/// The number of shards: enough that cores rarely contend for a shard, and few enough to iterate over.
+/// The number of shards: enough that threads rarely contend for a shard, and few enough to iterate over.
 const SHARDS: usize = 64;
 
 /// The minimum time between two searches of a full shard for keys that can be dropped.
@@ -51,12 +51,12 @@ const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
     /// The maximum number of keys, at about 600 bytes each. Requests with additional keys get
-    /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill its bucket.
+    /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill that key's bucket.
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
-    /// How long until a ledger call is abandoned. Longer than requests wait, because tokens granted by a late response
-    /// can still be spent, while tokens granted by an abandoned call are lost until their window ends.
+    /// The time after which a ledger call is abandoned. It is longer than requests wait, because tokens granted by a
+    /// late response can still be spent, while tokens granted by an abandoned call are lost until their window ends.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
     pub connections: LedgerConnections,
@@ -83,7 +83,7 @@ struct Shard {
     crowded_at: UnixNanos,
 }
 
-/// How long a decision waits for the ledger: at most one deadline for each call, and two in total.
+/// How long a decision waits for the ledger: at most one deadline for each call, and at most two deadlines in total.
 #[derive(Debug)]
 pub(in crate::limiter) struct Patience {
     one: Duration,
@@ -187,15 +187,15 @@ impl KeyTable {
             // If the map has the only reference, no other reference can be created while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
-                // Entering the new windows returns a prefetched block even if no request arrives.
+                // Entering a new window allows returning its prefetched block even if no request arrives.
                 state.enter_windows(now, self.membership.replica_count());
                 for policy in [Policy::Daily, Policy::Monthly] {
                     self.calls.return_unneeded(handle, &mut state, policy, now);
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // The next search drops the key, after the ledger has credited its tokens. If it were dropped now, its
-                // next request could find too few tokens in the ledger.
+                // The next search drops the key, after the ledger has credited its tokens. If the key were dropped now,
+                // its next request could find too few tokens in the ledger.
                 let released = [Policy::Daily, Policy::Monthly]
                     .map(|policy| self.calls.return_block(handle, &mut state, policy));
                 if released.contains(&true) {
@@ -206,7 +206,7 @@ impl KeyTable {
         });
     }
 
-    /// Locks a key's state and applies the policies and the current time to it. Also returns the time.
+    /// Locks a key's state, and applies the policies and the current time to the state. Also returns the time.
     #[inline]
     pub(in crate::limiter) fn lock_state<'a>(
         &self,
@@ -214,15 +214,15 @@ impl KeyTable {
         policies: &Policies,
     ) -> (MutexGuard<'a, KeyState>, UnixNanos) {
         let mut state = handle.state.lock();
-        // The time is read under the lock, so that it does not decrease from one decision to the next. If a thread read
-        // the time and then waited for the lock, the clock would seem to have been set back.
+        // The time is read under the lock, so that the time does not decrease from one decision to the next. If a
+        // thread read the time and then waited for the lock, the clock would seem to have been set back.
         let now = self.clock.now();
         state.apply_policies(policies, now, self.membership.replica_count());
         (state, now)
     }
 
-    /// Does the follow-up work after a decision, or after an attempt that could not decide: returns surplus tokens and
-    /// starts to fetch missing ones.
+    /// Does the follow-up work after a decision, or after an attempt that could not make one: returns surplus tokens
+    /// and starts to fetch missing tokens.
     #[inline]
     pub(in crate::limiter) fn follow_up(
         &self,
@@ -235,7 +235,8 @@ impl KeyTable {
             && let Some(needs) = state.pending_refills(decision, decision.at)
         {
             for (policy, need) in [Policy::Daily, Policy::Monthly].into_iter().zip(needs) {
-                // Waiting requests fetch everything they need. A separate, smaller call would delay them.
+                // Waiting requests fetch everything that they need. A separate, smaller call would delay these
+                // requests.
                 if let Some(need) = need
                     && (need != Need::Ahead || state.waited_for == 0)
                 {
@@ -271,7 +272,7 @@ impl KeyTable {
         }
     }
 
-    /// Registers a waiting request. Tokens fetched for it are kept until the guard is dropped.
+    /// Registers a waiting request. Tokens fetched for the request are kept until the guard is dropped.
     pub(in crate::limiter) fn register_demand<'a>(
         &'a self,
         handle: &'a Arc<KeyHandle>,

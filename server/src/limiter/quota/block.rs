@@ -1,8 +1,8 @@
 //! Blocks of quota tokens that the ledger grants.
 //!
-//! The ledger counts the tokens of a block as used when it grants them, so spending them does not need another call. A
-//! crash can strand a block, but its tokens are never spent twice. Tokens that requests are waiting for are fetched in
-//! one call, regardless of the block size, since they are spent immediately.
+//! When the ledger grants a block, it counts the block's tokens as used, so spending the tokens does not need another
+//! call. A crash can strand a block, but its tokens are never spent twice. Tokens that requests are waiting for are
+//! fetched in one call, regardless of the block size, since they are spent immediately.
 //!
 //! This module contains the rules for one key's block of one policy: its size, when to fetch more tokens, which window
 //! the block belongs to, and which tokens to return when the plan or the time zone changes. This module does not depend
@@ -24,7 +24,7 @@ use crate::clock::{Nanos, UnixNanos};
 const BLOCK_MAX: u64 = 10_000;
 
 /// How long to wait before querying the ledger again about an exhausted quota. By then, other replicas may have
-/// returned tokens. Doubles with each response without tokens, up to [`PATIENCE_MAX`].
+/// returned tokens. The wait doubles with each response without tokens, up to [`PATIENCE_MAX`].
 const PATIENCE: Nanos = Nanos::from_secs(1);
 const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 
@@ -73,7 +73,7 @@ pub(in crate::limiter) struct ReservedTokens {
     tokens: u64,
 }
 
-/// A ledger call for a block: first returns tokens, then takes some.
+/// A ledger call for a block, which first returns tokens and then takes tokens.
 #[derive(Debug)]
 pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
@@ -94,7 +94,7 @@ pub(in crate::limiter) enum Need {
     Again,
 }
 
-/// Tokens of the window after the current one.
+/// Tokens of the window after the current window.
 #[derive(Debug)]
 struct NextBlock {
     window: QuotaWindow,
@@ -160,7 +160,7 @@ pub(in crate::limiter) struct Block {
     /// Whether the ledger has responded in this window.
     known: bool,
     held: u64,
-    /// Tokens reserved for requests whose rate is still being decided. They are not part of `held`, and count as
+    /// Tokens reserved for requests whose rate limit is still being checked. They are not part of `held`, and count as
     /// consumed.
     reserved: u64,
     /// The ledger's count of used tokens. Includes `held`, but not the tokens that are owed.
@@ -249,7 +249,7 @@ impl Block {
     }
 
     /// Applies a change of time zone. A window with usage keeps its end. A window without known usage is discarded, so
-    /// that the ledger determines a new one.
+    /// that the ledger determines a new window.
     pub(in crate::limiter) fn rezone(&mut self) {
         self.drop_next();
         if !self.known || self.used <= self.held {
@@ -261,8 +261,8 @@ impl Block {
     }
 
     /// Switches to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens from the
-    /// old window are owed to that window: it may not have ended (if the clock was set back), and if it has, returning
-    /// the tokens makes its row show the actual usage.
+    /// old window are owed to that window: that window may not have ended (if the clock was set back), and if it has,
+    /// returning the tokens makes its row show the actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
@@ -346,9 +346,9 @@ impl Block {
         }
     }
 
-    /// Marks held tokens as owed if other replicas share the quota and the tokens are probably not needed soon: all of
-    /// them if none were used recently, and otherwise those that [`tidy`](Self::tidy) marks. Returns whether any tokens
-    /// were marked.
+    /// Marks held tokens as owed if other replicas share the quota and the tokens are probably not needed soon: all
+    /// held tokens if none were used recently, and otherwise the tokens that [`tidy`](Self::tidy) marks. Returns
+    /// whether any tokens were marked.
     pub(in crate::limiter) fn owe_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
         self.pace.measure(now);
         if self.replicas == 1 || self.held == 0 || self.fetching {
@@ -369,7 +369,7 @@ impl Block {
         (self.limit != 0).then_some(self.quota)
     }
 
-    /// Returns the remaining quota. Until the ledger has responded, this is the entire quota.
+    /// Returns the remaining quota. Until the ledger has responded, the entire quota counts as remaining.
     pub(in crate::limiter) fn remaining(&self) -> u64 {
         self.quota
             .saturating_sub(self.used.saturating_sub(self.held))
@@ -383,8 +383,8 @@ impl Block {
         }
     }
 
-    /// Treats tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were
-    /// fetched for a request that was then denied or canceled.
+    /// Marks tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were fetched
+    /// for a request that was then denied or canceled.
     pub(in crate::limiter) fn tidy(&mut self, waited_for: u64) {
         let size = self.size().max(waited_for);
         if self.held > size {

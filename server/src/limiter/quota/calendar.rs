@@ -1,9 +1,9 @@
 //! Calendar days and months in a time zone, and the quota windows derived from them.
 //!
-//! Decides when days and months begin, and what happens to a quota's window when the time zone changes. A day has 23 or
-//! 25 hours when clocks change, begins at 00:30 or 01:00 if midnight is skipped, and is missing where a country moved
-//! across the date line. Computing a window takes about a microsecond, so callers keep it until it ends. The time zone
-//! database is compiled in, so that all replicas use the same rules.
+//! This module decides when days and months begin, and what happens to a quota's window when the time zone changes. A
+//! day has 23 or 25 hours when clocks change, begins at 00:30 or 01:00 if midnight is skipped, and does not exist where
+//! a country moved across the date line. Computing a window takes about a microsecond, so callers keep the window until
+//! it ends. The time zone database is compiled in, so that all replicas use the same rules.
 
 use std::{
     hash::{Hash, Hasher},
@@ -158,8 +158,8 @@ impl QuotaWindow {
 ///
 /// `calendar` is the day or month that contains `at` in the current time zone, and `used` contains the windows with
 /// usage. A change of time zone takes effect when the current window ends, so the result is the window with usage that
-/// contains `at`, if there is one. Otherwise, it is the calendar's window, shortened so that it does not overlap any
-/// window with usage.
+/// contains `at`, if there is one. Otherwise, the result is the calendar window, shortened so that it does not overlap
+/// any window with usage.
 pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> QuotaWindow {
     // Two windows can contain `at` if an older version, which did not store the end of windows, counted usage in both.
     let current = used.iter().filter(|window| window.span.contains(at));
@@ -182,9 +182,9 @@ pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> Quota
 
 /// Returns the window of a calendar policy that contains `now`, or [`Window::NONE`] for [`Policy::Rpm`].
 ///
-/// Windows have no gaps between them. Each one begins at the first instant with its date and lasts until the next one
-/// begins. If clocks are set back across midnight, the old date applies again for a while, but the new window has
-/// already begun.
+/// Windows have no gaps between them. Each window begins at the first instant with its date and lasts until the next
+/// window begins. If clocks are set back across midnight, the old date applies again for a while, but the new window
+/// has already begun.
 pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     match policy {
         Policy::Rpm => Window::NONE,
@@ -440,8 +440,8 @@ mod tests {
                     let window = window(policy, &zone, now);
                     assert_eq!(window.start, now, "{name}: a gap or an overlap");
                     assert!(window.end > window.start && window.end.0 - window.start.0 <= longest);
-                    // The window begins with its date, and the nanosecond before it has an earlier date. Nothing else
-                    // can be checked: if midnight occurs twice, the old date applies again later.
+                    // The window's first instant has the window's date, and the nanosecond before has an earlier date.
+                    // Later instants cannot be checked: if midnight occurs twice, the old date applies again.
                     let unit = |at: DateTime| match policy {
                         Policy::Monthly => at.date().first_of_month(),
                         _ => at.date(),

@@ -38,7 +38,7 @@ pub struct TakeRequest {
 /// The ledger's response to a [`TakeRequest`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Taken {
-    /// The window to which the tokens belong. It contains the request's `at`.
+    /// The window to which the tokens belong. The window contains the request's `at`.
     pub window: QuotaWindow,
     pub granted: u64,
     /// Total usage of the window, including this grant.
@@ -64,10 +64,10 @@ pub trait QuotaLedger: std::fmt::Debug + Send + Sync + 'static {
     /// window's share of `limit`. Returns one result per request, in order. `requests` must not contain the same key
     /// and policy twice.
     ///
-    /// The tokens come from the window that contains `at` and already has usage. If there is no such window, they come
-    /// from the request's calendar window. That window is shortened if it overlaps a window with usage, and its quota
-    /// is reduced in proportion. After an error, tokens may have been counted as used. They are lost until the window
-    /// ends, but are never spent twice.
+    /// The tokens come from the window that contains `at` and already has usage. If there is no such window, the tokens
+    /// come from the request's calendar window. The calendar window is shortened if it overlaps a window with usage,
+    /// and its quota is reduced in proportion. After an error, tokens may have been counted as used. These tokens are
+    /// lost until the window ends, but are never spent twice.
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>>;
 
     /// Credits either all of the tokens in a batch or none of them. After an error, the tokens may have been credited.

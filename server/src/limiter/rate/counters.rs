@@ -1,7 +1,7 @@
 //! The protocol of the shared counters: one call and its reply.
 //!
-//! The Redis script and, in tests, a model of it implement this protocol. It does not depend on connections or the
-//! state of keys.
+//! The Redis script and, in tests, a model of the script implement this protocol. The protocol does not depend on
+//! connections or the state of keys.
 
 use std::{error::Error, sync::Arc};
 
@@ -10,7 +10,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 
 use crate::clock::Nanos;
 
-/// A time on the counters' clock, in microseconds since the Unix epoch. Zero means none.
+/// A time on the counters' clock, in microseconds since the Unix epoch. Zero means that there is no time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct CounterMicros(pub u64);
@@ -34,8 +34,8 @@ pub enum BucketName {
     Heartbeat,
 }
 
-/// One call: credits `back` unspent tokens to a bucket, then takes up to `want` tokens from it, or none if it holds
-/// fewer than `need`.
+/// One call: credits `back` unspent tokens to a bucket, then takes up to `want` tokens from the bucket, or none if the
+/// bucket holds fewer than `need`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TakeCall {
     /// All buckets of a partition are stored together and lose their state together.
@@ -48,8 +48,8 @@ pub struct TakeCall {
     /// The plan's version. If callers send different versions, the counters use the newest.
     pub version: u64,
     pub need: u64,
-    /// The number of tokens that requests are waiting for, or that should be granted as if they were. If the bucket
-    /// holds fewer, it grants what it holds.
+    /// The number of tokens that requests are waiting for, or that should be granted as if requests were waiting for
+    /// them. If the bucket holds fewer tokens, all of them are granted.
     pub waiting: u64,
     /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
     /// that includes such tokens is at most half of what the bucket holds. If zero, no tokens are taken.
@@ -58,24 +58,24 @@ pub struct TakeCall {
     pub back: u64,
     /// When the oldest of the returned tokens was taken.
     pub back_taken_at: CounterMicros,
-    /// The bucket's generation when the returned tokens were taken. In a later generation, they are not credited.
+    /// The bucket's generation when the returned tokens were taken. In a later generation, the tokens are not credited.
     pub back_generation: u64,
-    /// The lease TTL in microseconds. Unspent tokens are returned soon after it has passed.
+    /// The lease TTL in microseconds. Unspent tokens are returned soon after this time.
     pub lease: u64,
     /// Microseconds from a loss of state, or an outage of all callers, to the start of a new epoch.
     pub epoch_delay: u64,
     /// Microseconds after which the caller counts the response as late.
     pub deadline: u64,
-    /// The counters' time in the latest reply from this partition that the caller received in time.
+    /// The counters' time in the latest timely reply from this partition.
     pub last_heard: CounterMicros,
-    /// When the caller began to decide without the counters, or zero if it has not. Since then, it may have allowed
-    /// requests that the counters do not know of. [`NEVER_HEARD`] if the caller has never received a reply and other
-    /// replicas may have allowed such requests.
+    /// When the caller began to decide without the counters, or zero if the caller has not. Since that time, the caller
+    /// may have allowed requests that the counters do not know of. [`NEVER_HEARD`] if the caller has never received a
+    /// reply and other replicas may have allowed such requests.
     pub outage_since: CounterMicros,
     /// Start of the epoch that the previous reply promised, if the caller has not allowed any request since that start;
-    /// zero otherwise. A call that arrives before the start confirms that the caller knows of it. The counters postpone
-    /// the start until a caller has confirmed it. A call that arrives soon after the start uses the promised epoch
-    /// instead of starting another one.
+    /// zero otherwise. A call that arrives before the start confirms that the caller knows the start. The counters
+    /// postpone the start until a caller has confirmed the start. A call that arrives soon after the start uses the
+    /// promised epoch instead of starting another epoch.
     pub promised: CounterMicros,
 }
 
@@ -99,7 +99,8 @@ pub enum BucketState {
     },
 }
 
-/// Why a call failed. Tokens may have been taken anyway; they are unavailable until the bucket refills.
+/// Why a call failed. Tokens may have been taken anyway. In that case, the tokens are unavailable until the bucket
+/// refills.
 pub type CounterError = Arc<dyn Error + Send + Sync>;
 
 /// The buckets that all replicas share.

@@ -3,7 +3,7 @@
 use super::{counters::CounterMicros, gcra::Gcra, waiter::Unspent};
 use crate::clock::Nanos;
 
-/// The longest pause is up to this fraction of the lease TTL shorter than the TTL.
+/// The longest pause is the lease TTL, shortened by up to `1 / VARIES` of the TTL.
 const VARIES: u64 = 8;
 
 /// When this replica's last call was made, if that call took all of the bucket's tokens.
@@ -18,12 +18,12 @@ struct Emptied {
 
 impl Gathering {
     /// Records a call that got `grant` and left `left` in the bucket. Returns how long to wait before the next call if
-    /// there are too few tokens, so that they are not fetched one by one.
+    /// there are too few tokens, so that tokens are not fetched one by one.
     ///
     /// The wait is half the lease TTL or, if other replicas take most of the tokens, up to nearly the whole TTL: then
     /// the calls of all replicas together still empty the bucket about twice per TTL. The wait varies, because replicas
-    /// that always call at the same time would leave no tokens for each other. It is never so long that the bucket
-    /// could fill up, since a full bucket stops refilling.
+    /// that always call at the same time would leave no tokens for each other. The wait is never so long that the
+    /// bucket could fill up, since a full bucket stops refilling.
     pub(in crate::limiter) fn pause(
         &mut self,
         gcra: Gcra,
@@ -70,7 +70,7 @@ mod tests {
     const TTL: Nanos = Nanos::from_millis(100);
     const EMPTY: Nanos = Nanos::ZERO;
 
-    /// 1,000 tokens per second.
+    /// Returns the parameters of a bucket that refills at 1,000 tokens per second.
     fn gcra(burst: u32) -> Gcra {
         Gcra::new(RatePolicy {
             rpm: NonZeroU32::new(60_000).unwrap(),
@@ -86,7 +86,7 @@ mod tests {
         }
     }
 
-    /// Returns the milliseconds to wait after the second of two calls with this much time in between.
+    /// Returns how many milliseconds to wait after the second of two calls that are `ms` milliseconds apart.
     fn after(ms: u64, second: Unspent, burst: u32) -> u64 {
         let mut gathering = Gathering::default();
         let first = grant(second.taken_at.0 / 1000 - ms, 7, 1);
@@ -99,7 +99,7 @@ mod tests {
 
     #[test]
     fn a_replica_waits_longer_if_others_take_most_of_the_tokens() {
-        // It takes all of them, half, a third, or none.
+        // The replica takes all of the tokens, 70 percent, half, a third, or none.
         assert_eq!(after(50, grant(1000, 50, 1), 1000), 50);
         assert_eq!(after(50, grant(1000, 49, 1), 1000), 50);
         assert_eq!(after(50, grant(1000, 35, 1), 1000), 70);
@@ -118,8 +118,16 @@ mod tests {
 
     #[test]
     fn it_waits_no_longer_if_the_last_call_says_nothing_about_others() {
-        assert_eq!(after(201, grant(1000, 5, 1), 1000), 50, "long ago");
-        assert_eq!(after(50, grant(1000, 5, 2), 1000), 50, "another generation");
+        assert_eq!(
+            after(201, grant(1000, 5, 1), 1000),
+            50,
+            "the last call was long ago"
+        );
+        assert_eq!(
+            after(50, grant(1000, 5, 2), 1000),
+            50,
+            "the generation has changed"
+        );
         let mut gathering = Gathering::default();
         gathering.pause(gcra(1000), TTL, grant(1000, 10, 1), EMPTY);
         let some = gcra(1000).emission();

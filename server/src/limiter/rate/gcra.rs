@@ -2,12 +2,12 @@
 //!
 //! A token bucket is represented by one number, the *theoretical arrival time* (TAT), at which the bucket will be full
 //! again. One token is worth one emission interval, and an empty bucket is `burst` intervals from full. All functions
-//! depend only on this number and their arguments, so a store in memory and a script in Redis make the same decisions.
+//! depend only on the TAT and their arguments, so a store in memory and a script in Redis make the same decisions.
 //!
 //! Two properties hold. *Never above the limit*: the emission interval is rounded up, so the rate is `rpm` or slightly
 //! less (by at most 1 in 1,000, and only near 60,000,000 per minute). *No lockout when the clock is set back*: a TAT
-//! later than an empty bucket's can only come from a clock that was ahead, and counts as an empty bucket. So setting
-//! the clock back by hours makes a key wait for one refill, not for hours.
+//! later than that of an empty bucket can only come from a clock that was ahead, so the bucket counts as empty. So
+//! setting the clock back by hours makes a key wait for one refill, not for hours.
 //!
 //! Reference: ITU-T I.371, annex A (virtual scheduling algorithm).
 
@@ -20,8 +20,8 @@ use crate::{
 
 const MINUTE: Nanos = Nanos::from_secs(60);
 
-/// The maximum tau: 73 years. Only extreme bursts exceed it. Such bursts are capped, so that no sum in this module
-/// overflows before the year 2480.
+/// The maximum tau: 73 years. Only extreme bursts exceed this maximum. These bursts are capped, so that no sum in this
+/// module overflows before the year 2480.
 const TAU_MAX: Nanos = Nanos(1 << 61);
 
 /// The parameters of a bucket.
@@ -44,7 +44,7 @@ pub struct Level<T> {
 /// Whether a bucket contains enough tokens for a cost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict<T> {
-    /// The bucket has enough tokens. Taking them results in this TAT.
+    /// The bucket has enough tokens. Taking the tokens results in this TAT.
     Fits { tat: T },
     /// The bucket will have enough tokens after exactly `wait` nanoseconds if no other tokens are taken.
     Wait { wait: NonZeroU64 },
@@ -107,12 +107,12 @@ impl Gcra {
         time.0 / self.emission.0
     }
 
-    /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old one. If
-    /// more tokens are missing than the new bucket can hold, the new bucket is empty, and the rest is missing again
+    /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old bucket.
+    /// If more tokens are missing than the new bucket can hold, the new bucket is empty, and the rest is missing again
     /// once the bucket is enlarged. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit
-    /// is unknown, the bucket counts as having refilled at the lower of the two rates since then.
+    /// is unknown, the bucket counts as having refilled at the lower of the two rates since `used_at`.
     ///
-    /// So when the burst is raised, the added tokens are available immediately, less any usage that did not fit in the
+    /// So when the burst is raised, the added tokens are available immediately, minus any usage that did not fit in the
     /// old bucket. When the burst is lowered, no request waits longer than the new bucket takes to fill. Lowering the
     /// burst temporarily does not add tokens, and neither does an edit to a lower rate while the key is idle. Fractions
     /// of a token are rounded in favor of the limit.
@@ -147,7 +147,7 @@ impl Gcra {
 }
 
 impl<T: Instant> Level<T> {
-    /// Returns how much of `beyond` is left at `now`. It decreases only after the bucket is full.
+    /// Returns how much of `beyond` is left at `now`. `beyond` decreases only after the bucket is full.
     pub fn beyond_at(self, now: T) -> Nanos {
         self.beyond.saturating_sub(now.saturating_since(self.tat))
     }
@@ -234,7 +234,7 @@ mod tests {
         let gcra = gcra(60, 10);
         let ahead = NOW.saturating_add(Nanos::from_secs(7200));
         let Verdict::Fits { tat } = gcra.decide(UnixNanos(0), ahead, cost(10)) else {
-            panic!("a rested bucket is full");
+            panic!("an idle bucket is full");
         };
         let tat = gcra.settled(tat, NOW);
         assert_eq!(
@@ -261,7 +261,7 @@ mod tests {
     }
 
     proptest! {
-        /// The wait is exact: a nanosecond earlier is too early, and after it the request fits.
+        /// The wait is exact: the request fits after the wait, and does not fit a nanosecond earlier.
         #[test]
         fn wait_is_exact(
             rpm in 1..=60_000_000u32,
@@ -299,8 +299,8 @@ mod tests {
             prop_assert!(!fits(gcra.decide(tat, NOW, cost(left + 1))));
         }
 
-        /// An edit never leaves more than the new burst less usage, and changing a plan back and forth never fills the
-        /// bucket.
+        /// An edit never leaves more tokens than the new burst minus the usage, and changing a plan back and forth
+        /// never fills the bucket.
         #[test]
         fn edit_carries_usage_over(
             (rpm_a, rpm_b) in (1..=60_000_000u32, 1..=60_000_000u32),

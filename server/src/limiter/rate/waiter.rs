@@ -1,4 +1,4 @@
-//! Requests that wait for tokens, and the tokens they get.
+//! Requests that wait for tokens, and the tokens that these requests get.
 
 use tokio::sync::oneshot;
 
@@ -10,8 +10,8 @@ pub(in crate::limiter) struct Unspent {
     pub(in crate::limiter) tokens: u64,
     /// When the oldest token was taken.
     pub(in crate::limiter) taken_at: CounterMicros,
-    /// The bucket's generation when the tokens were taken; 0 (never a valid generation) if they come from more than one
-    /// generation.
+    /// The bucket's generation when the tokens were taken; 0 (never a valid generation) if the tokens come from more
+    /// than one generation.
     pub(in crate::limiter) generation: u64,
 }
 
@@ -65,7 +65,8 @@ impl Waiter {
     }
 }
 
-/// Tokens granted to one request. If they are dropped without being [spent](Self::spend), a callback returns them.
+/// Tokens granted to one request. If the tokens are dropped without being [spent](Self::spend), a callback returns
+/// them.
 pub(in crate::limiter) struct Grant {
     unspent: Unspent,
     give_back: Option<Box<dyn FnOnce(Unspent) + Send + Sync>>,

@@ -136,7 +136,8 @@ impl World {
         self.quotas.admit(&self.quota, cost, peek, decide).await
     }
 
-    /// A decision by the store, made when the test allows it. The tokens are reserved first.
+    /// Returns a decision by the store once the test sends its outcome. Sends `begun` first: by then, the tokens are
+    /// reserved.
     async fn decided(
         &self,
         begun: oneshot::Sender<()>,
@@ -191,7 +192,7 @@ async fn last_token_is_available_again_if_the_key_is_denied() {
     let first = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
     let second = async {
         reserved.await.unwrap();
-        // This request waits for the first one's reservation instead of being denied until the next month.
+        // This request waits for the outcome of the first request instead of being denied until the next month.
         let second = world.admit(1);
         tokio::pin!(second);
         for _ in 0..10 {
@@ -240,7 +241,7 @@ async fn failed_or_canceled_decision_costs_nothing() {
         let (begun, reserved) = oneshot::channel();
         let canceled = world.admit_with(NonZeroU32::MIN, world.decided(begun, decision));
         tokio::select! {
-            _ = canceled => unreachable!("it is not decided"),
+            _ = canceled => unreachable!("the request is not decided"),
             begun = reserved => begun.unwrap(),
         }
     }
@@ -258,8 +259,8 @@ async fn draining_returns_the_rest() {
     assert_eq!(world.ledger.used(), [5]);
 }
 
-/// Two requests have reserved the last tokens, and a third one waits for both. When one of them spends its tokens, the
-/// third request is denied without waiting for the other.
+/// Two requests have reserved the last tokens, and a third request waits for both. When the first request spends its
+/// tokens, the third request is denied without waiting for the second.
 #[tokio::test]
 async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     let world = World::new(2);
@@ -282,7 +283,7 @@ async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
             assert!(futures_util::poll!(&mut third).is_pending());
             tokio::task::yield_now().await;
         }
-        // A request larger than the whole quota does not wait, and does not affect the requests that do.
+        // A request larger than the whole quota does not wait, and does not affect the waiting requests.
         let too_large = NonZeroU32::new(1000).unwrap();
         let decide = world.store.take(&world.key, &world.policies, too_large);
         let denied = world.admit_with(too_large, decide).await.unwrap();
@@ -300,8 +301,8 @@ async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     );
 }
 
-/// A request arrives in one month and is decided in the next one, whose quota is already exhausted. Its token was taken
-/// from the first month.
+/// A request arrives in one month and is decided in the next month, whose quota may already be exhausted. Its tokens
+/// were taken from the quota of the first month.
 #[tokio::test]
 async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed() {
     for is_next_exhausted in [false, true] {
@@ -327,8 +328,8 @@ async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed()
     }
 }
 
-/// The tables of keys and of tenants share connections. Together, they never make more ledger calls at once than there
-/// are connections, and a call of one table does not wait until the other table is idle.
+/// The tables of keys and of tenants share connections. Together, the tables never make more concurrent ledger calls
+/// than there are connections, and a call of one table does not wait until the other table is idle.
 #[tokio::test(start_paused = true)]
 async fn key_tables_share_the_connections_to_the_ledger() {
     const KEYS: u32 = 3000;
@@ -395,5 +396,5 @@ async fn key_tables_share_the_connections_to_the_ledger() {
     assert!(all > 2 * waited, "the keys took only {all:?}");
     tokio::join!(store.drain(), quotas.drain());
     let most = ledger.most_calls.load(Ordering::SeqCst);
-    assert_eq!(most, 3, "calls at once");
+    assert_eq!(most, 3, "concurrent calls");
 }

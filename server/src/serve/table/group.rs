@@ -1,4 +1,4 @@
-//! The connections of one address or network, and the choice of which one to close to make room for another.
+//! The connections of one address or network, and the choice of the connection to close to make room for another.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,9 +14,10 @@ use crate::serve::connection::Connection;
 
 /// How long a connection must have been idle before it can be closed to make room.
 pub(super) const IDLE_ENOUGH: Duration = Duration::from_secs(1);
-/// A younger connection is not closed to enforce the limit for its address, since its request may be in transit.
+/// A connection younger than this is not closed to enforce the limit for its address, because its request may be in
+/// transit.
 pub(super) const YOUNG: Duration = Duration::from_secs(1);
-/// How many of the oldest connections without a request are checked for a silent one.
+/// How many of the oldest connections without a complete request are searched for a silent one.
 const SILENT_SEARCH: usize = 16;
 
 /// The level at which connections are counted; [`networks`] has the prefix lengths.
@@ -51,7 +52,7 @@ pub(super) struct Group {
 }
 
 impl Group {
-    /// Returns the oldest silent connection, if it is old enough.
+    /// Returns the oldest silent connection, on which nothing has been received, if the connection is old enough.
     pub(super) fn silent(&self, now: Instant) -> Option<u64> {
         self.old_and_waiting(now)
             .take(SILENT_SEARCH)

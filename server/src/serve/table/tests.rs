@@ -22,7 +22,7 @@ fn admit(table: &Arc<Table>, peer: &str) -> Result<Admitted, ConnectionLimit> {
     table.admit(peer.parse().unwrap())
 }
 
-/// Returns whether the connection has to close, which its task checks when it is woken.
+/// Returns whether the connection has been told to close. Its task checks the same state when it is woken.
 fn is_told_to_close(it: &Admitted) -> bool {
     it.connection.shutdown() == Shutdown::Immediate
 }
@@ -53,7 +53,7 @@ async fn oldest_connection_without_a_request_makes_room() {
         ConnectionLimit::Full
     );
     drop(third);
-    assert!(admit(&table, "192.0.2.5").is_ok(), "a slot came free");
+    assert!(admit(&table, "192.0.2.5").is_ok(), "a slot became free");
 }
 
 #[tokio::test(start_paused = true)]
@@ -113,7 +113,7 @@ async fn limit_of_one_address_does_not_affect_others() {
     );
     assert!(admit(&table, "198.51.100.2").is_ok());
     drop(all);
-    assert!(admit(&table, "198.51.100.1").is_ok(), "places came free");
+    assert!(admit(&table, "198.51.100.1").is_ok(), "slots became free");
 }
 
 #[tokio::test(start_paused = true)]
@@ -240,7 +240,7 @@ async fn finish_waits_for_the_last_connection() {
     finishing.await.unwrap();
 }
 
-/// Two addresses in the same network and one outside it, with the limit of that network.
+/// Two addresses in the same network and one address outside the network, with the limit of that network.
 const NETWORKS: [([&str; 3], usize); 3] = [
     (["203.0.113.1", "203.0.113.200", "203.0.112.1"], 3),
     (
@@ -324,7 +324,7 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     assert!(table.memory.held() <= MEMORY);
     assert!(![&usual, &proxy, &known].into_iter().any(is_told_to_close));
 
-    // When a connection ends, all of its memory is freed, even if it was asked to close before.
+    // When a connection ends, all of its memory is freed, even if the connection had been asked to close.
     drop((hostile, known, proxy));
     assert_eq!(table.memory.held(), 20_000);
     usual.connection.has_written();

@@ -23,7 +23,7 @@ pub struct ConnectionMetrics {
     rejected_address: Counter,
     rejected_network: Counter,
     rejected_full: Counter,
-    /// Connections closed to make room for another one.
+    /// Connections closed to make room for another connection.
     pub dropped: Counter,
     pub timed_out_head: Counter,
     pub timed_out_write: Counter,

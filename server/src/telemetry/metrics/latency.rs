@@ -8,7 +8,7 @@ use std::{
 
 use crate::clock::Nanos;
 
-/// A histogram whose buckets are atomics. Their bounds double from 1 µs up to 8 s.
+/// A histogram whose buckets are atomics. The bounds of the buckets double from 1 µs to about 8 s.
 #[derive(Debug, Default)]
 pub struct Latency {
     buckets: [AtomicU64; 24],

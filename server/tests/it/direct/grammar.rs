@@ -4,10 +4,10 @@ use fastrand::Rng;
 
 use super::pair::World;
 
-/// What a client sends.
+/// The bytes that a client sends on a connection.
 pub(super) struct Case {
     pub(super) bytes: Vec<u8>,
-    /// Where the bytes are divided.
+    /// The positions at which the bytes are divided.
     pub(super) cuts: Vec<usize>,
 }
 
@@ -48,7 +48,7 @@ const HARMLESS: &[(&str, &str)] = &[
     ("If-None-Match", "\"x\""),
     ("Accept", "text/html;q=0.1"),
 ];
-/// Fields that change how a request is read or answered, or look as if they did.
+/// Header fields that change how a request is parsed or handled, or that look as if they did.
 const ODD: &[(&str, &str)] = &[
     ("Transfer-Encoding", "chunked"),
     ("Transfer-Encoding", "identity"),
@@ -170,14 +170,15 @@ fn one_in(random: &mut Rng, of: u32) -> bool {
     random.u32(..of) == 0
 }
 
-/// Whether a request may have a body. If a response does not wait for the body, it depends on the time at which the rest
-/// arrives whether hyper reads it, or closes the connection. So that both servers do the same, such a case is not divided.
+/// Returns whether a request may have a body. If a server responds before it has received the whole body, hyper reads
+/// the rest or closes the connection, depending on when the rest arrives. A case with such a request is not divided, so
+/// that both servers behave the same.
 fn may_have_body(bytes: &[u8]) -> bool {
     let text = String::from_utf8_lossy(bytes).to_lowercase();
     text.contains("content-length") || text.contains("transfer") || text.contains("expect")
 }
 
-/// Returns the case of a seed. `id` is a prefix of the request IDs in it.
+/// Returns the case for a seed.
 pub(super) fn case(seed: u64, world: &World) -> Case {
     let mut random = Rng::with_seed(seed);
     let mut bytes = Vec::new();
@@ -185,7 +186,7 @@ pub(super) fn case(seed: u64, world: &World) -> Case {
         bytes.extend(request(&mut random, world, &format!("c-{seed}-{n}")));
     }
     bytes.extend_from_slice(LAST);
-    // Some bytes are changed, missing or repeated.
+    // Change, remove or insert some bytes.
     if one_in(&mut random, 12) {
         for _ in 0..random.u8(1..4) {
             let at = random.usize(..bytes.len());
@@ -214,7 +215,7 @@ pub(super) fn case(seed: u64, world: &World) -> Case {
     Case { bytes, cuts }
 }
 
-/// Returns a valid request, or one that differs from it in a few places.
+/// Returns a valid request, or a request that differs from a valid one in a few places.
 fn request(random: &mut Rng, world: &World, id: &str) -> Vec<u8> {
     let key = pick(random, &world.keys.each_ref());
     let token = match random.u8(..8) {
@@ -276,7 +277,7 @@ fn request(random: &mut Rng, world: &World, id: &str) -> Vec<u8> {
             2 => version = pick(random, VERSIONS),
             3 => bad_line = Some(random.usize(..=fields.len())),
             4 => {
-                // The same field twice.
+                // Repeat a field.
                 let field = fields[random.usize(..fields.len())].clone();
                 fields.insert(random.usize(..=fields.len()), field);
             }

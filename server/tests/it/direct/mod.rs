@@ -1,5 +1,5 @@
-//! Proves that direct responses are those of hyper: what a client gets, what it is charged, and what is recorded and
-//! logged do not depend on `QUOTA_DIRECT_RESPONSES`.
+//! Checks that direct responses equal those of hyper: what a client receives, what the client is charged, and what is
+//! recorded and logged do not depend on `QUOTA_DIRECT_RESPONSES`.
 
 mod grammar;
 mod pair;
@@ -13,10 +13,11 @@ const CASES: u64 = 1000;
 /// Records are compared after this many cases.
 const ROUND: u64 = 20_000;
 
-/// `DIFFERENTIAL_CASES=1000000` runs more cases, and `DIFFERENTIAL_FIRST=7` starts with another.
+/// Reads a number from the environment. For example, `DIFFERENTIAL_CASES=1000000` runs more cases, and
+/// `DIFFERENTIAL_FIRST=7` starts with seed 7.
 #[expect(
     clippy::disallowed_methods,
-    reason = "a measurement is no setting of the server"
+    reason = "the length of a test is not a setting of the server"
 )]
 fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |number| number.parse().expect("a number"))
@@ -48,7 +49,7 @@ async fn direct_responses_are_those_of_hyper() {
         "{cases} cases, {responses} responses, {direct} of them direct, {records} usage records"
     );
     assert_eq!(pair.hyper.direct_responses(), 0);
-    // The cases reach what they are meant to test.
+    // Most cases get direct responses and are recorded.
     assert!(direct >= cases / 2, "{direct}");
     assert!(records as u64 >= cases / 2, "{records}");
 }

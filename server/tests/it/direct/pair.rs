@@ -27,21 +27,21 @@ use tokio::{
 use super::grammar::Case;
 use crate::support::app::{Setup, TestApp};
 
-/// A server that sends nothing for this long is waiting for the client. It has nothing to wait for otherwise, since all
-/// keys are cached.
+/// If a server sends nothing for this long, it is waiting for the client. The server has nothing else to wait for,
+/// because all keys are cached.
 const QUIET: Duration = Duration::from_millis(300);
-/// A connection does not stay open longer, since the client stops sending.
+/// Every connection closes within this time, because the client stops sending.
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
 /// The credentials in requests.
 pub(super) struct World {
-    /// Usable, limited, inactive, unknown, malformed, and of another tenant.
+    /// One key each: usable, limited, inactive, unknown, malformed, and of another tenant.
     pub(super) keys: [String; 6],
     pub(super) token: String,
     pub(super) bad_tokens: [String; 3],
 }
 
-/// What a log has written.
+/// The output of a log.
 #[derive(Clone, Default)]
 struct Written(Arc<Mutex<Vec<u8>>>);
 
@@ -67,7 +67,7 @@ pub(super) struct Pair {
     pub(super) hyper: Side,
     pub(super) world: World,
     clock: TestClock,
-    /// How much more the direct server had counted at the beginning.
+    /// By how much the direct server's metrics exceeded those of the other server at the beginning.
     ahead: BTreeMap<String, i64>,
 }
 
@@ -75,7 +75,7 @@ impl Side {
     async fn start(setup: Setup, clock: &TestClock) -> Self {
         let written = Written::default();
         let log = Log::start_on(written.clone(), LogFormat::Json);
-        // Only the first is installed. Both write access log lines.
+        // Only the first log is installed, but both servers write access log lines.
         let _ = log.install("info");
         let app = setup
             .clock(Arc::new(clock.clone()))
@@ -92,7 +92,9 @@ impl Side {
     /// Sends the case on a new connection. Returns everything that the server sends until it closes the connection,
     /// without dates and IDs that the server chose.
     pub(super) async fn responses(&self, case: &Case) -> String {
-        let mut stream = TcpStream::connect(self.app.addr).await.expect("it listens");
+        let mut stream = TcpStream::connect(self.app.addr)
+            .await
+            .expect("the server listens");
         stream.set_nodelay(true).expect("a socket");
         let (mut reader, mut writer) = stream.split();
         let mut received = Vec::new();
@@ -194,13 +196,14 @@ impl Side {
             .collect()
     }
 
-    /// The number of responses that were sent directly.
+    /// Returns the number of direct responses.
     pub(super) fn direct_responses(&self) -> u64 {
         self.app.state.metrics.direct_responses.get()
     }
 }
 
-/// Whether the server generated an ID. The clients' IDs are shorter, and both servers must return them unchanged.
+/// Returns whether the server generated this ID. The clients' IDs are shorter, and both servers must return them
+/// unchanged.
 fn is_generated(id: &str) -> bool {
     id.len() == 36
 }
@@ -209,8 +212,8 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// hyper's own response to a malformed head, without its date. Whether it is sent depends on the parts in which the head
-/// arrives: once a part was incomplete, hyper waits for an empty line before it parses the head again.
+/// hyper's own response to a malformed head, without its date. Whether hyper sends this response depends on the parts
+/// in which the head arrives: after an incomplete part, hyper waits for an empty line before it parses the head again.
 const REJECTED: &str =
     "HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-length: 0\r\ndate: \r\n";
 
@@ -225,7 +228,7 @@ fn normalized(bytes: &[u8]) -> String {
     for id in generated.collect::<Vec<_>>() {
         text = text.replace(&id, &"I".repeat(id.len()));
     }
-    // poem writes this list in another order in each server.
+    // poem writes this list in a different order on each server.
     if let Some((_, rest)) = text.split_once(EXPOSED)
         && let Some(list) = rest.split("\r\n").next().map(str::to_owned)
     {
@@ -262,7 +265,7 @@ impl Pair {
             clock,
             ahead: BTreeMap::new(),
         };
-        // Caches every credential.
+        // Cache every credential.
         for key in &pair.world.keys {
             for token in [&pair.world.token]
                 .into_iter()
@@ -285,7 +288,7 @@ impl Pair {
         pair
     }
 
-    /// Returns how much more the direct server has counted.
+    /// Returns by how much the direct server's metrics exceed those of the other server.
     fn difference(&self) -> BTreeMap<String, i64> {
         let mut difference = self.direct.metrics();
         for (name, value) in self.hyper.metrics() {
@@ -295,7 +298,7 @@ impl Pair {
         difference
     }
 
-    /// Sends a case to both servers, and asserts that their responses are equal. Returns them.
+    /// Sends a case to both servers, and asserts that their responses are equal. Returns the responses.
     pub(super) async fn compare(&self, name: &str, case: &Case) -> String {
         let (direct, hyper) = tokio::join!(self.direct.responses(case), self.hyper.responses(case));
         assert_eq!(

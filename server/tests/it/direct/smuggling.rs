@@ -1,9 +1,9 @@
-//! The known ways to make two servers disagree about where a request ends. None of them is answered directly, and no
-//! bytes of a body are answered as a request.
+//! The known ways to make two servers disagree about where a request ends. None of these requests gets a direct
+//! response, and no bytes of a body are handled as a request.
 
 use super::{grammar::Case, pair::Pair};
 
-/// The request that an attacker hides in another one. It must never get a response.
+/// The request that an attacker hides in another request. The hidden request must never get a response.
 const HIDDEN: &str =
     "GET /v1/echo HTTP/1.1\r\nHost: q\r\nX-Request-ID: c-hidden\r\nX-API-Key: KEY\r\n\r\n";
 
@@ -95,7 +95,8 @@ const CASES: &[(&str, &str)] = &[
     ),
 ];
 
-/// Heads with an odd byte, which other servers may read differently. They hide nothing, and get the response of hyper.
+/// Requests with an oddity that other servers may interpret differently. They hide no other request, and get the same
+/// responses as from hyper.
 const ODD: &[(&str, &str)] = &[
     (
         "bare LF",
@@ -193,7 +194,7 @@ fn filled(text: &str, key: &str) -> Vec<u8> {
     text.into_bytes()
 }
 
-/// Sends a case whole, in two parts and bytewise, alone and after a plain request.
+/// Sends a case in one part, in two parts and byte by byte, first by itself and then after a plain request.
 async fn compare(pair: &Pair, name: &str, bytes: &[u8]) {
     let key = &pair.world.keys[0];
     let first = format!(
@@ -209,7 +210,7 @@ async fn compare(pair: &Pair, name: &str, bytes: &[u8]) {
                 cuts,
             };
             let received = pair.compare(name, &case).await;
-            // Bytewise, the first may arrive in so many parts that hyper answers it.
+            // If the plain request is sent byte by byte, it may arrive in so many parts that hyper handles it.
             let direct = pair.direct.direct_responses() - answered;
             assert!(direct <= u64::from(!before.is_empty()), "{name}: {direct}");
             assert!(!received.contains("c-hidden"), "{name}: {received}");
@@ -231,7 +232,7 @@ async fn no_hidden_request_is_answered() {
         compare(&pair, name, &filled(text, &key)).await;
     }
     assert!(pair.compare_records().await > CASES.len());
-    // The hidden request is answered where it is not hidden.
+    // The hidden request gets a response if it is sent by itself.
     let request = HIDDEN.replace("KEY", &key);
     let received = pair
         .compare("not hidden", &Case::whole(request.as_bytes()))

@@ -1,4 +1,4 @@
-//! Tests Envoy with its rate limit service, which calls Quota's gRPC listener.
+//! Tests Envoy's rate limit filter, which calls Quota's gRPC listener.
 
 use std::{path::Path, time::Duration};
 
@@ -43,7 +43,7 @@ impl Setting {
         let account = app.register().await;
         let token = app.service_token(&account).await;
         let api = Api::start().await;
-        let port = app.grpc_addr.expect("it is on").port();
+        let port = app.grpc_addr.expect("gRPC is on").port();
         Self {
             gateway: envoy(port, &token, &api).await,
             app,
@@ -62,7 +62,7 @@ impl Setting {
         self.http.get(format!("{}{path}", self.gateway.url))
     }
 
-    /// Sends a request with headers that a consumer might use to try to get admitted.
+    /// Sends a request with headers that a consumer might forge to be admitted.
     async fn forged(&self, key: &str) -> Response {
         let request = self.get("/orders?a=b").header("x-api-key", key);
         let response = with_forgeries(request).send().await;
@@ -99,11 +99,11 @@ async fn enforces_decisions() {
         assert_eq!(field(&unknown, "x-quota-decision"), Some("unauthorized"));
         assert_eq!(problem(unknown).await["status"], 401);
     }
-    // Bytes that are not UTF-8.
+    // Send bytes that are not UTF-8.
     let bytes = reqwest::header::HeaderValue::from_bytes(b"qk_\xff").expect("visible bytes");
     let unknown = setting.get("/").header("x-api-key", bytes).send().await;
     assert_eq!(unknown.expect("Envoy responds").status(), 401);
-    // A key that is almost as long as Envoy allows.
+    // Send a key that is almost as long as Envoy allows.
     let large = setting.forged(&"x".repeat(50_000)).await;
     assert_eq!(large.status(), 401);
     assert_eq!(setting.api.requests().len(), 0);
@@ -120,7 +120,7 @@ async fn enforces_decisions() {
     assert_eq!(field(&admitted, "x-quota-decision"), None);
     assert_eq!(field(&admitted, "x-own"), Some("kept"));
     assert_eq!(admitted.text().await.expect("a body"), "an order");
-    let seen = setting.api.requests().pop().expect("it arrived");
+    let seen = setting.api.requests().pop().expect("the request arrived");
     assert_eq!(seen.line, "POST /orders?deny=x&a=b HTTP/1.1");
     assert_eq!(seen.values("x-api-key"), [&key]);
     for name in ["x-service-token", "x-quota-decision", "ratelimit"] {
@@ -141,7 +141,11 @@ async fn enforces_decisions() {
     let wait: u64 = field(&denied, "retry-after").unwrap().parse().unwrap();
     assert!((1..=60).contains(&wait), "{wait}");
     assert_eq!(problem(denied).await["violated-policies"], json!(["rpm"]));
-    assert_eq!(setting.api.requests().len(), before, "the API saw a denial");
+    assert_eq!(
+        setting.api.requests().len(),
+        before,
+        "the API got a denied request"
+    );
 
     // The API sees no key other than the one that Quota has checked.
     let other = setting.key(json!({"default_rpm": 60})).await;
@@ -153,14 +157,14 @@ async fn enforces_decisions() {
         let two = setting.get("/two").header("x-api-key", first);
         let two = two.header("x-api-key", second).send().await;
         assert_eq!(two.expect("Envoy responds").status(), status, "{first}");
-        let seen = setting.api.requests().pop().expect("the first one arrived");
+        let seen = setting.api.requests().pop().expect("a request arrived");
         assert_eq!(seen.line, "GET /two HTTP/1.1");
         assert_eq!(seen.values("x-api-key"), [&other]);
     }
     let bearer = setting.get("/bearer").bearer_auth(&other);
     let bearer = bearer.header("x-api-key", "").header("x-api-key", &key);
     assert_eq!(bearer.send().await.expect("Envoy responds").status(), 200);
-    let seen = setting.api.requests().pop().expect("it arrived");
+    let seen = setting.api.requests().pop().expect("the request arrived");
     assert_eq!(seen.values("x-api-key"), [""], "{seen:?}");
 
     setting.app.ship_usage().await;
@@ -213,7 +217,7 @@ async fn reports_degraded_decisions() {
     for (mode, status) in [("open", 200), ("closed", 503)] {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let key = setting.key(plan).await;
-        // The first calls are late. After them, the circuit breaker opens.
+        // The first calls fail, until the circuit breaker opens.
         let mut response = setting.forged(&key).await;
         for _ in 0..50 {
             if response.status() == status {
@@ -223,7 +227,7 @@ async fn reports_degraded_decisions() {
             response = setting.forged(&key).await;
         }
         assert_eq!(response.status(), status, "{mode}: {response:?}");
-        // Envoy adds no headers if a call fails.
+        // Envoy adds no headers if its call to Quota fails.
         let degraded = (status == 200).then_some("redis-away");
         assert_eq!(field(&response, "x-quota-degraded"), degraded);
     }
@@ -234,7 +238,7 @@ async fn fails_closed_without_quota() {
     let app = TestApp::setup().flag("--grpc-listen=127.0.0.1:0");
     let app = app.start().await;
     let api = Api::start().await;
-    let listening = app.grpc_addr.expect("it is on").port();
+    let listening = app.grpc_addr.expect("gRPC is on").port();
     for (name, port, token) in [
         ("an invalid service token", listening, "qs_invalid"),
         ("nothing listens", free_port(), "qs_any"),

@@ -12,7 +12,7 @@ use quota_testkit::{Process, envoy};
 use tempfile::TempDir;
 use tokio::net::TcpStream;
 
-/// Allows for a busy machine.
+/// Long enough for a busy machine.
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +21,7 @@ pub(super) enum Program {
     Nginx,
     HaProxy,
     Envoy,
-    /// Envoy with its rate limit service. Calls the gRPC listener at [`Filled::quota_port`].
+    /// Envoy with its rate limit filter, which calls the gRPC listener at [`Filled::quota_port`].
     EnvoyRateLimit,
 }
 
@@ -48,10 +48,10 @@ pub(super) fn folder() -> PathBuf {
 
 fn free_port() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("loopback has a free port");
-    listener.local_addr().expect("it is bound").port()
+    listener.local_addr().expect("the socket is bound").port()
 }
 
-/// Returns a command that runs a server, which Debian installs only in root's path.
+/// Returns a command that runs a server. Debian installs servers only in root's path.
 fn command(name: &str) -> Command {
     let system = Path::new("/usr/sbin").join(name);
     Command::new(if system.exists() {
@@ -88,13 +88,13 @@ impl Program {
     pub(super) async fn start(self, filled: &Filled<'_>) -> Gateway {
         let dir = tempfile::tempdir().expect("a directory");
         let output = dir.path().join("output");
-        // Another process may have taken the port in the meantime.
+        // Retry, because another process may take the port in the meantime.
         for _ in 0..5 {
             let port = free_port();
             let command = self.command(dir.path(), filled, port);
-            let mut process = Process::start(&command, &output).expect("it is installed");
+            let mut process = Process::start(&command, &output).expect("the program is installed");
             let began = Instant::now();
-            while process.ended().expect("it is ours").is_none() {
+            while process.ended().expect("a child process").is_none() {
                 if TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
                     return Gateway {
                         url: format!("http://127.0.0.1:{port}"),
@@ -102,7 +102,10 @@ impl Program {
                         _dir: dir,
                     };
                 }
-                assert!(began.elapsed() < STARTED_WITHIN, "it does not listen");
+                assert!(
+                    began.elapsed() < STARTED_WITHIN,
+                    "the program does not listen"
+                );
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
@@ -124,12 +127,12 @@ impl Program {
                         "{{\n\tadmin off\n\tauto_https off\n\tdefault_bind 127.0.0.1\n}}\n{site}"
                     ),
                 )
-                .expect("it is written");
+                .expect("the file is written");
                 let mut caddy = Command::new("caddy");
                 caddy
                     .args(["run", "--adapter", "caddyfile", "--config"])
                     .arg(file)
-                    // The trusted roots with which it verifies Quota's certificate.
+                    // The trusted roots with which Caddy verifies Quota's certificate.
                     .env("SSL_CERT_FILE", filled.root)
                     .env("HOME", dir)
                     .env("XDG_DATA_HOME", dir)
@@ -146,34 +149,35 @@ impl Program {
                 let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
                     .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
                     .concat();
-                // nginx runs as a single process, so that nothing is left running when it ends.
+                // nginx runs as a single process, so that no other process is left running when it ends.
                 let text = format!(
                     "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
                      access_log off;\n{temporary}{server}}}\n",
                     dir.join("pid").display()
                 );
                 let file = dir.join("nginx.conf");
-                fs::write(&file, text).expect("it is written");
+                fs::write(&file, text).expect("the file is written");
                 let mut nginx = command("nginx");
                 nginx.arg("-p").arg(dir).arg("-c").arg(file);
                 nginx
             }
             Self::HaProxy => {
                 let inner = format!("127.0.0.1:{}", free_port());
-                let script = fs::read_to_string(folder().join("quota.lua")).expect("it is there");
+                let script =
+                    fs::read_to_string(folder().join("quota.lua")).expect("the script exists");
                 let lua = dir.join("quota.lua");
                 let mut script = put(&script, "127.0.0.1:8404", &inner);
                 if let Some((from, to)) = filled.script_fault {
                     script = put(&script, from, to);
                 }
-                fs::write(&lua, script).expect("it is written");
+                fs::write(&lua, script).expect("the file is written");
                 let text = filled.read("haproxy.cfg");
                 let text = put(&text, "127.0.0.1:8404", &inner);
                 let text = put(&text, "/etc/haproxy/quota.lua", &lua.display().to_string());
                 let text = put(&text, "bind :80", &format!("bind 127.0.0.1:{port}"));
                 let text = put(&text, "api.example.com", "127.0.0.1");
                 let file = dir.join("haproxy.cfg");
-                fs::write(&file, text).expect("it is written");
+                fs::write(&file, text).expect("the file is written");
                 let mut haproxy = command("haproxy");
                 haproxy.arg("-db").arg("-f").arg(file);
                 haproxy
@@ -205,7 +209,7 @@ impl Program {
                 );
                 let text = put(&text, "api.example.com", "127.0.0.1");
                 let file = dir.join("envoy.yaml");
-                fs::write(&file, text).expect("it is written");
+                fs::write(&file, text).expect("the file is written");
                 let tools = Path::new(env!("CARGO_TARGET_TMPDIR"));
                 let program = envoy::program(tools).expect("Envoy is installed");
                 let mut envoy = Command::new(program);

@@ -20,8 +20,8 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::support::authority::Authority;
 
-/// The API behind a gateway. It returns the body it received. The path can select another status, such as
-/// `/status/403`.
+/// The API behind a gateway. The API returns the body that it received. A path such as `/status/403` selects another
+/// status.
 pub(crate) struct Api {
     pub(crate) addr: SocketAddr,
     requests: Arc<Mutex<Vec<Head>>>,
@@ -47,7 +47,7 @@ impl Head {
 impl Api {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let addr = listener.local_addr().expect("it is bound");
+        let addr = listener.local_addr().expect("the socket is bound");
         let requests = Arc::new(Mutex::new(Vec::new()));
         let received = Arc::clone(&requests);
         tokio::spawn(async move {
@@ -64,7 +64,7 @@ impl Api {
                             .unwrap_or("200")
                             .to_owned();
                         received.lock().push(head);
-                        // Headers that the gateway may only replace with Quota's values.
+                        // The gateway may replace these headers only with Quota's values.
                         let answer = format!(
                             "HTTP/1.1 {status} Status\r\ncontent-length: {}\r\nx-ratelimit-limit: api\r\n\
                              ratelimit: api\r\nx-quota-degraded: api\r\nx-own: kept\r\n\r\n",
@@ -127,7 +127,7 @@ pub(crate) enum Behind {
     Other(fn(&Head) -> &'static str),
 }
 
-/// TLS in front of Quota, as operators run it.
+/// A TLS proxy in front of Quota, as operators run it.
 pub(crate) struct TlsHop {
     pub(crate) port: u16,
     connections: Arc<AtomicUsize>,
@@ -136,7 +136,7 @@ pub(crate) struct TlsHop {
 impl TlsHop {
     pub(crate) async fn start(authority: &Authority, behind: Behind) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let port = listener.local_addr().expect("it is bound").port();
+        let port = listener.local_addr().expect("the socket is bound").port();
         let acceptor = TlsAcceptor::from(Arc::clone(&authority.config));
         let connections = Arc::new(AtomicUsize::new(0));
         let counted = Arc::clone(&connections);
@@ -151,7 +151,8 @@ impl TlsHop {
                     counted.fetch_add(1, Ordering::SeqCst);
                     match behind {
                         Behind::Quota(addr) => {
-                            let mut quota = TcpStream::connect(addr).await.expect("it listens");
+                            let mut quota =
+                                TcpStream::connect(addr).await.expect("the server listens");
                             let _ = copy_bidirectional(&mut stream, &mut quota).await;
                         }
                         Behind::Other(answer) => {
@@ -172,7 +173,7 @@ impl TlsHop {
         Self { port, connections }
     }
 
-    /// Returns the number of connections made to it.
+    /// Returns the number of connections that the gateway has made.
     pub(crate) fn connections(&self) -> usize {
         self.connections.load(Ordering::SeqCst)
     }

@@ -123,7 +123,7 @@ pub(super) async fn cost_is_taken_as_a_whole(world: &World) {
     let denied = key.ask(&plan, 4).await;
     assert_eq!(denied.retry_after(), Some(SECOND));
     assert!(key.ask(&plan, 3).await.is_allowed());
-    // This is more than one block of the quota.
+    // A cost of 900 is more than one block of the quota.
     let plan = Plan::any_rate().daily(1000);
     let decision = key.ask(&plan, 900).await;
     assert!(decision.is_allowed());
@@ -151,7 +151,7 @@ pub(super) async fn quota_resets_with_the_month(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::any_rate().monthly(100);
     let mut admitted = 0;
-    // Twelve requests every half day for six days, until 30 November.
+    // Send twelve requests every half day for six days, until 30 November.
     for _ in 0..12 {
         admitted += key.admitted(&plan, 12).await;
         settle().await;
@@ -199,7 +199,7 @@ pub(super) async fn larger_burst_is_available_immediately_less_what_was_used(wor
     assert_eq!(key.admitted(&Plan::rate(60, 10), 4).await, 4);
     let larger = Plan::rate(6000, 100);
     assert_eq!(key.ask(&larger, 1).await.rate.remaining, 95);
-    // A cached denial ends when the plan that caused it changes.
+    // A cached denial no longer applies once the plan that caused it has changed.
     let key = Key::number(&key.limiter, 8);
     assert_eq!(key.admitted(&Plan::rate(1, 2), 4).await, 2);
     assert_eq!(key.admitted(&Plan::rate(1, 5), 9).await, 3);
@@ -210,7 +210,7 @@ pub(super) async fn smaller_burst_is_not_a_new_one(world: &World) {
     let (large, small) = (Plan::rate(60, 100), Plan::rate(60, 10));
     assert_eq!(key.admitted(&large, 95).await, 95);
     assert_eq!(key.admitted(&small, 20).await, 0);
-    // Raising it again grants no new burst either.
+    // Raising the burst again grants no new burst either.
     assert_eq!(key.admitted(&large, 200).await, 5);
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(3));
@@ -224,7 +224,7 @@ pub(super) async fn lowering_and_raising_the_burst_grants_nothing(world: &World)
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(4));
     assert_eq!(key.admitted(&large, 200).await, 4);
-    // The small bucket is full after ten seconds. The tokens missing from the large one keep refilling.
+    // The small bucket is full after ten seconds. The large bucket keeps refilling after that.
     assert_eq!(key.admitted(&small, 20).await, 0);
     world.advance(Duration::from_secs(30));
     assert_eq!(key.admitted(&small, 20).await, 10);
@@ -233,8 +233,8 @@ pub(super) async fn lowering_and_raising_the_burst_grants_nothing(world: &World)
     assert_eq!(key.admitted(&large, 200).await, 100);
 }
 
-/// If the plan was edited while no requests were sent, the time of the edit is unknown: the refill before it must not
-/// exceed that of either rate.
+/// If the plan was edited while no requests were sent, the time of the edit is unknown. Therefore, until the first
+/// request under the new plan, the bucket refills at the lower of the two rates.
 pub(super) async fn a_rest_across_an_edit_refills_at_the_lower_rate(world: &World) {
     let key = Key::of(&world.start());
     let (fast, slow) = (Plan::rate(6000, 100), Plan::rate(60, 100));
@@ -246,7 +246,7 @@ pub(super) async fn a_rest_across_an_edit_refills_at_the_lower_rate(world: &Worl
     // From the first request on, the plan's rate applies.
     world.advance(Duration::from_millis(500));
     assert_eq!(key.admitted(&fast, 200).await, 50);
-    // A smaller bucket refills from empty, and has at most its burst.
+    // A smaller bucket refills from empty, too, and holds at most its burst.
     world.advance(Duration::from_secs(30));
     assert_eq!(key.admitted(&Plan::rate(60, 10), 200).await, 10);
 }
@@ -263,7 +263,7 @@ pub(super) async fn lowered_quota_is_not_exceeded(world: &World) {
     let high = Plan::any_rate().daily(10_000);
     assert_eq!(key.admitted(&high, 250).await, 250);
     settle().await;
-    // A block of the high quota is held. The low quota is exhausted before the block is.
+    // The replica holds a block of the high quota. The low quota is exhausted before this block is.
     let low = Plan::any_rate().daily(260);
     assert_eq!(key.admitted(&low, 100).await, 10);
     settle().await;
@@ -280,7 +280,7 @@ pub(super) async fn key_finds_its_handle_again(world: &World) {
     assert!(Arc::ptr_eq(&key.handle, &Key::of(&limiter).handle));
     drop(key);
     settle().await;
-    // A key is not pruned while tokens are missing or a block is held.
+    // A key is not pruned while tokens are missing from its bucket or it holds a block.
     assert_eq!(limiter.prune(), 1);
     assert_eq!(Key::of(&limiter).ask(&plan, 1).await.rate.remaining, 1);
     world.advance(Duration::from_mins(1));
@@ -288,7 +288,7 @@ pub(super) async fn key_finds_its_handle_again(world: &World) {
     settle().await;
     assert_eq!(limiter.prune(), 0);
     settle().await;
-    assert_eq!(world.ledger.used(), 9, "the block went back");
+    assert_eq!(world.ledger.used(), 9, "the block was not returned");
     // A pruned key's usage is in the ledger.
     let decision = Key::of(&limiter).ask(&plan, 1).await;
     assert_eq!(decision.rate.remaining, 9);
@@ -325,13 +325,13 @@ pub(super) async fn quotas_survive_a_crash_except_for_a_block(world: &World) {
     let plan = Plan::any_rate().daily(1000);
     let before = Key::of(&world.start()).admitted(&plan, 333).await;
     assert_eq!(before, 333);
-    // The replica ends without returning any tokens.
+    // The replica exits without returning any tokens.
     let after = Key::of(&world.start()).admitted(&plan, 2000).await;
     assert!(before + after <= 1000);
     assert!(before + after >= 990, "{before} and {after}");
     assert!(world.ledger.largest() <= 10);
 
-    // Repeated crashes strand at most one block each, and nothing is spent twice.
+    // Each further crash strands at most one block, and no token is spent twice.
     world.advance(DAY);
     let (mut admitted, mut crashes) = (0, 0);
     loop {
@@ -365,15 +365,18 @@ pub(super) async fn failed_ledger_admits_nothing_and_does_not_affect_rates(world
             }
             Err(error) => break error,
         }
-        assert!(served < 11, "more than a block");
+        assert!(served < 11, "more than a block was spent");
     };
     assert!(matches!(error, LimiterError::LedgerUnavailable(_)));
     for _ in 0..20 {
         assert!(key.try_ask(&plan, 1).await.is_err());
     }
     let asked = world.ledger.takes();
-    assert!(asked < 10, "a ledger in trouble is left alone: {asked}");
-    // A rate without quotas needs no ledger, and can also deny without it.
+    assert!(
+        asked < 10,
+        "a failing ledger was called for each request: {asked}"
+    );
+    // A decision on a plan without quotas does not need the ledger. Neither does a denial by the rate.
     let other = Key::number(&key.limiter, 8);
     assert!(other.ask(&Plan::rate(60, 1), 1).await.is_allowed());
     assert!(!other.ask(&Plan::rate(60, 1).daily(9), 1).await.is_allowed());
@@ -405,7 +408,10 @@ pub(super) async fn tokens_returned_by_others_are_found(world: &World) {
     let asked = world.ledger.takes();
     assert_eq!(key.admitted(&plan, 1000).await, 0);
     settle().await;
-    assert!(world.ledger.takes() <= asked + 1, "asked once per denial");
+    assert!(
+        world.ledger.takes() <= asked + 1,
+        "the ledger was called more than once for all denials"
+    );
 
     world.ledger.adjust(|used| used - 100);
     for _ in 0..5 {

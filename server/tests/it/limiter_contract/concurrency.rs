@@ -19,7 +19,7 @@ use super::{
     world::{Far, Key, ONE, Plan, START, memory_store},
 };
 
-/// Decides on the thread's own runtime.
+/// Returns a function that waits for a decision on the thread's own runtime.
 fn asker<F: Future<Output = Result<Decision, LimiterError>>>() -> impl Fn(F) -> Decision {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .build()
@@ -56,7 +56,7 @@ fn threads_get_exactly_the_burst_and_the_refill() {
                 std::thread::yield_now();
             }
         });
-        // Tokens that no thread has used.
+        // Spend the tokens that no thread has used.
         let ask = asker();
         while ask(limiter.admit(&key.handle, &policies, ONE)).is_allowed() {
             admitted.fetch_add(1, Ordering::Relaxed);
@@ -67,7 +67,7 @@ fn threads_get_exactly_the_burst_and_the_refill() {
     }
 }
 
-/// The same test with the system clock.
+/// Like the previous test, but with the system clock.
 #[test]
 fn no_more_than_the_limit_is_allowed_in_real_time() {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
@@ -95,11 +95,11 @@ fn no_more_than_the_limit_is_allowed_in_real_time() {
     let admitted = admitted.into_inner();
     let sold = 50 + 10_000 * took / 1_000_000_000;
     assert!(admitted <= sold, "{admitted} of {sold}");
-    // How far the total remains below the limit depends on when these threads run.
+    // How far the total stays below the limit depends on when the threads run.
     assert!(admitted > 50, "{admitted}: nothing was refilled");
 }
 
-/// Sends requests on several threads, limited by a quota that is fetched in blocks.
+/// Several threads send requests against a quota that is fetched in blocks.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn concurrent_requests_get_exactly_the_quota() {
     for (quota, costs) in [

@@ -1,4 +1,4 @@
-//! A ledger in memory that keeps a log, and fails or delays calls on request.
+//! An in-memory ledger that counts calls, and fails or delays them on request.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -111,7 +111,7 @@ impl TestLedger {
         used.collect()
     }
 
-    /// Takes or returns tokens in every row, like another replica.
+    /// Takes or returns tokens in every row, as another replica would.
     pub(super) fn adjust(&self, change: impl Fn(u64) -> u64) {
         for row in self.rows.lock().unwrap().values_mut().flatten() {
             row.used = change(row.used);
@@ -137,16 +137,16 @@ impl TestLedger {
     }
 
     fn take_one(&self, request: &TakeRequest) -> Taken {
-        assert!(request.want > 0, "asked for nothing");
+        assert!(request.want > 0, "no tokens were requested");
         assert!(
             request.calendar.contains(request.at),
-            "another day than that of the request"
+            "the window does not contain the request's time"
         );
         self.takes.fetch_add(1, Ordering::SeqCst);
         let owner = (request.tenant, request.key, request.policy);
         let mut rows = self.rows.lock().unwrap();
         let rows = rows.entry(owner).or_default();
-        // A window without usage does not count.
+        // Discard windows without usage.
         rows.retain(|row| row.used > 0);
         let known = rows
             .iter()
@@ -196,7 +196,7 @@ impl QuotaLedger for TestLedger {
             .map(|it| (it.tenant, it.key, it.policy))
             .collect();
         assert_eq!(owners.len(), requests.len(), "two requests for one block");
-        assert!(!self.panic.swap(false, Ordering::SeqCst), "as told");
+        assert!(!self.panic.swap(false, Ordering::SeqCst), "a planned panic");
         if let Err(error) = self.answer().await {
             return vec![Err(error); requests.len()];
         }
@@ -204,8 +204,11 @@ impl QuotaLedger for TestLedger {
     }
 
     async fn give_back(&self, batch: &ReturnBatch) -> Result<(), LedgerError> {
-        assert!(!batch.rows.is_empty(), "gave nothing back");
-        assert!(batch.rows.is_sorted_by(|a, b| a.0 < b.0), "not in order");
+        assert!(!batch.rows.is_empty(), "no tokens are returned");
+        assert!(
+            batch.rows.is_sorted_by(|a, b| a.0 < b.0),
+            "the rows are not in order"
+        );
         let delay = self.return_delay_ms.load(Ordering::SeqCst);
         if delay > 0 {
             tokio::time::sleep(Duration::from_millis(delay)).await;
@@ -214,17 +217,17 @@ impl QuotaLedger for TestLedger {
         if self.applied.lock().unwrap().insert(batch.id) {
             let mut rows = self.rows.lock().unwrap();
             for (of, n) in &batch.rows {
-                assert!(*n > 0, "gave nothing back");
+                assert!(*n > 0, "a row returns no tokens");
                 let rows = rows.get_mut(&(of.tenant, of.key, of.policy));
                 let row = rows
                     .into_iter()
                     .flatten()
                     .find(|row| row.window.span.start == of.window_start)
-                    .expect("only what was taken comes back");
+                    .expect("only tokens that were taken are returned");
                 row.used = row
                     .used
                     .checked_sub(*n)
-                    .expect("no more comes back than was taken");
+                    .expect("no more tokens are returned than were taken");
             }
         }
         let lose = |left: u64| left.checked_sub(1);

@@ -1,4 +1,5 @@
-//! Tests of the local store, and of the denial cache in front of a remote store, in addition to the common contract.
+//! Tests of the local store, and of the denial cache in front of a remote store, in addition to the tests of the
+//! contract.
 
 use std::{sync::Arc, time::Duration};
 
@@ -67,7 +68,7 @@ async fn request_canceled_while_it_waits_loses_no_tokens() {
     }
     world.ledger.set_delay(Duration::ZERO);
     tokio::time::sleep(DEADLINE).await;
-    // Tokens that were fetched for these requests beyond a block are returned with the next decision.
+    // Tokens that were fetched for these requests in excess of a block are returned with the next decision.
     assert!(key.ask(&plan, 1).await.is_allowed());
     settle().await;
     assert!(world.ledger.used() <= 11, "{}", world.ledger.used());
@@ -93,8 +94,8 @@ async fn steady_stream_never_waits_for_the_ledger() {
     assert!(asked < 50_000 / 700, "{asked} blocks of 1000");
 }
 
-/// Two tables share the only connection to a slow ledger. Requests that arrive while one of them waits for it are
-/// served together.
+/// Two tables share the only connection to a slow ledger. Requests that arrive while one of the tables waits for the
+/// connection are served together.
 #[tokio::test(start_paused = true)]
 async fn requests_that_arrive_during_the_wait_for_a_connection_share_a_call() {
     let world = world::memory();
@@ -130,7 +131,8 @@ async fn requests_that_arrive_during_the_wait_for_a_connection_share_a_call() {
     assert_eq!(world.ledger.used(), 21);
 }
 
-/// Tokens of a key that is being deleted cannot be returned until that has ended. Other keys do not wait for it.
+/// Tokens of a key that is being deleted cannot be returned until the deletion has ended. Requests with other keys do
+/// not wait for the deletion.
 #[tokio::test(start_paused = true)]
 async fn requests_do_not_wait_for_the_returns_of_another_key() {
     let world = world::memory();
@@ -146,7 +148,7 @@ async fn requests_do_not_wait_for_the_returns_of_another_key() {
     world.ledger.set_return_delay(Duration::from_secs(5));
     world.ledger.set_delay(Duration::from_millis(10));
     let mut requests = JoinSet::new();
-    // The block of a smaller quota is smaller, so this key returns the rest.
+    // The block of a smaller quota is smaller, so key 1 returns the rest of its block.
     for n in 1..=20 {
         let key = Key::number(&limiter, n);
         let daily = if n == 1 { 200 } else { 1000 };
@@ -171,7 +173,7 @@ async fn tokens_are_returned_if_the_take_of_another_key_panics() {
     assert!(world.ledger.used() > 5);
     world.ledger.panic_next();
     let mut requests = JoinSet::new();
-    // The block of a smaller quota is smaller, so the first key returns the rest.
+    // The block of a smaller quota is smaller, so the first key returns the rest of its block.
     for (n, daily) in [(1, 200), (2, 1000)] {
         let key = Key::number(&limiter, n);
         let plan = Plan::any_rate().daily(daily);
@@ -193,7 +195,7 @@ async fn nothing_is_held_after_a_drain_with_calls_in_flight() {
         let key = Key::number(&limiter, n);
         assert_eq!(key.admitted(&plan, 8).await, 8);
     }
-    // Every eighth request has fetched more, which has not arrived yet.
+    // The eighth request of a key starts a fetch. Fetches that have not completed are slow from now on.
     world.ledger.set_delay(Duration::from_millis(20));
     for n in 0..50 {
         Key::number(&limiter, n).admitted(&plan, 1).await;
@@ -232,7 +234,7 @@ async fn remote_store_is_not_asked_about_known_denials() {
     world.advance(Duration::from_secs(2));
     assert!(!key.ask(&plan, 5).await.is_allowed());
     assert!(key.ask(&plan, 2).await.is_allowed());
-    // The cost exceeds what is left of the quota, so the request is denied until tomorrow.
+    // After seven requests, the quota is exhausted, and requests are denied until tomorrow.
     let plan = Plan::any_rate().daily(20);
     assert_eq!(key.admitted(&plan, 500).await, 7);
     assert!(store.asked() <= 12 + 11, "{}", store.asked());
@@ -240,8 +242,8 @@ async fn remote_store_is_not_asked_about_known_denials() {
     assert!(key.ask(&Plan::any_rate().daily(21), 1).await.is_allowed());
 }
 
-/// A replica whose clock is set back denies known excess for as long as the bucket takes to refill, not for the time by
-/// which the clock was set back.
+/// A replica whose clock is set back keeps denying requests for as long as the bucket takes to refill, not for the time
+/// by which the clock was set back.
 #[tokio::test]
 async fn known_denials_state_the_same_wait_after_the_clock_was_set_back() {
     for burst in [1, 3] {
@@ -258,7 +260,7 @@ async fn known_denials_state_the_same_wait_after_the_clock_was_set_back() {
         let decision = key.ask(&plan, 1).await;
         assert_eq!(decision.retry_after_secs(), Some(50), "{decision:?}");
         assert_eq!(decision.seconds_to_reset(decision.rate), 60 * used - 10);
-        // It costs the bucket one refill at most.
+        // The change of the clock costs the bucket at most one refill.
         world.advance(Duration::from_secs(50));
         key.ask(&plan, 1).await;
         world.advance(Duration::from_secs(60));

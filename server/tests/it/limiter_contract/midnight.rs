@@ -1,4 +1,4 @@
-//! Tests with many keys at the same time: at midnight, and when stopping.
+//! Tests with many keys: at midnight, and when the limiter stops.
 
 use std::{
     sync::{
@@ -13,11 +13,11 @@ use quota_server::limiter::Limiter;
 
 use super::world::{self, Key, ONE, Plan, World, memory_store};
 
-/// The maximum number of concurrent ledger calls: well below the size of a pool.
+/// The maximum number of concurrent ledger calls: well below the size of a connection pool.
 const AT_ONCE: u64 = 6;
 const KEYS: u64 = 3000;
 
-/// Waits for background work to complete, for thousands of keys.
+/// Waits for the background work of thousands of keys to complete.
 async fn settle_all() {
     for _ in 0..2000 {
         tokio::task::yield_now().await;
@@ -69,9 +69,12 @@ async fn no_request_waits_at_midnight_and_the_next_day_is_served_in_full() {
     let ahead = world.ledger.calls().0 - calls;
     assert!(
         ahead >= 60,
-        "{ahead} calls fetched the next day for {KEYS} keys"
+        "{ahead} calls fetched blocks of the next day for {KEYS} keys"
     );
-    assert!(most < KEYS / 10, "{most} of {KEYS} in ten seconds");
+    assert!(
+        most < KEYS / 10,
+        "{most} blocks for {KEYS} keys in ten seconds"
+    );
     let (_, at_once) = world.ledger.calls();
     assert!(at_once <= AT_ONCE, "{at_once} calls at once");
 
@@ -79,7 +82,7 @@ async fn no_request_waits_at_midnight_and_the_next_day_is_served_in_full() {
     let policies = both().policies();
     for key in &keys {
         let decision = limiter.try_admit(&key.handle, &policies, ONE);
-        let decision = decision.expect("the first block of the day is here");
+        let decision = decision.expect("the first block of the day was prefetched");
         assert!(decision.is_allowed());
         assert_eq!(decision.daily.unwrap().remaining, 999);
     }
@@ -112,7 +115,8 @@ async fn stop_just_before_midnight_returns_the_blocks_of_both_days() {
     assert_eq!(world.ledger.used(), 2 * all);
 }
 
-/// Keys that send nothing in the minutes before midnight and then all send at the same time, without pruning.
+/// No requests are sent in the minutes before midnight, and the limiter is not pruned. Then, a request for every key
+/// arrives at the same time.
 #[tokio::test(start_paused = true)]
 async fn midnight_without_prefetching_takes_few_calls() {
     let world = world::memory();
@@ -125,7 +129,7 @@ async fn midnight_without_prefetching_takes_few_calls() {
     let plan = both();
     let decisions = join_all(keys.iter().map(|key| key.try_ask(&plan, 1))).await;
     for decision in decisions {
-        assert!(decision.expect("no 503").is_allowed());
+        assert!(decision.expect("the ledger responds in time").is_allowed());
     }
     let (after, at_once) = world.ledger.calls();
     assert!(at_once <= AT_ONCE, "{at_once} calls at once");
@@ -216,7 +220,7 @@ async fn stop_under_load_leaves_exactly_what_was_admitted() {
         assert_eq!(
             world.ledger.used(),
             used,
-            "something was taken after the drain"
+            "tokens were taken after the drain"
         );
     }
 }
@@ -229,7 +233,7 @@ async fn blocks_of_evicted_keys_are_returned() {
     for key in keys(&limiter) {
         assert!(key.ask(&both(), 1).await.is_allowed());
     }
-    // Their buckets are full again, and no record refers to their handles.
+    // The keys' buckets are full again, and no record refers to the keys' handles.
     world.advance(Duration::from_secs(1));
     limiter.prune();
     settle_all().await;

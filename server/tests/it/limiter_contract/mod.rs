@@ -1,6 +1,7 @@
 //! Tests of the contract of limit stores, which run on each store, and a comparison with a simple model.
 //!
-//! To include a store, add a line to [`stores`]: a function that creates it with its own clock and ledger.
+//! To include a store, add a module to the macro `on_every_store`, and to `world` a function that creates the store
+//! with its own clock and ledger.
 
 mod behavior;
 mod concurrency;
@@ -13,13 +14,13 @@ mod zones;
 
 pub(crate) use self::{ledger::TestLedger, world::START};
 
-/// A remote store has its own clock, which a test cannot set back.
+/// Runs only on the local store: a remote store has its own clock, which a test cannot set back.
 #[tokio::test]
 async fn clock_set_back_does_not_lock_keys_out() {
     behavior::clock_set_back_does_not_lock_keys_out(&world::memory()).await;
 }
 
-/// Runs these tests on every store.
+/// Runs the listed tests on every store.
 macro_rules! on_every_store {
     ($($behavior:ident),* $(,)?) => {
         mod memory_store {

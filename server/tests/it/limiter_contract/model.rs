@@ -23,13 +23,13 @@ const MINUTE: i128 = 60_000_000_000;
 /// An event of a bucket.
 #[derive(Clone, Copy)]
 enum Event {
-    /// The time advanced to this.
+    /// A request arrived at this time.
     Seen(u64),
     /// This many tokens were taken.
     Grant(u32),
     /// The plan was changed to this emission interval and burst.
     Plan(i128, i128),
-    /// The state of a full bucket: what was missing (0 or less), and when tokens were last taken.
+    /// The state of a full bucket: the missing refill (0 or less), and when tokens were last taken.
     Full(i128, u64),
 }
 
@@ -39,9 +39,9 @@ struct Bucket {
     clock: u64,
     interval: i128,
     burst: i128,
-    /// If negative, the bucket has been full for this long.
+    /// The time until the bucket is full. If negative, the bucket has been full for this long.
     missing: i128,
-    /// Debt beyond an empty bucket, from before the burst was lowered. It decreases while the bucket is full.
+    /// Debt beyond an empty bucket, from before the burst was lowered. This debt decreases while the bucket is full.
     beyond: i128,
     /// When tokens were last taken, or the plan was edited.
     since: u64,
@@ -69,8 +69,8 @@ impl Model {
         let mut bucket = Bucket::default();
         for event in &self.events {
             match *event {
-                // Elapsed time refills the bucket. If the clock was set back, the same time passes again, but refills
-                // at most one bucket.
+                // Elapsed time refills the bucket. If the clock was set back, the refill of that time is removed again,
+                // at most until the bucket is empty.
                 Event::Seen(now) => {
                     bucket.missing -= i128::from(now) - i128::from(bucket.clock);
                     bucket.missing = bucket.missing.min(bucket.interval * bucket.burst);
@@ -84,7 +84,8 @@ impl Model {
                 }
                 Event::Plan(interval, burst) => {
                     // The number of missing tokens remains the same, although a smaller bucket cannot show all of them.
-                    // The time of the edit is unknown: since tokens were last taken, the lower rate applies.
+                    // The time of the edit is unknown: for the time since tokens were last taken, the lower rate
+                    // applies.
                     if bucket.interval > 0 {
                         let passed = i128::from(bucket.clock - bucket.since);
                         bucket.missing += passed;
@@ -225,7 +226,7 @@ impl From<Decision> for Expected {
 /// A step for the limiter and the model.
 #[derive(Debug, Clone)]
 enum Step {
-    /// This many requests of this cost.
+    /// Sends this many requests of this cost.
     Ask {
         cost: u32,
         times: u32,
@@ -272,7 +273,8 @@ fn plan() -> impl Strategy<Value = Plan> {
     })
 }
 
-/// Runs `steps` on both and returns the number of compared decisions. Waits are multiples of `grain` nanoseconds.
+/// Runs `steps` on the limiter and the model, and returns the number of compared decisions. Waits are multiples of
+/// `grain` nanoseconds.
 async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 {
     let mut model = Model::default();
     let mut key = Key::of(&world.start());
@@ -338,7 +340,7 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
 
 /// Asserts that at most `burst + rpm/60 * T` is admitted in any window, with the exact rate and not the rounded one.
 fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
-    // An edit to a smaller burst may have left less room. The first grant starts the first window.
+    // Check every window that starts with a grant.
     for (i, (from, _)) in grants.iter().enumerate() {
         let mut sum = 0i128;
         for (until, cost) in &grants[i..] {
@@ -352,7 +354,8 @@ fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
 fn compare(seed: u8, set_up: fn() -> World, jumps: bool, decisions: u64) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
-        // Requests stop waiting for the ledger when it responds, not because the machine is busy.
+        // Time is paused, so that requests stop waiting for the ledger when it responds, not because the machine is
+        // busy.
         .start_paused(true)
         .build()
         .unwrap();
@@ -386,7 +389,7 @@ fn denial_cache_changes_no_decision() {
     compare(4, world::far, false, 100_000);
 }
 
-/// Buckets in Redis, whose time has microsecond resolution.
+/// Compares buckets in Redis, whose clock has a resolution of one microsecond, with the model.
 #[tokio::test]
 async fn redis_decides_like_the_model() {
     let rng = TestRng::from_seed(RngAlgorithm::ChaCha, &[5; 32]);

@@ -78,7 +78,7 @@ pub(super) fn far() -> World {
     World::new(|clock, ledger| Far::new(memory_store(clock, ledger)))
 }
 
-/// Returns a world with buckets in a private Redis server with the test's clock, which decides every request.
+/// Returns a world whose buckets are in a private Redis server, which uses the test's clock and decides every request.
 pub(super) async fn redis() -> (World, RedisServer) {
     let (server, redis) = started().await;
     ClockedCounters::new(&redis, &TestClock::at(START))
@@ -245,7 +245,7 @@ pub(super) struct Key {
 }
 
 impl Key {
-    /// Returns the key with this number, which is the same after a restart.
+    /// Returns the key with this number. The number identifies the same key after a restart.
     pub(super) fn number(limiter: &Limiter, n: u128) -> Self {
         let tenant = TenantId(uuid::Uuid::from_u128(1));
         let key = ApiKeyId(uuid::Uuid::from_u128(n));

@@ -1,9 +1,9 @@
 //! Tests of calendar quotas while the tenant's time zone changes.
 //!
-//! The oracle is derived from the promise, not from the code. It keeps the windows with usage, in order. A request
-//! inside the last one belongs to it. Any other request opens a new one, which begins where the last one ended or, if
-//! that is later, with the day or month in the zone, and ends with that day or month. Its quota is proportional. Days
-//! and months are computed from offsets in whole hours.
+//! The oracle is derived from the promise, not from the code. The oracle keeps the windows with usage, in order. A
+//! request inside the last window belongs to that window. Any other request opens a new window, which starts at the end
+//! of the last window or at the start of the day or month in the zone, whichever is later, and ends with that day or
+//! month. The window's quota is proportional to its length. Days and months are computed from fixed offsets.
 
 use std::time::Duration;
 
@@ -35,7 +35,7 @@ fn hours(hours: u64) -> Duration {
     Duration::from_hours(hours)
 }
 
-/// Returns the day or month that contains an instant, from the offset.
+/// Returns the day or month that contains `now`, for a UTC offset of `minutes`.
 fn calendar(policy: Policy, minutes: i64, now: UnixNanos) -> (u64, u64) {
     let offset = TimeDelta::minutes(minutes);
     let local = DateTime::from_timestamp_nanos(i64::try_from(now.0).unwrap()) + offset;
@@ -64,8 +64,8 @@ struct Opened {
 struct Oracle {
     policy: Policy,
     limit: u64,
-    /// If only the requesting replica holds unspent tokens, the promise determines the next window. Otherwise, the
-    /// window is the stated one, which must not overlap any other.
+    /// Whether only the requesting replica holds unspent tokens, so that the promise determines the next window.
+    /// Otherwise, the oracle accepts the window that a decision states, which must not overlap any other.
     is_strict: bool,
     windows: Vec<Opened>,
 }
@@ -80,7 +80,7 @@ impl Oracle {
         }
     }
 
-    /// Returns the window of a request, and whether it is already open.
+    /// Returns the window of a request, and whether the window is already open.
     fn window(&self, minutes: i64, now: UnixNanos) -> (Opened, bool) {
         let last = self.windows.last().copied();
         if let Some(last) = last.filter(|last| now.0 < last.end) {
@@ -133,7 +133,10 @@ impl Oracle {
         }
         if decision.is_allowed() {
             window.admitted += cost;
-            assert!(window.admitted <= window.quota, "over: {window:?}");
+            assert!(
+                window.admitted <= window.quota,
+                "more than the quota is admitted: {window:?}"
+            );
             if is_open {
                 self.windows.pop();
             }
@@ -175,8 +178,8 @@ fn no_windows_overlap(world: &World) {
     }
 }
 
-/// Plays random requests, waits, zone changes, restarts and crashes on `replicas` replicas, each of which learns of a
-/// change at a random time.
+/// Plays random requests, waits, zone changes, restarts and crashes on `replicas` replicas. Each replica learns of a
+/// zone change at a random time.
 async fn play(seed: u64, replicas: usize) -> u64 {
     let mut random = fastrand::Rng::with_seed(seed);
     let world = world::memory();
@@ -192,7 +195,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
     ];
     // The largest block of these quotas.
     let block = (monthly / 100).max(1);
-    // Tokens that the other replicas hold, and tokens of the open windows that crashes have lost.
+    // The tokens that the other replicas may hold, and the number of crashes, each of which may strand tokens.
     let held = block * (replicas as u64 - 1);
     let mut crashes = 0;
     let mut admitted = 0;
@@ -201,7 +204,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
             0..=3 => zone = random.usize(0..ZONES.len()),
             4..=8 => world.advance(Duration::from_secs(random.u64(0..20 * 3600))),
             9 => world.advance(Duration::from_secs(random.u64(0..20 * 86_400))),
-            // Advances to about the end of a day in some zone.
+            // Advance to about the end of a day in some zone.
             10 => {
                 let (_, minutes) = ZONES[random.usize(0..ZONES.len())];
                 let (_, end) = calendar(Policy::Daily, minutes, world.now());
@@ -227,7 +230,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
                 let (name, minutes) = ZONES[known[n]];
                 let plan = Plan::any_rate().daily(daily).monthly(monthly).zone(name);
                 for _ in 0..random.u8(1..40) {
-                    // Unspent tokens of another replica keep a window open in which no request was allowed.
+                    // Unspent tokens of another replica keep a window open even if no request in it was allowed.
                     let cost = if replicas == 1 { random.u32(1..4) } else { 1 };
                     let decision = keys[n].ask(&plan, cost).await;
                     let stranded = held + (block + 3) * crashes;
@@ -240,8 +243,8 @@ async fn play(seed: u64, replicas: usize) -> u64 {
         }
     }
     no_windows_overlap(&world);
-    // No matter how many changes there are, at most the plan's rate is granted, except on the first day and for
-    // rounding up.
+    // No matter how often the zone changes, no more than one quota per day or month is granted in the long run, apart
+    // from the first window and rounding up.
     for oracle in &oracles {
         let windows = &oracle.windows;
         let sold: u64 = windows.iter().map(|it| it.admitted).sum();
@@ -286,7 +289,7 @@ async fn window_after_a_change_is_shortened_with_a_quota_in_proportion() {
     assert_eq!((state.limit, state.shortened_to), (50, None));
     assert_eq!(state.reset_at, at("2026-11-25T00:00:00Z"));
 
-    // The time from midnight UTC to midnight in Tokyo is 15 of 24 hours.
+    // From midnight UTC to midnight in Tokyo, 15 hours of a 24-hour day pass.
     world.advance(hours(14));
     let state = key.ask(&plan("Asia/Tokyo"), 1).await.daily.unwrap();
     assert_eq!(state.limit, 32);
@@ -380,7 +383,7 @@ async fn edited_quota_scales_a_shortened_window() {
     let plan = |quota, zone| Plan::any_rate().daily(quota).zone(zone);
     key.ask(&plan(240, "UTC"), 1).await;
     world.advance(hours(14));
-    // The window has 15 of 24 hours.
+    // The window has 15 hours of a 24-hour day.
     assert_eq!(key.admitted(&plan(240, "Asia/Tokyo"), 100).await, 100);
     let state = key.ask(&plan(480, "Asia/Tokyo"), 1).await.daily.unwrap();
     assert_eq!((state.limit, state.remaining), (300, 199));
@@ -414,7 +417,7 @@ async fn change_survives_restarts_and_reaches_replicas_that_do_not_know_of_it() 
         assert_eq!(key.limiter.drain().await.lost, 0);
     }
     assert_eq!(admitted, 50);
-    // A replica that knows of the change opens the new day. The other one still has the old zone.
+    // A replica that knows of the change opens the new day. The other replica still has the old zone.
     world.advance(hours(14));
     let (knows, does_not) = (Key::of(&world.start()), Key::of(&world.start()));
     let mut admitted = 0;
@@ -443,7 +446,7 @@ async fn prefetched_block_gives_way_to_a_change_of_zone() {
         .map(|row| row.used)
         .sum();
     assert_eq!(ahead, 24, "a block of the next day");
-    // The block is returned with the first request that knows of the change.
+    // The block is returned with the first request in the new zone.
     key.ask(&plan("Asia/Tokyo"), 1).await;
     settle().await;
     world.advance(Duration::from_secs(60));

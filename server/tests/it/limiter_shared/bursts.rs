@@ -1,6 +1,6 @@
 //! Tests of bursts with distant counters: the full burst of an idle key is admitted in two round trips, slow responses
-//! are never reported as an exceeded limit, and tokens that were taken but not spent are returned. Runs in simulated
-//! time on the model of the counters, and in real time on a real Redis behind a proxy that delays traffic.
+//! are never reported as an exceeded limit, and tokens that were taken but not spent are returned. The tests run in
+//! simulated time on the model of the counters, and in real time on a real Redis behind a proxy that delays traffic.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -59,14 +59,14 @@ impl Clock for PausedClock {
     }
 }
 
-/// The counters and their latency.
+/// A model of the counters, with latency.
 #[derive(Debug, Clone)]
 pub(super) struct Far {
     zero: Instant,
     state: Arc<Mutex<State>>,
     calls: Arc<Mutex<Vec<TakeCall>>>,
     round_trip: Arc<Mutex<Duration>>,
-    /// Calls arrive, but their responses are lost.
+    /// If set, calls arrive, but their responses are lost.
     breaks: Arc<AtomicBool>,
 }
 
@@ -90,7 +90,7 @@ impl Far {
         self.state.lock().take(1, START.0 / 1000 + elapsed, call)
     }
 
-    /// Number of calls for keys so far.
+    /// Returns the number of calls for keys so far.
     pub(super) fn calls(&self) -> usize {
         let calls = self.calls.lock();
         calls
@@ -228,7 +228,7 @@ fn alone() -> Arc<Membership> {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_rested_keys_burst_is_admitted_whole_in_two_round_trips() {
+async fn an_idle_keys_full_burst_is_admitted_in_two_round_trips() {
     for round_trip in [0, 1, 2, 5, 10, 20].map(Duration::from_millis) {
         for (rpm, burst) in [(600, 600), (60, 60), (60_000, 1000), (6000, 1)] {
             for strict in [false, true] {
@@ -255,9 +255,9 @@ async fn a_rested_keys_burst_is_admitted_whole_in_two_round_trips() {
     }
 }
 
-/// Each request gets its full cost or nothing, and no tokens are left over.
+/// Each request gets its full cost or nothing, and no tokens are lost.
 #[tokio::test(start_paused = true)]
-async fn a_burst_of_different_costs_is_admitted_as_far_as_it_goes() {
+async fn a_burst_of_different_costs_is_admitted_up_to_the_limit() {
     for strict in [false, true] {
         let far = Far::new(Duration::from_millis(5));
         let replica = far.replica(OnRedisFailure::Share, alone());
@@ -265,7 +265,7 @@ async fn a_burst_of_different_costs_is_admitted_as_far_as_it_goes() {
         let costs: Vec<u32> = (0..60).map(|n| n % 5 + 1).collect();
         let served = admitted(&replica.at_once(&policies, &costs).await);
         assert!((96..=100).contains(&served), "{served}");
-        // All other granted tokens are back in the bucket.
+        // All other granted tokens have been returned to the bucket.
         sleep(Duration::from_millis(150)).await;
         let rest = admitted(&replica.at_once(&policies, &[1; 10]).await);
         assert_eq!(served + rest, 100, "strict {strict}");
@@ -274,7 +274,7 @@ async fn a_burst_of_different_costs_is_admitted_as_far_as_it_goes() {
 
 /// A limit that was not reached is not reported as exceeded.
 #[tokio::test(start_paused = true)]
-async fn what_is_too_slow_is_degraded_and_no_limit() {
+async fn a_slow_response_is_not_reported_as_an_exceeded_limit() {
     for strict in [false, true] {
         let far = Far::new(Duration::from_millis(80));
         let replica = far.replica(OnRedisFailure::Share, alone());
@@ -289,7 +289,7 @@ async fn what_is_too_slow_is_degraded_and_no_limit() {
             assert!(decision.retry_after_secs().is_some());
         }
         // Tokens that arrived too late were returned, and are available when the counters are fast again, before the
-        // breaker opens.
+        // circuit breaker opens.
         tokio::time::sleep_until(began + Duration::from_millis(100)).await;
         *far.round_trip.lock() = Duration::from_millis(2);
         sleep(Duration::from_secs(1)).await;
@@ -300,9 +300,9 @@ async fn what_is_too_slow_is_degraded_and_no_limit() {
     }
 }
 
-/// A plan that is closed without the counters fails, and a plan that is open admits.
+/// Without the counters, a request on a `closed` plan fails, and a request on an `open` plan is admitted.
 #[tokio::test(start_paused = true)]
-async fn what_is_too_slow_is_decided_by_the_plans_choice() {
+async fn a_slow_response_is_decided_by_the_fallback_setting() {
     let far = Far::new(Duration::from_millis(80));
     let closed = far.replica(OnRedisFailure::Closed, alone());
     let one = NonZeroU32::MIN;
@@ -317,7 +317,7 @@ async fn what_is_too_slow_is_decided_by_the_plans_choice() {
     assert!(decision.is_allowed() && decision.degraded);
 }
 
-/// Requests that are dropped while they wait consume nothing, even after their tokens were taken.
+/// Requests that are dropped while they wait consume nothing, even if their tokens have already been taken.
 #[tokio::test(start_paused = true)]
 async fn dropped_requests_take_nothing() {
     for strict in [false, true] {
@@ -343,9 +343,10 @@ async fn dropped_requests_take_nothing() {
     }
 }
 
-/// The script ran and its response was lost. These tokens must not be spent, and other requests continue.
+/// The script runs, but its response is lost. The tokens that the script took must not be spent, and later requests are
+/// decided as usual.
 #[tokio::test(start_paused = true)]
-async fn a_lost_answer_loses_no_more_than_it_granted() {
+async fn a_lost_response_loses_only_the_tokens_it_granted() {
     let far = Far::new(Duration::from_millis(4));
     let replica = far.replica(OnRedisFailure::Share, alone());
     let policies = plan(60, 100, false);
@@ -358,7 +359,8 @@ async fn a_lost_answer_loses_no_more_than_it_granted() {
     assert_eq!(served, 90);
 }
 
-/// The bucket is empty for a minute because of tokens that one replica holds, but the replica returns them immediately.
+/// Another replica has taken all tokens of the bucket, so the next token refills in a minute. However, that replica
+/// returns its tokens after one lease TTL.
 #[tokio::test(start_paused = true)]
 async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     let far = Far::new(Duration::from_millis(2));
@@ -410,7 +412,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     assert!(replica.admit(&policies, 1).await.is_allowed());
 }
 
-/// However, a key that is denied repeatedly does not need a call for each request.
+/// A key that is denied repeatedly does not need a call for each request.
 #[tokio::test(start_paused = true)]
 async fn denials_are_remembered_for_a_while() {
     for (strict, most) in [(false, 30), (true, 3)] {
@@ -430,7 +432,7 @@ async fn denials_are_remembered_for_a_while() {
     }
 }
 
-/// When the process ends, the tokens held for later are returned, for every key.
+/// When the process exits, the leases of all keys are returned.
 #[tokio::test(start_paused = true)]
 async fn a_stop_returns_every_lease() {
     const KEYS: u128 = 500;
@@ -459,7 +461,7 @@ async fn a_stop_returns_every_lease() {
     );
 }
 
-/// Counters that do not respond do not prevent the process from ending.
+/// Counters that do not respond do not prevent the process from exiting.
 #[tokio::test(start_paused = true)]
 async fn a_stop_without_counters_ends() {
     let far = Far::new(Duration::from_millis(2));
@@ -478,7 +480,7 @@ async fn a_stop_without_counters_ends() {
     );
 }
 
-/// Three replicas on one Redis, the first behind a proxy.
+/// Returns three replicas on one Redis. The first replica connects through a proxy.
 async fn three(
     server: &RedisServer,
     proxy: &FaultProxy,
@@ -516,10 +518,10 @@ async fn three(
     replicas
 }
 
-/// 150 requests on the replica whose responses are 120 ms late, and 250 on each of two others, one before the late
-/// tokens are returned and one after.
+/// Sends 150 requests to the replica whose responses are 120 ms late, and 250 requests to each of two others: to one
+/// before the late tokens are returned, and to the other after that.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn answers_that_come_late_sell_nothing_twice() {
+async fn late_responses_grant_nothing_twice() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
     let policies = plan(60_000, 200, true);
@@ -541,7 +543,7 @@ async fn answers_that_come_late_sell_nothing_twice() {
     }
     let served = admitted(&late.2) + admitted(&first.2) + admitted(&second.2);
     let elapsed = second.1.max(first.1) - late.0.min(first.0);
-    // Some requests came between the two waves, or the first replica admitted some after all.
+    // If the late replica admitted nothing, only the time from the first of the other two waves counts.
     let since = if admitted(&late.2) > 0 {
         elapsed
     } else {
@@ -552,12 +554,12 @@ async fn answers_that_come_late_sell_nothing_twice() {
     assert!(served >= 100, "{served} of {most}");
 }
 
-/// The same on a real Redis with a latency of 20 ms: a burst takes two calls.
+/// On a real Redis at a round-trip time of 20 ms, a burst takes two calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_distant_redis_is_asked_twice_for_a_burst() {
+async fn a_burst_takes_two_calls_to_a_distant_redis() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
-    // This makes the test independent of the speed of the machine.
+    // With long timeouts, the test does not depend on the speed of the machine.
     let replicas = three(&server, &proxy, Duration::from_secs(5), "5s").await;
     proxy.set(Fault::Delay(Duration::from_millis(10)));
     for (key, strict) in [(1, false), (2, true)] {
@@ -577,7 +579,7 @@ async fn a_distant_redis_is_asked_twice_for_a_burst() {
         let served = decided.iter().filter(|it| **it).count();
         assert!((600..=602).contains(&served), "{served}, strict {strict}");
         let calls = replica.metrics.counter_calls.get() - calls;
-        // There are heartbeats in between.
+        // The calls include heartbeats.
         assert!(calls <= 40, "{calls} calls, strict {strict}");
     }
 }

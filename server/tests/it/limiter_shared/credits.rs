@@ -1,13 +1,13 @@
 //! Tests that returned tokens never make a bucket fuller than if they had never been taken.
 //!
 //! The oracle implements that sentence: after every call, it replays the bucket's entire history from a full bucket,
-//! without the tokens that have been returned by then, and compares the results. It keeps no minima and has no rules
-//! for credits. Schedules are random: several returns for several grants, late and early, plan edits, callers with an
-//! old plan, lost and stale state, and a clock that goes backward. Scripts with planted errors prove that the oracle
-//! detects them.
+//! without the tokens that have been returned by then, and compares the results. The oracle keeps no minima and has no
+//! rules for credits. Schedules are random. They include several returns for several grants, late and early, plan
+//! edits, callers with an old plan, lost and stale state, and a clock that goes backward. Scripts with planted errors
+//! prove that the oracle detects them.
 #![expect(
     clippy::disallowed_methods,
-    reason = "seeds are settings of this test alone"
+    reason = "only this test reads the seed settings"
 )]
 
 use std::{sync::Arc, time::Duration};
@@ -59,7 +59,7 @@ struct Granted {
     generation: u64,
     tokens: u64,
     returned: u64,
-    /// The call that returned them was lost.
+    /// Tokens whose return was lost.
     lost: u64,
 }
 
@@ -78,9 +78,9 @@ enum Event {
     Took(usize),
 }
 
-/// Nanoseconds until the bucket would be full if the returned tokens had never been taken.
+/// Returns the number of nanoseconds until the bucket would be full if the returned tokens had never been taken.
 fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
-    // The bucket as it was last written, and as it was last reported.
+    // The bucket as last written, and its debt as last reported.
     let (mut bucket, mut shown) = ((0_u128, 0_u128, 0), 0);
     let mut epoch = 0;
     let mut plan = None::<Plan>;
@@ -93,8 +93,8 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                 remembered,
                 wrote,
             } => {
-                // Debt in excess of an empty bucket, from before the burst was lowered. It decreases while the bucket
-                // is full.
+                // `beyond` is debt in excess of an empty bucket, from before the burst was lowered. It decreases while
+                // the bucket is full.
                 let (mut debt, mut beyond, last) = bucket;
                 let mut passed = u128::from(at.saturating_sub(last)) * 1000;
                 let mut writes = wrote || at < last;
@@ -102,7 +102,7 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                     && (old.emission, old.tau) != (new.emission, new.tau)
                 {
                     // The number of missing tokens stays the same, although a smaller bucket does not show all of them.
-                    // The time of the edit is unknown: since the last write, the lower rate applies.
+                    // The time of the edit is unknown: for the time since the last write, the lower rate applies.
                     let missing = (debt + beyond) * u128::from(new.emission);
                     let missing = missing.div_ceil(u128::from(old.emission));
                     let slower = passed * u128::from(new.emission) / u128::from(old.emission);
@@ -115,7 +115,7 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                 debt = debt.saturating_sub(passed);
                 plan = Some(new);
                 if start != epoch || !remembered {
-                    // It was empty when the epoch began.
+                    // The bucket was empty when the epoch began.
                     let since = u128::from(at.saturating_sub(start)) * 1000;
                     debt = u128::from(new.tau).saturating_sub(since);
                     beyond = 0;
@@ -151,7 +151,7 @@ impl Counters {
         }
     }
 
-    /// The state of a new deployment.
+    /// Resets the counters to the state of a new deployment.
     async fn reset(&mut self) {
         match self {
             Self::Model { .. } => *self = Self::model(),
@@ -169,7 +169,7 @@ impl Counters {
         }
     }
 
-    /// Another process takes over, with or without the buckets.
+    /// Simulates a failover to another process, with or without the buckets.
     async fn fail_over(&mut self, keeps: bool) {
         match self {
             Self::Model { state, run } => {
@@ -197,16 +197,19 @@ impl Counters {
 #[derive(Debug, Default)]
 struct Sum {
     returned: u64,
-    /// The total credited, and the total that the oracle would have allowed, both in buckets.
+    /// The total credit, and the total that the oracle would have allowed, both in full buckets.
     credited: f64,
     allowed: f64,
     exceptions: u64,
-    /// The first call after which the bucket was fuller than the oracle's.
+    /// The first call after which the bucket was fuller than in the oracle.
     fuller: Option<String>,
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a ratio for people")]
-#[expect(clippy::too_many_lines, reason = "one schedule, in its order")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "the ratio of two sums, compared with a wide margin"
+)]
+#[expect(clippy::too_many_lines, reason = "the steps of one schedule, in order")]
 async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &mut Sum) {
     let mut rng = Rng::with_seed(seed);
     clock.set_now(START);
@@ -216,10 +219,11 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
     let mut newest_used = clock.now().0 / 1000;
     let (mut history, mut grants) = (Vec::new(), Vec::<Granted>::new());
     let (mut epoch, mut promised) = (0, 0);
-    // Whether the counters still have the bucket, the newest plan that it has seen, and its debt after the last call.
+    // Whether the counters still have the bucket, the newest plan that a call for the bucket has had, and the time and
+    // the bucket's debt at the last call.
     let (mut exists, mut known) = (false, plan);
     let mut last = (START.0 / 1000, 0_u128);
-    // Half of the schedules have no exceptions.
+    // Half of the schedules have no edits, failovers or clock changes.
     let calm = rng.bool();
     let step = [1, plan.emission / 1000, plan.tau / 4000, 200_000][rng.usize(..4)].max(1);
     for _ in 0..rng.u64(4..40) {
@@ -250,8 +254,8 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
             }
         }
         let now = clock.now().0 / 1000;
-        // Tokens are returned in a separate call, or in one that takes tokens. Tokens of several grants are returned
-        // together.
+        // Tokens are returned in a separate call, or in a call that also takes tokens. A call may return tokens of
+        // several grants.
         let (mut back, mut back_taken_at, mut back_generation) = (0, u64::MAX, u64::MAX);
         let mut parts = Vec::new();
         if rng.u8(..3) > 0 {
@@ -268,7 +272,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                 grants[i].returned += n;
                 back += n;
                 back_taken_at = back_taken_at.min(grants[i].at);
-                // If they are from several generations, none of them is credited.
+                // If the tokens are from several generations, none of them is credited.
                 back_generation = match back_generation {
                     u64::MAX => grants[i].generation,
                     same if same == grants[i].generation => same,
@@ -366,7 +370,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs this many schedules, or only the one in `QUOTA_SEED`.
+/// Runs this many schedules, or only the schedule of the seed in `QUOTA_SEED`.
 async fn run(counters: &mut Counters, clock: &TestClock, schedules: u64) -> Sum {
     let seeds = number("QUOTA_SEED").map_or(0..schedules, |seed| seed..seed + 1);
     let mut sum = Sum::default();
@@ -389,17 +393,17 @@ fn check(sum: &Sum) {
     }
 }
 
-/// Tens of thousands of schedules, on the model that the script is compared with.
+/// Runs tens of thousands of schedules on the model that the script is compared with.
 #[tokio::test]
-async fn a_return_never_fills_a_bucket_beyond_what_was_never_taken() {
+async fn a_return_never_makes_a_bucket_fuller_than_without_the_take() {
     let clock = TestClock::at(START);
     let schedules = number("QUOTA_SEEDS").unwrap_or(40_000);
     check(&run(&mut Counters::model(), &clock, schedules).await);
 }
 
-/// A few thousand of them on the script in a real Redis.
+/// Runs a few thousand schedules on the script in a real Redis.
 #[tokio::test]
-async fn the_script_never_fills_a_bucket_beyond_what_was_never_taken() {
+async fn the_script_never_makes_a_bucket_fuller_than_without_the_take() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
@@ -421,7 +425,7 @@ async fn planted_errors_in_the_credit_are_found() {
             "math.min(debt, back * e, math.max(",
             "math.min(debt, back * e, math.max(back * e, ",
         ),
-        // A minimum counts for grants from before it was taken.
+        // A minimum also counts for grants from before it was recorded.
         ("taken_at >= nt", "true"),
     ];
     let (_server, redis) = started().await;
@@ -439,7 +443,7 @@ async fn planted_errors_in_the_credit_are_found() {
 /// A request that is dropped while it waits costs nothing, and neither does a lease that is returned to a busy bucket,
 /// no matter how late.
 #[tokio::test]
-async fn a_simple_return_is_credited_whole() {
+async fn a_simple_return_is_credited_in_full() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
@@ -486,20 +490,21 @@ async fn a_simple_return_is_credited_whole() {
         back_generation: generation,
         ..call
     };
-    // If returned immediately, to a bucket that was full, everything except the refill in between is credited.
+    // If tokens are returned immediately to a bucket that was full, all of them are credited, except for the refill in
+    // between.
     let (at, granted, _, generation) = take(wanting(50)).await;
     assert_eq!(granted, 50);
     clock.advance(Duration::from_millis(2));
     let (_, _, debt, _) = take(returning(50, at, generation)).await;
     assert_eq!(debt, 0);
-    // If returned late, to a bucket that was never full in between, everything is credited.
+    // If tokens are returned late to a bucket that was never full in between, all of them are credited.
     assert_eq!(take(wanting(150)).await.1, 150);
     let (at, granted, debt, generation) = take(wanting(40)).await;
     assert_eq!((granted, debt), (40, 190_000_000));
     clock.advance(Duration::from_millis(100));
     let (_, _, debt, _) = take(returning(40, at, generation)).await;
     assert_eq!(debt, 50_000_000);
-    // In an older generation, nothing is credited.
+    // Tokens from an older generation are not credited.
     let (at, granted, debt, generation) = take(wanting(40)).await;
     assert_eq!(granted, 40);
     let (_, _, same, _) = take(returning(40, at, generation - 1)).await;
@@ -507,9 +512,9 @@ async fn a_simple_return_is_credited_whole() {
 }
 
 /// 150 concurrent requests on a replica whose responses are late are all rejected, and each of their tokens is returned
-/// separately, between two waves of 250 on other replicas.
+/// separately, between two waves of 250 requests on other replicas.
 #[tokio::test]
-async fn late_returns_one_by_one_sell_nothing_twice() {
+async fn late_separate_returns_grant_nothing_twice() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
@@ -574,7 +579,7 @@ async fn late_returns_one_by_one_sell_nothing_twice() {
     }
     clock.advance(Duration::from_millis(15));
     let served = first + wave().await;
-    // This allows for the 25 ms between the waves and the refill during the first calls.
+    // The bound allows for the 25 ms between the waves and the refill during the first calls.
     assert!(served <= 200 + 25 + 1, "{served}, {first} at first");
     assert!(served >= 185, "{served}, {first} at first");
 }

@@ -42,7 +42,7 @@ const BURST: u32 = 50;
 /// The outcomes of the requests of a run.
 #[derive(Debug, Default)]
 struct Log {
-    /// The time from request to response, in nanoseconds.
+    /// For each admitted request, when it was sent and when its response arrived, in nanoseconds.
     admitted: Mutex<Vec<(u64, u64)>>,
     degraded: AtomicU64,
     errors: AtomicU64,
@@ -91,7 +91,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
             sleep(Duration::from_millis(500)).await;
         }
     });
-    // Waits until the replicas have counted each other.
+    // Wait until the replicas have counted each other.
     sleep(Duration::from_millis(8500)).await;
     Replicas {
         stores,
@@ -100,7 +100,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
     }
 }
 
-/// Sends requests at twice the rate to the replicas in turn, for this long.
+/// Sends requests at twice the plan's rate to the replicas in turn, for this long.
 async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
     let policies = Arc::new(Policies::new(
         RatePolicy {
@@ -145,7 +145,7 @@ async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
 
 impl Log {
     /// Returns the number of tokens by which the worst window is certain to exceed the envelope, counting only requests
-    /// that were sent and got their response within it.
+    /// that were sent and got their response within the window.
     fn excess(&self) -> f64 {
         let admitted = self.admitted.lock();
         let rate = f64::from(RPM) / 60e9;
@@ -153,7 +153,7 @@ impl Log {
         let mut starts: Vec<u64> = admitted.iter().map(|(asked, _)| *asked).collect();
         starts.sort_unstable();
         starts.dedup();
-        // Checking every twentieth start is enough to find more than a handful.
+        // Checking every twentieth start is enough to find an excess of more than a few tokens.
         for start in starts.iter().step_by(20) {
             let mut ends: Vec<u64> = admitted
                 .iter()
@@ -182,11 +182,11 @@ async fn is_back(replicas: &Replicas) {
     };
     tokio::time::timeout(Duration::from_secs(30), back)
         .await
-        .expect("the counters are come back to");
+        .expect("the replicas use the counters again");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_is_killed_sells_nothing_twice() {
+async fn a_killed_redis_grants_nothing_twice() {
     let mut server = RedisServer::start().await;
     let replicas = replicas(&server, OnRedisFailure::Share).await;
     let log = Arc::new(Log::default());
@@ -211,7 +211,7 @@ async fn a_redis_that_is_killed_sells_nothing_twice() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_redis_that_is_frozen_closes_where_that_is_asked_for() {
+async fn a_frozen_redis_rejects_requests_on_a_closed_plan() {
     let mut server = RedisServer::start().await;
     let replicas = replicas(&server, OnRedisFailure::Closed).await;
     let log = Arc::new(Log::default());
@@ -224,16 +224,22 @@ async fn a_redis_that_is_frozen_closes_where_that_is_asked_for() {
     tokio::join!(load(&replicas, &log, Duration::from_secs(6)), faults);
     is_back(&replicas).await;
     assert!(log.excess() <= 0.0, "{} above the envelope", log.excess());
-    assert!(log.errors.load(Ordering::Relaxed) > 0, "it closed");
+    assert!(
+        log.errors.load(Ordering::Relaxed) > 0,
+        "the plan was closed during the outage"
+    );
     let again = Arc::new(Log::default());
     load(&replicas, &again, Duration::from_millis(500)).await;
-    assert!(!again.admitted.lock().is_empty(), "and opens again");
+    assert!(
+        !again.admitted.lock().is_empty(),
+        "requests are admitted again"
+    );
 }
 
 /// The token was taken from the bucket before the response arrived: if the response were ignored, the token would be
 /// lost.
 #[tokio::test]
-async fn a_token_whose_grant_comes_too_late_goes_back() {
+async fn a_token_granted_too_late_is_returned() {
     let mut server = RedisServer::start().await;
     let redis = connect(&server, "300ms");
     assert!(redis.connected(Duration::from_secs(10)).await);
@@ -273,7 +279,7 @@ async fn a_token_whose_grant_comes_too_late_goes_back() {
     };
     assert!(admit().await);
     server.stop();
-    assert!(!admit().await, "in time there is no answer");
+    assert!(!admit().await, "no response arrives in time");
     server.cont();
     let returned = async {
         while metrics.lease_tokens_returned.get() == 0 {
@@ -282,7 +288,7 @@ async fn a_token_whose_grant_comes_too_late_goes_back() {
     };
     tokio::time::timeout(Duration::from_secs(10), returned)
         .await
-        .expect("the token goes back");
+        .expect("the token is returned");
     for _ in 0..4 {
         assert!(admit().await);
     }

@@ -1,5 +1,5 @@
 //! Tests of limits that many replicas share: the store in a simulated world, its script in a real Redis, and both
-//! together while Redis is slow, killed and frozen.
+//! together while Redis is slow, killed or frozen.
 
 mod bursts;
 mod credits;

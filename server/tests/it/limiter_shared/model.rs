@@ -1,5 +1,5 @@
-//! The behavior of the Redis script, in integers of any size: a fast substitute for Redis, with which the script is
-//! compared. It repeats the script's rules, so it does not prove that they are correct; `credits` does.
+//! The behavior of the Redis script, in 128-bit integers: a fast substitute for Redis, with which the script is
+//! compared. The model repeats the script's rules, so it does not prove that they are correct; `credits` does.
 
 use std::collections::HashMap;
 
@@ -14,21 +14,22 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// The default deadline of calls, in microseconds.
 pub(super) const DEADLINE: u64 = 30_000;
 
-/// How much earlier than a delay after its start callers that were promised an epoch must call, in microseconds.
+/// The promise of an epoch expires this long before one epoch delay has passed since the epoch's start, in
+/// microseconds.
 const PROMISED: u64 = 100_000;
 
-/// The start of an epoch is put off until a caller has confirmed it, unless it is further away than the delay minus this
-/// or the deadline of calls, in microseconds.
+/// A call during an outage postpones the start of an unconfirmed epoch only after this many microseconds of the delay,
+/// or after the deadline of calls if that is longer.
 const KNOWN: u64 = 50_000;
 
-/// How long after the start of a confirmed epoch other callers cannot begin another one, in microseconds, in addition to
-/// three deadlines.
+/// How long after the start of a confirmed epoch other callers cannot begin another epoch, in microseconds, in addition
+/// to three deadlines.
 const SETTLED: u64 = 50_000;
 
 /// How long after a confirmed response there is certainly no outage, in microseconds.
 const CONNECTED: u64 = 800_000;
 
-/// A confirmation that is newer than the stored one by less than this is not stored, in microseconds.
+/// A confirmation is stored only if it is newer than the stored one by more than this, in microseconds.
 const CONFIRMED: u64 = 50_000;
 
 /// The largest number of nanoseconds that the script computes exactly.
@@ -40,7 +41,7 @@ struct Bucket {
     debt: u128,
     /// Debt in excess of an empty bucket.
     beyond: u128,
-    /// Refill since the epoch started, minus the tokens taken, even if the bucket was full in between.
+    /// Refill since the epoch started, minus the tokens taken. Refill counts even while the bucket is full.
     gathered: Option<u128>,
     emission: u128,
     tau: u128,
@@ -49,7 +50,7 @@ struct Bucket {
     version_at: u64,
     epoch: u64,
     generation: u64,
-    /// The lowest debt since the time next to it, for two times, newer first.
+    /// For two times, newer first: the lowest debt since that time, and the time.
     least: [(u128, u64); 2],
     expires_at: u64,
 }
@@ -59,7 +60,7 @@ struct Epoch {
     run: u64,
     start: Option<u64>,
     ok: u64,
-    /// A caller has confirmed the start.
+    /// Whether a caller has confirmed the start.
     is_known: bool,
 }
 
@@ -69,17 +70,17 @@ const OUTDATED: u64 = 10_000_000;
 /// How long a bucket is kept in addition to twice the time until it is full, in microseconds.
 const KEPT: u64 = 60_000_000;
 
-/// The state of a server.
+/// The state of a Redis server.
 #[derive(Debug, Clone, Default)]
 pub(super) struct State {
     buckets: HashMap<BucketName, Bucket>,
     epochs: HashMap<u16, Epoch>,
-    /// For comparison: buckets never expire.
+    /// Whether buckets never expire, for comparison.
     keeps_all: bool,
 }
 
 impl State {
-    /// A new deployment, with full buckets.
+    /// Returns the state of a new deployment, in which every bucket is full.
     pub(super) fn fresh(run: u64, partitions: u16) -> Self {
         let epoch = Epoch {
             run,
@@ -94,7 +95,7 @@ impl State {
         }
     }
 
-    /// The same state, in which buckets never expire.
+    /// Returns the same state, but with buckets that never expire.
     pub(super) fn without_expiry(self) -> Self {
         Self {
             keeps_all: true,

@@ -1,5 +1,5 @@
 //! Tests of calendar quotas with shared counters: a burst takes the tokens it needs in a few calls, and no replica
-//! keeps tokens that another one needs. Runs in simulated time, on models of the counters and the ledger.
+//! keeps tokens that another replica needs. The tests run in simulated time, on models of the counters and the ledger.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -28,7 +28,7 @@ fn plan(rate: u32, daily: u64, strict: bool) -> Policies {
     Policies::new(rate, NonZeroU64::new(daily), None, Zone::utc(), strict)
 }
 
-/// Replicas that believe there are `of` replicas.
+/// Creates `count` replicas, which believe that there are `of` replicas.
 fn replicas(far: &Far, ledger: &Arc<TestLedger>, count: u64, of: u64) -> Vec<Replica> {
     (0..count)
         .map(|rank| {
@@ -62,8 +62,8 @@ async fn a_burst_takes_its_quota_in_two_calls() {
             began.elapsed()
         );
         let (calls, takes) = (far.calls() - calls, ledger.takes() - takes);
-        assert!(calls <= 4, "{calls} calls of the counters: {what}");
-        assert!(takes <= 3, "{takes} calls of the ledger: {what}");
+        assert!(calls <= 4, "{calls} calls to the counters: {what}");
+        assert!(takes <= 3, "{takes} calls to the ledger: {what}");
         let taken = replica.metrics.lease_tokens_taken.get() - taken;
         assert!(taken <= 700, "{taken} tokens of the rate taken: {what}");
         assert!(
@@ -73,8 +73,8 @@ async fn a_burst_takes_its_quota_in_two_calls() {
     }
 }
 
-/// This also holds if the quota or the rate is exhausted within the burst: exactly the available tokens are granted,
-/// and the rest is returned.
+/// If the quota or the rate is exhausted within the burst, exactly the available tokens are spent, and tokens that were
+/// taken for denied requests are returned.
 #[tokio::test(start_paused = true)]
 async fn a_burst_beyond_the_quota_or_the_rate_is_served_exactly() {
     for (rate, daily, strict) in [(500, 300, true), (500, 300, false), (100, 300, true)] {
@@ -99,9 +99,9 @@ async fn a_burst_beyond_the_quota_or_the_rate_is_served_exactly() {
     }
 }
 
-/// Requests that are dropped at any point take nothing from the quota.
+/// Requests that are dropped at any point consume none of the quota.
 #[tokio::test(start_paused = true)]
-async fn dropped_requests_give_their_quota_back() {
+async fn dropped_requests_return_their_quota_tokens() {
     for dropped_after in [0, 5, 12, 18, 22, 28, 35, 45] {
         let far = Far::new(Duration::from_millis(10));
         let ledger = TestLedger::new();
@@ -127,7 +127,8 @@ async fn dropped_requests_give_their_quota_back() {
     }
 }
 
-/// One replica serves a single request and then none; the others are granted exactly the rest.
+/// All replicas but one serve a single request and then none. The remaining replica is granted exactly the rest of the
+/// quota.
 #[tokio::test(start_paused = true)]
 async fn blocks_of_idle_replicas_go_to_the_busy_ones() {
     for (of, daily) in [(2, 1000), (2, 10_000), (3, 1000), (3, 10_000)] {

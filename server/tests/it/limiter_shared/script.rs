@@ -25,7 +25,7 @@ struct Flags {
     settings: Settings,
 }
 
-/// A private Redis, with connections that do not fail on a busy machine.
+/// Starts a private Redis, and connects with timeouts that do not expire on a busy machine.
 pub(crate) async fn started() -> (RedisServer, Redis) {
     let server = RedisServer::start().await;
     let redis = connect(&server, "5s");
@@ -46,10 +46,10 @@ pub(super) fn connect_to(url: &str, patience: &str) -> Redis {
     ];
     let settings = <Flags as clap::Parser>::try_parse_from(flags).expect("flags");
     let config = Config::read(&settings.settings).expect("valid settings");
-    Redis::connect_lazy(config.redis.expect("it is set"))
+    Redis::connect_lazy(config.redis.expect("REDIS_URL is set"))
 }
 
-/// The script's counters at the test's time.
+/// The counters in Redis, with a script that uses the test's time.
 #[derive(Debug)]
 pub(crate) struct ClockedCounters {
     counters: RedisCounters,
@@ -63,7 +63,7 @@ const TEST_TIME: &str = "redis.call('LRANGE', 'time', 0, 1)";
 
 const READ: &str = "local b = redis.call('HMGET', KEYS[1],";
 const EXPIRE: &str = "redis.call('PEXPIRE', KEYS[1],";
-/// The same at the test's time: the bucket's field `expires` is the time in microseconds at which it is deleted.
+/// Reads a bucket at the test's time: its field `expires` contains the time, in microseconds, at which it is deleted.
 const TEST_READ: &str = "
 if now >= tonumber(redis.call('HGET', KEYS[1], 'expires') or 'inf') then
   redis.call('DEL', KEYS[1])
@@ -76,7 +76,7 @@ impl ClockedCounters {
         Self::with_script(redis, clock, RedisCounters::script())
     }
 
-    /// The same with a different script.
+    /// Like [`new`](Self::new), but with a different script.
     pub(super) fn with_script(redis: &Redis, clock: &TestClock, script: &str) -> Arc<Self> {
         let mut timed = script.to_owned();
         for (real, test) in [(TIME, TEST_TIME), (READ, TEST_READ), (EXPIRE, TEST_EXPIRE)] {
@@ -90,9 +90,9 @@ impl ClockedCounters {
         })
     }
 
-    /// A new deployment.
+    /// Starts a new deployment.
     pub(crate) async fn begin(&self) {
-        self.counters.begin().await.expect("Redis answers");
+        self.counters.begin().await.expect("Redis responds");
     }
 }
 
@@ -159,10 +159,10 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
     }
 }
 
-/// For random calls, including calls after a loss of state, a clock set back, or an edit, both give the same replies,
-/// to the nanosecond.
+/// For random calls, including calls after a loss of state, a clock set back, or an edit, the script and the model give
+/// the same replies, to the nanosecond.
 #[tokio::test]
-async fn the_script_answers_as_the_model_does() {
+async fn the_script_replies_as_the_model_does() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
@@ -176,7 +176,7 @@ async fn the_script_answers_as_the_model_does() {
         match rng.u8(..200) {
             0 => {
                 let flush = redis::cmd("FLUSHALL");
-                redis.query("", &flush).await.expect("Redis answers");
+                redis.query("", &flush).await.expect("Redis responds");
                 model = State::default();
             }
             1 => clock.set_now(quota_server::clock::UnixNanos(
@@ -193,7 +193,7 @@ async fn the_script_answers_as_the_model_does() {
         if call.back_generation == 1 {
             call.back_generation = generations.get(&call.bucket).copied().unwrap_or(0);
         }
-        let reply = counters.take(call).await.expect("Redis answers");
+        let reply = counters.take(call).await.expect("Redis responds");
         assert_eq!(
             reply,
             model.take(1, now, call),
@@ -220,10 +220,10 @@ async fn the_script_answers_as_the_model_does() {
     );
 }
 
-/// A Redis that is new to the deployment has full buckets; one that has lost its state starts a new epoch with empty
-/// buckets.
+/// A Redis that is new to the deployment has full buckets; a Redis that has lost its state starts a new epoch with
+/// empty buckets.
 #[tokio::test]
-async fn a_lost_state_begins_empty_and_a_new_one_full() {
+async fn buckets_are_empty_after_a_loss_of_state_and_full_in_a_new_deployment() {
     let (mut server, redis) = started().await;
     let counters = RedisCounters::new(redis.clone());
     let call = TakeCall {
@@ -266,21 +266,22 @@ async fn a_lost_state_begins_empty_and_a_new_one_full() {
     };
     tokio::time::sleep(Duration::from_micros(wait)).await;
     let BucketState::Active { granted, debt, .. } = state(&counters).await else {
-        panic!("it has begun");
+        panic!("the epoch has begun");
     };
     assert_eq!(granted, 0);
     assert!(debt > Nanos::from_secs(9), "nearly empty: {debt:?}");
 }
 
 /// The versions of a plan start over when PostgreSQL is restored from a backup. A replica that has not learned of an
-/// edit looks the same, but only briefly.
+/// edit also sends a lower version, but only briefly.
 #[tokio::test]
 async fn versions_that_start_over_are_followed() {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
     counters.begin().await;
-    // A small plan with a high version, edited after the restore to a larger plan with a low version.
+    // The plan is small and has a high version. After the restore, an edit makes the plan larger and gives it a low
+    // version.
     let bucket = BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil()));
     let plan = |version: u64, burst: u64| TakeCall {
         bucket,
@@ -313,9 +314,9 @@ async fn versions_that_start_over_are_followed() {
             followed = followed.or(Some(second));
         }
     }
-    let followed = followed.expect("the edit is in force");
+    let followed = followed.expect("the edit has taken effect");
     assert!((5..=12).contains(&followed), "after {followed} s");
-    // From then on, edits are ordered by their new versions.
+    // After that, edits are ordered by their new versions.
     clock.advance(Duration::from_secs(60));
     assert_eq!(granted(plan(9, 2)).await, 2);
 }
@@ -345,23 +346,24 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
         state @ BucketState::Initializing { .. } => panic!("{state:?}"),
     };
     assert_eq!(granted(plan(1, 100)).await, 100);
-    // After the edit to a burst of one, the tokens it cannot hold remain missing: a larger burst has only the refill.
+    // After an edit to a burst of one, the tokens that the bucket cannot hold remain missing. When the burst is raised
+    // again, the bucket contains only the refill.
     clock.advance(Duration::from_secs(1));
     assert_eq!(granted(plan(2, 1)).await, 1);
     clock.advance(Duration::from_secs(1));
     assert_eq!(granted(plan(3, 100)).await, 19);
 
     let flush = redis::cmd("FLUSHALL");
-    redis.query("", &flush).await.expect("Redis answers");
+    redis.query("", &flush).await.expect("Redis responds");
     let BucketState::Initializing { wait } = take(plan(3, 100)).await else {
-        panic!("it has lost its state");
+        panic!("Redis has lost the bucket's state");
     };
     // The new epoch is two seconds old, and one token was used in it.
     clock.advance(Duration::from_micros(wait) + Duration::from_secs(1));
     assert_eq!(granted(plan(4, 1)).await, 1);
     clock.advance(Duration::from_secs(1));
     assert_eq!(granted(plan(5, 100)).await, 19);
-    // This continues until the bucket has refilled completely.
+    // The larger burst has only the refill until the bucket has refilled completely.
     clock.advance(Duration::from_secs(5));
     assert_eq!(granted(plan(5, 100)).await, 50);
     clock.advance(Duration::from_secs(100));
@@ -369,14 +371,14 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(plan(6, 150)).await, 50);
 
     // The same holds hours later, while the smaller burst is in use.
-    redis.query("", &flush).await.expect("Redis answers");
+    redis.query("", &flush).await.expect("Redis responds");
     let slow = |version, burst: u64| TakeCall {
         emission: Nanos(60_000_000_000),
         tau: Nanos(burst * 60_000_000_000),
         ..plan(version, burst)
     };
     let BucketState::Initializing { wait } = take(slow(7, 1)).await else {
-        panic!("it has lost its state");
+        panic!("Redis has lost the bucket's state");
     };
     clock.advance(Duration::from_micros(wait));
     for use_number in 1..=90 {
@@ -386,8 +388,8 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(slow(8, 600)).await, 180 - 90);
 }
 
-/// Without edits, a bucket that expires is the same as one that is kept: it expires only after it is full. The model of
-/// the bucket that is kept has no rule for expiry.
+/// Without edits, a bucket that expires behaves like a bucket that is kept, because it expires only after it is full.
+/// The model of the kept bucket has no rule for expiry.
 #[tokio::test]
 async fn a_bucket_that_expires_equals_one_that_is_kept() {
     let (_server, redis) = started().await;
@@ -402,7 +404,7 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
         match rng.u8(..100) {
             0 => {
                 let flush = redis::cmd("FLUSHALL");
-                redis.query("", &flush).await.expect("Redis answers");
+                redis.query("", &flush).await.expect("Redis responds");
                 kept = State::default().without_expiry();
             }
             1 => clock.set_now(quota_server::clock::UnixNanos(
@@ -439,12 +441,12 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
         );
         let mut get = redis::cmd("HGET");
         get.arg(&name).arg("expires");
-        if let redis::Value::BulkString(at) = redis.query("", &get).await.expect("Redis answers") {
+        if let redis::Value::BulkString(at) = redis.query("", &get).await.expect("Redis responds") {
             let at = String::from_utf8(at).expect("text");
             let at: u64 = at.parse().expect("a number");
             expired += u32::from(now >= at);
         }
-        let reply = counters.take(call).await.expect("Redis answers");
+        let reply = counters.take(call).await.expect("Redis responds");
         let kept = kept.take(1, now, call);
         let without_generation = |reply: TakeReply| match reply.state {
             BucketState::Active { granted, debt, .. } => Some((granted, debt)),
@@ -467,12 +469,12 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
     );
 }
 
-/// One request to a bucket that would take months to fill. Before, its bucket was kept for twice that time.
+/// Takes a few tokens from a bucket that would need a month to fill.
 #[tokio::test]
 async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
     let (server, redis) = started().await;
     let counters = RedisCounters::new(redis.clone());
-    counters.begin().await.expect("Redis answers");
+    counters.begin().await.expect("Redis responds");
     let take = |tokens| TakeCall {
         bucket: BucketName::Key(TenantId(uuid::Uuid::nil()), ApiKeyId(uuid::Uuid::nil())),
         emission: Nanos::from_secs(60),
@@ -496,10 +498,10 @@ async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
             .expect("a number");
         left / 1000
     };
-    counters.take(take(1)).await.expect("Redis answers");
+    counters.take(take(1)).await.expect("Redis responds");
     let left = seconds_left().await;
     assert!((60..=180).contains(&left), "{left} s for a minute of debt");
-    counters.take(take(1000)).await.expect("Redis answers");
+    counters.take(take(1000)).await.expect("Redis responds");
     let left = seconds_left().await;
     assert!(
         (1001 * 60 - 10..=2 * 1001 * 60 + 60).contains(&left),
@@ -511,7 +513,7 @@ async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
 async fn deleted_buckets_are_gone_and_others_remain() {
     let (server, redis) = started().await;
     let counters = RedisCounters::new(redis.clone());
-    counters.begin().await.expect("Redis answers");
+    counters.begin().await.expect("Redis responds");
     let bucket = |key| {
         BucketName::Key(
             TenantId(uuid::Uuid::nil()),
@@ -528,16 +530,16 @@ async fn deleted_buckets_are_gone_and_others_remain() {
             outage_since: CounterMicros::NONE,
             ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
         };
-        counters.take(take).await.expect("Redis answers");
+        counters.take(take).await.expect("Redis responds");
     }
     let deleted = (0..240).map(bucket).collect::<Vec<_>>();
-    counters.delete(0, &deleted).await.expect("Redis answers");
-    // Ten buckets and the epoch.
+    counters.delete(0, &deleted).await.expect("Redis responds");
+    // Ten buckets and the epoch remain.
     assert_eq!(server.command("DBSIZE").await.trim(), ":11");
 }
 
-/// After the clock of Redis was set back, callers confirm their responses as before. So a caller that starts, or returns
-/// after a brief outage, need not assume that all others have an outage too.
+/// After Redis's clock has been set back, callers confirm their responses as before. Therefore, a caller that starts,
+/// or returns after a brief outage, does not have to assume that all others have an outage too.
 #[tokio::test]
 async fn a_clock_that_was_set_back_hides_no_connected_caller() {
     let (_server, redis) = started().await;
@@ -556,10 +558,10 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
             back: 0,
             ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
         };
-        let reply = counters.take(call).await.expect("Redis answers");
+        let reply = counters.take(call).await.expect("Redis responds");
         matches!(reply.state, BucketState::Active { .. }).then_some(reply.at.0)
     };
-    // A connected caller, which learns from the first response that the clock was set back.
+    // Calls like a connected replica, which learns from the first response that the clock was set back.
     let connected = async || {
         let mut heard = 0;
         for _ in 0..10 {
@@ -573,7 +575,10 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
             clock.now().0 - set_back * 1_000_000_000,
         ));
         connected().await;
-        assert!(take(1, 0).await.is_some(), "one that starts, {set_back} s");
+        assert!(
+            take(1, 0).await.is_some(),
+            "a caller that starts, {set_back} s"
+        );
         let since = now() - 400_000;
         assert!(take(since, since).await.is_some(), "{set_back} s");
     }
@@ -582,9 +587,9 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
     assert!(take(1, 0).await.is_none());
 }
 
-/// A replica whose responses are always late keeps reporting its outage. If its call arrives exactly when an epoch starts,
-/// before the other replicas have confirmed a response in the epoch, it must not begin another one: otherwise, no replica
-/// would recover while its calls continue to arrive at such a time.
+/// A replica whose responses are always late keeps reporting its outage. If its call arrives exactly when an epoch
+/// starts, before the other replicas have confirmed a response in the epoch, the replica must not begin another epoch.
+/// Otherwise, no replica would recover while its calls continue to arrive at such times.
 #[tokio::test]
 async fn a_caller_with_slow_responses_does_not_delay_the_others() {
     let (_server, redis) = started().await;
@@ -603,7 +608,7 @@ async fn a_caller_with_slow_responses_does_not_delay_the_others() {
             deadline: DEADLINE,
             ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
         };
-        counters.take(call).await.expect("Redis answers")
+        counters.take(call).await.expect("Redis responds")
     };
     let promise = |reply: TakeReply| match reply.state {
         BucketState::Initializing { wait } => Some(reply.at.0 + wait),
@@ -619,8 +624,8 @@ async fn a_caller_with_slow_responses_does_not_delay_the_others() {
 
     wait_until(start);
     for _ in 0..3 {
-        let again = promise(take(since, 0, 0).await).expect("it has to call again");
-        assert!(again < start + EPOCH_DELAY, "that is no new epoch");
+        let again = promise(take(since, 0, 0).await).expect("the caller has to call again");
+        assert!(again < start + EPOCH_DELAY, "no new epoch begins");
         clock.advance(Duration::from_millis(10));
     }
     // A caller that was promised the epoch uses it, and confirms its response.
@@ -634,13 +639,13 @@ async fn a_caller_with_slow_responses_does_not_delay_the_others() {
         "others are connected"
     );
 
-    // Without such a caller, another epoch begins soon.
+    // Without a connected caller, another epoch begins soon.
     clock.advance(Duration::from_secs(10));
     let since = clock.now().0 / 1000 - 2_000_000;
     let start = promise(take(since, 0, 0).await).expect("an epoch begins");
     assert_eq!(promise(take(0, start, 0).await), Some(start), "confirmed");
     wait_until(start);
-    let again = promise(take(since, 0, 0).await).expect("it has to call again");
+    let again = promise(take(since, 0, 0).await).expect("the caller has to call again");
     wait_until(again);
     let next = promise(take(since, 0, 0).await).expect("an epoch begins");
     assert_eq!(next, again + EPOCH_DELAY);

@@ -1,5 +1,5 @@
-//! The applications whose requests are checked. All of them have one route, `GET /orders/{id}`, which returns the order
-//! and the key's plan.
+//! The applications that use the middleware. Each application has one route, `GET /orders/{id}`, which returns the
+//! order and the key's plan.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ use tokio::{
     task::JoinSet,
 };
 
-/// Allows for a busy machine.
+/// Long enough for a busy machine.
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +55,7 @@ fn folder(name: &str) -> PathBuf {
 }
 
 impl Program {
-    /// Returns the name under which usage lists the requests.
+    /// Returns the endpoint under which usage reports list the requests.
     pub(super) fn endpoint(self) -> &'static str {
         match self {
             Self::Rust => "GET /orders/{id}",
@@ -73,7 +73,7 @@ impl Program {
         };
         let output = tempfile::tempdir().expect("a directory");
         let log = output.path().join("log");
-        // Another process may have taken the port in the meantime.
+        // Retry, because another process may take the port in the meantime.
         for _ in 0..5 {
             let port = free_port();
             let mut command = command(port);
@@ -89,9 +89,9 @@ impl Program {
                     .env("SSL_CERT_FILE", root)
                     .env("NODE_EXTRA_CA_CERTS", root);
             }
-            let mut process = Process::start(&command, &log).expect("it is installed");
+            let mut process = Process::start(&command, &log).expect("the program is installed");
             let began = Instant::now();
-            while process.ended().expect("it is ours").is_none() {
+            while process.ended().expect("a child process").is_none() {
                 if TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
                     return Api {
                         url: format!("http://127.0.0.1:{port}"),
@@ -101,7 +101,10 @@ impl Program {
                         },
                     };
                 }
-                assert!(began.elapsed() < STARTED_WITHIN, "it does not listen");
+                assert!(
+                    began.elapsed() < STARTED_WITHIN,
+                    "the program does not listen"
+                );
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
@@ -125,9 +128,12 @@ async fn in_process(setting: &Setting) -> Api {
         .route("/orders/{id}", get(order))
         .layer(layer.build().expect("the settings are valid"));
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-    let url = format!("http://{}", listener.local_addr().expect("it is bound"));
+    let url = format!(
+        "http://{}",
+        listener.local_addr().expect("the socket is bound")
+    );
     let mut task = JoinSet::new();
-    task.spawn(async move { axum::serve(listener, app).await.expect("it serves") });
+    task.spawn(async move { axum::serve(listener, app).await.expect("the server runs") });
     Api {
         url,
         _running: Running::Task { _task: task },
@@ -165,7 +171,7 @@ fn typescript(port: u16) -> Command {
     let compiled = installed("middleware-typescript", &sources, |dir| {
         for file in &files {
             let name = file.file_name().expect("files have names");
-            fs::copy(file, dir.join(name)).expect("it can be copied");
+            fs::copy(file, dir.join(name)).expect("the file is copied");
         }
         run(Command::new("npm").current_dir(dir).args([
             "ci",
@@ -184,11 +190,11 @@ fn typescript(port: u16) -> Command {
     node
 }
 
-/// Returns a directory with installed packages, which later test runs use again unless one of `sources` has changed.
+/// Returns a directory with installed packages, which later test runs reuse unless one of `sources` has changed.
 fn installed(name: &str, sources: &[&Path], install: impl FnOnce(&Path)) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let stamp = dir.with_extension("stamp");
-    // Tests run as separate processes at the same time.
+    // Several tests may run at the same time, in separate processes.
     let lock = fs::File::create(dir.with_extension("lock")).expect("a file");
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).expect("no other error");
     let read = |path: &&Path| fs::read_to_string(path).expect("the file is there");
@@ -199,7 +205,7 @@ fn installed(name: &str, sources: &[&Path], install: impl FnOnce(&Path)) -> Path
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir).expect("a directory");
     install(&dir);
-    fs::write(&stamp, wanted).expect("it is written");
+    fs::write(&stamp, wanted).expect("the file is written");
     dir
 }
 

@@ -15,7 +15,7 @@ use tokio::{
     task::JoinSet,
 };
 
-/// A response that never comes.
+/// Stands for a response that is never sent.
 pub(super) const SILENCE: &str = "silence";
 
 /// Returns a complete response. Each of `fields` ends with CRLF.
@@ -39,7 +39,7 @@ struct Shared {
 impl Substitute {
     pub(super) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
-        let addr = listener.local_addr().expect("it is bound");
+        let addr = listener.local_addr().expect("the socket is bound");
         let shared = Arc::<Shared>::default();
         let state = Arc::clone(&shared);
         let mut task = JoinSet::new();
@@ -60,8 +60,8 @@ impl Substitute {
         format!("http://{}", self.addr)
     }
 
-    /// Responds to later checks with these bytes, or never if they are [`SILENCE`]. Closes the connection after anything
-    /// but a response.
+    /// Responds to later checks with these bytes, or never if they are [`SILENCE`]. Closes the connection after
+    /// anything that is not a complete response.
     pub(super) fn respond_with(&self, response: &str) {
         response.clone_into(&mut self.shared.response.lock());
     }

@@ -462,7 +462,11 @@ async fn patch_of_a_key_clears_null_fields_and_keeps_absent_ones() {
         app.act(&account, "GET", &path, Value::Null).await.body,
         cleared
     );
-    assert_eq!(patch(json!({})).await, cleared, "nothing is no edit");
+    assert_eq!(
+        patch(json!({})).await,
+        cleared,
+        "an empty body changes nothing"
+    );
 
     // `null` for a field that cannot be cleared must not be ignored: a caller could believe that a key was deactivated
     // when it was not.
@@ -638,7 +642,7 @@ async fn concurrent_creations_with_one_idempotency_key_create_one_key() {
             status => panic!("{status}: {}", answer.body),
         }
     }
-    assert_eq!((texts, ids.len()), (1, 1), "one text of one key");
+    assert_eq!((texts, ids.len()), (1, 1), "one secret of one key");
     let other = make("Another").await;
     assert_eq!(
         (other.status, other.problem()),

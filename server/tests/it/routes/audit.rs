@@ -436,7 +436,7 @@ async fn log_can_be_filtered_by_action_type_and_target() {
     }
 }
 
-/// The filter accepts the actions that the server records.
+/// The filter accepts every action that the server records.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_recorded_action_is_a_valid_filter() {
     let app = TestApp::start().await;
@@ -480,7 +480,7 @@ async fn events_are_filtered_by_actor_name_and_time() {
     let both = ["Pro", "100% Starter_1"];
     assert_eq!(names("").await, both);
     assert_eq!(names("search=starter").await, [both[1]]);
-    // Wildcards are ordinary characters.
+    // Wildcards are treated as ordinary characters.
     assert_eq!(names("search=0%25%20S").await, [both[1]]);
     assert_eq!(names("search=%25").await, [both[1]]);
     assert_eq!(names("search=Starter-1").await, [""; 0]);

@@ -160,7 +160,7 @@ async fn refresh_token_works_once_and_its_predecessor_gets_the_same_successor() 
     let third = refresh(&app, &second.text("refresh_token")).await;
     assert_eq!(third.status, 200);
 
-    // The token is no longer the predecessor, so it must have been copied, and the whole family ends.
+    // The token is no longer the predecessor, so someone must have copied it, and the whole family ends.
     assert_eq!(refresh(&app, &account.refresh_token).await.status, 401);
     assert_eq!(
         refresh(&app, &third.text("refresh_token")).await.status,
@@ -204,7 +204,7 @@ async fn reuse_of_the_previous_refresh_token_after_ten_seconds_revokes_the_sessi
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_no_refresh_token_is_401_and_ends_nothing() {
+async fn invalid_refresh_token_is_401_and_revokes_nothing() {
     let app = TestApp::start().await;
     let account = app.register().await;
     let made_up =
@@ -236,7 +236,7 @@ async fn signing_out_ends_access_immediately() {
     assert_eq!(
         out().await,
         204,
-        "a session that has ended is as it should be"
+        "signing out of a session that has ended also succeeds"
     );
 }
 
@@ -272,7 +272,7 @@ async fn changed_password_revokes_every_other_session() {
     assert_eq!(
         me(&app, &account.access_token).await,
         200,
-        "the own session goes on"
+        "the session that made the change remains active"
     );
     assert_eq!(login(&app, &account.email, PASSWORD).await.status, 401);
     assert_eq!(
@@ -352,7 +352,7 @@ async fn current_user_can_be_updated() {
     );
 }
 
-/// Other changes of the tenant take too long, so this one is rejected as a whole.
+/// The tenant's other changes take too long, so this update is rejected as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_update_of_user_and_tenant_changes_neither() {
     let app = TestApp::start().await;
@@ -450,7 +450,7 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
         (429, "too-many-requests")
     );
     assert!((1..=30).contains(&refused.number("retry-after")));
-    // A console may show only the message.
+    // A console may show only this message.
     let wait = format!("Try again in {} second", refused.number("retry-after"));
     assert!(refused.text("detail").contains(&wait), "{}", refused.body);
     assert_eq!(
@@ -458,17 +458,17 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
             .await
             .status,
         429,
-        "what the client wrote counts nothing"
+        "addresses that the client sent do not count"
     );
     assert_eq!(
         from("198.51.100.8", "/admin/plans").await.status,
         200,
-        "another address is not concerned"
+        "another address is not affected"
     );
     assert_eq!(
         from("198.51.100.7", "/auth/me").await.status,
         200,
-        "nor another purpose"
+        "requests for another purpose are not affected"
     );
 
     let app = TestApp::setup()
@@ -541,7 +541,7 @@ async fn concurrent_registrations_of_one_email_create_one_account() {
     for table in ["users", "tenants", "memberships", "sessions"] {
         let sql = format!("SELECT count(*) FROM {table}");
         let rows: i64 = client.query_one(&sql, &[]).await.unwrap().get(0);
-        assert_eq!(rows, 1, "a refused registration leaves nothing in {table}");
+        assert_eq!(rows, 1, "a rejected registration leaves nothing in {table}");
     }
 }
 
@@ -565,7 +565,7 @@ async fn password_matches_in_any_unicode_composition() {
     let kept = app.everything_kept().await;
     assert!(kept.contains("$argon2id$"));
     for text in [composed, decomposed] {
-        assert!(!kept.contains(text), "the password is kept");
+        assert!(!kept.contains(text), "the password is stored");
     }
 }
 
@@ -647,7 +647,11 @@ async fn stolen_refresh_token_revokes_only_its_own_session() {
         .iter()
         .filter(|it| it["action"] == json!("session.reuse_detected"))
         .collect::<Vec<_>>();
-    assert_eq!(reuse.len(), 1, "once, however often it is tried");
+    assert_eq!(
+        reuse.len(),
+        1,
+        "recorded once, no matter how often the token is reused"
+    );
     let client = app.database.connect().await;
     let ended = client
         .query_one(
@@ -701,7 +705,7 @@ async fn other_replica_rejects_a_revoked_session_within_a_second() {
     assert_eq!(
         me(&other, &account.access_token).await,
         200,
-        "replicas believe one another's tokens"
+        "replicas accept each other's tokens"
     );
     let out = json!({"refresh_token": account.refresh_token});
     assert_eq!(one.post("/auth/logout", out).send().await.status, 204);
@@ -709,7 +713,7 @@ async fn other_replica_rejects_a_revoked_session_within_a_second() {
     while me(&other, &account.access_token).await != 401 {
         assert!(
             began.elapsed() < std::time::Duration::from_secs(2),
-            "it still works elsewhere"
+            "the token still works on the other replica"
         );
         tokio::time::sleep(std::time::Duration::from_millis(20)).await;
     }
@@ -865,7 +869,7 @@ async fn rejected_address_is_admitted_exactly_after_retry_after() {
     );
     assert!(
         refused.header("x-ratelimit-limit").is_none(),
-        "it is no limit of a key's"
+        "the response reports no limit of a key"
     );
     let plans = send(
         &app,
@@ -912,7 +916,7 @@ async fn sign_in_attempts_are_limited_per_account_whether_it_exists_or_not() {
     assert_eq!(
         me(&app, &account.access_token).await,
         200,
-        "who is signed in is not concerned"
+        "signed-in users are not affected"
     );
     clock.advance(std::time::Duration::from_secs(30));
     assert_eq!(login(&app, &account.email, PASSWORD).await.status, 200);
@@ -927,7 +931,7 @@ async fn sign_in_attempts_are_limited_per_account_whether_it_exists_or_not() {
     assert_eq!(
         (change().await, change().await, change().await),
         (422, 422, 429),
-        "a stolen session is no way to guess the password"
+        "a stolen session cannot be used to guess the password"
     );
 }
 
@@ -988,7 +992,7 @@ async fn stranger_cannot_lock_out_an_owner() {
     assert_eq!(owner_signs_in.status, 200, "{}", owner_signs_in.body);
 }
 
-/// Keeps both password threads busy for a while, with accounts whose hashes take `passes` to verify.
+/// Keeps both password threads busy for a while, with accounts whose password hashes take `passes` to verify.
 async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task::JoinHandle<u16>> {
     let costly = format!(
         "$argon2id$v=19$m=65536,t={passes},p=1$c29tZXNhbHRzb21lc2FsdA$\
@@ -1004,12 +1008,12 @@ async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task:
                 &[&costly, &account.email],
             )
             .await;
-        assert_eq!(set.expect("it is set"), 1);
+        assert_eq!(set.expect("the row is updated"), 1);
         let (http, url) = (app.http.clone(), app.url("/auth/login"));
         let body = json!({"email": account.email, "password": "anything"});
         busy.push(tokio::spawn(async move {
             let answer = http.post(url).json(&body).send().await;
-            answer.expect("it answers").status().as_u16()
+            answer.expect("the server responds").status().as_u16()
         }));
     }
     // This is long enough for both threads to be busy, but not to finish.
@@ -1030,19 +1034,24 @@ async fn sign_in_during_reset(
     let (http, url) = (app.http.clone(), app.url("/auth/login"));
     let body = json!({"email": email, "password": old});
     let waiting = tokio::spawn(async move {
-        let answer = http.post(url).json(&body).send().await.expect("it answers");
+        let answer = http
+            .post(url)
+            .json(&body)
+            .send()
+            .await
+            .expect("the server responds");
         let status = answer.status().as_u16();
         let body: Value = answer.json().await.expect("JSON");
         (status, body, std::time::Instant::now())
     });
     tokio::time::sleep(std::time::Duration::from_millis(150)).await;
     let reset = other.state.accounts.reset_password(email, new).await;
-    reset.expect("it is reset");
+    reset.expect("the password is reset");
     let reset_at = std::time::Instant::now();
-    let (status, body, answered_at) = waiting.await.expect("it ends");
+    let (status, body, answered_at) = waiting.await.expect("the task ends");
     for it in busy {
         // The status is 503 if a hash takes too long on a busy machine.
-        assert!(matches!(it.await.expect("it ends"), 401 | 503));
+        assert!(matches!(it.await.expect("the task ends"), 401 | 503));
     }
     (status, body, answered_at > reset_at)
 }
@@ -1070,7 +1079,7 @@ async fn sign_in_during_a_password_change_creates_no_session() {
                 &[&owner.email],
             )
             .await
-            .expect("it is counted")
+            .expect("a count")
             .get(0);
         assert_eq!(active, 0, "a session with the old password");
         if waited {
@@ -1197,7 +1206,7 @@ async fn networks_of_ipv6_are_counted_together_at_sign_in() {
     assert_eq!(elsewhere.status, 200);
 }
 
-/// Four replicas do not allow four times as many attempts.
+/// Two replicas together do not allow more attempts than one.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_share_counts_and_are_stricter_without_redis() {
     let mut redis = quota_testkit::redis::RedisServer::start().await;
@@ -1210,7 +1219,7 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     let one = setup().start().await;
     let other = setup().database(one.database.clone()).start().await;
     for app in [&one, &other] {
-        let redis = app.state.redis.as_ref().expect("it has Redis");
+        let redis = app.state.redis.as_ref().expect("the server uses Redis");
         assert!(redis.connected(std::time::Duration::from_secs(10)).await);
     }
     let owner = one.register().await;
@@ -1242,7 +1251,7 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     assert_eq!(fourth.status, 200, "{}", fourth.body);
 }
 
-/// Every account has its own allowance of everything that is limited per tenant.
+/// Without this limit, each new account would get another share of everything that is limited per tenant.
 #[tokio::test(flavor = "multi_thread")]
 async fn registrations_from_a_network_are_limited_over_all_replicas() {
     let redis = quota_testkit::redis::RedisServer::start().await;
@@ -1256,7 +1265,7 @@ async fn registrations_from_a_network_are_limited_over_all_replicas() {
     let one = setup().start().await;
     let other = setup().database(one.database.clone()).start().await;
     for app in [&one, &other] {
-        let redis = app.state.redis.as_ref().expect("it has Redis");
+        let redis = app.state.redis.as_ref().expect("the server uses Redis");
         assert!(redis.connected(std::time::Duration::from_secs(10)).await);
     }
     let register = async |app: &TestApp, ip: &str, email: &str, password: &str| {
@@ -1277,7 +1286,7 @@ async fn registrations_from_a_network_are_limited_over_all_replicas() {
     let refused = register(&one, "198.51.100.7", "late@example.com", PASSWORD).await;
     assert!((3600..=6 * 3600).contains(&refused.number("retry-after")));
     assert!(refused.text.contains("network"), "{}", refused.text);
-    // Others still register, and the accounts of this network still sign in.
+    // Other people can still register, and the accounts of this network can still sign in.
     let elsewhere = register(&other, "203.0.113.9", "other@example.com", PASSWORD).await;
     assert_eq!(elsewhere.status, 201, "{}", elsewhere.text);
     let body = json!({"email": "user-0@example.com", "password": PASSWORD});
@@ -1295,7 +1304,7 @@ async fn registrations_from_a_network_are_limited_over_all_replicas() {
     }
 }
 
-/// The client disconnects while PostgreSQL commits. The account exists, so it counts.
+/// The client disconnects while PostgreSQL commits. The account exists, so the registration counts.
 #[tokio::test(flavor = "multi_thread")]
 async fn registration_whose_client_leaves_during_the_commit_counts() {
     let app = TestApp::setup()
@@ -1342,7 +1351,7 @@ async fn registration_whose_client_leaves_during_the_commit_counts() {
     assert_eq!(next.status, 429, "{}", next.text);
 }
 
-/// Two threads hash passwords. Sign-ins from many networks do not lock out a known device.
+/// Two threads hash passwords. Even if many networks flood them with sign-ins, a known device is served.
 #[tokio::test(flavor = "multi_thread")]
 async fn known_device_is_served_while_the_password_threads_are_flooded() {
     let app = TestApp::setup()
@@ -1364,7 +1373,7 @@ async fn known_device_is_served_while_the_password_threads_are_flooded() {
             &[&costly, &victim.email],
         )
         .await
-        .expect("it is set");
+        .expect("the row is updated");
     let flood = (0..60).map(|network| {
         let (http, url) = (app.http.clone(), app.url("/auth/login"));
         let body = json!({"email": victim.email, "password": "wrong"});
@@ -1373,7 +1382,14 @@ async fn known_device_is_served_while_the_password_threads_are_flooded() {
             for _ in 0..4 {
                 let ip = format!("198.51.{network}.7");
                 let request = http.post(&url).header("X-Forwarded-For", ip).json(&body);
-                statuses.push(request.send().await.expect("it answers").status().as_u16());
+                statuses.push(
+                    request
+                        .send()
+                        .await
+                        .expect("the server responds")
+                        .status()
+                        .as_u16(),
+                );
             }
             statuses
         })
@@ -1387,11 +1403,11 @@ async fn known_device_is_served_while_the_password_threads_are_flooded() {
     }
     let mut statuses = Vec::new();
     for it in flood {
-        statuses.extend(it.await.expect("it ends"));
+        statuses.extend(it.await.expect("the task ends"));
     }
     let of = |status: u16| statuses.iter().filter(|it| **it == status).count();
     assert_eq!(of(401) + of(503), statuses.len(), "{statuses:?}");
-    assert!(of(503) > 0, "it was no flood");
+    assert!(of(503) > 0, "no sign-in was rejected");
     assert!(of(401) > 0, "others are served as well");
 }
 
@@ -1414,7 +1430,7 @@ async fn registration_can_be_closed() {
     assert!(!kept.contains(email));
     // The operator can still create accounts, and their users can sign in.
     let created = app.state.accounts.create(email, PASSWORD, None).await;
-    created.expect("it is created");
+    created.expect("the account is created");
     assert_eq!(login(&app, email, PASSWORD).await.status, 200);
 }
 
@@ -1457,7 +1473,7 @@ async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
         if path != "/admin/api-keys" {
             assert_eq!(create(0, &other).await.status, 201, "{path}");
         }
-        // Deleting one makes room.
+        // Deleting one resource makes room for another.
         let body = &created[0].body;
         let id = ["api_key", "service_token"]
             .iter()
@@ -1523,7 +1539,7 @@ async fn flood_of_registrations_is_rejected_while_known_devices_are_served() {
                 .json(&body)
                 .send()
                 .await
-                .expect("it answers");
+                .expect("the server responds");
             let waits = answer.headers().contains_key("retry-after");
             (answer.status().as_u16(), waits)
         })
@@ -1534,12 +1550,12 @@ async fn flood_of_registrations_is_rejected_while_known_devices_are_served() {
     assert_eq!(known.status, 200, "{}", known.body);
     let mut statuses = Vec::new();
     for it in flood {
-        let (status, waits) = it.await.expect("it ends");
+        let (status, waits) = it.await.expect("the task ends");
         assert_eq!(status == 503, waits, "{status}");
         statuses.push(status);
     }
     for it in busy {
-        assert!(matches!(it.await.expect("it ends"), 401 | 503));
+        assert!(matches!(it.await.expect("the task ends"), 401 | 503));
     }
     let of = |status: u16| statuses.iter().filter(|it| **it == status).count();
     assert_eq!(of(201) + of(503), statuses.len(), "{statuses:?}");
@@ -1569,16 +1585,16 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         futures_util::future::join_all((0..4).map(|_| login(&first, &account.email, PASSWORD)))
             .await;
     let token = |n: usize| sessions[n].text("refresh_token");
-    // The row as written by an earlier version, without a secret.
+    // Make two sessions look as if an earlier version had created them, without a secret ID.
     let client = database.connect().await;
     let unmarked = "UPDATE sessions SET secret_id = NULL WHERE id IN \
                     (SELECT session_id FROM refresh_tokens WHERE token_hash = sha256($1))";
     for n in [2, 3] {
         let changed = client.execute(unmarked, &[&token(n).as_bytes()]).await;
-        assert_eq!(changed.expect("it is set"), 1);
+        assert_eq!(changed.expect("the row is updated"), 1);
     }
 
-    // Rotates the secret step by step.
+    // Rotate the secret step by step.
     let (one, two) = (
         with(&database, &old, Some(&new)).start().await,
         with(&database, &new, Some(&old)).start().await,
@@ -1598,7 +1614,7 @@ async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
         ("left behind", token(1), 401),
         ("unmarked and left behind", token(3), 401),
         (
-            "the one of the registration",
+            "the session of the registration",
             account.refresh_token.clone(),
             401,
         ),
@@ -1644,7 +1660,7 @@ async fn changed_password_makes_known_devices_unknown() {
     let token = session.text("access_token");
     let changed = send(&app, &token, "POST", "/auth/password", body).await;
     assert_eq!(changed.status, 204);
-    // This network has used up its attempts. The device no longer bypasses this.
+    // This network has used up its attempts, and the device no longer bypasses the limit.
     for _ in 0..2 {
         assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
     }
@@ -1693,7 +1709,7 @@ async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
         .flag("--login-free-failures=2")
         .start()
         .await;
-    let connection = app.state.redis.as_ref().expect("it has Redis");
+    let connection = app.state.redis.as_ref().expect("the server uses Redis");
     assert!(
         connection
             .connected(std::time::Duration::from_secs(10))
@@ -1701,16 +1717,16 @@ async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
     );
     let owner = app.register().await;
     assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
-    let client = redis::Client::open(redis.url()).expect("it is an address");
+    let client = redis::Client::open(redis.url()).expect("a valid URL");
     let mut writer = client
         .get_multiplexed_async_connection()
         .await
-        .expect("it connects");
+        .expect("a connection");
     let keys: Vec<String> = redis::cmd("KEYS")
         .arg("quota:login:*")
         .query_async(&mut writer)
         .await
-        .expect("it lists");
+        .expect("the keys are listed");
     assert!(!keys.is_empty());
     for (field, value) in [
         ("until", "1e15"),
@@ -1725,7 +1741,7 @@ async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
                 .arg(value)
                 .exec_async(&mut writer)
                 .await
-                .expect("it is set");
+                .expect("the row is updated");
         }
         let refused = login(&app, &owner.email, PASSWORD).await;
         if field == "until" {
@@ -1737,11 +1753,11 @@ async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
                 .arg("until")
                 .query_async(&mut writer)
                 .await
-                .expect("it is there");
+                .expect("the counter exists");
             let now = std::time::SystemTime::UNIX_EPOCH.elapsed().expect("now");
             assert!(
                 until <= now.as_secs_f64() * 1000.0 + 901_000.0,
-                "it ends by itself: {until}"
+                "the wait ends by itself: {until}"
             );
         }
     }

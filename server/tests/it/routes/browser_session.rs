@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::support::app::{PASSWORD, TestApp};
 
-/// Handles cookies like a browser.
+/// A client that handles cookies like a browser.
 struct Browser<'a> {
     server: &'a TestApp,
     cookies: BTreeMap<String, String>,
@@ -69,7 +69,7 @@ impl<'a> Browser<'a> {
         if let Some(body) = body {
             request = request.json(&body);
         }
-        let response = request.send().await.expect("an answer");
+        let response = request.send().await.expect("a response");
         for field in set_cookies(&response) {
             let (pair, attributes) = field.split_once(';').expect("attributes");
             let (name, value) = pair.split_once('=').expect("a pair");
@@ -145,7 +145,7 @@ async fn other_clients_get_tokens_only_in_the_body() {
         .json(&body)
         .send()
         .await
-        .expect("an answer");
+        .expect("a response");
     assert!(set_cookies(&made).is_empty());
     let body: Value = made.json().await.expect("JSON");
     assert!(body["access_token"].is_string() && body["refresh_token"].is_string());
@@ -208,7 +208,7 @@ async fn pages_of_other_origins_cannot_change_anything() {
         );
         assert_eq!(browser.register().await.status(), 403, "{site}");
     }
-    // A browser that does not send `Sec-Fetch-Site` sends `Origin`.
+    // A browser that does not send `Sec-Fetch-Site` sends `Origin` instead.
     browser.site = None;
     for origin in [
         None,
@@ -255,7 +255,7 @@ async fn change_with_cookies_requires_the_csrf_header_of_its_session() {
     let own = browser
         .cookies
         .insert("quota_csrf".into(), other.cookies["quota_csrf"].clone())
-        .expect("it was there");
+        .expect("the cookie exists");
     assert_eq!(
         browser
             .status(Method::POST, "/admin/plans", Some(plan("x")))
@@ -358,7 +358,7 @@ async fn every_response_has_its_security_headers() {
             .get(server.url(path))
             .send()
             .await
-            .expect("an answer");
+            .expect("a response");
         let headers = answer.headers();
         for (name, value) in [
             ("x-content-type-options", "nosniff"),
@@ -396,14 +396,14 @@ async fn console_is_served_or_says_how_to_build_it() {
             .header(header::ACCEPT_ENCODING, codings)
             .send()
             .await
-            .expect("an answer")
+            .expect("a response")
     };
     let index = server
         .http
         .get(server.url("/console"))
         .send()
         .await
-        .expect("an answer");
+        .expect("a response");
     assert_eq!(
         (index.status().as_u16(), &index.headers()["cache-control"]),
         (200, &"no-cache".parse().unwrap())
@@ -501,14 +501,14 @@ async fn rotated_secret_keeps_browser_sessions() {
             .status(Method::POST, "/admin/plans", Some(plan("One")))
             .await,
         201,
-        "the field of a session from before"
+        "the CSRF token of a session from before the rotation"
     );
     assert_eq!(
         second_tab
             .status(Method::POST, "/auth/refresh", refresh.clone())
             .await,
         200,
-        "a refresh just after another tab's, across the rotation"
+        "one tab refreshes just after another, across the rotation"
     );
     let mut first_tab = first_tab.on(&after);
     assert_eq!(
@@ -553,7 +553,7 @@ async fn proxy_that_sends_localhost_does_not_weaken_cookies() {
         for (name, value) in fields {
             request = request.header(*name, *value);
         }
-        let response = request.send().await.expect("an answer");
+        let response = request.send().await.expect("a response");
         assert_eq!(response.status(), 201);
         set_cookies(&response)
     };
@@ -594,7 +594,7 @@ async fn proxy_that_sends_localhost_does_not_weaken_cookies() {
     }
 }
 
-/// Such a proxy sends no `Origin` with a GET. The cookies are read anyway.
+/// Such a proxy does not send `Origin` with a GET request. The cookies are read anyway.
 #[tokio::test(flavor = "multi_thread")]
 async fn cookies_set_through_a_proxy_are_read() {
     let server = TestApp::setup().start().await;
@@ -611,7 +611,7 @@ async fn cookies_set_through_a_proxy_are_read() {
     assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
 }
 
-/// Other clients, in the same network or in many, do not lock out a browser that has signed in before.
+/// Other clients, in the same network or in many networks, do not lock out a browser that has signed in before.
 #[tokio::test(flavor = "multi_thread")]
 async fn known_browser_signs_in_while_its_network_is_slowed_down() {
     let server = TestApp::setup()
@@ -651,7 +651,7 @@ async fn known_browser_signs_in_while_its_network_is_slowed_down() {
     assert_eq!(status, 200);
     assert_eq!(browser.status(Method::GET, "/auth/me", None).await, 200);
 
-    // Someone who steals the cookie also gets only a few attempts.
+    // Someone who steals the device cookie also gets only a few attempts.
     let mut thief = Browser::new(&server);
     thief.cookies = browser.cookies.clone();
     thief.cookies.retain(|name, _| name.ends_with("device"));
@@ -663,7 +663,7 @@ async fn known_browser_signs_in_while_its_network_is_slowed_down() {
         statuses.push(status.as_u16());
     }
     assert_eq!(statuses, [401, 401, 401, 429, 429]);
-    // The cookie is useless for another account.
+    // The device cookie is useless for another account.
     let other = server.register().await;
     let mut thief = Browser::new(&server);
     thief.cookies = browser.cookies.clone();

@@ -1,4 +1,4 @@
-//! Decisions, on every endpoint.
+//! Decisions on every endpoint.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},
@@ -86,7 +86,7 @@ async fn a_valid_key_gets_200_with_its_limits() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_the_limit_429_tells_when_the_next_request_passes() {
+async fn over_the_limit_429_states_when_the_next_request_is_allowed() {
     let (app, clock, account) = still().await;
     let key = key(&app, &account, json!({"default_rpm": 20, "burst": 2})).await;
     for _ in 0..2 {
@@ -293,12 +293,12 @@ async fn refused(app: &TestApp, token: &str, key: &str, code: &str) {
     assert_eq!((checked.status, &checked.body["code"]), (200, &json!(code)));
     assert!(
         (decided().await - before).abs() < 0.5,
-        "something was decided"
+        "a decision was made"
     );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_opens_nothing_is_401_and_charged_nothing() {
+async fn an_invalid_key_is_401_and_not_charged() {
     let (app, clock, account) = still().await;
     let token = app.service_token(&account).await;
     let key = key(&app, &account, json!({"default_rpm": 60})).await;
@@ -396,7 +396,7 @@ async fn another_tenants_key_is_like_one_that_never_existed() {
             .await
             .number("x-ratelimit-remaining"),
         59,
-        "it was not charged"
+        "the key was not charged"
     );
 }
 
@@ -569,14 +569,18 @@ async fn both_secrets_work_within_the_grace_period_and_share_a_bucket() {
     assert_eq!(app.echo(&second).await.number("x-ratelimit-remaining"), 8);
     assert_eq!(app.echo(&key.text).await.number("x-ratelimit-remaining"), 7);
     clock.advance(Duration::from_secs(61));
-    assert_eq!(app.echo(&key.text).await.status, 401, "its grace is over");
+    assert_eq!(
+        app.echo(&key.text).await.status,
+        401,
+        "the key's grace period is over"
+    );
     assert_eq!(app.echo(&second).await.status, 200);
 
     let third = rotate(json!({"grace_seconds": 0})).await;
     assert_eq!(
         app.echo(&second).await.status,
         401,
-        "a leaked key has no grace"
+        "a leaked key has no grace period"
     );
     assert_eq!(app.echo(&third).await.status, 200);
 }
@@ -608,7 +612,7 @@ async fn other_replica_rejects_a_deactivated_key_within_a_second() {
     while other.echo(&key.text).await.status != 401 {
         assert!(
             began.elapsed() < Duration::from_secs(2),
-            "it still works elsewhere"
+            "the disabled key still works on the other replica"
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -751,7 +755,7 @@ async fn invalid_check_names_its_fields_and_consumes_nothing() {
     assert_eq!(
         app.echo(&key.text).await.number("x-ratelimit-remaining"),
         57,
-        "the cost and this one"
+        "the cost of the check, and this request"
     );
 }
 
@@ -844,7 +848,7 @@ async fn key_that_moves_to_another_plan_keeps_its_usage() {
     assert_eq!(
         denied.header("ratelimit-policy"),
         Some("\"rpm\";q=600;w=60, \"daily\";q=8;w=86400"),
-        "in force at once"
+        "the change applies immediately"
     );
     assert!(
         served <= 5,
@@ -951,7 +955,7 @@ async fn other_replica_applies_a_changed_plan_and_a_rotated_key_within_a_second(
         .act(&account, "PATCH", &path, json!({"default_rpm": 30_000}))
         .await;
     assert_eq!(changed.status, 200);
-    within_a_second("the old rate is in force", &|it| {
+    within_a_second("the old rate applies", &|it| {
         it.header("x-ratelimit-limit") == Some("30000")
     })
     .await;
@@ -963,9 +967,9 @@ async fn other_replica_applies_a_changed_plan_and_a_rotated_key_within_a_second(
     assert_eq!(
         other.echo(&rotated.text("key")).await.status,
         200,
-        "the new text works everywhere at once"
+        "the new secret works on every replica immediately"
     );
-    within_a_second("the old text works", &|it| it.status == 401).await;
+    within_a_second("the old secret works", &|it| it.status == 401).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1047,7 +1051,7 @@ async fn grace_period_is_for_one_secret_and_does_not_outlive_the_key() {
     assert_eq!(
         app.echo(&first.text).await.status,
         401,
-        "one text before the current one works, not two"
+        "only one previous secret works"
     );
     for text in [&second, &third] {
         assert_eq!(app.echo(text).await.status, 200);
@@ -1106,7 +1110,7 @@ async fn fast_path_and_router_respond_alike() {
             seen.push((answer.status, headers, body));
         };
 
-        // Requests without credentials, with invalid credentials, and with an invalid body.
+        // Send requests without credentials, with invalid credentials, and with an invalid body.
         shows(echo().send().await);
         shows(echo().header("X-API-Key", "qk_none").send().await);
         shows(forward("").send().await);
@@ -1120,7 +1124,7 @@ async fn fast_path_and_router_respond_alike() {
                 .send()
                 .await,
         );
-        // Allowed and denied requests on each path. With a daily quota, all headers are present.
+        // Send allowed and denied requests on each path. With a daily quota, all headers are present.
         for _ in 0..2 {
             shows(echo().header("X-API-Key", &key.text).send().await);
             for query in ["", "?deny=403", "?deny=429"] {
@@ -1263,7 +1267,7 @@ async fn every_response_of_forward_auth_states_the_decision() {
         )
         .await;
     }
-    // Another key, which is only in the database.
+    // This key is only in the database.
     let cold = app
         .key(&account, &app.plan(&account, json!({})).await)
         .await
@@ -1277,7 +1281,7 @@ async fn every_response_of_forward_auth_states_the_decision() {
     );
     assert_eq!(away.header("retry-after"), Some("1"));
     states(away, (503, "unavailable")).await;
-    // No other path has this header.
+    // Responses of other paths do not have this header.
     assert_eq!(decision(&app.echo(&key.text).await), "none");
 }
 
@@ -1351,7 +1355,7 @@ async fn cross_origin_rules_do_not_apply_to_forward_auth() {
             "{origin}"
         );
         assert!(asked.header("access-control-allow-origin").is_none());
-        // A preflight is a request like any other and needs a key.
+        // A preflight request is treated like any other request and needs a key.
         let preflight = app
             .request(reqwest::Method::OPTIONS, "/v1/forward-auth")
             .header("Origin", origin)
@@ -1428,7 +1432,7 @@ async fn two_consumer_credentials_are_rejected() {
         let asked = asked.send().await;
         assert_eq!((asked.status, decision(&asked)), (401, "unauthorized"));
     }
-    // Quota ignores other credentials for the API.
+    // Quota ignores other credentials, which are for the API.
     let own = app
         .get("/v1/forward-auth")
         .header("X-Service-Token", &token)

@@ -196,7 +196,7 @@ async fn burst_that_takes_more_than_a_month_to_refill_is_rejected() {
     // A plan from before this limit keeps working, and can be changed in other ways.
     let client = app.database.connect().await;
     let old = "UPDATE plans SET default_rpm = 1, burst = 60000000";
-    client.execute(old, &[]).await.expect("it fits");
+    client.execute(old, &[]).await.expect("valid SQL");
     let renamed = edit(json!({"name": "Renamed", "daily_quota": 7})).await;
     assert_eq!(renamed.status, 200, "{}", renamed.text);
     assert_eq!(renamed.body["burst"], 60_000_000);
@@ -398,7 +398,7 @@ async fn repeated_request_with_an_idempotency_key_is_processed_once() {
         }
     }
     answers.dedup();
-    assert_eq!(answers.len(), 1, "every response is the same plan");
+    assert_eq!(answers.len(), 1, "every response contains the same plan");
     assert_eq!(make("", "x").await.status, 422);
     assert_eq!(make(&"x".repeat(256), "x").await.status, 422);
     assert_eq!(
@@ -551,7 +551,7 @@ async fn rejected_request_does_not_consume_its_idempotency_key() {
     let rename = json!({"name": "Other"});
     assert_eq!(app.act(&account, "PATCH", &path, rename).await.status, 200);
     let made = make().await;
-    assert_eq!(made.status, 201, "the same request may now be done");
+    assert_eq!(made.status, 201, "the same request now succeeds");
     assert_eq!(make().await.body, made.body);
 
     // Keys are scoped to the operation.

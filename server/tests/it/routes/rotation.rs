@@ -110,7 +110,11 @@ async fn rotation_within_a_grace_period_must_confirm_that_the_previous_key_is_re
     let replaced = rotate(&app, &account, &first.id, body).await;
     assert_eq!(replaced.status, 200, "{}", replaced.text);
     let third = replaced.text("key");
-    assert_eq!(app.echo(&first.text).await.status, 401, "it was replaced");
+    assert_eq!(
+        app.echo(&first.text).await.status,
+        401,
+        "the first key was revoked"
+    );
     for key in [&second, &third] {
         assert_eq!(app.echo(key).await.status, 200);
     }

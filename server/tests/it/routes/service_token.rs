@@ -95,7 +95,7 @@ async fn other_replica_rejects_a_deleted_service_token_within_a_second() {
     while ask(&other, &token).await != 401 {
         assert!(
             began.elapsed() < Duration::from_secs(2),
-            "the other replica still accepts it"
+            "the other replica still accepts the token"
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -126,7 +126,7 @@ async fn service_token_is_returned_once_and_never_stored() {
         (mismatch.status, mismatch.problem()),
         (422, "idempotency-mismatch")
     );
-    assert_eq!(count(&app).await, 1, "it was made once");
+    assert_eq!(count(&app).await, 1, "only one token was created");
 
     let id = first.body["service_token"]["id"].as_str().unwrap();
     let mut shown = app.everything_kept().await;
@@ -134,7 +134,10 @@ async fn service_token_is_returned_once_and_never_stored() {
         shown += &app.act(&account, "GET", path, Value::Null).await.text;
     }
     assert!(shown.contains(&token[..11]), "the prefix is shown");
-    assert!(!shown.contains(&token[11..]), "the text is shown or kept");
+    assert!(
+        !shown.contains(&token[11..]),
+        "the secret is shown or stored"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]

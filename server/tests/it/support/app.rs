@@ -108,7 +108,7 @@ impl Setup {
         self
     }
 
-    /// The log, instead of standard output.
+    /// Uses this log instead of standard output.
     pub(crate) fn log(mut self, log: Log) -> Self {
         self.log = Some(log);
         self
@@ -139,7 +139,7 @@ impl Setup {
         flags.retain(|flag| !self.flags.iter().any(|it| name(it) == name(flag)));
         flags.extend(self.flags);
         let settings = Flags::try_parse_from(flags)
-            .expect("the flags of a test are flags")
+            .expect("the test's flags are valid")
             .settings;
         let data = self.data_dir.is_none().then(data_dir);
         let config = Config {
@@ -150,13 +150,13 @@ impl Setup {
             data_dir: self
                 .data_dir
                 .or_else(|| data.as_ref().map(|it| it.path().to_owned()))
-                .expect("one of the two is there"),
+                .expect("a data directory"),
             ..Config::read(&settings).expect("the settings of a test are valid")
         };
         let url = SecretString::from(self.url.unwrap_or_else(|| database.url().to_owned()));
         let db = Db::new(&url, &config.database);
         let log = self.log.unwrap_or_else(|| Log::start(config.log_format));
-        // It would make the futures of tests very large.
+        // Unboxed, this future would make the futures of tests very large.
         let state = Box::pin(AppState::new(config, db, self.clock, log))
             .await
             .expect("the state can be built");
@@ -173,8 +173,8 @@ impl Setup {
             .await
             .expect("loopback has a free port");
         let (addr, metrics_addr) = (
-            listener.local_addr().expect("it is bound"),
-            metrics_listener.local_addr().expect("it is bound"),
+            listener.local_addr().expect("the socket is bound"),
+            metrics_listener.local_addr().expect("the socket is bound"),
         );
         let public = ServeSettings::public(&state, None);
         let public = ServeSettings {
@@ -205,7 +205,7 @@ impl Setup {
             let listener = TcpListener::bind("127.0.0.1:0")
                 .await
                 .expect("loopback has a free port");
-            grpc_addr = Some(listener.local_addr().expect("it is bound"));
+            grpc_addr = Some(listener.local_addr().expect("the socket is bound"));
             servers.push(tokio::spawn(serve(
                 listener,
                 router::grpc(&state),
@@ -246,12 +246,12 @@ impl TestApp {
         Self::setup().start().await
     }
 
-    /// Stops as after SIGTERM: requests finish and unused tokens are returned.
+    /// Stops the server as SIGTERM does: requests finish and unused tokens are returned.
     pub(crate) async fn stop(mut self) {
         self.state.begin_draining();
         let _ = self.stop.send(true);
         for server in self.servers.drain(..) {
-            server.await.expect("the server ends well");
+            server.await.expect("the server ends without a panic");
         }
         self.state.limiter.drain().await;
         if let Some(traces) = &self.state.traces {
@@ -291,7 +291,7 @@ impl TestApp {
         self.request(Method::POST, path).json(body)
     }
 
-    /// Creates an account with a new email.
+    /// Creates an account with a new email address.
     pub(crate) async fn register(&self) -> Account {
         let email = format!("user-{}@example.com", uuid::Uuid::now_v7().simple());
         let made = self
@@ -375,7 +375,7 @@ impl TestApp {
         made.text("id")
     }
 
-    /// Creates a request with an account's credentials. `Null` means no body.
+    /// Sends a request with an account's credentials. `Null` means no body.
     pub(crate) async fn act(
         &self,
         account: &Account,
@@ -392,7 +392,7 @@ impl TestApp {
         }
     }
 
-    /// Returns every row of every table as JSON, to search for what must not be stored.
+    /// Returns every row of every table as JSON, so that tests can search for content that must not be stored.
     pub(crate) async fn everything_kept(&self) -> String {
         let client = self.database.connect().await;
         let tables = client
@@ -497,11 +497,11 @@ impl Call {
 
     /// Sends the request and validates the response.
     pub(crate) async fn send(self) -> Answer {
-        let response = self.request.send().await.expect("the server answers");
+        let response = self.request.send().await.expect("the server responds");
         let (status, headers) = (response.status(), response.headers().clone());
         let mut response = response;
         let text = if media_type(&headers) == "text/event-stream" {
-            // The response is endless. Its first bytes show that it is open.
+            // The response is endless. Its first bytes show that the stream is open.
             let first = response.chunk().await.expect("a stream begins");
             String::from_utf8(first.expect("a stream begins").to_vec()).expect("events are text")
         } else {
@@ -538,7 +538,7 @@ fn media_type(headers: &HeaderMap) -> &str {
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: HeaderMap,
-    /// `Null` if it is not JSON.
+    /// `Null` if the body is not JSON.
     pub(crate) body: Value,
     pub(crate) text: String,
 }
@@ -576,7 +576,7 @@ impl Answer {
     fn check(&self, method: &Method, path: &str, status: StatusCode) {
         assert!(
             self.headers.contains_key("x-request-id"),
-            "every answer has an id"
+            "every response has an ID"
         );
         assert_ne!(
             status,
@@ -605,7 +605,7 @@ impl Answer {
         let answer = &answers[status.as_str()];
         assert!(
             !answer.is_null(),
-            "{method} {template} answered {status}, which its document does not name: {}",
+            "{method} {template} returned {status}, which the document does not list: {}",
             self.text
         );
         let Some(content) = answer["content"].as_object() else {
@@ -631,7 +631,7 @@ impl Answer {
         let faults = faults(&schema, &self.body);
         assert!(
             faults.is_empty(),
-            "{method} {template} {status} does not fit: {faults:?} in {}",
+            "{method} {template} {status} does not match the schema: {faults:?} in {}",
             self.text
         );
     }
@@ -649,14 +649,14 @@ pub(crate) fn operation(method: &Method, path: &str) -> Option<(String, &'static
                 .zip(&parts)
                 .all(|(name, part)| name.starts_with('{') || name == part)
     };
-    // A literal path takes precedence over one with parameters.
+    // A literal path takes precedence over a path with parameters.
     let mut found = paths
         .iter()
         .filter(|(template, _)| fits(template))
         .collect::<Vec<_>>();
     found.sort_by_key(|(template, _)| template.matches('{').count());
     let (template, operations) = found.first()?;
-    // This operation accepts any method but is documented for one.
+    // Forward-auth accepts any method but is documented for only one.
     let is_documented = !matches!(method.as_str(), "TRACE" | "BREW");
     let method = match path {
         "/v1/forward-auth" if is_documented => "get".to_owned(),
@@ -677,7 +677,7 @@ pub(crate) fn faults(schema: &Value, value: &Value) -> Vec<String> {
     let mut schema = schema.clone();
     nullable(&mut schema);
     schema["components"] = COMPONENTS.clone();
-    let validator = jsonschema::draft4::new(&schema).expect("a schema of the document is a schema");
+    let validator = jsonschema::draft4::new(&schema).expect("the document's schemas are valid");
     validator
         .iter_errors(value)
         .map(|error| format!("{}: {error}", error.instance_path()))

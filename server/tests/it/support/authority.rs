@@ -1,4 +1,4 @@
-//! Certificates for servers of the tests.
+//! Certificates for the tests' servers.
 
 use std::{
     fs,
@@ -26,16 +26,18 @@ impl Authority {
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         authority.distinguished_name.push(DnType::CommonName, name);
         let authority_key = KeyPair::generate().expect("a key");
-        let certificate = authority.self_signed(&authority_key).expect("it signs");
+        let certificate = authority
+            .self_signed(&authority_key)
+            .expect("a signed certificate");
         let issuer = Issuer::new(authority, authority_key);
         let key = KeyPair::generate().expect("a key");
         let mut leaf = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
-        // OpenSSL takes a certificate with the subject of its issuer for a self-signed one.
+        // OpenSSL treats a certificate with the subject of its issuer as self-signed.
         leaf.distinguished_name
             .push(DnType::CommonName, "localhost");
-        let leaf = leaf.signed_by(&key, &issuer).expect("it signs");
+        let leaf = leaf.signed_by(&key, &issuer).expect("a signed certificate");
         let root = dir.join(format!("{name}.pem"));
-        fs::write(&root, certificate.pem()).expect("it is written");
+        fs::write(&root, certificate.pem()).expect("the file is written");
         let provider = Arc::new(default_provider());
         let config = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
@@ -45,7 +47,7 @@ impl Authority {
                 vec![leaf.der().clone()],
                 PrivateKeyDer::from_pem_slice(key.serialize_pem().as_bytes()).expect("a key"),
             )
-            .expect("the key is the certificate's");
+            .expect("the key belongs to the certificate");
         Self {
             root,
             config: Arc::new(config),

@@ -43,7 +43,7 @@ impl Received {
 #[derive(Default)]
 struct State {
     spans: Vec<Received>,
-    /// Everything received, to search for what must not be sent.
+    /// Everything that was received, so that tests can search for content that must not be sent.
     bytes: Vec<u8>,
     /// The headers of the last request.
     headers: HashMap<String, String>,
@@ -59,10 +59,10 @@ impl Collector {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let collector = Self {
-            addr: listener.local_addr().expect("it is bound"),
+            addr: listener.local_addr().expect("the socket is bound"),
             state: Arc::default(),
         };
-        let acceptor = TcpAcceptor::from_tokio(listener).expect("it is bound");
+        let acceptor = TcpAcceptor::from_tokio(listener).expect("the socket is bound");
         let state = collector.state.clone();
         let receive = endpoint::make(move |request| receive(state.clone(), request));
         tokio::spawn(poem::Server::new_with_acceptor(acceptor).run(receive));
@@ -91,7 +91,7 @@ impl Collector {
             .any(|it| it == text.as_bytes())
     }
 
-    /// Waits until the spans fulfill a condition, and returns them.
+    /// Waits until the spans satisfy a condition, and returns them.
     pub(crate) async fn wait_until(&self, done: impl Fn(&[Received]) -> bool) -> Vec<Received> {
         let began = Instant::now();
         loop {
@@ -108,7 +108,7 @@ impl Collector {
 async fn receive(state: Arc<Mutex<State>>, mut request: Request) -> poem::Result<StatusCode> {
     assert_eq!(request.uri().path(), "/v1/traces");
     let body = request.take_body().into_vec().await?;
-    let content = ExportTraceServiceRequest::decode(&body[..]).expect("it is OTLP");
+    let content = ExportTraceServiceRequest::decode(&body[..]).expect("the body is OTLP");
     let mut state = state.lock();
     state.bytes.extend_from_slice(&body);
     state.headers = request

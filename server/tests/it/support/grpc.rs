@@ -65,12 +65,13 @@ pub(crate) fn framed(message: &[u8]) -> Vec<u8> {
 
 impl GrpcClient {
     pub(crate) async fn connect(addr: SocketAddr) -> Self {
-        let stream = TcpStream::connect(addr).await.expect("it listens");
-        // A call is sent in two packets. The second would wait for the server to acknowledge the first.
+        let stream = TcpStream::connect(addr).await.expect("the server listens");
+        // A call is sent in two packets. Without this option, the second packet would wait until the server has
+        // acknowledged the first.
         stream.set_nodelay(true).expect("a socket");
         let (sender, connection) = handshake(TokioExecutor::new(), TokioIo::new(stream))
             .await
-            .expect("it speaks HTTP/2");
+            .expect("the server speaks HTTP/2");
         tokio::spawn(connection);
         Self { addr, sender }
     }
@@ -104,7 +105,7 @@ impl GrpcClient {
         let mut sender = self.sender.clone();
         sender.ready().await.expect("the connection is open");
         let response = sender.send_request(request.expect("a valid request"));
-        let (head, body) = response.await.expect("the server answers").into_parts();
+        let (head, body) = response.await.expect("the server responds").into_parts();
         let body = body.collect().await.expect("the body arrives whole");
         let trailers = body.trailers().cloned().unwrap_or_default();
         let status = [&head.headers, &trailers].map(|it| it.get("grpc-status"));
@@ -154,7 +155,7 @@ impl Reply {
     /// Returns the decision in the dynamic metadata.
     pub(crate) fn decision(&self) -> &str {
         let metadata = self.response.dynamic_metadata.as_ref();
-        let [field] = &metadata.expect("it is always there").fields[..] else {
+        let [field] = &metadata.expect("every response has metadata").fields[..] else {
             panic!("{self:?}");
         };
         assert_eq!(field.key, "decision");

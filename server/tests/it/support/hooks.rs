@@ -47,12 +47,12 @@ impl Received {
                 HeaderValue::from_str(value).expect("a value"),
             );
         }
-        let verifier = Webhook::new(secret).expect("a secret of the format");
+        let verifier = Webhook::new(secret).expect("a secret in the standard format");
         verifier.verify(self.body.as_bytes(), &headers).is_ok()
     }
 }
 
-/// The response to the requests for a path: the head, and how long it takes.
+/// The response to the requests for a path: its status, its headers, and the delay before it.
 #[derive(Debug, Clone)]
 pub(crate) struct Response {
     pub(crate) status: u16,
@@ -70,7 +70,7 @@ impl Response {
     }
 }
 
-/// A server that remembers what it receives. Paths without a response get 204.
+/// A server that records the requests it receives. Requests for paths without a response get 204.
 #[derive(Clone)]
 pub(crate) struct Hooks {
     pub(crate) addr: SocketAddr,
@@ -82,7 +82,7 @@ impl Hooks {
     pub(crate) async fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let hooks = Self {
-            addr: listener.local_addr().expect("it is bound"),
+            addr: listener.local_addr().expect("the socket is bound"),
             received: Arc::default(),
             responses: Arc::default(),
         };
@@ -114,7 +114,7 @@ impl Hooks {
         self.responses.lock().insert(path.to_owned(), response);
     }
 
-    /// Returns what was received at a path, in order.
+    /// Returns the requests received at a path, in order.
     pub(crate) fn received(&self, path: &str) -> Vec<Received> {
         let received = self.received.lock();
         received

@@ -41,7 +41,7 @@ fn length(mut length: usize) -> Vec<u8> {
     bytes
 }
 
-/// Returns a header field that is not added to the table.
+/// Returns a header field that is not added to the dynamic table.
 pub(crate) fn field(name: &str, value: &str) -> Vec<u8> {
     let mut field = vec![0];
     field.extend(length(name.len()));

@@ -1,8 +1,8 @@
 //! A migrated database for each test, copied from a template.
 //!
-//! The cluster is the one in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without it, each
-//! test process runs its own cluster, in the first free slot of a few that are kept in `/tmp` between runs. So `cargo
-//! test` and `cargo nextest run` also work without setup, the latter more slowly.
+//! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
+//! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`, which is kept
+//! between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower.
 
 use std::{
     fs, io,
@@ -28,8 +28,8 @@ pub(crate) struct TestDatabase {
 }
 
 impl TestDatabase {
-    /// Copies the template. The first test of a cluster creates it by running `migrate` with the URL of an empty
-    /// database.
+    /// Copies the template. The first test of a cluster creates the template by running `migrate` with the URL of an
+    /// empty database.
     pub(crate) async fn create<F, E>(migrate: impl FnOnce(String) -> F) -> Self
     where
         F: Future<Output = Result<(), E>>,
@@ -48,7 +48,7 @@ impl TestDatabase {
         admin
             .execute("SELECT pg_advisory_unlock($1)", &[&TEMPLATE_LOCK])
             .await
-            .expect("the lock was ours");
+            .expect("this session holds the lock");
 
         let name = format!("quota_test_{}", Uuid::now_v7().simple());
         run(
@@ -91,7 +91,7 @@ impl TestDatabase {
 impl Drop for TestDatabase {
     fn drop(&mut self) {
         let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
-        // The test's runtime cannot be awaited here. This is best effort: leftovers are removed with the cluster.
+        // `drop` cannot wait on the test's runtime. Failures are ignored: leftovers are removed with the cluster.
         let _ = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -158,7 +158,7 @@ async fn run(admin: &Client, sql: &str) {
             Err(error) => panic!("{sql}: {error:?}"),
         }
     }
-    panic!("{sql}: the database stays in use");
+    panic!("{sql}: the database is still in use");
 }
 
 async fn connect(url: &str) -> Client {
@@ -177,7 +177,7 @@ fn url_of(database: &str) -> String {
     format!("{cluster}/{database}")
 }
 
-/// Returns the URL of the maintenance database, as superuser.
+/// Returns the URL of the maintenance database, for the superuser.
 fn admin_url() -> &'static str {
     static URL: OnceLock<String> = OnceLock::new();
     URL.get_or_init(|| {
@@ -185,12 +185,12 @@ fn admin_url() -> &'static str {
         let shared = std::env::var("QUOTA_TEST_POSTGRES");
         let url = shared.unwrap_or_else(|_| start_own());
         url.parse::<Config>()
-            .unwrap_or_else(|error| panic!("QUOTA_TEST_POSTGRES is no URL of PostgreSQL: {error}"));
+            .unwrap_or_else(|error| panic!("QUOTA_TEST_POSTGRES is not a PostgreSQL URL: {error}"));
         url
     })
 }
 
-/// Starts a cluster that ends with this process. It needs a runtime that outlives those of the tests.
+/// Starts a cluster that ends with this process. The cluster needs a runtime that outlives those of the tests.
 fn start_own() -> String {
     let (url, started) = std::sync::mpsc::channel();
     thread::spawn(move || {
@@ -204,7 +204,7 @@ fn start_own() -> String {
             let (cluster, _) = template.rsplit_once('/').expect("a URL ends in a database");
             let admin = format!("{cluster}/postgres");
             drop_leftovers(&admin).await;
-            url.send(admin).expect("the test waits for it");
+            url.send(admin).expect("the test waits for the URL");
             std::future::pending::<()>().await;
             drop(postgres);
         });
@@ -227,7 +227,7 @@ async fn first_free_slot() -> EmbeddedPostgres {
             Err(error) => panic!("the test database does not start: {error}"),
         }
     }
-    panic!("256 test processes have a database each already");
+    panic!("256 test processes already have a cluster each");
 }
 
 /// Returns the directory of the slots, which must belong to this user: anyone can create files in `/tmp`.
@@ -237,9 +237,9 @@ fn slots() -> PathBuf {
     match fs::DirBuilder::new().mode(0o711).create(&path) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(error) => panic!("cannot make {}: {error}", path.display()),
+        Err(error) => panic!("cannot create {}: {error}", path.display()),
     }
-    let metadata = fs::symlink_metadata(&path).expect("it is there");
+    let metadata = fs::symlink_metadata(&path).expect("the directory exists");
     assert!(
         metadata.is_dir() && metadata.uid() == me.as_raw(),
         "{} belongs to another user: remove it",
@@ -248,7 +248,7 @@ fn slots() -> PathBuf {
     path
 }
 
-/// Drops databases that an earlier owner of the slot left behind, and templates of other migrations.
+/// Drops databases that an earlier owner of the slot left behind, and templates with other migrations.
 async fn drop_leftovers(admin_url: &str) {
     let admin = connect(admin_url).await;
     let template = format!("quota_template_{:016x}", migrations_hash());
@@ -266,13 +266,13 @@ async fn drop_leftovers(admin_url: &str) {
     }
 }
 
-/// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template. It covers the
-/// migrations in this binary, and the content of the files, which may be newer.
+/// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template. The hash covers
+/// the migrations in this binary, and the content of the files, which may be newer.
 fn migrations_hash() -> u64 {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)
         .expect("there are migrations")
-        .map(|entry| entry.expect("it is readable").path().join("up.sql"))
+        .map(|entry| entry.expect("a readable entry").path().join("up.sql"))
         .collect();
     files.sort();
     let mut hash = 0xcbf2_9ce4_8422_2325;
@@ -285,7 +285,9 @@ fn migrations_hash() -> u64 {
         add(version.as_bytes());
     }
     for file in files {
-        let name = file.strip_prefix(&dir).expect("it is in there");
+        let name = file
+            .strip_prefix(&dir)
+            .expect("the file is in the directory");
         add(name.as_os_str().as_encoded_bytes());
         add(&fs::read(&file).unwrap_or_default());
     }
@@ -299,11 +301,11 @@ async fn each_database_is_a_copy_of_the_migrated_template() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
         let mut files: Vec<PathBuf> = fs::read_dir(dir)
             .expect("there are migrations")
-            .map(|entry| entry.expect("it is readable").path().join("up.sql"))
+            .map(|entry| entry.expect("a readable entry").path().join("up.sql"))
             .collect();
         files.sort();
         for file in files {
-            let sql = fs::read_to_string(&file).expect("it is readable");
+            let sql = fs::read_to_string(&file).expect("readable");
             client.batch_execute(&sql).await?;
         }
         Ok(())
@@ -319,13 +321,16 @@ async fn each_database_is_a_copy_of_the_migrated_template() {
         .await
         .query_one("SELECT to_regclass('only_here')::text", &[])
         .await;
-    assert_eq!(there.expect("an answer").get::<_, Option<&str>>(0), None);
+    assert_eq!(
+        there.expect("the query succeeds").get::<_, Option<&str>>(0),
+        None
+    );
 
     let name = one.name.clone();
     drop(one);
     assert!(
         !exists(&connect(admin_url()).await, &name).await,
-        "it was dropped"
+        "the database was dropped"
     );
 }
 
@@ -336,6 +341,6 @@ async fn empty_database_has_no_tables() {
     let row = client
         .query_one("SELECT to_regclass('plans')::text", &[])
         .await
-        .expect("an answer");
+        .expect("the query succeeds");
     assert_eq!(row.get::<_, Option<&str>>(0), None);
 }

@@ -1,4 +1,4 @@
-//! The real `quota` in its own process, with the embedded database or as one of several replicas.
+//! The real `quota` binary in its own process, with its private PostgreSQL or as one of several replicas.
 
 use std::{
     fs,
@@ -26,7 +26,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(120);
 /// How long stopping after SIGTERM may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 
-/// Returns a data directory that root's PostgreSQL can access.
+/// Returns a data directory that PostgreSQL can access even if root runs the tests.
 pub(crate) fn data_dir() -> TempDir {
     tempfile::Builder::new()
         .prefix("quota-it-")
@@ -53,7 +53,7 @@ impl Quota {
     /// Like [`start`](Self::start), with additional settings.
     pub(crate) fn start_with(data_dir: &Path, settings: &[(&str, &str)]) -> Self {
         let (quota, out) = Self::start_unread(data_dir, settings);
-        // The output is read to the end, so that its log is never blocked.
+        // Read the output to the end, so that the server never blocks when it writes its log.
         std::thread::spawn(move || out.bytes().map_while(Result::ok).for_each(drop));
         quota
     }
@@ -81,7 +81,7 @@ impl Quota {
             .stdout(Stdio::piped())
             .spawn()
             .expect("the binary runs");
-        let mut out = BufReader::new(child.stdout.take().expect("its output is piped"));
+        let mut out = BufReader::new(child.stdout.take().expect("the server's output is piped"));
         let (found, ready) = mpsc::channel();
         std::thread::spawn(move || {
             loop {
@@ -106,10 +106,10 @@ impl Quota {
         };
         let (line, out) = ready
             .recv_timeout(STARTED_WITHIN)
-            .expect("it says when it is ready");
+            .expect("a log line that reports readiness");
         let address = |name: &str| {
             let text = line[name].as_str().expect("the line names the address");
-            text.parse().expect("it is an address")
+            text.parse().expect("an address")
         };
         (quota.addr, quota.metrics_addr) = (address("listen"), address("metrics_listen"));
         quota.grpc_addr = line["grpc_listen"]
@@ -120,7 +120,7 @@ impl Quota {
 
     fn signal(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).expect("a process id");
-        kill(Pid::from_raw(pid), signal).expect("it is there");
+        kill(Pid::from_raw(pid), signal).expect("the process exists");
     }
 
     /// Stops the server with SIGTERM.
@@ -128,19 +128,25 @@ impl Quota {
         self.signal(Signal::SIGTERM);
         let deadline = Instant::now() + STOPPED_WITHIN;
         loop {
-            if let Some(status) = self.child.try_wait().expect("it is ours") {
-                assert!(status.success(), "a stop is no failure: {status}");
+            if let Some(status) = self.child.try_wait().expect("a child process") {
+                assert!(
+                    status.success(),
+                    "the server stops without an error: {status}"
+                );
                 return;
             }
-            assert!(Instant::now() < deadline, "not within {STOPPED_WITHIN:?}");
+            assert!(
+                Instant::now() < deadline,
+                "the server has not stopped within {STOPPED_WITHIN:?}"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
-    /// Kills the server with `kill -9`.
+    /// Kills the server with SIGKILL.
     pub(crate) fn kill(mut self) {
         self.signal(Signal::SIGKILL);
-        self.child.wait().expect("it ends");
+        self.child.wait().expect("the process ends");
     }
 
     /// Registers an account, and creates a plan with a key. Returns the key.
@@ -151,7 +157,7 @@ impl Quota {
         let plan = self.post(http, "/admin/plans", token, plan).await;
         let key = json!({"name": "it", "plan_id": plan["id"]});
         let key = self.post(http, "/admin/api-keys", token, key).await;
-        key["key"].as_str().expect("the text of the key").to_owned()
+        key["key"].as_str().expect("the key's secret").to_owned()
     }
 
     async fn post(&self, http: &Client, path: &str, token: &str, body: Value) -> Value {
@@ -162,7 +168,7 @@ impl Quota {
             .json(&body)
             .send()
             .await
-            .expect("it answers");
+            .expect("the server responds");
         let status = answer.status();
         let body: Value = answer.json().await.expect("JSON");
         assert_eq!(status, 201, "{path}: {body}");
@@ -176,16 +182,19 @@ impl Quota {
     /// Returns the resident memory in bytes.
     pub(crate) fn memory(&self) -> u64 {
         let status = format!("/proc/{}/status", self.child.id());
-        let status = fs::read_to_string(status).expect("it runs");
+        let status = fs::read_to_string(status).expect("the process is running");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.expect("Linux says so").trim().trim_end_matches(" kB");
+        let kib = line
+            .expect("Linux reports the memory")
+            .trim()
+            .trim_end_matches(" kB");
         kib.parse::<u64>().expect("a number") * 1024
     }
 
     /// Returns the value of a metric from `/metrics`.
     pub(crate) async fn counter(&self, http: &Client, name: &str) -> u64 {
         let url = format!("http://{}/metrics", self.metrics_addr);
-        let text = http.get(url).send().await.expect("it answers");
+        let text = http.get(url).send().await.expect("the server responds");
         let text = text.text().await.expect("text");
         let value = text
             .lines()

@@ -30,7 +30,7 @@ impl TestStripe {
         let fake = FakeStripe::start().await.expect("loopback has a free port");
         let post = |path: &str, form: &str| {
             let created = fake.request(&Method::POST, path, form);
-            created.expect("the fake creates it")["id"]
+            created.expect("the fake creates the object")["id"]
                 .as_str()
                 .expect("an ID")
                 .to_owned()
@@ -48,7 +48,7 @@ impl TestStripe {
             "prices",
             &format!("{usage}&recurring[meter]={meter}&product={product}&lookup_key=quota_usage"),
         );
-        // The webhook endpoint is moved to a server once there is one.
+        // The URL of the webhook endpoint is changed once a server runs.
         let (endpoint, secret) = fake.add_endpoint("http://127.0.0.1:9/");
         Self {
             fake,

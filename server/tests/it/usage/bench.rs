@@ -1,5 +1,5 @@
-//! Measures the speed of appending and reading usage, with 10 million rows. `cargo xtask bench usage` runs it. It does
-//! not assert times, because they depend on the machine.
+//! Measures the speed of appending and reading usage, with 10 million rows. `cargo xtask bench usage` runs this
+//! measurement, which does not assert times, because they depend on the machine.
 
 use std::time::{Duration, Instant};
 
@@ -18,14 +18,14 @@ use crate::support::app::{Account, PASSWORD, TestApp};
 const KEYS: usize = 1000;
 const ENDPOINTS: usize = 200;
 const DAYS: i64 = 30;
-/// The number of records per transaction, as with a backlog.
+/// The number of records per transaction, as when the server ships a backlog.
 const BATCH: usize = 50_000;
-/// Number of records in the backlog.
+/// The number of records in the backlog.
 const BACKLOG: usize = 1_000_000;
-/// The number of requests for each percentile.
+/// The number of requests from which the percentiles of each query are computed.
 const ROUNDS: usize = 100;
 
-/// Records in chronological order, spread evenly over `span` before `until`.
+/// Generates records in chronological order, spread evenly over `span` before `until`.
 struct Generator {
     account: Account,
     keys: Vec<(String, String)>,
@@ -71,7 +71,7 @@ fn percentile(times: &mut [Duration], part: usize) -> Duration {
     times[(times.len() * part / 100).min(times.len() - 1)]
 }
 
-/// Returns the number per second.
+/// Returns the number of rows per second.
 fn per_second(rows: usize, time: Duration) -> u64 {
     let nanos = time.as_nanos().max(1);
     u64::try_from(rows as u128 * 1_000_000_000 / nanos).unwrap_or(u64::MAX)
@@ -106,7 +106,7 @@ async fn vacuum(app: &TestApp) {
         .expect("a vacuum");
 }
 
-/// Prints how long requests for usage over all days take.
+/// Prints how long requests for usage in the whole range take.
 async fn measure(app: &TestApp, token: &str, range: &str, busiest: &str) {
     let endpoint = "endpoint=GET%20/v1/resource/0";
     println!("GET /admin/usage over {DAYS} days, {ROUNDS} requests each");
@@ -169,7 +169,7 @@ async fn explain(app: &TestApp, tenant: &str, until: DateTime<Utc>, busiest: &st
         let plan = usage::explain_series(&mut tx, &filter, &starts, until)
             .await
             .expect("a plan");
-        // One line represents the same scan for each day.
+        // Print only one scan, because the scans of all days are alike.
         let mut lines = plan
             .into_iter()
             .filter(|it| !it.contains("Index Cond"))

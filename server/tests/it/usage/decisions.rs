@@ -36,7 +36,7 @@ fn request_ids(page: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Returns requests that are a second apart, named by their numbers. Number 0 was sent an hour ago.
+/// Returns requests that are a second apart, named by their numbers. Request 0 was sent an hour ago.
 fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
     let start = now() - TimeDelta::hours(1);
     numbers
@@ -117,9 +117,9 @@ async fn decisions_are_listed_newest_first_page_by_page() {
         (&item["outcome"], &item["policy"], &item["retry_after"]),
         (&json!("rejected"), &json!("daily"), &json!(7))
     );
-    assert_eq!(item["key_name"], Value::Null, "the key was deleted");
+    assert_eq!(item["key_name"], Value::Null, "the key does not exist");
 
-    // Another tenant sees none of these decisions, with any filter.
+    // Another tenant sees none of these decisions, whatever the filter.
     let other = app.register().await;
     for query in [
         "",
@@ -182,7 +182,7 @@ impl Events {
         if let Some(last) = last {
             call = call.header("Last-Event-ID", last);
         }
-        let response = call.send().await.expect("an answer");
+        let response = call.send().await.expect("a response");
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()["content-type"], "text/event-stream");
         assert_eq!(response.headers()["cache-control"], "no-store");
@@ -190,7 +190,7 @@ impl Events {
             response,
             text: String::new(),
         };
-        // The greeting.
+        // Read the greeting.
         while !events.text.contains("\n\n") {
             events.more().await.expect("a greeting");
         }
@@ -202,8 +202,8 @@ impl Events {
         let chunk = tokio::time::timeout(Duration::from_secs(20), self.response.chunk());
         let chunk = chunk
             .await
-            .expect("something within 20 s")
-            .expect("the stream goes on")?;
+            .expect("data within 20 s")
+            .expect("the stream continues")?;
         self.text
             .push_str(std::str::from_utf8(&chunk).expect("text"));
         Some(())
@@ -284,7 +284,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 12..14)).await;
     assert_eq!(resumed.decisions(2).await.0, names(12..14));
 
-    // Continuing from a list: nothing is missing in between, and nothing is repeated.
+    // A stream that continues from a list misses nothing and repeats nothing.
     let page = list(&two, &account, "limit=1").await;
     assert_eq!(request_ids(&page), ["r13"]);
     append(&one, &requests(&account, 14..16)).await;
@@ -299,7 +299,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
     append(&one, &requests(&account, 16..30)).await;
     assert_eq!(filtered.decisions(2).await.0, ["r19", "r29"]);
 
-    // A position in one tenant's log gives no access to another's.
+    // A position in one tenant's log gives no access to another tenant's log.
     let mut foreign = Events::open(&one, &other.access_token, "", Some(&last)).await;
     append(&one, &requests(&other, 905..906)).await;
     let mut seen = Vec::new();
@@ -316,7 +316,7 @@ async fn a_stream_shows_what_any_replica_ships_and_resumes_on_another() {
         .header("Last-Event-ID", "nonsense")
         .send()
         .await
-        .expect("an answer");
+        .expect("a response");
     assert_eq!(answer.status(), 422);
 }
 
@@ -338,7 +338,7 @@ async fn a_stream_that_is_behind_says_how_much_it_skipped() {
     let rest = usize::try_from(1299 - count).expect("a count");
     let (ids, _) = events.decisions(rest).await;
     assert_eq!(ids, names(1300 - 500..1300));
-    // From there, the stream continues without a gap.
+    // After the skipped decisions, the stream continues without a gap.
     append(&app, &requests(&account, 1300..1302)).await;
     assert_eq!(events.decisions(2).await.0, names(1300..1302));
     let metric = app.metric("quota_decisions_not_streamed_total").await;
@@ -397,7 +397,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
     let call = client
         .get(app.url("/admin/decisions/stream"))
         .bearer_auth(&account.access_token);
-    let response = call.send().await.expect("an answer");
+    let response = call.send().await.expect("a response");
     let mut multiplexed = Events {
         response,
         text: String::new(),
@@ -408,7 +408,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
     assert_eq!(multiplexed.decisions(2).await.0, names(0..2));
 }
 
-/// The client reads a byte occasionally, which no deadline can tell from a slow network.
+/// The client reads a byte occasionally, which no deadline can distinguish from a slow network.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     let app = TestApp::setup()
@@ -423,10 +423,12 @@ async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     let mut head = http2::head("GET", "/admin/decisions/stream");
     head.extend(http2::field("authorization", &format!("Bearer {token}")));
     let request = http2::frame(http2::HEADERS, http2::END_HEADERS | 1, 1, &head);
-    let stream = TcpStream::connect(app.addr).await.expect("it listens");
+    let stream = TcpStream::connect(app.addr)
+        .await
+        .expect("the server listens");
     let (mut reader, mut writer) = stream.into_split();
     let hello = [http2::hello(64), request].concat();
-    writer.write_all(&hello).await.expect("it reads");
+    writer.write_all(&hello).await.expect("the server reads");
     let dripping = tokio::spawn(async move {
         loop {
             tokio::time::sleep(Duration::from_millis(200)).await;
@@ -438,16 +440,28 @@ async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     });
     let mut sent = Vec::new();
     while !String::from_utf8_lossy(&sent).contains("connected") {
-        assert_ne!(reader.read_buf(&mut sent).await.expect("it is open"), 0);
+        assert_ne!(
+            reader
+                .read_buf(&mut sent)
+                .await
+                .expect("the stream is open"),
+            0
+        );
     }
     append(&app, &requests(&account, 0..100)).await;
     let open = async {
         loop {
-            assert_ne!(reader.read_buf(&mut sent).await.expect("it is open"), 0);
+            assert_ne!(
+                reader
+                    .read_buf(&mut sent)
+                    .await
+                    .expect("the stream is open"),
+                0
+            );
         }
     };
     let open = tokio::time::timeout(Duration::from_secs(4), open).await;
-    assert!(open.is_err(), "it stays open while the session lasts");
+    assert!(open.is_err(), "the stream ended during the session");
     assert!(String::from_utf8_lossy(&sent).contains("event: decision"));
 
     let me = app.get("/auth/me").bearer(&token).send().await;
@@ -458,12 +472,12 @@ async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     );
     let rest = reader.read_to_end(&mut sent);
     let ended = tokio::time::timeout(Duration::from_secs(10), rest).await;
-    assert!(ended.is_ok(), "it is still open");
+    assert!(ended.is_ok(), "the stream is still open");
     dripping.abort();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_tenant_has_a_bounded_number_of_streams() {
+async fn number_of_streams_of_a_tenant_is_limited() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
     let mut open = Vec::new();
@@ -483,13 +497,13 @@ async fn one_tenant_has_a_bounded_number_of_streams() {
         if app.act(&account, "GET", path, Value::Null).await.status == 200 {
             break;
         }
-        assert!(attempt < 100, "closed streams make room");
+        assert!(attempt < 100, "closed streams still count");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_page_that_looks_for_rare_matches_is_bounded_and_goes_on() {
+async fn a_search_for_rare_matches_is_bounded_and_can_be_continued() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
     let start = now() - TimeDelta::hours(1);
@@ -551,7 +565,7 @@ async fn a_request_id_that_very_many_requests_share_is_not_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_passes_through_caddy_while_it_is_made() {
+async fn caddy_does_not_buffer_a_stream() {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
     let dir = tempfile::tempdir().expect("a directory");
@@ -562,7 +576,7 @@ async fn a_stream_passes_through_caddy_while_it_is_made() {
          reverse_proxy {}\n\t}}\n}}\n",
         app.addr
     );
-    std::fs::write(&file, site).expect("it is written");
+    std::fs::write(&file, site).expect("the file is written");
     let mut caddy = std::process::Command::new("caddy");
     caddy
         .args(["run", "--adapter", "caddyfile", "--config"])
@@ -570,8 +584,8 @@ async fn a_stream_passes_through_caddy_while_it_is_made() {
         .env("HOME", dir.path())
         .env("XDG_DATA_HOME", dir.path())
         .env("XDG_CONFIG_HOME", dir.path());
-    let _caddy =
-        quota_testkit::Process::start(&caddy, &dir.path().join("output")).expect("it is installed");
+    let _caddy = quota_testkit::Process::start(&caddy, &dir.path().join("output"))
+        .expect("the program is installed");
     let url = format!("http://127.0.0.1:{port}/api/admin/decisions/stream");
     let mut response = None;
     for _ in 0..300 {
@@ -593,7 +607,10 @@ async fn a_stream_passes_through_caddy_while_it_is_made() {
         text: String::new(),
     };
     while !events.text.contains("connected") {
-        events.more().await.expect("the greeting comes at once");
+        events
+            .more()
+            .await
+            .expect("the greeting arrives immediately");
     }
     for n in 0..3 {
         append(&app, &requests(&account, n..n + 1)).await;

@@ -1,6 +1,6 @@
 //! Tests that the API counts and returns exactly the records that were appended to the log.
 //!
-//! Records are appended in the same way as by the shipper, so these tests know every request that was made.
+//! The tests append records in the same way as the shipper does, so they know every record in the log.
 
 mod bench;
 mod decisions;
@@ -43,7 +43,7 @@ pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
         };
         match appended.await {
             Ok(appended) => return appended,
-            // Allows for a partition that was just created, and for a busy machine.
+            // The partition may have just been created, or the machine may be busy.
             Err(DbError::Unavailable(_)) if attempt < 10 => {}
             Err(error) => panic!("{error:?}"),
         }

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::{append, record, rejected};
 use crate::support::app::{Account, TestApp};
 
-/// The numbers of allowed and rejected requests, and their cost.
+/// The numbers of allowed and denied requests, and their total costs.
 type Counts = [u64; 4];
 
 const FIELDS: [&str; 4] = ["allowed", "rejected", "allowed_cost", "rejected_cost"];
@@ -41,7 +41,7 @@ fn label(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> String {
     }
 }
 
-/// Not random, but without a pattern: a linear congruential generator (Knuth, MMIX).
+/// A linear congruential generator (Knuth, MMIX), which is good enough for this test.
 struct Dice(u64);
 
 impl Dice {
@@ -60,7 +60,7 @@ struct World {
     records: Vec<UsageRecord>,
 }
 
-/// Creates records of 30 keys on 3 plans, with 40 endpoints, over some days.
+/// Creates records of 30 keys on 3 plans, with 40 endpoints, on these days.
 async fn world(days: &[&str]) -> World {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
@@ -75,7 +75,7 @@ async fn world(days: &[&str]) -> World {
     for day in days {
         let day: DateTime<Utc> = format!("{day}T00:00:00Z").parse().expect("a day");
         for _ in 0..600 {
-            // The number is squared, so that the first ones are used far more often.
+            // Squaring makes the first keys and endpoints far more frequent.
             let mut square =
                 |n: u64| usize::try_from(dice.below(n) * dice.below(n) / n).expect("small");
             let (key, endpoint) = (square(30), square(40));
@@ -100,7 +100,7 @@ async fn world(days: &[&str]) -> World {
             });
         }
     }
-    // Appends them in batches that span several days, as with late records.
+    // Append the records in batches that span several days, as when records arrive late.
     let mut shuffled = records.clone();
     shuffled.sort_by_key(|it| it.event_id);
     for batch in shuffled.chunks(700) {
@@ -175,10 +175,7 @@ impl World {
             add(expected.entry(label(&tz, it.at, bucket)).or_default(), it);
             add(&mut total, it);
         }
-        assert!(
-            total[0] > 20,
-            "{query}: an oracle without records proves nothing"
-        );
+        assert!(total[0] > 20, "{query}: the oracle has too few records");
         let mut seen = BTreeSet::new();
         let mut last = None;
         for it in usage["buckets"].as_array().expect("buckets") {
@@ -189,7 +186,7 @@ impl World {
             let expected = expected.remove(&label).unwrap_or_default();
             assert_eq!(counts(it), expected, "{query}: {label} {it}");
             assert_eq!(it["key_id"], Value::Null);
-            assert!(seen.insert(label.clone()), "{query}: {label} comes twice");
+            assert!(seen.insert(label.clone()), "{query}: {label} occurs twice");
         }
         assert!(expected.is_empty(), "{query}: no bucket for {expected:?}");
         assert_eq!(counts(&usage["total"]), total, "{query}");
@@ -204,11 +201,11 @@ impl World {
         }
         assert!(
             seen.is_empty(),
-            "{query}: buckets out of the range {seen:?}"
+            "{query}: buckets outside the range: {seen:?}"
         );
     }
 
-    /// Compares groups, and the buckets of each.
+    /// Compares the groups of a response, and the buckets of each group.
     async fn check_groups(&self, by: &str, filter: &str, wanted: impl Fn(&UsageRecord) -> bool) {
         let query = format!(
             "from=2026-03-27T10:30:00Z&to=2026-03-31T05:00:00Z&bucket=day&tz=Europe/Berlin&group_by={by}{filter}"
@@ -277,7 +274,7 @@ impl World {
         let other = groups.iter().find(|it| it["other"] == true);
         assert_eq!(other.map(counts).unwrap_or_default(), rest, "{query}");
 
-        // The groups that are not listed, combined.
+        // Combine the groups that are not listed.
         let mut merged: HashMap<(Option<String>, String), Counts> = HashMap::new();
         for ((group, day), counts) in by_day {
             let group = group.filter(|it| listed.contains(it));
@@ -301,7 +298,7 @@ impl World {
     }
 }
 
-/// Whether this quarter hour has the same label as the previous one.
+/// Returns whether this quarter hour has the same label as the previous one.
 fn seen_before(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> bool {
     label(zone, at, bucket) == label(zone, at - TimeDelta::minutes(15), bucket)
 }

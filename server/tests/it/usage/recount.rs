@@ -1,4 +1,4 @@
-//! Tests with two replicas under load that every number returned by the API equals the client's own log.
+//! Tests with two replicas under load that all numbers returned by the API equal those in the clients' own log.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ const REQUESTS: usize = 5_000;
 const CLIENTS: usize = 16;
 const ENDPOINTS: [&str; 3] = ["GET /orders", "POST /orders", "DELETE /orders/{id}"];
 
-/// The client's own log.
+/// The numbers of requests and their total costs, by outcome.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 struct Counts {
     allowed: u64,
@@ -55,7 +55,7 @@ struct Answered {
     key: usize,
     endpoint: usize,
     cost: u64,
-    /// `allowed`, or why it was denied.
+    /// `allowed`, or why the request was denied.
     code: String,
 }
 
@@ -133,7 +133,7 @@ async fn what_two_replicas_show_equals_the_clients_own_log() {
                 let body =
                     json!({"key": texts[key], "cost": cost, "endpoint": ENDPOINTS[endpoint]});
                 let call = http.post(&url).bearer_auth(&token).json(&body);
-                let answer = call.send().await.expect("it answers");
+                let answer = call.send().await.expect("the server responds");
                 assert_eq!(answer.status(), 200);
                 let answer = answer.json::<Value>().await.expect("JSON");
                 log.push(Answered {
@@ -147,7 +147,7 @@ async fn what_two_replicas_show_equals_the_clients_own_log() {
     });
     let mut log = Vec::new();
     for client in clients.collect::<Vec<_>>() {
-        log.extend(client.await.expect("it ends well"));
+        log.extend(client.await.expect("the task ends"));
     }
     assert_eq!(log.len(), REQUESTS);
     first.ship_usage().await;
@@ -193,7 +193,7 @@ async fn what_two_replicas_show_equals_the_clients_own_log() {
         }
         assert_eq!(buckets, total);
         let stats = get("/admin/stats").await;
-        // This holds unless midnight has passed in the meantime.
+        // Skip this comparison if midnight has passed in the meantime.
         if now().date_naive() == day {
             assert_eq!(
                 (&stats["requests_today"], &stats["rejected_today"]),

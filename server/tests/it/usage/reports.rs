@@ -185,7 +185,7 @@ async fn csv_runs_no_formula() {
     assert_eq!(seen, expected);
     assert!(rows.iter().all(|row| &row[allowed] == "1"));
 
-    // The tenant chooses the names of keys, and they can be formulas as well.
+    // The tenant chooses the names of keys, which can be formulas as well.
     let patch = json!({"name": "=1+1"});
     let path = format!("/admin/api-keys/{}", it.key.id);
     assert_eq!(
@@ -195,7 +195,7 @@ async fn csv_runs_no_formula() {
     let answer = it.csv("/admin/usage?group_by=key&bucket=day").await;
     assert!(answer.text.contains(",'=1+1,"), "{}", answer.text);
 
-    // Each format is returned only if it was requested.
+    // A client that accepts JSON gets JSON, even if it also accepts CSV.
     let json = it.app.get("/admin/usage").bearer(&it.account.access_token);
     let json = json
         .header("Accept", "application/json, text/csv")
@@ -205,7 +205,7 @@ async fn csv_runs_no_formula() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn another_tenants_usage_is_empty_whatever_is_asked_for() {
+async fn another_tenants_usage_is_empty_for_every_query() {
     let it = world(json!({})).await;
     append(&it.app, &[it.record(now() - TimeDelta::hours(1))]).await;
     let other = it.app.register().await;
@@ -342,7 +342,7 @@ async fn stats_show_what_needs_attention() {
     assert_eq!(closest["used"], 85);
 }
 
-/// Replicas hold tokens for later requests, which are not used yet.
+/// Replicas hold tokens for later requests. These tokens have not been used yet.
 #[tokio::test(flavor = "multi_thread")]
 async fn stats_do_not_count_tokens_that_replicas_hold() {
     let it = world(json!({"daily_quota": 10, "monthly_quota": 100_000, "default_rpm": 6000})).await;
@@ -365,7 +365,7 @@ async fn stats_do_not_count_tokens_that_replicas_hold() {
     assert_eq!(used, [&json!(9)]);
 }
 
-/// A replica holds the last token of each small quota, so the ledger has these as used up.
+/// A replica holds the last token of each small quota, so the ledger counts these quotas as used up.
 #[tokio::test(flavor = "multi_thread")]
 async fn stats_find_the_quota_closest_to_its_limit_among_many_small_ones() {
     let it = world(json!({"daily_quota": 1000, "default_rpm": 60_000_000})).await;
@@ -397,7 +397,7 @@ async fn stats_find_the_quota_closest_to_its_limit_among_many_small_ones() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn limits_show_where_a_key_stands_and_consume_nothing() {
+async fn limits_show_the_state_of_a_key_and_consume_nothing() {
     let it =
         world(json!({"daily_quota": 50, "monthly_quota": 500, "default_rpm": 60, "burst": 10}))
             .await;
@@ -429,7 +429,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
         assert!(now[0].1 >= 6, "{now:?}");
         assert_eq!(now[1..], [of("daily", 46), of("monthly", 496)]);
     }
-    // The limits as a request would find them.
+    // The response to a request also contains the limits.
     let answer = it.app.echo(&it.key.text).await;
     assert!(
         answer.header("ratelimit").expect("a field").contains("r="),
@@ -438,7 +438,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
     );
     assert_eq!(states().await[1], of("daily", 45));
 
-    // The records of other replicas count as well.
+    // The records of other replicas count, too.
     let records = (0..30).map(|_| it.record(now())).collect::<Vec<_>>();
     append(&it.app, &records).await;
     append(&it.app, &[rejected(it.record(now()), "rpm")]).await;
@@ -448,7 +448,7 @@ async fn limits_show_where_a_key_stands_and_consume_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_burn_down_has_what_was_left_and_where_it_leads() {
+async fn a_burn_down_shows_the_remaining_quota_and_the_projection() {
     let it = world(json!({"monthly_quota": 10_000})).await;
     let path = format!("/admin/api-keys/{}/burn-down", it.key.id);
     let daily = it.get(&format!("{path}?policy=daily")).await;
@@ -484,8 +484,8 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
         .expect("a time");
     assert!(start <= now && now < end && (28..=31).contains(&(end - start).num_days()));
 
-    // An allowed request with a cost of 2 every 15 minutes since the start of the month; denied requests and those of
-    // the previous month do not count.
+    // Add an allowed request with a cost of 2 every 15 minutes since the start of the month. Denied requests, and those
+    // of the previous month, do not count.
     let mut records = Vec::new();
     let mut at = start;
     while at < now {
@@ -541,7 +541,7 @@ async fn a_burn_down_has_what_was_left_and_where_it_leads() {
             "8 an hour are at most 5,952 a month"
         );
     }
-    // The quota is used up.
+    // Use up the quota.
     append(
         &it.app,
         &[UsageRecord {
@@ -594,7 +594,7 @@ async fn usage_says_until_when_it_is_complete() {
 async fn limits_show_what_another_replica_took_of_the_rate() {
     let redis = RedisServer::start().await;
     let flag = format!("--redis-url={}", redis.url());
-    // Allows for a busy machine.
+    // The long timeout allows for a busy machine.
     let replica = || {
         TestApp::setup()
             .flag(flag.clone())
@@ -618,16 +618,16 @@ async fn limits_show_what_another_replica_took_of_the_rate() {
     }
     for _ in 0..5 {
         for app in [&one, &two] {
-            // A tenth of the burst may be held for later.
+            // A replica may hold a tenth of the burst for later.
             let left = remaining(app).await;
             assert!((10..=12).contains(&left), "{left}");
         }
     }
-    // Reading the limits took no tokens.
+    // Reading the limits has taken no tokens.
     let mut admitted = 0;
     while two.echo(&key.text).await.status == 200 {
         admitted += 1;
-        assert!(admitted <= 13, "more than the burst");
+        assert!(admitted <= 13, "more than the burst was admitted");
     }
     assert!(admitted >= 10, "{admitted}");
 }
@@ -686,12 +686,12 @@ async fn operators_see_the_largest_tenants_and_what_is_not_delivered() {
     assert_eq!(of_tenant[of_tenant.len() - 3..], ["7", "2", "7"], "{text}");
     let of_key = words(line(&it.key.id));
     assert_eq!(of_key[of_key.len() - 3..], ["7", "2", "7"], "{text}");
-    assert!(!text.contains(&it.key.text), "no secret");
+    assert!(!text.contains(&it.key.text), "the report contains a secret");
     assert!(report(&["--hours=1", "--top=1"]).contains("in the last 1 hour\n"));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn operators_end_the_wait_for_a_lost_disk() {
+async fn operators_can_stop_waiting_for_usage_on_a_lost_disk() {
     let it = world(json!({})).await;
     let client = it.app.database.connect().await;
     let (running, lost) = (

@@ -44,7 +44,7 @@ fn batch(account: &Account, count: usize) -> Vec<UsageRecord> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_shippers_of_the_same_tenants_wait_for_each_other_and_leave_no_gap() {
-    // More tenants than connections.
+    // Concurrent batches may have to wait for a connection.
     let app = TestApp::setup()
         .without_jobs()
         .flag("--database-wait=10s")
@@ -54,7 +54,7 @@ async fn two_shippers_of_the_same_tenants_wait_for_each_other_and_leave_no_gap()
     for _ in 0..4 {
         tenants.push(app.register().await);
     }
-    // Every batch contains all tenants, in a different order.
+    // Every batch contains records of all tenants, in a different order.
     let batches = (0..12).map(|n| {
         let mut records = Vec::new();
         for i in 0..tenants.len() {
@@ -136,7 +136,8 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
         0
     );
     assert_eq!(list(&key).await["total"]["allowed"], 500);
-    // The tenant's list is larger, and one consumer cannot fill it: only endpoints in its key's list are added.
+    // The tenant's list is longer. One consumer cannot fill the tenant's list, because an endpoint is added to it only
+    // if the list of the consumer's key contains the endpoint.
     assert_eq!(list("endpoint=GET%20/255").await["total"]["allowed"], 1);
     assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 0);
     let other = UsageRecord {
@@ -236,7 +237,7 @@ async fn the_ledger_is_compared_with_windows_that_have_ended() {
     .await;
     let client = app.database.connect().await;
     let mut found = Vec::new();
-    // Finally, the plan changes, so it may have had no quota for a part of the window.
+    // In the last two cases, the plan was edited, so it may have had no quota during a part of the window.
     for (used, is_changed) in [
         (30_i64, false),
         (42, false),
@@ -323,7 +324,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
     replica.stop().await;
 }
 
-/// Waits until a condition holds. Returns whether it does.
+/// Waits for a condition. Returns whether the condition holds in the end.
 async fn holds(mut check: impl AsyncFnMut() -> bool) -> bool {
     for _ in 0..400 {
         if check().await {
@@ -338,11 +339,11 @@ async fn holds(mut check: impl AsyncFnMut() -> bool) -> bool {
 async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
     let app = TestApp::setup().without_jobs().start().await;
     let reader = app.database.connect().await;
-    // Holds a lock, like a long query.
+    // Hold a lock, as a long query would.
     reader
         .batch_execute("BEGIN; LOCK TABLE usage_log_default IN ACCESS SHARE MODE")
         .await
-        .expect("it is locked");
+        .expect("the lock is acquired");
     let client = app.database.connect().await;
     let replica = TestApp::setup()
         .database(app.database.clone())
@@ -353,9 +354,12 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
         assert!(created, "{table}: {:?}", partitions(&client, table).await);
     }
     assert_eq!(partitions(&client, "usage_log").await, BTreeSet::new());
-    reader.batch_execute("COMMIT").await.expect("it was locked");
+    reader
+        .batch_execute("COMMIT")
+        .await
+        .expect("the lock is released");
     let created = holds(async || partitions(&client, "usage_log").await.len() == 9).await;
-    assert!(created, "it is tried again");
+    assert!(created, "the creation was not retried");
     replica.stop().await;
 }
 
@@ -363,7 +367,7 @@ async fn a_table_whose_partitions_cannot_be_created_holds_up_no_other() {
 async fn partitions_are_created_however_long_it_takes() {
     let app = TestApp::setup().without_jobs().start().await;
     let client = app.database.connect().await;
-    // Creating each partition takes longer than the statement timeout.
+    // Each partition takes longer to create than the statement timeout allows.
     client
         .batch_execute(
             "CREATE FUNCTION wait_for_partition() RETURNS event_trigger LANGUAGE plpgsql AS \
@@ -372,7 +376,7 @@ async fn partitions_are_created_however_long_it_takes() {
                  EXECUTE FUNCTION wait_for_partition()",
         )
         .await
-        .expect("the superuser may");
+        .expect("the superuser may create event triggers");
     let replica = TestApp::setup()
         .database(app.database.clone())
         .flag("--database-statement-timeout=100ms")
@@ -414,7 +418,7 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
     for age in ages {
         append(&app, &[record(&account, KEY, PLAN, today - Days::new(age))]).await;
     }
-    // A record without a partition, far in the past.
+    // Append a record from a day that has no partition, far in the past.
     append(&app, &[record(&account, KEY, PLAN, today - Days::new(30))]).await;
     let client = app.database.connect().await;
     client
@@ -454,7 +458,8 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
-    // If the log is kept for longer from now on, a copy of a segment whose cursor is deleted is still rejected.
+    // If the retention period of the log is extended later, a copy of a segment whose cursor is deleted is still
+    // rejected.
     let days = |days: u64| std::time::Duration::from_secs(days * 24 * 60 * 60);
     let cursor_of = async |age, retention| {
         let mut tx = app.state.db.system().await.expect("PostgreSQL responds");
@@ -465,9 +470,9 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
     assert_eq!(cursor_of(7, 90).await, None);
     assert_eq!(cursor_of(5, 90).await, Some(64));
     assert_eq!(cursor_of(5, 3).await, None);
-    // Endpoints from 4 and 5 days ago are kept, and so are those of the requests above.
+    // Endpoints from 4 and 5 days ago are kept, and so are the endpoints of the requests above.
     assert_eq!(number(&client, endpoints).await, listed - 1495);
-    // Whole days: a day that ended within the retention period is kept.
+    // Only whole days are dropped: a day that ended within the retention period is kept.
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 4);
     let quarters = "SELECT count(DISTINCT start) FROM usage_quarters";
     assert_eq!(number(&client, quarters).await, 6);

@@ -22,10 +22,10 @@ pub(super) struct Caddy {
     running: Option<Process>,
 }
 
-/// What Caddy needs to know.
+/// The settings for Caddy.
 pub(super) struct Settings<'a> {
     pub(super) program: &'a Path,
-    /// For its certificate authority and its log.
+    /// The directory for Caddy's certificate authority and its log.
     pub(super) dir: &'a Path,
     /// The port for HTTPS.
     pub(super) port: u16,
@@ -52,7 +52,7 @@ impl Caddy {
             .args(["run", "--adapter", "caddyfile", "--config"])
             .arg(&file)
             .env("QUOTA_SITE", "localhost")
-            // The final period keeps the machine's search domains out of it.
+            // The final period prevents the use of the machine's search domains.
             .env("QUOTA_UPSTREAM", "quota.internal.")
             .env("QUOTA_PORT", settings.upstream_port.to_string())
             .env("HOME", dir)

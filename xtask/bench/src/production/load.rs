@@ -1,8 +1,8 @@
-//! Requests at a fixed rate through Caddy, and what became of each.
+//! Requests at a fixed rate through Caddy, and the outcome of each.
 //!
-//! Half of them are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other one.
-//! Requests are sent on schedule, whether or not earlier ones have completed, on kept connections. Only if all
-//! connections are in use does a request wait for one.
+//! Half of the requests are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other
+//! one. Requests are sent on schedule, whether or not earlier ones have completed, on persistent connections. Only if
+//! all connections are in use does a request wait for one.
 
 use std::{
     error::Error,
@@ -25,7 +25,7 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval},
 };
 
-/// More new connections at once would only keep a busy machine busy with TLS handshakes.
+/// The maximum number of connections. More concurrent TLS handshakes would only slow down a busy machine.
 const CONNECTIONS: usize = 64;
 
 /// What to send, and where.
@@ -43,7 +43,7 @@ pub(super) struct Target {
 pub(super) enum Outcome {
     Allowed,
     Denied,
-    /// Anything but a decision.
+    /// Any response other than a decision, or no response.
     Failed(String),
 }
 
@@ -54,7 +54,7 @@ pub(super) struct Attempt {
     pub(super) sent: u64,
     pub(super) answered: u64,
     pub(super) outcome: Outcome,
-    /// Decided without Redis.
+    /// Whether the request was decided without Redis.
     pub(super) is_degraded: bool,
 }
 
@@ -80,7 +80,7 @@ fn is_post(number: u64) -> bool {
     number.is_multiple_of(2)
 }
 
-/// Keys alternate every two requests, so that both get both kinds.
+/// The key changes after every second request, so that each key is used with both kinds of requests.
 fn is_limited(number: u64) -> bool {
     (number / 2).is_multiple_of(2)
 }
@@ -159,7 +159,7 @@ fn nanos(origin: Instant) -> u64 {
     u64::try_from(origin.elapsed().as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Sends one request. Returns whether it was allowed, and whether it was decided without Redis.
+/// Sends one request. Returns whether the request was allowed, and whether it was decided without Redis.
 async fn send(target: &Target, number: u64) -> Result<(bool, bool), String> {
     let key = if is_limited(number) {
         &target.limited

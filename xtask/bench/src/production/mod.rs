@@ -1,5 +1,5 @@
-//! The shape of a production deployment on one machine, without containers: PostgreSQL, Redis, several replicas, and
-//! Caddy with TLS in front of them, all on loopback.
+//! A production-like deployment on one machine, without containers: PostgreSQL, Redis, several replicas, and Caddy with
+//! TLS in front of them, all on loopback.
 //!
 //! Replicas listen on the same port of different loopback addresses, so that Caddy finds them as it does in production:
 //! as the addresses of one name.
@@ -48,7 +48,7 @@ struct Programs {
     /// The directory of `initdb` and `postgres`
     #[arg(long = "programs", value_name = "PROGRAMS")]
     postgres: PathBuf,
-    /// The directory for a Caddy to download if there is no recent one
+    /// The directory to which Caddy is downloaded if no recent version is installed
     #[arg(long)]
     tools: PathBuf,
 }
@@ -57,7 +57,7 @@ struct Programs {
 struct Shape<'a> {
     quota: &'a Path,
     caddy: &'a Path,
-    /// For usage, logs, and Caddy's certificate authority.
+    /// The directory for usage, logs, and Caddy's certificate authority.
     dir: &'a Path,
     replicas: u8,
     https: u16,
@@ -138,7 +138,7 @@ impl Production {
         })
     }
 
-    /// Stops everything in order.
+    /// Stops everything cleanly.
     async fn stop(mut self) -> Result<()> {
         self.caddy.stop().await?;
         self.stop_replicas().await?;

@@ -1,4 +1,4 @@
-//! A DNS server on a free loopback port, for the name under which Caddy finds the replicas.
+//! A DNS server on a free loopback port, for the name that Caddy looks up to find the replicas.
 
 use std::net::{Ipv4Addr, SocketAddr};
 
@@ -42,7 +42,7 @@ impl Drop for NameServer {
     }
 }
 
-/// Returns the response to a query for one name, or `None` if it is no such query.
+/// Returns the response to a query for one name, or `None` for any other message.
 fn respond(query: &[u8], addresses: &[Ipv4Addr]) -> Option<Vec<u8>> {
     let mut end = HEADER;
     loop {
@@ -67,7 +67,7 @@ fn respond(query: &[u8], addresses: &[Ipv4Addr]) -> Option<Vec<u8>> {
     }
     response.extend(question);
     for address in addresses {
-        // The name is the question's. The address is valid for one second.
+        // The name is that of the question. The address is valid for one second.
         response.extend([0xc0, 12]);
         response.extend([TYPE_A, CLASS_IN].map(u16::to_be_bytes).concat());
         response.extend(1_u32.to_be_bytes());

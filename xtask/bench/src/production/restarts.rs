@@ -1,5 +1,5 @@
-//! Replicas are upgraded, restarted and killed one after the other under load through Caddy. No request may fail, no
-//! usage may be lost or recorded twice, and a key's rate limit must hold over all of it.
+//! Upgrades, restarts and kills replicas one after the other under load through Caddy. No request may fail, no usage
+//! may be lost or recorded twice, and a key's rate limit must hold throughout.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,14 +31,14 @@ use crate::{
     replicas::tenant::{Plan, Tenant},
 };
 
-/// The limited key's rate per minute, and its burst. Half of the requests use it, so it must be lower than that.
+/// The limited key's rate per minute, and its burst. Half of the requests use this key, so their rate must be higher.
 const RPM: u32 = 6000;
 const BURST: u32 = 100;
 /// The default `QUOTA_LEASE_TTL`, and the resolution of Redis's clock.
 const SLACK: Duration = Duration::from_nanos(100_002_000);
-/// The smallest acceptable share of what one exact bucket would have allowed, in percent.
+/// At least this percentage of what one exact bucket would have allowed must be allowed.
 const SERVED: u64 = 90;
-/// Between two restarts.
+/// The pause between two restarts.
 const PAUSE: Duration = Duration::from_secs(1);
 const SHIPPED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -69,12 +69,12 @@ pub(crate) struct Options {
 /// What was done to the replicas.
 #[derive(Default)]
 struct Events {
-    /// When, and what.
+    /// The time and the description of each event.
     log: Vec<(u64, String)>,
     upgrades: u32,
     restarts: u32,
     longest_exit: Duration,
-    /// When each kill was done.
+    /// The time range of each kill.
     kills: Vec<RangeInclusive<u64>>,
 }
 
@@ -82,7 +82,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    // Everything that was started ends with the future, even on Ctrl-C.
+    // Dropping the future stops everything that was started, even on Ctrl-C.
     runtime.block_on(async {
         let mut terminate =
             tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
@@ -193,7 +193,7 @@ async fn disturb(options: &Options, production: &mut Production, load: &Load) ->
 }
 
 impl Events {
-    /// Ends a replica, starts it again, and waits a little.
+    /// Stops or kills a replica, starts it again, and waits a little.
     async fn end(
         &mut self,
         production: &mut Production,
@@ -212,7 +212,7 @@ impl Events {
         }
         replica.start().await?;
         let text = format!(
-            "{what} of replica {index}: ended in {:.2} s, ready in {:.2} s",
+            "{what} of replica {index}: exited in {:.2} s, ready in {:.2} s",
             took.as_secs_f64(),
             Duration::from_nanos(load.now() - began)
                 .saturating_sub(took)
@@ -237,7 +237,7 @@ struct Usage {
     repeated: Vec<String>,
     /// Requests that were decided again because their replica was killed.
     repeated_after_kill: u64,
-    /// Requests whose response says something else than their record.
+    /// Requests whose response differs from their record.
     different: u64,
 }
 
@@ -245,7 +245,7 @@ struct Usage {
 struct Recorded {
     rows: u64,
     records: u64,
-    /// Whether one of the decisions was to allow it.
+    /// Whether one of the decisions was to allow the request.
     is_allowed: bool,
 }
 
@@ -312,7 +312,7 @@ impl Usage {
     }
 }
 
-/// Prints the results. Returns whether all are as they must be.
+/// Prints the results. Returns whether all requirements are met.
 fn report(
     options: &Options,
     attempts: &[Attempt],
@@ -378,7 +378,7 @@ fn report(
     println!("| requests with the limited key | {} |", limited.len());
     println!("| allowed | {} |", admitted.len());
     println!("| **above the limit** | {excess:.1} |");
-    println!("| **share of what one exact bucket allows** | {served}% |");
+    println!("| **allowed, compared with one exact bucket** | {served}% |");
     print_failures(&failures, events);
     for id in usage.lost.iter().take(10) {
         println!("lost: {id}");

@@ -1,4 +1,5 @@
-//! `cargo xtask up`: the production shape for people to try. Ended processes are restarted until Ctrl-C.
+//! `cargo xtask up`: a production-like deployment, for people to try out. Processes that exit are restarted until
+//! Ctrl-C.
 
 use std::{
     fs::{self, File},
@@ -120,7 +121,7 @@ async fn start(options: &Options) -> Result<Production> {
         https,
         with_demo: true,
         directives: "info",
-        // An unoptimized build on a busy machine would otherwise often take a slow response for an outage of Redis.
+        // An unoptimized build on a busy machine would otherwise often mistake a slow response for an outage of Redis.
         settings: vec![("QUOTA_REDIS_TIMEOUT", "250ms".into())],
     };
     let production = Production::start(&shape, postgres).await?;
@@ -153,7 +154,7 @@ async fn start(options: &Options) -> Result<Production> {
     for replica in &production.replicas {
         println!(
             "To see a replica restart: kill -9 {} ({})",
-            replica.pid().context("it runs")?,
+            replica.pid().context("the replica does not run")?,
             replica.addr
         );
     }
@@ -161,8 +162,8 @@ async fn start(options: &Options) -> Result<Production> {
     Ok(production)
 }
 
-/// Restarts replicas and Caddy when they end. Returns after the first signal, or with an error if PostgreSQL or Redis
-/// has ended.
+/// Restarts replicas and Caddy when they exit. Returns after the first signal, or with an error if PostgreSQL or Redis
+/// has exited.
 async fn supervise(production: &mut Production, signals: &mut watch::Receiver<u32>) -> Result<()> {
     let mut started = vec![Instant::now(); production.replicas.len()];
     loop {
@@ -175,7 +176,7 @@ async fn supervise(production: &mut Production, signals: &mut watch::Receiver<u3
                 && started.elapsed() > BETWEEN_STARTS
             {
                 eprintln!(
-                    "the replica on {} ended with {status} and is restarted",
+                    "the replica on {} exited with {status} and is being restarted",
                     replica.addr
                 );
                 replica.spawn()?;
@@ -183,12 +184,12 @@ async fn supervise(production: &mut Production, signals: &mut watch::Receiver<u3
             }
         }
         if !production.caddy.is_running()? {
-            eprintln!("Caddy ended and is restarted");
+            eprintln!("Caddy exited and is being restarted");
             sleep(BETWEEN_STARTS).await;
             production.caddy.spawn()?;
         }
         if !production.postgres.is_running()? {
-            bail!("PostgreSQL ended; its log is in the data directory");
+            bail!("PostgreSQL exited; its log is in the data directory");
         }
         if !production.redis.is_running() {
             bail!("Redis ended");

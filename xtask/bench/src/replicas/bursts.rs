@@ -16,7 +16,7 @@ use super::{
 const COLUMNS: &[&str] = &[
     "plan",
     "burst",
-    "promise",
+    "envelope",
     "rests",
     "sent",
     "admitted",
@@ -125,8 +125,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         ]);
     }
     table.notes.push(format!(
-        "{REPLICAS} replicas. The promise of a plan with leases is burst + rate·(T + {} ms), that of a strict \
-         one burst + rate·T. {CYCLES} cycles per cell, each starting with the next replica. {}",
+        "{REPLICAS} replicas. The envelope of a plan with leases is burst + rate·(T + {} ms), that of a strict \
+         plan burst + rate·T. {CYCLES} cycles per cell, each starting with the next replica. {}",
         options.lease_ttl,
         lateness(&late),
     ));

@@ -34,7 +34,7 @@ const AT_ONCE: usize = 8;
 /// The interval between requests to the same replica.
 const PAUSE: Duration = Duration::from_millis(3);
 const PATIENCE: Duration = Duration::from_secs(10);
-/// The promised maximum.
+/// The documented maximum time until a change applies.
 const PROMISE: Duration = Duration::from_secs(1);
 const BURSTS: (u32, u32) = (100_000, 200_000);
 
@@ -347,7 +347,7 @@ impl Crew {
         Ok(())
     }
 
-    /// Returns when the last replica first responded this way.
+    /// Returns when the last replica first gave a response of the wanted kind.
     async fn all_answer(&mut self, key: &Key, wanted: State) -> Result<Instant> {
         ensure!(!self.watchers.is_empty(), "there are no watchers");
         let asked = self

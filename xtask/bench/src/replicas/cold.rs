@@ -60,7 +60,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             for strict in [false, true] {
                 let (mut found, mut took) = (Found::default(), Vec::new());
                 for round in 0..rounds {
-                    // After an outage, buckets start empty: a burst needs a full one.
+                    // After an outage, buckets start empty, but each burst needs a full bucket.
                     let outages = stage.outages().await?;
                     if std::mem::replace(&mut seen, outages) != outages {
                         if refills == 0 {

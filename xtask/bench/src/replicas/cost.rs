@@ -148,7 +148,7 @@ async fn saturated(
     Ok(())
 }
 
-/// Runs a closed loop on every replica.
+/// Runs a closed-loop load against every replica.
 fn hammer(stage: &Stage, keys: &[Key], time: Duration) -> Result<Statuses> {
     let request = echo(keys[0].text.to_str()?);
     thread::scope(|scope| {
@@ -219,7 +219,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
     ];
     // Runtimes cannot be nested, so this one is on another thread.
     let apart = |task: &(dyn Fn() -> Result<Vec<[Round; 2]>> + Sync)| {
-        thread::scope(|scope| scope.spawn(task).join().ok().context("it panicked")?)
+        thread::scope(|scope| scope.spawn(task).join().ok().context("the task panicked")?)
     };
     let memory = Server::quota(&options.quota, directives, cores, &[])?;
     let shared = Server::quota(&options.quota, directives, cores, &with_redis)?;

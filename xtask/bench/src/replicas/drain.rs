@@ -1,6 +1,7 @@
 //! A clean stop with many keys in use: unused tokens of blocks are returned.
 //!
-//! Keys are inserted into the database, since creating so many over HTTP takes too long. Usage is read from there.
+//! Keys are inserted into the database, since creating so many keys over HTTP takes too long. Usage is read from the
+//! database.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -32,7 +33,7 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 const DAILY: u64 = 5000;
 const MONTHLY: u64 = 50_000;
-/// The promised maximum time for stopping.
+/// The documented maximum time for stopping.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
 /// Keys per statement.
 const AT_ONCE: usize = 5000;

@@ -50,9 +50,9 @@ pub(crate) struct Attempt {
     pub(crate) replica: usize,
     pub(crate) cost: u32,
     pub(crate) due: u64,
-    /// Just before its first byte was sent.
+    /// The time just before the request's first byte was sent.
     pub(crate) sent: u64,
-    /// Just after the head of the response arrived, or the request was abandoned.
+    /// The time just after the head of the response arrived, or the request was abandoned.
     pub(crate) answered: u64,
     /// The status; 0 if there was no response.
     pub(crate) status: u16,
@@ -304,7 +304,7 @@ fn number(headers: &HeaderMap, name: &header::HeaderName) -> Option<u32> {
     headers.get(name)?.to_str().ok()?.parse().ok()
 }
 
-/// Whether the request was decided without Redis: the header is then present, whatever its value.
+/// Returns whether the request was decided without Redis: the header is then present, regardless of its value.
 fn is_degraded(headers: &HeaderMap) -> bool {
     headers
         .keys()

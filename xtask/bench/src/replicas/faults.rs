@@ -1,8 +1,8 @@
 //! Redis crashes, freezes, fails over, and goes silent under load.
 //!
-//! There is a key for each failure mode, and all of them are used in the same processes at the same time. Some are
-//! above their limit and test the promise; some are below it and strict, so they need Redis for every decision and show
-//! the loss of Redis in their latency.
+//! There is a key for each fallback setting, and all of them are used in the same processes at the same time. Some keys
+//! are used above their limit, to test the envelope. Other keys are used below their limit, on strict plans: they need
+//! Redis for every decision, so their latency shows the loss of Redis.
 
 use std::{mem::replace, time::Duration};
 
@@ -108,8 +108,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         late.extend(one(options, *kind, &mut table).await?);
     }
     table.notes.push(format!(
-        "{REPLICAS} replicas. Excess is defined as in the table of limits, over the whole run; `open` promises nothing \
-         while Redis is unreachable, and `share` adds the share of a replica that has lost it alone. Latency is \
+        "{REPLICAS} replicas. Excess is defined as in the table of limits, over the whole run; `open` has no envelope \
+         while Redis is unreachable, and `share` adds the share of the only replica that has lost Redis. Latency is \
          measured by the client, from sending the request to the head of the response. Recovered is the time from \
          when Redis was available again to the last degraded or 503 response that was followed by a second without \
          any; those after that second are listed as degraded later. {}",
@@ -275,7 +275,12 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
         }
         World::Watched(group) => {
             let [first, second] = &mut group.servers;
-            sleep_until(begin.checked_sub(MISSED).context("it is later")?).await;
+            sleep_until(
+                begin
+                    .checked_sub(MISSED)
+                    .context("the fault begins too early")?,
+            )
+            .await;
             // The master has no password and rejects clients that send one. So the replica cannot reconnect and misses
             // later writes.
             second
@@ -291,8 +296,7 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
     Ok(origin.elapsed())
 }
 
-/// Returns the promise that holds for a plan during a fault. If all replicas lose Redis, this is the plan's own
-/// promise.
+/// Returns a plan whose envelope applies to `plan` during a fault. If all replicas lose Redis, this is `plan` itself.
 fn promised(kind: Kind, plan: &Plan) -> Plan {
     match kind {
         Kind::Partial => with_share_of_one(plan, REPLICAS),
@@ -300,8 +304,8 @@ fn promised(kind: Kind, plan: &Plan) -> Plan {
     }
 }
 
-/// Returns the promise while one of several replicas has lost Redis and the others have not: it allows its share in
-/// addition to what the others allow together.
+/// Returns a plan whose envelope applies while one of several replicas has lost Redis and the others have not: the
+/// replica without Redis allows its share in addition to what the others allow together.
 pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     let mut plan = plan.clone();
     if plan.on_redis_failure != Some("closed") {

@@ -1,5 +1,5 @@
-//! Several replicas of `quota` with one database and one Redis. They listen on free loopback ports and end when their
-//! owner is dropped.
+//! Several replicas of `quota` with one database and one Redis. They listen on free loopback ports and are killed when
+//! their [`Fleet`] is dropped.
 
 use std::{
     fs,
@@ -148,7 +148,7 @@ impl Fleet {
             let status = status.context("a replica did not stop in time")?;
             ensure!(
                 status.success(),
-                "a replica ended with {status}:\n{}",
+                "a replica exited with {status}:\n{}",
                 tail(&fs::read_to_string(&replica.log).unwrap_or_default())
             );
         }
@@ -213,7 +213,7 @@ impl Replica {
                 return Ok(());
             }
             if let Some(status) = self.process.ended()? {
-                bail!("quota ended with {status} instead of starting:\n{text}");
+                bail!("quota exited with {status} instead of starting:\n{text}");
             }
             ensure!(
                 Instant::now() < deadline,

@@ -120,7 +120,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                     &format!("late-{}-{round}-{key}", delay.as_millis()),
                     &log,
                 )?;
-                // If only one replica has lost Redis, it allows its share in addition to the others.
+                // If only one replica has lost Redis, this replica allows its share in addition to what the others
+                // allow.
                 let promised = with_share_of_one(plan, REPLICAS);
                 let slack = slack(plan, options.lease_ttl());
                 let recount = Recount::of(key, &promised, slack, &log);

@@ -1,9 +1,9 @@
-//! Allowed requests with various numbers of replicas, loads, and plans: never above the promise in any window, and only
-//! slightly below it.
+//! Allowed requests with various numbers of replicas, loads, and plans: never above the envelope in any window, and
+//! only slightly below it.
 //!
 //! Each cell has three keys in the same processes at the same time. At 0.9 times the limit, buckets start full and
 //! everything is allowed. At 1 and 2 times the limit, a burst first empties the bucket, so that the load tests the
-//! promise at its limit.
+//! envelope at its limit.
 
 use std::time::Duration;
 
@@ -33,11 +33,12 @@ const COLUMNS: &[&str] = &[
     "CPU µs per request",
 ];
 const LOADS: [f64; 3] = [0.9, 1.0, 2.0];
-/// Requests per second while a bucket is emptied: as many as this machine can send to processes that share its cores.
+/// The number of requests per second that empty a bucket: as many as this machine can send to processes that share its
+/// cores.
 const BLOW: f64 = 8000.0;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("Limits over replicas", COLUMNS);
+    let mut table = Table::new("Limits across replicas", COLUMNS);
     let (limits, loads, time): (&[(u32, u32)], &[f64], _) = if options.quick {
         (&[(600, 30), (1800, 90)], &[2.0], Duration::from_secs(1))
     } else {

@@ -1,8 +1,9 @@
 //! The behavior of several replicas, measured from outside: replicas in separate processes, real PostgreSQL and Redis,
 //! an open-loop load, and a recount of allowed requests from the client's log.
 //!
-//! Uses only what is available to an operator: settings, HTTP and signals. A broken promise is listed as a fault in its
-//! table and fails the run. Everything is bounded in number and time, uses only loopback, and ends with this process.
+//! Uses only what is available to an operator: settings, HTTP and signals. If a limit is exceeded or another
+//! requirement is not met, the table lists a fault and the run fails. Everything is bounded in number and time, uses
+//! only loopback, and stops when this process exits.
 
 mod bursts;
 mod changes;
@@ -74,7 +75,7 @@ pub(crate) struct Options {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Only {
-    /// Replicas, loads and plans: requests allowed in excess of the promise
+    /// Requests allowed in excess of the envelope, by number of replicas, load and plan
     Limits,
     /// A daily quota, across a restart
     Daily,
@@ -132,7 +133,7 @@ impl Options {
     }
 }
 
-/// Prints each table when it is ready. Everything that was started ends with the future, even on Ctrl-C.
+/// Prints each table when it is ready. Dropping the future stops everything that was started, even on Ctrl-C.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if let Some(dir) = &options.log {
         fs::create_dir_all(dir).with_context(|| format!("cannot create {}", dir.display()))?;

@@ -27,7 +27,7 @@ const COLUMNS: &[&str] = &[
 const ROUNDS: usize = 20;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {
-    let mut table = Table::new("A daily quota over replicas", COLUMNS);
+    let mut table = Table::new("A daily quota across replicas", COLUMNS);
     for &replicas in options
         .replicas
         .iter()

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::drive::Arrival;
 
-/// How requests are distributed over replicas.
+/// How requests are distributed across replicas.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Spread {
     /// In turn.
@@ -29,7 +29,7 @@ impl Steady {
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
-            reason = "a load of seconds"
+            reason = "a load lasts only seconds"
         )]
         let count = (self.per_second * time.as_secs_f64()) as usize;
         self.count = count;
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_blow_asks_for_more_than_a_bucket_holds_with_what_it_refills() {
+    fn a_burst_exceeds_a_full_bucket_and_its_refill() {
         let rate = 5.0;
         let load = drained_then(steady(), 2, (300, 20), 20.0, SECOND);
         let blow = load.len() - 10;

@@ -217,7 +217,7 @@ pub(crate) struct Recount {
 }
 
 impl Recount {
-    /// Evaluates the log of one key. `slack` is what the promise allows for leases.
+    /// Evaluates the log of one key. `slack` is the lease TTL, which the envelope of a plan with leases includes.
     pub(crate) fn of(key: usize, plan: &Plan, slack: Duration, log: &[Attempt]) -> Self {
         let own = || log.iter().filter(|it| it.key == key);
         let count = |what: fn(&Attempt) -> bool| own().filter(|it| what(it)).count();
@@ -239,7 +239,7 @@ impl Recount {
         }
     }
 
-    /// Returns the excess of the worst window, in tokens. Negative if every window was below the promise.
+    /// Returns the excess of the worst window, in tokens. Negative if every window was below the envelope.
     pub(crate) fn excess(&self) -> f64 {
         self.worst.map_or(f64::NEG_INFINITY, |worst| worst.excess)
     }
@@ -298,7 +298,7 @@ pub(crate) fn check_book(
     }
 }
 
-/// Returns the slack in a plan's promise.
+/// Returns the time that a plan's envelope adds for leases.
 pub(crate) fn slack(plan: &Plan, lease_ttl: Duration) -> Duration {
     if plan.strict {
         Duration::ZERO

@@ -10,7 +10,7 @@ pub(crate) struct Table {
     rows: Vec<Vec<String>>,
     /// What the figures mean, and their limits.
     pub(crate) notes: Vec<String>,
-    /// Broken promises.
+    /// Violations of the limits and requirements that the table checks.
     pub(crate) faults: Vec<String>,
 }
 

@@ -26,7 +26,7 @@ pub(crate) struct Plan {
     pub(crate) strict: bool,
     pub(crate) daily: Option<u64>,
     pub(crate) monthly: Option<u64>,
-    /// Behavior of its keys while Redis is unreachable. `None` for the server default.
+    /// Behavior of the plan's keys while Redis is unreachable. `None` for the server default.
     pub(crate) on_redis_failure: Option<&'static str>,
 }
 
@@ -115,7 +115,7 @@ impl Tenant {
         Ok(HeaderValue::from_str(&text(&made, "token")?)?)
     }
 
-    /// Creates a key on its own plan.
+    /// Creates a plan, and a key on this plan.
     pub(crate) async fn key_on(&self, server: SocketAddr, plan: &Plan) -> Result<Key> {
         let id = self.plan(server, plan).await?;
         self.key(server, &id).await

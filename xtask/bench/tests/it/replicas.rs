@@ -71,7 +71,7 @@ async fn measured(arguments: &[&str]) -> Found {
     std::thread::spawn(move || done.send(command.output()));
     let Output { status, stderr, .. } = ran
         .await
-        .expect("it ran")
+        .expect("the command ran")
         .expect("the measurement can be started");
     let said = String::from_utf8_lossy(&stderr);
     let tables = std::fs::read(&json).unwrap_or_else(|_| panic!("no tables: {said}"));
@@ -85,9 +85,9 @@ async fn measured(arguments: &[&str]) -> Found {
 }
 
 #[tokio::test]
-async fn replicas_that_share_no_limits_are_found_out_and_one_alone_is_not() {
+async fn missing_sharing_is_detected_and_a_single_replica_is_not_reported() {
     let found = measured(&["--only", "limits", "--no-redis", "--replicas", "1,2"]).await;
-    assert!(!found.content, "a broken promise is a failure");
+    assert!(!found.content, "a violation is a failure");
     let mut seen = 0;
     for row in found.rows() {
         let excess = number(row, "excess, tokens");
@@ -143,7 +143,7 @@ async fn a_clean_stop_leaves_exactly_what_was_used() {
 }
 
 #[tokio::test]
-async fn changes_are_seen_and_timed() {
+async fn changes_are_detected_and_timed() {
     let found = measured(&["--only", "changes", "--no-redis"]).await;
     assert_eq!(found.rows().len(), 4);
     for row in found.rows() {

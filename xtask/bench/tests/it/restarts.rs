@@ -57,7 +57,7 @@ fn restarts_behind_caddy_fail_no_request() {
     assert_eq!(number(&table, "restarts with SIGTERM"), 2);
     assert_eq!(number(&table, "failed"), 0);
     assert_eq!(number(&table, "lost"), 0);
-    // Before, between and after the restarts.
+    // Requests are sent before, between and after the restarts.
     let requests = number(&table, "requests");
     assert!(requests >= 350, "{table}");
     assert_eq!(number(&table, "rows in the usage log"), requests);

@@ -119,7 +119,7 @@ impl FakeQuota {
     }
 }
 
-/// Returns the next request of a connection, or `None` at its end.
+/// Returns the next request on a connection, or `None` if the connection has been closed.
 async fn read(stream: &mut BufReader<TcpStream>) -> Option<Seen> {
     let mut line = String::new();
     if stream.read_line(&mut line).await.ok()? == 0 {

@@ -127,9 +127,18 @@ fn url_is_checked_before_it_is_sent() {
     for (url, message) in [
         ("hooks.example.com", "Must start with https://"),
         ("ftp://hooks.example.com", "Must start with https://"),
-        ("https://", "Enter a complete URL, without spaces"),
-        ("https://a b", "Enter a complete URL, without spaces"),
-        ("https://ü.example", "Enter a complete URL, without spaces"),
+        (
+            "https://",
+            "Enter a complete URL without spaces or special characters",
+        ),
+        (
+            "https://a b",
+            "Enter a complete URL without spaces or special characters",
+        ),
+        (
+            "https://ü.example",
+            "Enter a complete URL without spaces or special characters",
+        ),
         (&format!("{longest}a"), "Must be at most 2,000 characters"),
     ] {
         assert_eq!(check_url(url), Err(message), "{url}");
@@ -208,7 +217,7 @@ fn log_is_reloaded_while_an_attempt_is_expected() {
     assert!(is_changing(&[delivery(json!({}))], NOW));
     let soon = delivery(json!({"next_attempt_at": "2026-08-03T06:27:08.000Z"}));
     assert!(is_changing(&[failed(), soon], NOW));
-    // The next attempt is in half an hour, and the last one has ended.
+    // The next attempt is in half an hour, and the last attempt has ended.
     assert!(!is_changing(&[failed()], NOW));
     // The attempt may still be in progress.
     let sent = delivery(

@@ -1,4 +1,4 @@
-//! Decides when to fetch tokens from the ledger, and how many, and applies its responses to the block.
+//! Decides when to fetch tokens from the ledger, and how many, and applies the ledger's responses to the block.
 
 use std::sync::Arc;
 
@@ -44,7 +44,7 @@ impl Block {
         !self.fetching && self.is_due(now)
     }
 
-    /// Returns the ledger's last error while it is too early to retry.
+    /// Returns the ledger's last error if it is too early to retry.
     pub(in crate::limiter) fn cooling(&self, now: UnixNanos) -> Option<LedgerError> {
         self.failure
             .as_ref()
@@ -71,8 +71,9 @@ impl Block {
         now.abs_diff(self.answered_at) >= patience
     }
 
-    /// Begins a fetch at `now`, unless a fetch is in flight or there is nothing to do. Each order must be followed by
-    /// [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or [`fail`](Self::fail).
+    /// Begins a fetch at `now`, unless a fetch is in flight or there is nothing to do. Each [`LedgerOrder`] must be
+    /// followed by a call to [`finish_fetch`](Self::finish_fetch), [`finish_return`](Self::finish_return) or
+    /// [`fail`](Self::fail).
     pub(in crate::limiter) fn begin_fetch(
         &mut self,
         need: Need,
@@ -85,14 +86,14 @@ impl Block {
         let left = self.quota.saturating_sub(self.used);
         let want = match need {
             _ if self.limit == 0 => 0,
-            // Tokens for waiting requests are fetched in full, since they are spent immediately, but not before the
-            // ledger has reported how many are left.
+            // Tokens for waiting requests are fetched in full, since they are spent immediately, but only after the
+            // ledger has reported how many tokens are left.
             Need::Cost(cost) if self.known => size.max(cost).saturating_sub(self.held).min(left),
             Need::Cost(_) | Need::Ahead => size.saturating_sub(self.held).min(left),
             Need::Again => size.saturating_sub(self.held).max(1),
         };
-        // Owed tokens are returned first, so that `used` does not include them, and so that a window without usage can
-        // be replaced with one in another time zone.
+        // Owed tokens are returned first, so that `used` does not include these tokens, and so that a window without
+        // usage can be replaced with a window in another time zone.
         let give_back: Vec<_> = self
             .owed
             .extract_if(.., |(window, _)| now < window.end)
@@ -159,9 +160,9 @@ impl Block {
         self.answered_at = now;
     }
 
-    /// Begins to fetch the first block of the next window if it is time and the key was used in the current window.
-    /// `key_hash` spreads the fetches of different keys over time. Returns when the next window starts. Must be
-    /// followed by [`finish_next`](Self::finish_next).
+    /// Begins to fetch the first block of the next window if that window begins soon and the key was used in the
+    /// current window. `key_hash` spreads the fetches of different keys over time. Returns when the next window starts.
+    /// Must be followed by [`finish_next`](Self::finish_next).
     pub(in crate::limiter) fn begin_next(
         &mut self,
         now: UnixNanos,

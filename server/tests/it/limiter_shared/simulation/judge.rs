@@ -1,48 +1,50 @@
-//! Checks the promises by a recount, based only on the log of requests.
+//! Checks the promises by recounting, based only on the log of requests.
 //!
-//! Derived from the documented promises, without knowing how the limiter keeps them. Numbers from replicas or Redis are
-//! used only for two checks: a denial is wrong if Redis had never granted enough tokens to empty the bucket, and the
-//! totals must match.
+//! The checks are derived from the documented promises, not from how the limiter keeps them. Numbers from replicas or
+//! Redis are used only for two checks: a denial is wrong if Redis had never granted enough tokens to empty the bucket,
+//! and the totals must match.
 //!
 //! **Upper bound.** In any window of `T`, all replicas together admit at most `burst + rate·(T + ttl)` tokens, or
 //! `burst + rate·T` for a strict plan, no matter what happens. In the second after an edit, replicas may follow either
-//! plan, so a window that overlaps it has the larger burst and, at each moment, the larger rate of the plans that
-//! requests follow. Between the requests of two plans, the lower rate counts, because a bucket learns of an edit from a
-//! request. If Redis has lost its state in between, the later plan counts from the start of the new epoch, because the
-//! earlier one is unknown. `closed` has no exception, and `share` has one: while some replicas have lost Redis (or get all responses
-//! late) and others have not, the former use their share `p` of the bucket in addition to the latter. Together they admit
-//! at most `(1 + p)` times as much, where `p` is at most 1. If some calls fail just after an outage, the replicas that
-//! made them have still lost Redis while the others use it again. With `open`, the requests that a replica admits without
-//! Redis satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis keep the plain bound
-//! in every mode.
+//! plan. Therefore, a window that overlaps this second has the larger burst and, at each moment, the larger rate of the
+//! plans that requests follow. Between the requests of two plans, the lower rate counts, because a bucket learns of an
+//! edit from a request. If Redis has lost its state in between, the later plan counts from the start of the new epoch,
+//! because the earlier one is unknown. `closed` has no exception. `share` has one exception: while some replicas have
+//! lost Redis (or get all responses late) and others have not, these replicas use their share `p` of the bucket, in
+//! addition to the tokens that the others take from Redis. All replicas together then admit at most `(1 + p)` times as
+//! much, where `p` is at most 1. If some calls fail just after an outage, the replicas that made these calls still
+//! count as having lost Redis while the others use it again. With `open`, the requests that a replica admits without
+//! Redis satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis satisfy the plain
+//! bound in every mode.
 //!
-//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last one, at least 99% of what an
-//! exact bucket would admit of the same requests, to within a token or two. At its start, the bucket contains what
-//! earlier admissions have left in it. If a replica crashes, the tokens that may have been granted for its requests
-//! without a response are lost. For a leased key, two kinds of tokens are not counted as available. The first are
-//! tokens that another replica may hold: at most a tenth of the burst and twice the cost of the requests sent there
-//! just before, for at most [`HELD`]. The second are the last tokens of a bucket, which are taken together and not one
-//! by one: from the time at which it contains less than the refill of [`GATHER`] until it contains twice as much, that
-//! many tokens. Requests that arrive during a call to Redis are decided together by the next call, so at the end of a
-//! window, the refill of the last round trip may be unused, for every plan. In addition, Redis learns of an edit with
-//! the first request after it: tokens that refill before that count at the lower of the two rates. After a fault, a
-//! bucket is empty only if Redis lost its state, or if no replica that uses it received a response. Otherwise, it has
-//! lost only the tokens that Redis granted in responses that arrived late or never, and those that were returned by
-//! calls that never arrived.
+//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last fault, the replicas admit at
+//! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At the start of this
+//! time, the exact bucket contains what earlier admissions have left in it. If a replica crashes, the tokens that may
+//! have been granted for its requests without a response are lost. For a leased key, two kinds of tokens are not
+//! counted as available. The first are tokens that another replica may hold: at most a tenth of the burst and at most
+//! twice the cost of the requests that the replica got just before, for at most [`HELD`]. The second are the last
+//! tokens of a bucket, because they are taken together and not one by one: as many tokens as refill in [`GATHER`], from
+//! the time at which the bucket contains fewer tokens than this number until it contains twice as many. Requests that
+//! arrive during a call to Redis are decided together by the next call, so at the end of a window, the refill of the
+//! last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request after it:
+//! tokens that refill before that count at the lower of the two rates. After a fault, a bucket is empty only if Redis
+//! lost its state, or if no replica that uses it received a response. Otherwise, the bucket has lost only the tokens
+//! that Redis granted in responses that arrived late or never, and those that were returned by calls that never
+//! arrived.
 //!
-//!
-//! **Outages.** A replica that gets no timely response from Redis for a while still serves at least 99% of what the plan
-//! promises, of the requests that it gets: with `open`, from half a second on, a bucket of its own with the full limit,
-//! which was full at first and which no request that Redis decided has used; with `share`, from 1.4 s on, its share
-//! of the limit, starting empty. That requires a constant number of replicas. If a replica has never had a response for
-//! the key under this plan, its share starts with its first request.
+//! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what the
+//! plan promises for the requests that the replica gets. With `open`, from half a second on, the plan promises a
+//! separate bucket with the full limit. The bucket is full at first, and requests that Redis decides take nothing from
+//! it. With `share`, from 1.4 s on, the plan promises the replica's share of the limit, which starts empty. This check
+//! requires a constant number of replicas. If a replica has never had a response for the key under this plan, its share
+//! starts with the replica's first request.
 //!
 //! **Connections.** A replica decides without Redis only during a fault that affects it, and for [`RECOVERED`] after
 //! that. A fault that affects all replicas, or in which Redis loses its state, affects every replica.
 //!
-//! **Waits.** A denial by the rate states a time to wait, which is at most the time that an empty bucket needs for that
-//! cost, plus two leases. If nothing is taken in the meantime, the same request is admitted after that time, rounded up
-//! to whole seconds as in a header, once the tokens of a leased key have accumulated.
+//! **Waits.** A denial by the rate states a time to wait, which is at most the time that an empty bucket needs for the
+//! request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, the same request is admitted
+//! after that time, rounded up to whole seconds as in a header, once the tokens of a leased key have accumulated.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -68,18 +70,19 @@ const MS: u64 = 1_000_000;
 const SECOND: u64 = 1000 * MS;
 const FOREVER: u64 = u64::MAX / 4;
 
-/// The time after a fault in which probes reach Redis again, and lost buckets start empty.
+/// The time after a fault within which probes reach Redis again, and lost buckets start empty.
 const RECOVERED: u64 = 2000 * MS;
 /// The lower bound holds in every window of this length.
 const WINDOW: u64 = 2000 * MS;
 /// The interval between the starts of windows.
 const STEP: u64 = 250 * MS;
-/// The lifetime of a lease and its return, and twice the same for denials that other replicas remember.
+/// The lifetime of a lease and the time of its return, plus two more lifetimes for denials that other replicas
+/// remember.
 const HELD: u64 = 350 * MS;
-/// How long tokens of a dry bucket may accumulate before they are taken: half the lifetime of a lease, plus the round
-/// trip to Redis.
+/// How long tokens of an empty bucket may accumulate before they are taken: half the lifetime of a lease, plus the
+/// round trip to Redis.
 const GATHER: u64 = 60 * MS;
-/// A decision waits for Redis at most twice.
+/// The maximum time of a decision, which waits for Redis at most twice.
 const PATIENCE: u64 = 2 * DEADLINE.as_nanos() as u64 + 5 * MS;
 
 /// The promise that was broken.
@@ -89,15 +92,15 @@ pub(super) enum Promise {
     Lower,
     /// A 429 although the bucket certainly had enough tokens.
     Honest,
-    /// A wait after which the same request is denied again, or one that is longer than necessary.
+    /// A denial stated a wait that is too short for the same request to be admitted, or longer than necessary.
     Wait,
     /// A response took longer than two deadlines.
     Prompt,
     /// The plan's fallback setting was not followed, totals do not match, or a replica did not return to Redis.
     Mode,
-    /// A decision without Redis, although Redis answered.
+    /// A decision without Redis, although Redis responded.
     Connected,
-    /// Less than the plan's failure mode promises while Redis is unavailable.
+    /// While Redis was unavailable, less was admitted than the fallback setting promises.
     Outage,
 }
 
@@ -116,7 +119,7 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
             .filter(|it| it.key == number)
             .copied()
             .collect();
-        // Of requests sent at the same time, those without a response may have been decided first.
+        // Among requests sent at the same time, those without a response may have been decided first.
         entries.sort_by_key(|it| (it.asked, it.answer != Answer::None));
         let mut broken = |promise, text: String| {
             let text = format!("key {number} ({}): {text}", key.load);
@@ -182,7 +185,7 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
     if !log.degraded.is_empty() {
         found.push(Violation {
             promise: Promise::Mode,
-            text: format!("replicas {:?} do not come back to Redis", log.degraded),
+            text: format!("replicas {:?} do not return to Redis", log.degraded),
         });
     }
     found
@@ -212,13 +215,13 @@ fn in_force(key: &Key) -> Vec<InForce> {
         .collect()
 }
 
-/// The plans that buckets have followed, each from the first request under it to the last. A bucket learns of an edit
-/// from a request, and since the previous request it refills at the lower of the two rates. So a plan under which no
-/// request was sent never took effect, and the slower plan applies between the requests of two plans.
+/// Returns the plans that buckets have followed, each from the first request under the plan to the last. A bucket
+/// learns of an edit from a request, and since the previous request it refills at the lower of the two rates. So a plan
+/// under which no request was sent never took effect, and the slower plan applies between the requests of two plans.
 ///
 /// A replica that has not learned of an edit yet may also return tokens during the time that an edit takes to arrive.
-/// If nothing was admitted under a plan, as in `is_heard`, it is unknown whether the bucket learned of it: both cases
-/// count.
+/// If no request under a plan satisfies `is_heard`, it is unknown whether the bucket learned of the plan, so the result
+/// covers both cases.
 fn followed(
     key: &Key,
     entries: &[Entry],
@@ -288,8 +291,8 @@ struct Beside {
     part: f64,
 }
 
-/// Tokens that refill from the start until then, at the highest rate of the plans that may apply, and faster while
-/// shares are admitted in addition to Redis.
+/// Returns the tokens that refill from the start until `until`, at the highest rate of the plans that may apply, and
+/// faster while shares are admitted in addition to Redis.
 fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     let mut edges: Vec<u64> = plans.iter().flat_map(|it| [it.from, it.until]).collect();
     edges.extend(beside.iter().flat_map(|it| [it.from, it.until]));
@@ -312,8 +315,8 @@ fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     pieces.sum()
 }
 
-/// The periods in which only some replicas have lost Redis and admit in addition to it: the fault, and the time until
-/// they have recovered.
+/// Returns the periods in which only some replicas have lost Redis and admit requests in addition to it: the fault, and
+/// the time until these replicas have recovered.
 fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     if key.on_failure != OnRedisFailure::Share {
         return Vec::new();
@@ -343,7 +346,7 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
             _ => return None,
         };
         let mut alone = (0..all).filter(|it| replicas.contains(*it)).count();
-        // Even if it affects all replicas, a partial fault delays the return of only some.
+        // A partial fault delays the return of only some replicas, even if it affects all of them.
         if !is_outage(fault) {
             alone = alone.min(all - 1);
         }
@@ -356,14 +359,15 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     alone.collect()
 }
 
-/// Whether this fault begins while replicas that have lost Redis in an earlier one may still be returning to it.
+/// Returns whether this fault begins while replicas that have lost Redis in an earlier fault may still be returning to
+/// it.
 fn follows_outage(scene: &Scene, fault: &Fault) -> bool {
     scene.faults.iter().any(|before| {
         is_outage(before) && before.at < fault.at && fault.at * MS < before.end() * MS + RECOVERED
     })
 }
 
-/// The times at which buckets that Redis had lost started again, empty.
+/// Returns the times at which buckets that Redis had lost started again, empty.
 fn restarts(scene: &Scene, epochs: &[u64]) -> Vec<u64> {
     let losses = scene.faults.iter().filter(|fault| {
         let kind = fault.kind;
@@ -396,7 +400,7 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<S
     }
     let plans = followed(key, entries, &restarts, |it| it.answer == Answer::Admitted);
     let beside = beside(scene, key);
-    // Windows that do not overlap any period in which shares are admitted in addition to Redis.
+    // Check windows that do not overlap any period in which shares are admitted in addition to Redis.
     let mut from = 0;
     let ends = beside.iter().map(|it| (it.from, it.until));
     for (to, next) in ends.chain([(FOREVER, FOREVER)]) {
@@ -416,7 +420,7 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<S
     worst(&plans, &all, &beside)
 }
 
-/// Without the counters, `open` is a separate limit of each replica. In that case, no tokens are leased.
+/// Checks `open`, which without the counters is a separate limit of each replica. In that case, no tokens are leased.
 fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -> Option<String> {
     (0..scene.replica_bounds().1).find_map(|replica| {
         let of = entries.iter().filter(|it| it.replica == replica);
@@ -433,15 +437,15 @@ fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -
     })
 }
 
-/// The window that exceeds the promise the most, if any does. More is allowed while shares are admitted in addition to
-/// Redis.
+/// Returns a description of a window that exceeds the promise, if there is one. More is allowed while shares are
+/// admitted in addition to Redis.
 fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
-    /// One token, in the unit of time in which the checker assumes an even refill.
+    /// One token, in units of a clock that advances with the refill and not with time.
     const TOKEN: f64 = 1e9;
     let part = beside.iter().map(|it| it.part).fold(0.0, f64::max);
     for first in 0..plans.len() {
         for last in first..plans.len() {
-            // Windows that do not overlap any other plan.
+            // Check windows that do not overlap any other plan.
             let from = plans[..first].iter().map(|it| it.until).max().unwrap_or(0);
             let to = plans.get(last + 1).map_or(FOREVER, |next| next.from);
             if from >= to {
@@ -503,12 +507,12 @@ struct Least {
     from: u64,
     rate: f64,
     burst: f64,
-    /// Their largest burst: no more than that has to refill before the bucket is full.
+    /// The largest burst of these plans: no more tokens than that have to refill before the bucket is full.
     most: f64,
-    /// The largest burst so far: no more than that can be missing.
+    /// The largest burst so far: no more tokens than that can be missing.
     ever: f64,
     leased: bool,
-    /// Tokens that may be lost at that time: leases of a plan that was edited.
+    /// Tokens that may be lost at `from`: leases of a plan that was edited.
     lost: f64,
 }
 
@@ -548,7 +552,7 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
     pieces
 }
 
-/// Tokens that are lost at a time.
+/// A loss of tokens.
 #[derive(Debug, Clone, Copy)]
 struct Loss {
     at: u64,
@@ -558,7 +562,7 @@ struct Loss {
 #[derive(Debug, Clone, Copy)]
 enum Lost {
     All,
-    /// Those of a replica that crashes.
+    /// The tokens of a replica that crashes.
     Crash,
     Some(f64),
 }
@@ -580,18 +584,18 @@ struct Facts<'a> {
 struct Bucket<'a> {
     pieces: &'a [Least],
     piece: usize,
-    /// The piece of the last request, since Redis knows of no later edit.
+    /// The index of the piece at the time of the last request, because Redis does not know of later edits.
     heard: usize,
     at: u64,
     missing: f64,
-    /// Debt beyond an empty bucket, from before the burst was lowered. It is missing again when the burst is raised,
-    /// minus what would have refilled while the bucket was full.
+    /// Debt beyond an empty bucket, from before the burst was lowered. The debt is missing again when the burst is
+    /// raised, minus what would have refilled while the bucket was full.
     beyond: f64,
-    /// The remaining tokens of those that have refilled since it was emptied. A later, larger burst is not available
-    /// before that.
+    /// The unspent tokens that have refilled since the bucket was emptied. A later, larger burst does not make more
+    /// tokens available.
     refilled: f64,
-    /// Tokens that accumulate in it are taken together. This applies from the next instant on: requests of the same
-    /// instant take as many tokens as there are.
+    /// Whether tokens accumulate in the bucket until they are taken together. A change applies from the next instant
+    /// on: requests at the same instant take as many tokens as there are.
     is_low: bool,
     /// The time of the latest request.
     instant: Option<u64>,
@@ -657,8 +661,8 @@ impl Bucket<'_> {
         self.advance(loss.at);
         match loss.tokens {
             Lost::All => self.empty(),
-            // The tokens that a replica holds, those that it was about to return, and those that it was about to
-            // receive.
+            // A crashing replica loses the tokens that it holds, those that it was about to return, and those that it
+            // was about to receive.
             Lost::Crash if self.now().leased => {
                 self.take(3.0 * (self.now().most / 10.0).floor());
             }
@@ -678,7 +682,7 @@ impl Bucket<'_> {
     }
 }
 
-/// Tokens that other replicas may hold when this request arrives.
+/// Returns the number of tokens that other replicas may hold when this request arrives.
 fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     let most = (least.burst / 10.0).floor();
     if !least.leased || most < 2.0 {
@@ -760,7 +764,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
     let mut next_losses = losses.iter().copied().peekable();
     let mut start = 0;
     while start + WINDOW <= scene.length * MS {
-        // The number of requests that were actually admitted until then.
+        // Replay the requests before this window with their actual results.
         while next < entries.len() && entries[next].asked < start {
             let it = entries[next];
             while let Some(loss) = next_losses.next_if(|loss| loss.at <= it.asked) {
@@ -818,8 +822,8 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
     None
 }
 
-/// A denial by the rate although, after all tokens that Redis ever granted, enough are left in the bucket of every plan
-/// that may apply.
+/// Finds a denial by the rate that was wrong: under every plan that may apply, the bucket would contain enough tokens
+/// even without all tokens that Redis ever granted.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     entries.iter().find_map(|it| {
@@ -832,14 +836,14 @@ fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
             .is_some_and(|granted| granted + u64::from(it.cost) <= least);
         (it.answer == Answer::Denied && !it.degraded && enough).then(|| {
             format!(
-                "denied with at most {:?} of {least} tokens gone: {it:?}",
+                "denied with at most {:?} of {least} tokens taken: {it:?}",
                 it.granted
             )
         })
     })
 }
 
-/// Whether anything other than requests changes what the key may use during this time.
+/// Returns whether anything other than requests changes what the key may use during this time.
 fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
     let overlaps = |begins: u64, ends: u64| begins < until && from < ends;
     scene.faults.iter().any(|fault| {
@@ -858,8 +862,9 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
             .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
 }
 
-/// A denial with a time after which the same request is denied although nothing was taken in the meantime, or with a
-/// time longer than an empty bucket needs, or without a time although the bucket can contain that much.
+/// Finds a denial with a wrong wait: the same request is denied again after this time although nothing was taken in the
+/// meantime; or the wait is longer than an empty bucket needs; or there is no wait although the bucket can contain
+/// enough tokens.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {
@@ -874,14 +879,16 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         };
         let Some(wait) = it.retry_after else {
             if in_force().all(|plan| it.cost <= plan.burst) {
-                return Some(format!("it can be admitted, but not ever: {it:?}"));
+                return Some(format!(
+                    "denied forever, although the burst is large enough: {it:?}"
+                ));
             }
             continue;
         };
         let slowest = in_force().map(|it| it.rate()).fold(f64::MAX, f64::min);
         let longest = f64::from(it.cost) / slowest + 2.0 * TTL.as_nanos() as f64;
         if wait as f64 > longest + MS as f64 {
-            return Some(format!("{} ms to wait: {it:?}", wait / MS));
+            return Some(format!("a wait of {} ms is too long: {it:?}", wait / MS));
         }
         // A header contains whole seconds.
         let mut due = it.answered + wait.div_ceil(SECOND).max(1) * SECOND;
@@ -894,8 +901,8 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         let Some(retry) = retry.filter(|retry| retry.answer == Answer::Denied) else {
             continue;
         };
-        // A replica may repeat a denial until it expires, even if other replicas have taken nothing in the meantime,
-        // and it may hold tokens that others cannot have.
+        // A replica may repeat a denial until the denial expires, even if other replicas have taken nothing in the
+        // meantime. The replica may also hold tokens that the others cannot get.
         let from = it.asked.saturating_sub(longest as u64 + HELD);
         let is_taken = |other: &Entry| {
             let known_since = match (other.replica == it.replica, retry.replica == it.replica) {
@@ -908,7 +915,9 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
                 && other.asked <= retry.answered
         };
         if !entries.iter().any(is_taken) && !is_eventful(scene, key, from, retry.answered) {
-            return Some(format!("denied again when it was due: {it:?}, {retry:?}"));
+            return Some(format!(
+                "denied again after the stated wait: {it:?}, {retry:?}"
+            ));
         }
     }
     None

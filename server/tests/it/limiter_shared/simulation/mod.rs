@@ -1,17 +1,17 @@
-//! Simulates replicas, counters, and faults between them, in simulated time and derived from a seed.
+//! Simulates replicas, counters, and faults between them, in virtual time. Everything is derived from a seed.
 //!
 //! The store is the real one, on tokio's paused clock; the counters are the [model](super::model) behind links that
-//! delay, lose and cut traffic, in a process that stalls, is killed, or is replaced by one that lags behind. Keys have
-//! plans that are edited while they are in use, replicas join, stop and crash, and requests cost 1 to 5. Admitted
+//! delay, lose and cut traffic, in a process that stalls, is killed, or is replaced by a process that lags behind. Keys
+//! have plans that are edited while they are in use, replicas join, stop and crash, and requests cost 1 to 5. Admitted
 //! requests are recounted from the responses and compared with upper and lower bounds: [`judge`] describes the
 //! promises.
 //!
-//! `cargo xtask bench simulation 20000` runs this many seeds, on all cores. The same is possible with environment
-//! variables: `QUOTA_SEEDS=n` is the number of seeds, `QUOTA_FIRST_SEED=n` the first one, and `QUOTA_SEED=n` runs only
+//! `cargo xtask bench simulation 20000` runs 20,000 seeds on all cores. The test reads environment variables:
+//! `QUOTA_SEEDS=n` sets the number of seeds, `QUOTA_FIRST_SEED=n` sets the first seed, and `QUOTA_SEED=n` runs only
 //! that seed and prints its requests.
 #![expect(
     clippy::disallowed_methods,
-    reason = "seeds are settings of this test alone"
+    reason = "only these tests read the seed settings"
 )]
 
 mod judge;
@@ -41,7 +41,7 @@ use self::{
 
 /// The number of seeds in an ordinary test run.
 const SEEDS: u64 = 300;
-/// How many failing seeds are described in full, and how many are listed.
+/// The maximum number of failing seeds that are described in full, and that are listed.
 const SHOWN: usize = 5;
 const LISTED: usize = 200;
 
@@ -76,7 +76,7 @@ fn described(scene: &Scene, log: &Log, violations: &[Violation]) -> String {
     for violation in violations {
         let _ = writeln!(text, "{:?}: {}", violation.promise, violation.text);
     }
-    let _ = writeln!(text, "alone: QUOTA_SEED={}", scene.seed);
+    let _ = writeln!(text, "to run only this seed: QUOTA_SEED={}", scene.seed);
     text
 }
 
@@ -185,7 +185,7 @@ fn every_promise_holds_in_every_seed() {
     );
 }
 
-/// Finds the planted defects that break one of these promises.
+/// Asserts that every planted defect that breaks one of these promises is found.
 fn find_planted(of: impl Fn(Promise) -> bool) {
     for (plant, promise, seeds) in Plant::ALL.iter().filter(|(_, promise, _)| of(*promise)) {
         let found = AtomicBool::new(false);
@@ -209,7 +209,7 @@ fn each_planted_excess_is_found() {
 }
 
 #[test]
-fn each_planted_lack_is_found() {
+fn each_planted_shortfall_is_found() {
     find_planted(|promise| promise != Promise::Upper);
 }
 
@@ -218,7 +218,8 @@ fn each_planted_lack_is_found() {
 fn one_exact_bucket_breaks_no_promise() {
     each_seed(0..200, |seed| {
         let mut scene = Scene::of(seed);
-        // Replicas that know of an edit and others that do not yet would switch the one bucket back and forth.
+        // Replicas that know of an edit and others that do not yet would switch the shared bucket back and forth
+        // between two plans.
         for key in &mut scene.keys {
             key.plans.truncate(1);
         }

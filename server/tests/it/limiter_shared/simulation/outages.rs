@@ -24,9 +24,9 @@ const START: u64 = 15_000;
 const RPM: u32 = 60_000;
 const BURST: u32 = 100;
 
-/// Two replicas that lose Redis 2 ms after [`START`]. The first one made its last call before that a while ago, so it
-/// detects the outage 121 ms later, and sends probes 390 ms and about 860 ms after that. The other one has just made a
-/// call, so it detects only an outage that lasts 360 ms or longer.
+/// Two replicas that lose Redis 2 ms after [`START`]. The first replica made its last call a while before,
+/// so it detects the outage after 121 ms, and sends probes 390 ms and about 860 ms after the detection. The second one
+/// has just made a call, so it detects only an outage that lasts 360 ms or longer.
 struct Outage {
     world: Arc<World>,
     registry: Arc<Registry>,
@@ -49,7 +49,7 @@ impl Outage {
         let world = World::new(1, 0, Plant::Nothing);
         let memberships: Vec<Arc<Membership>> = (0..2).map(|_| Arc::default()).collect();
         let other = replica(&world, &memberships[1], OnRedisFailure::Share);
-        // Heartbeats of the first replica are sent 3 ms after those of the other one.
+        // Heartbeats of the first replica are sent 3 ms after those of the other replica.
         until(&world, 3).await;
         let first = replica(&world, &memberships[0], OnRedisFailure::Share);
         let (registry, _) = count(&world, memberships);
@@ -79,7 +79,7 @@ impl Outage {
         }
     }
 
-    /// Sends requests to all replicas, and returns how many tokens more than the envelope they admit.
+    /// Sends requests to all replicas, and returns how many tokens more than the envelope the replicas admit.
     async fn excess(&self, for_ms: u64) -> i64 {
         let begin = Instant::now();
         let mut requests = JoinSet::new();
@@ -97,7 +97,8 @@ impl Outage {
     }
 }
 
-/// The other replica misses this outage by a moment, and uses a bucket that knows of no share of the first one.
+/// The other replica only just fails to detect this outage, and uses a bucket that does not reflect the first replica's
+/// share.
 #[test]
 fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     paused(async {
@@ -109,8 +110,8 @@ fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     });
 }
 
-/// A replica that starts when an outage ends cannot know whether others have already used their shares. It must not use
-/// buckets that do not know of them, even if it has not counted the replicas yet.
+/// A replica that starts when an outage ends cannot know whether others have already used their shares. The new replica
+/// must not use buckets that do not reflect these shares, even if it has not counted the replicas yet.
 #[test]
 fn a_replica_that_starts_at_the_end_of_an_outage_begins_an_epoch() {
     for (lasts, is_counted) in [870, 950, 1040, 1100, 1390]
@@ -139,9 +140,9 @@ fn a_replica_that_starts_at_the_end_of_an_outage_begins_an_epoch() {
     }
 }
 
-/// After all replicas have ended, others start, at the same time or one after the other. If the former were stopped, or
-/// killed more than a minute ago, none can have admitted anything that Redis does not know of, so buckets keep their
-/// tokens.
+/// After all replicas have exited, new replicas start, at the same time or one after the other. If the old replicas
+/// were stopped, or were killed more than a minute ago, none of them can have admitted a request that Redis does not
+/// know of, so buckets keep their tokens.
 #[test]
 fn replicas_that_start_together_find_full_buckets() {
     for (is_stopped, pause, apart, is_full) in [
@@ -184,7 +185,7 @@ fn replicas_that_start_together_find_full_buckets() {
     }
 }
 
-/// A response that arrives a little too late is still used: the request waits for it as long as for two calls.
+/// A response that arrives a little too late is still used: the request waits for as long as two calls may take.
 #[test]
 fn a_late_response_is_no_denial() {
     for on_failure in [OnRedisFailure::Share, OnRedisFailure::Closed] {
@@ -207,7 +208,7 @@ fn a_late_response_is_no_denial() {
                     let decision = decision.unwrap();
                     assert!(decision.is_allowed() && !decision.degraded, "{decision:?}");
                     assert!(begin.elapsed() <= 2 * DEADLINE);
-                    // It took one token.
+                    // The late response granted one token.
                     sleep(Duration::from_millis(300)).await;
                     assert_eq!(crowd(&limiters[1], &policies, 12).await, 9, "{late} ms");
                 });
@@ -242,8 +243,8 @@ fn a_key_is_inspected_within_one_deadline() {
     }
 }
 
-/// A response that reports a loss of state may arrive after Redis has started to grant tokens again. Then it is no reason
-/// to stop using Redis, or even to begin another epoch.
+/// A response that reports a loss of state may arrive after Redis has started to grant tokens again. Such a response is
+/// no reason to stop using Redis, let alone to begin another epoch.
 #[test]
 fn a_late_response_that_reports_a_loss_of_state_begins_no_outage() {
     for strict in [true, false] {
@@ -275,8 +276,8 @@ fn a_late_response_that_reports_a_loss_of_state_begins_no_outage() {
     }
 }
 
-/// One of two replicas loses Redis for a while. The other one still gets responses, so buckets keep their tokens, also if
-/// both use a partition only rarely, or if its responses take nearly as long as the deadline allows.
+/// One of two replicas loses Redis for a while. The other replica still gets responses, so buckets keep their tokens,
+/// even if both replicas use a partition only rarely, or if the responses take nearly as long as the deadline allows.
 #[test]
 fn an_outage_of_one_replica_empties_no_bucket() {
     let ms = Duration::from_millis;
@@ -288,7 +289,7 @@ fn an_outage_of_one_replica_empties_no_bucket() {
         (1, 190, ms(200)),
         (1, 480, ms(500)),
     ] {
-        // The heartbeats of the second replica follow those of the first one by this time.
+        // `apart` is the time by which the heartbeats of the second replica follow those of the first one.
         for (apart, cut_at, lasts) in [0, 35, 75].into_iter().flat_map(|apart| {
             (0..120)
                 .step_by(20)
@@ -330,14 +331,15 @@ fn an_outage_of_one_replica_empties_no_bucket() {
 }
 
 /// Redis loses its state while replicas are detecting an outage, so some of them send their first probe much later than
-/// others call Redis. All of them must learn of the new epoch before it starts. Otherwise, the one that is late begins
-/// another one, and every bucket is emptied again. Nor may they keep postponing the start for each other.
+/// others call Redis. All replicas must learn of the new epoch before it starts. Otherwise, a late replica begins
+/// another epoch, and every bucket is emptied again. The replicas must also not keep postponing the start for each
+/// other.
 #[test]
 fn a_loss_of_state_empties_every_bucket_once() {
     let ms = Duration::from_millis;
     let mut wrong = String::new();
     for (round_trip, deadline) in [(28, 30), (95, 100), (190, 200), (950, 1000)] {
-        // The heartbeats of the second replica follow those of the first one by this time.
+        // `apart` is the time by which the heartbeats of the second replica follow those of the first one.
         let outages = (0..8).map(|n| 200 + n * (deadline + 250) / 8);
         for (lasts, apart, reach) in outages.flat_map(|lasts| {
             [
@@ -400,7 +402,7 @@ fn a_loss_of_state_empties_every_bucket_once() {
 }
 
 /// A replica that has just started has no share yet, but it uses Redis like any other. If responses are late at first,
-/// it serves requests soon after they are in time, and never more than the limit.
+/// the replica serves requests soon after the responses are in time, and never more than the limit.
 #[test]
 fn a_replica_that_starts_serves_once_redis_responds_in_time() {
     let ms = Duration::from_millis;

@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use super::judge::Promise;
 use crate::limiter_contract::TestLedger;
 
-/// The kinds of errors.
+/// The kinds of planted errors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plant {
     Nothing,
@@ -32,12 +32,12 @@ pub(super) enum Plant {
     OneBucket,
     AdmitsAll,
     DeniesAll,
-    /// Serves only this many of the requests that wait for Redis at the same time, and denies the others as if the limit
-    /// were exceeded.
+    /// Serves only this many of the requests that wait for Redis at the same time, and denies the others as if the
+    /// limit were exceeded.
     RefusesCrowds,
     /// A denial is repeated for this many seconds, no matter what Redis would decide.
     RemembersDenials(u64),
-    /// Tokens are granted again after a pause without requests, as if a lease were spent twice.
+    /// After every ten admissions, a request is admitted without taking tokens, as if a lease were spent twice.
     SpendsTwice,
     /// Each replica has its own counters.
     SharesNothing,
@@ -56,17 +56,17 @@ pub(super) enum Plant {
     FreshShareAfterEdit,
     /// `open` admits every request without Redis.
     OpenWithoutLimit,
-    /// `open` admits some requests without Redis, although Redis answers.
+    /// `open` admits some requests without Redis, although Redis responds.
     OpenWithoutOutage,
-    /// Without Redis, requests of plans with this choice are denied.
+    /// Without Redis, requests on plans with this fallback setting are denied.
     DeniesWithoutRedis(OnRedisFailure),
-    /// Without Redis, every other request of plans with this choice is denied.
+    /// Without Redis, every other request on plans with this fallback setting is denied.
     HalvesWithoutRedis(OnRedisFailure),
     /// Replicas do not confirm the responses that they received.
     ConfirmsNothing,
     /// Each replica has its own ledger of quotas.
     OwnLedgers,
-    /// Half of each quota is admitted.
+    /// Only half of each quota is admitted.
     HalfQuotas,
     /// Quota tokens that are returned are lost.
     ReturnsNoQuota,
@@ -124,7 +124,7 @@ impl Plant {
         (Self::ProlongsWaits, Promise::Wait, 20),
     ];
 
-    /// The calls that reach Redis.
+    /// Returns the call that reaches Redis.
     pub(super) fn call(self, call: TakeCall, now: u64) -> TakeCall {
         match (self, call.bucket) {
             (Self::ReturnsInFull, _) if call.back > 0 => TakeCall {
@@ -147,7 +147,7 @@ impl Plant {
         }
     }
 
-    /// The ledger of a replica, instead of the shared one.
+    /// Returns the ledger that a replica uses.
     pub(super) fn ledger(self, shared: &Arc<TestLedger>) -> Arc<TestLedger> {
         match self {
             Self::OwnLedgers => TestLedger::new(),
@@ -188,7 +188,7 @@ impl Plant {
     }
 }
 
-/// The store with an error in front of it.
+/// A store with a planted error in front of it.
 #[derive(Debug)]
 struct Planted {
     plant: Plant,
@@ -196,7 +196,7 @@ struct Planted {
     waiting: AtomicU64,
     denied: Mutex<Option<Instant>>,
     admitted: AtomicU64,
-    /// For each key, the version for which its share was filled, and the remaining tokens.
+    /// For each key, the version of the plan for which its share was filled, and the remaining tokens.
     shares: Mutex<HashMap<ApiKeyId, (u64, u32)>>,
 }
 
@@ -244,7 +244,7 @@ impl Planted {
         }
     }
 
-    /// Denies what the plan's choice would admit without Redis.
+    /// Denies requests that the plan's fallback setting would admit without Redis.
     fn without_redis(&self, decision: Decision, policies: &Policies) -> Decision {
         let denies = match self.plant {
             Plant::DeniesWithoutRedis(choice) => policies.on_failure() == Some(choice),
@@ -303,12 +303,12 @@ impl LimitStore for Planted {
                     return Some(self.denied(handle, policies));
                 }
             }
-            // Every tenth admission is worth two.
+            // Admit a request without taking tokens after every ten admissions.
             Plant::SpendsTwice if self.admitted.load(Ordering::Relaxed) >= 10 => {
                 self.admitted.store(0, Ordering::Relaxed);
                 return Some(self.allowed(handle, policies));
             }
-            // Every tenth admission is followed by one without Redis.
+            // Admit a request without Redis after every ten admissions.
             Plant::OpenWithoutOutage
                 if policies.on_failure() == Some(OnRedisFailure::Open)
                     && self.admitted.load(Ordering::Relaxed) >= 10 =>
@@ -375,7 +375,7 @@ impl LimitStore for Planted {
         self.store.peek(handle, policies)
     }
 
-    /// This way, nothing hides the error.
+    /// Prevents a denial cache in front of the store, which could hide the error.
     fn is_local(&self) -> bool {
         true
     }

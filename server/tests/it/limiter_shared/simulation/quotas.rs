@@ -1,14 +1,15 @@
-//! Calendar quotas in the same scenes, from one ledger that all replicas share. After the scene, requests are sent for
-//! another 40 s.
+//! Simulates calendar quotas in the scenes of the parent module, with one ledger that all replicas share. After the
+//! scene, requests are sent for another 40 s.
 //!
-//! **Upper bound.** Whatever happens to replicas and to Redis, and whatever a plan does without it, no more than the
-//! quota is admitted.
+//! **Upper bound.** No matter what happens to replicas and to Redis, and no matter what a plan does without Redis, no
+//! more than the quota is admitted.
 //!
-//! **Lower bound.** In the end, a quota that still denies requests has been served in full, except for the tokens that a
-//! replica had when it crashed: at most a block, one hundredth of the quota or one token, and the cost of the requests
-//! that it was just deciding. In the meantime, a quota denies nothing while more is left than replicas may have: their
-//! blocks, and the tokens for requests that were denied in the end. A replica that found the quota exhausted asks again
-//! within [`ASKS_AGAIN`]. No request fails because it waits for the ledger, which always responds within 20 ms.
+//! **Lower bound.** In the end, a quota that still denies requests has been served in full, except for the tokens that
+//! a replica had when it crashed: at most a block (one hundredth of the quota, or one token), and the cost of the
+//! requests that the replica was just deciding. In the meantime, a quota does not deny requests while more tokens are
+//! left than replicas may hold: their blocks, and the tokens for requests that were denied in the end. A replica that
+//! has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it waits for
+//! the ledger, which always responds within 20 ms.
 
 use std::{
     num::NonZeroU64,
@@ -28,19 +29,20 @@ use super::{
 const SEEDS: u64 = 150;
 const MS: u64 = 1_000_000;
 const ASKS_AGAIN: u64 = 9_000 * MS;
-/// From the end of a request until the ledger has back the tokens that it did not use.
+/// The maximum time from the end of a request until its unused tokens are back in the ledger.
 const RETURNED: u64 = 200 * MS;
-/// Requests of the last phase, in milliseconds.
+/// How long requests are sent after the scene, and the interval between them, in milliseconds.
 const LAST_PHASE: u64 = 40_000;
 const LAST_EVERY: usize = 200;
-/// All replicas know the state of the ledger again.
+/// The time after which all replicas know the state of the ledger again, in milliseconds.
 const SETTLED: u64 = 25_000;
 
-/// The scene of a seed, with quotas for part of the load or for more than all of it.
+/// Returns the scene of a seed, with quotas for a part of the load or for more than the whole load, and the time at
+/// which the requests after the scene begin.
 fn with_quotas(seed: u64) -> (Scene, u64) {
     let mut scene = Scene::of(seed);
     let mut rng = Rng::with_seed(seed ^ 0x9_0BED);
-    // Without PostgreSQL, a replica does not reach the ledger either.
+    // Without PostgreSQL, a replica could not reach the ledger either.
     let changes = &mut scene.changes;
     changes.retain(|(_, it)| !matches!(it, Change::StopCounting(_)));
     scene.ledger_delay = [0, 1, 5, 20][rng.usize(..4)];
@@ -59,7 +61,7 @@ fn with_quotas(seed: u64) -> (Scene, u64) {
         let quotas = [some(), some()];
         let kept = rng.usize(..3);
         for (place, quota) in quotas.into_iter().enumerate() {
-            // Both, or one of them.
+            // Set both quotas, or only one.
             if kept != place {
                 scene.keys[number].quotas[place] = quota;
             }
@@ -82,7 +84,7 @@ fn cost(it: &Entry) -> u64 {
     u64::from(it.cost)
 }
 
-/// Returns which promise one key's responses break, and whether a quota was checked in the end.
+/// Returns which promise one key's responses break, and whether one of the key's quotas was exhausted in the end.
 fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, bool) {
     let of_key = log.entries.iter().filter(|it| it.key == key);
     let entries: Vec<Entry> = of_key.copied().collect();
@@ -98,7 +100,12 @@ fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, b
         .collect();
     let fails = |it: &&Entry| it.answer == Answer::Unavailable && !it.degraded;
     if let Some(failed) = entries.iter().find(fails) {
-        return (Some(format!("the ledger is available: {failed:?}")), false);
+        return (
+            Some(format!(
+                "failed although the ledger is available: {failed:?}"
+            )),
+            false,
+        );
     }
     let mut is_exhausted = false;
     for (place, quota) in scene.keys[key].quotas.iter().enumerate() {
@@ -156,7 +163,7 @@ fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, b
     (None, is_exhausted)
 }
 
-/// What a seed has shown: a broken promise, and how many keys were exhausted in the end.
+/// Returns the result of a seed: a broken promise, and how many keys were exhausted in the end.
 fn broken_in(seed: u64, plant: Plant) -> (Option<String>, u64) {
     let (scene, from) = with_quotas(seed);
     let log = paused(play(&scene, plant));

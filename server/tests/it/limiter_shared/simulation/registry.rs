@@ -15,12 +15,12 @@ struct Row {
     seen_at: u64,
 }
 
-/// See the module documentation. Times are in nanoseconds.
+/// The rows of the table. Times are in nanoseconds.
 #[derive(Debug, Default)]
 pub(super) struct Registry(Mutex<Vec<Row>>);
 
 impl Registry {
-    /// Refreshes the row of a replica and counts all, like the job of a server.
+    /// Refreshes the row of a replica and counts all rows, like the server's background job.
     pub(super) fn count(&self, replica: usize, membership: &Membership, now: u64) {
         let mut rows = self.0.lock();
         match rows.iter_mut().find(|row| row.replica == replica) {

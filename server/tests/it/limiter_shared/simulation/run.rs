@@ -38,7 +38,7 @@ use crate::{limiter_contract::TestLedger, limiter_shared::model::State};
 
 pub(super) const TTL: Duration = Duration::from_millis(100);
 pub(super) const DEADLINE: Duration = Duration::from_millis(30);
-/// The time by which replicas have counted each other, no matter how long that takes.
+/// The time after which all replicas have counted each other.
 const WARM_UP: Duration = Duration::from_secs(11);
 /// The time after which an edit of a plan applies on every replica.
 pub(super) const EDIT_KNOWN: Duration = Duration::from_secs(1);
@@ -49,9 +49,9 @@ const LAST_REQUESTS: Duration = Duration::from_millis(70);
 pub(super) enum Answer {
     Admitted,
     Denied,
-    /// 503.
+    /// The decision failed with an error, which the server reports as status 503.
     Unavailable,
-    /// Its replica crashed.
+    /// The replica crashed before it responded.
     None,
 }
 
@@ -68,9 +68,9 @@ pub(super) struct Entry {
     pub(super) answer: Answer,
     /// The wait that a denial states, in nanoseconds.
     pub(super) retry_after: Option<u64>,
-    /// Decided without Redis.
+    /// Whether the decision was made without Redis.
     pub(super) degraded: bool,
-    /// Denied by the quota of the day or of the month.
+    /// Whether the daily and the monthly quota denied the request.
     pub(super) denied_by: [bool; 2],
     /// Tokens of the key that Redis had granted when the response arrived; `None` once Redis had lost its state.
     pub(super) granted: Option<u64>,
@@ -81,8 +81,7 @@ pub(super) struct Log {
     pub(super) entries: Vec<Entry>,
     /// The times at which Redis reported a new epoch, in nanoseconds since the load began, by key.
     pub(super) epochs: Vec<Vec<u64>>,
-    /// Tokens that Redis granted or got back, and that no replica could spend and no bucket contained afterwards: their
-    /// number and the time, by key.
+    /// When tokens were lost, so that neither a replica nor a bucket had them afterward, and how many, by key.
     pub(super) missed: Vec<Vec<(u64, u64)>>,
     /// The times at which any replica received a response in time, by key.
     pub(super) heard: Vec<Vec<u64>>,
@@ -101,15 +100,15 @@ struct Replica {
     keys: Vec<Arc<KeyHandle>>,
     /// When the replica learns of each edit, by key.
     knows: Vec<Vec<u64>>,
-    /// Whether it accepts new requests.
+    /// Whether the replica accepts new requests.
     open: AtomicBool,
     counting: AtomicBool,
     crashed: Arc<AtomicBool>,
-    /// The number of requests that it is deciding.
+    /// The number of requests that the replica is deciding.
     deciding: AtomicUsize,
 }
 
-/// Like the job of a server.
+/// Prunes the key table, like the server's background job.
 async fn prune(replica: Arc<Replica>) {
     while !replica.crashed.load(Ordering::Relaxed) {
         sleep(PRUNE_EVERY).await;
@@ -117,7 +116,7 @@ async fn prune(replica: Arc<Replica>) {
     }
 }
 
-/// The ledger of quotas as one replica reaches it.
+/// The ledger of quotas, as one replica sees it.
 #[derive(Debug)]
 struct ReplicaLedger {
     ledger: Arc<TestLedger>,
@@ -160,7 +159,7 @@ struct Stage {
     policies: Vec<Vec<Policies>>,
     entries: Mutex<Vec<Entry>>,
     ledger: Arc<TestLedger>,
-    /// Shared by all replicas, instead of their own.
+    /// If set, the local store that all replicas share instead of having their own stores.
     one_bucket: Option<Arc<LocalStore>>,
     /// When the load begins.
     begin: Instant,
@@ -332,7 +331,7 @@ impl Stage {
     }
 }
 
-/// A store as configured by a server.
+/// Creates a store, configured as on a server.
 pub(super) fn store(
     clock: &Arc<dyn Clock>,
     ledger: Arc<dyn QuotaLedger>,
@@ -398,7 +397,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     stage.ledger.set_delay(ledger_delay);
     for _ in 0..scene.replicas {
         stage.join(&mut rng);
-        // Their counts are not synchronized.
+        // The replicas do not count each other at the same time.
         sleep(Duration::from_millis(rng.u64(..300))).await;
     }
     sleep_until(stage.begin).await;
@@ -429,7 +428,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     for task in happening.into_iter().chain(requests) {
         task.await.unwrap();
     }
-    // Tokens held expire and are returned, and replicas return to Redis.
+    // Wait until leases have expired and been returned, and replicas have returned to Redis.
     sleep(Duration::from_millis(3000)).await;
 
     let replicas = stage.replicas.lock();

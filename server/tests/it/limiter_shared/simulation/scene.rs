@@ -1,6 +1,6 @@
 //! The content of one seed: keys with their plans and edits, the load, replicas that join and leave, and faults.
 //!
-//! A pure function of the seed. Times are milliseconds since the load began.
+//! A scene is a pure function of the seed. Times are in milliseconds since the load began.
 
 use std::num::NonZeroU64;
 
@@ -45,7 +45,7 @@ pub(super) struct Key {
     pub(super) on_failure: OnRedisFailure,
     /// The plan and its edits, in chronological order; the first applies from the start.
     pub(super) plans: Vec<Plan>,
-    /// Per day and per month.
+    /// The quota per day and the quota per month.
     pub(super) quotas: [Option<NonZeroU64>; 2],
     pub(super) load: &'static str,
 }
@@ -72,7 +72,7 @@ pub(super) enum Change {
     /// A clean stop: no new requests, then draining.
     Leave(usize),
     Crash(usize),
-    /// It can no longer reach PostgreSQL, so its count of replicas becomes outdated.
+    /// The replica can no longer reach PostgreSQL, so its count of replicas becomes outdated.
     StopCounting(usize),
 }
 
@@ -95,14 +95,14 @@ pub(super) enum FaultKind {
     Stall,
     /// Some calls take up to this many milliseconds more, each way.
     Slow(u64),
-    /// The script has run, and its response arrives this much later. This affects one call in a hundred, or all calls,
-    /// of these replicas.
+    /// The script runs, but its response arrives this much later. Affects this percentage of the calls of these
+    /// replicas.
     Late {
         replicas: Replicas,
         by: u64,
         percent: u8,
     },
-    /// The script has run, and its response never arrives.
+    /// The script runs, but its response never arrives.
     Lost { replicas: Replicas, percent: u8 },
     /// Redis is killed and restarts empty.
     Restart,
@@ -112,7 +112,7 @@ pub(super) enum FaultKind {
     Cut,
     /// All calls arrive, and no responses come back.
     Deaf,
-    /// These replicas do not reach Redis: it is silent, or connections are refused.
+    /// These replicas do not reach Redis: calls get no response, or connections are refused.
     CutSome { replicas: Replicas, refused: bool },
 }
 
@@ -136,7 +136,7 @@ pub(super) struct Request {
     pub(super) at: u64,
     pub(super) key: usize,
     pub(super) cost: u32,
-    /// Which of the replicas that are running at that time stops.
+    /// Selects one of the replicas that are running at that time.
     pub(super) pick: usize,
 }
 
@@ -156,7 +156,7 @@ impl Scene {
             length: 8000,
             load: Load(Vec::new()),
         };
-        // Independent of the other numbers, so that the same seeds still produce the same other scenes.
+        // Use a separate random number, so that seeds that do not select these scenes still produce the same scenes.
         match Rng::with_seed(seed ^ 0x005C_E9E5).u8(..24) {
             0 | 1 => {
                 scene.long_outage(&mut rng);
@@ -239,7 +239,8 @@ impl Scene {
         }
     }
 
-    /// One replica loses PostgreSQL, another one joins that it cannot know of, and then Redis becomes unavailable.
+    /// One replica loses PostgreSQL, then another replica joins, of which the first cannot know, and then Redis becomes
+    /// unavailable.
     fn miscounted_outage(&mut self, rng: &mut Rng) {
         let at = rng.u64(..500);
         self.length = 10_000;
@@ -254,8 +255,8 @@ impl Scene {
         });
     }
 
-    /// Requests at one replica whose responses arrive too late, so that granted tokens are returned, and then at all
-    /// the others: the returned tokens must not be available twice.
+    /// Sends requests to one replica whose responses arrive too late, so that granted tokens are returned, and then to
+    /// all the others: the returned tokens must not be available twice.
     fn late_returns(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let plan = Plan {
@@ -292,7 +293,7 @@ impl Scene {
                     });
                 }
             };
-            // Some of them refill before the others send requests.
+            // Some of these tokens refill before the other replicas get requests.
             send(at, plan.burst * rng.u32(20..=100) / 100, 0);
             for part in 0..rng.u32(2..=8) {
                 let others = rng.usize(1..self.replicas);
@@ -303,8 +304,8 @@ impl Scene {
         }
     }
 
-    /// For a few seconds, Redis answers every replica too late. Then it recovers. The key is drained before that and
-    /// saturated afterwards.
+    /// For a few seconds, Redis responds to every replica too late. Then Redis recovers. The key's bucket is emptied
+    /// before these seconds, and the key gets more requests than its limit allows afterward.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let rpm = [600, 2000, 6000][rng.usize(..3)];
@@ -344,7 +345,7 @@ impl Scene {
         }
     }
 
-    /// Redis is unavailable to all replicas for seconds. Before that, all of them have used every key.
+    /// Redis is unavailable to all replicas for several seconds. Before the outage, all replicas have used every key.
     fn long_outage(&mut self, rng: &mut Rng) {
         let fault = Fault {
             at: rng.u64(500..1500),
@@ -410,8 +411,8 @@ impl Scene {
         self.load.0.sort_by_key(|request| request.at);
     }
 
-    /// Several partitions, which every replica uses all the time, but rarely. Some replicas lose Redis for a while, or
-    /// all of them do. Then the keys are drained.
+    /// Several partitions, which every replica uses regularly, but at long intervals. Some replicas lose Redis for a
+    /// while, or all of them do. Then the keys' buckets are emptied.
     fn cluster(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=3);
         self.partitions = 2;
@@ -465,7 +466,7 @@ impl Scene {
         self.load.0.sort_by_key(|request| request.at);
     }
 
-    /// The partition of a key.
+    /// Returns the partition of a key.
     pub(super) fn partition(&self, key: usize) -> u16 {
         let partition = key_id(key).0.as_u128() % u128::from(self.partitions);
         u16::try_from(partition).unwrap()
@@ -521,8 +522,8 @@ impl Scene {
         self.length = edit + 1000;
     }
 
-    /// A key that one replica has used until its bucket was empty, and whose rate is raised while Redis is unavailable.
-    /// Then all replicas use it.
+    /// One replica has used a key until its bucket was empty, and the key's rate is raised while Redis is unavailable.
+    /// Then all replicas use the key.
     fn unseen_edit(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=3);
         let burst = rng.u32(60..=300);
@@ -561,7 +562,7 @@ impl Scene {
         self.length = edit + 3500;
     }
 
-    /// This many requests at the same time, on any replicas.
+    /// Sends this many requests at the same time, to random replicas.
     fn crowd(&mut self, rng: &mut Rng, at: u64, count: u32) {
         for _ in 0..count {
             self.load.0.push(Request {
@@ -573,7 +574,7 @@ impl Scene {
         }
     }
 
-    /// The replicas that are affected from a second before this fault until two seconds after it.
+    /// Returns the replicas that run at least from a second before this fault until two seconds after it.
     pub(super) fn present(&self, fault: &Fault) -> impl Iterator<Item = usize> {
         let (from, until) = (fault.at, fault.end() + 2000);
         let joins = self.changes.iter().filter(|(_, it)| *it == Change::Join);
@@ -587,7 +588,7 @@ impl Scene {
         (0..self.replicas + joined).filter(move |replica| !is_gone(*replica))
     }
 
-    /// The minimum number of replicas at any time, and their total number.
+    /// Returns the minimum number of replicas at any time, and their total number.
     pub(super) fn replica_bounds(&self) -> (usize, usize) {
         let (mut now, mut least, mut all) = (self.replicas, self.replicas, self.replicas);
         for (_, change) in &self.changes {
@@ -659,7 +660,7 @@ fn fault(rng: &mut Rng, at: u64, replicas: usize) -> Fault {
     Fault { at, lasts, kind }
 }
 
-/// Adds one key's requests.
+/// Adds one key's requests, and returns the name of their pattern.
 fn load(
     rng: &mut Rng,
     key: usize,
@@ -680,7 +681,7 @@ fn load(
         }
     };
     let mean = if dear { 3 } else { 1 };
-    // As many requests as a full bucket has tokens.
+    // As many requests as a full bucket has tokens for, on average.
     let whole = (plan.burst / mean).max(1);
     let name = match rng.u8(..5) {
         0 | 1 => {
@@ -691,7 +692,7 @@ fn load(
             if rng.bool() {
                 at_once(rng, at, whole, pick);
             }
-            // Several per millisecond if there are many.
+            // If there are many requests, send several at a time.
             let (count, pause) = if per_second > 250 {
                 (per_second / 250, 4)
             } else {
@@ -706,7 +707,7 @@ fn load(
             "steady"
         }
         2 => {
-            // The full burst of an idle key, at one replica or distributed.
+            // Send the full burst of an idle key, to one replica or to random replicas.
             let mut at = rng.u64(..length / 2);
             let pick = rng.bool().then(|| rng.usize(..1000));
             let pause = rng.u64(200..3000);
@@ -720,7 +721,7 @@ fn load(
             "spikes"
         }
         3 => {
-            // One replica prefetches tokens and then goes idle. All further requests go to the others.
+            // One replica prefetches tokens and then goes idle, while the requests go to another replica.
             let mut at = rng.u64(..500);
             let mut left = REQUESTS_MAX / (whole as usize * 2) + 1;
             while at < length && left > 0 {

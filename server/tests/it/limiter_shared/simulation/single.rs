@@ -1,4 +1,4 @@
-//! Tests with one or several replicas on Redis without faults, checked request by request.
+//! Tests with one or several replicas and exact schedules of requests.
 
 use std::{
     fmt::Write as _,
@@ -29,7 +29,7 @@ use super::{
 };
 use crate::limiter_contract::TestLedger;
 
-/// One replica on a healthy Redis, for a plan of `rpm` and `burst`.
+/// Returns one replica on a healthy Redis, and policies with this rate, burst and daily quota.
 fn alone(
     ledger: Arc<TestLedger>,
     membership: &Arc<Membership>,
@@ -66,7 +66,7 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Several replicas at this round-trip time from one Redis, for a plan that is closed without it.
+/// Returns several replicas at this round-trip time from one Redis, and the policies of a `closed` plan.
 fn several(
     replicas: usize,
     round_trip: u64,
@@ -124,7 +124,7 @@ pub(super) fn replica_with(
     Limiter::new(store, clock)
 }
 
-/// A replica for each of the memberships, with this fallback setting.
+/// Returns a replica for each of the memberships, with this fallback setting.
 pub(super) fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -145,12 +145,12 @@ pub(super) fn without_redis(
     (world, limiters, policies)
 }
 
-/// Returns how many of this many concurrent requests are admitted.
+/// Returns how many of `count` concurrent requests are admitted.
 pub(super) async fn crowd(limiter: &Limiter, policies: &Policies, count: u32) -> u32 {
     crowd_of(limiter, &a_handle(limiter), policies, count).await
 }
 
-/// Returns how many of this many concurrent requests of a key are admitted.
+/// Returns how many of `count` concurrent requests of a key are admitted.
 pub(super) async fn crowd_of(
     limiter: &Limiter,
     handle: &Arc<KeyHandle>,
@@ -169,7 +169,7 @@ pub(super) async fn crowd_of(
 
 /// The full burst is admitted, in one or two round trips, no matter how long Redis takes within the deadline.
 #[test]
-fn a_rested_keys_whole_burst_is_admitted_at_once() {
+fn an_idle_keys_full_burst_is_admitted_at_once() {
     let mut short = String::new();
     for limit in [(600, 600), (60, 60)] {
         for strict in [false, true] {
@@ -192,10 +192,10 @@ fn a_rested_keys_whole_burst_is_admitted_at_once() {
     assert!(short.is_empty(), "{short}");
 }
 
-/// Tokens that are granted too late to be spent are returned, and so are those of the others: each is credited only to
-/// the extent that the bucket has not refilled in the meantime.
+/// Tokens that are granted too late to be spent are returned, and are credited only to the extent that the bucket has
+/// not refilled in the meantime.
 #[test]
-fn returns_after_late_answers_credit_no_token_twice() {
+fn returns_after_late_responses_credit_no_token_twice() {
     let (rpm, burst) = (60_000, 200);
     let mut over = String::new();
     for strict in [true, false] {
@@ -218,10 +218,10 @@ fn returns_after_late_answers_credit_no_token_twice() {
                 };
                 let begun = Duration::from_millis(late - 10);
                 let (first, others) = tokio::join!(first, others);
-                assert_eq!(first, 0, "all answers are late");
+                assert_eq!(first, 0, "all responses are late");
                 (others, begin.elapsed().saturating_sub(begun))
             });
-            // One token per millisecond.
+            // One token refills per millisecond.
             let slack = if strict { 0 } else { 100 };
             let allowed = u128::from(burst) + took.as_millis() + slack + 1;
             assert!(admitted * 2 > burst, "{admitted} admitted");
@@ -236,7 +236,7 @@ fn returns_after_late_answers_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for these memberships once per second, as a job does, until the task is aborted.
+/// Counts replicas for these memberships once per second, like the server's background job, until the task is aborted.
 pub(super) fn count(
     world: &Arc<World>,
     memberships: Vec<Arc<Membership>>,
@@ -260,7 +260,7 @@ pub(super) fn count(
     (registry, task.abort_handle())
 }
 
-/// Policies with this rate and burst, in this version of a plan.
+/// Returns policies with this rate and burst, in this version of a plan.
 pub(super) fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
     let rate = RatePolicy {
         rpm: NonZeroU32::new(rpm).unwrap(),
@@ -312,9 +312,9 @@ fn a_busy_key_takes_few_calls_to_redis() {
     }
 }
 
-/// Replicas that get many more requests of a key than its limit allows. A single one calls Redis twice per lifetime of a
-/// lease, several call it about once each, and all calls take tokens. When others stop, the remaining one takes over
-/// their part at once.
+/// Replicas get many more requests for a key than its limit allows. A single replica calls Redis twice per lifetime of
+/// a lease, several replicas call it about once each, and all calls take tokens. When other replicas stop, the
+/// remaining one takes over their part immediately.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
     // One token per millisecond.
@@ -330,7 +330,7 @@ fn a_saturated_key_takes_few_calls_to_redis() {
                 false,
             );
             count(&world, memberships);
-            // Sends requests for so many milliseconds, and returns how many are admitted, and the calls to Redis.
+            // Sends requests for `ms` milliseconds. Returns how many are admitted, and the calls to Redis.
             let saturate = async |limiters: &[Limiter], ms: u64| {
                 let before = *world.calls.lock();
                 let (mut admitted, mut requests) = (0, JoinSet::new());
@@ -367,7 +367,7 @@ fn a_saturated_key_takes_few_calls_to_redis() {
                 // The replica that takes over has waited for up to the lifetime of a lease.
                 assert!((2890..=3100).contains(&admitted), "{text}");
                 assert!(calls.takes <= 3 * most_per_second + 6, "{text}");
-                // Those that get no requests send heartbeats.
+                // Replicas that get no requests send heartbeats.
                 let idle = 3 - replicas as u64;
                 assert!(calls.heartbeats <= idle * 3 * 10, "{text}");
                 assert!(calls.returns + calls.reads <= 3, "{text}");
@@ -396,8 +396,8 @@ fn an_edit_denies_nothing_that_the_counters_would_grant() {
     });
 }
 
-/// If this replica has not used a key under the plan before an edit, its share of the key starts at the edit, not at
-/// the outage.
+/// If a replica has not used a key under the plan before an edit, its share of the key starts at the edit, not at the
+/// outage.
 #[test]
 fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
     for strict in [true, false] {
@@ -412,7 +412,7 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
             assert_eq!(crowd(&limiters[0], &before, 600).await, 600);
             world.stalled.send_replace(true);
             sleep(Duration::from_secs(6)).await;
-            // 6 s at one token per second have passed.
+            // In 6 s, one token per second has refilled.
             let first = crowd(&limiters[1], &after, 600).await;
             assert!(first <= 7, "{first} admitted");
             sleep(Duration::from_secs(1)).await;
@@ -423,7 +423,7 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
 }
 
 /// Without Redis, `open` enforces the whole limit on each replica, no matter how many requests waited for the failed
-/// call, and they cause no denials when Redis is back.
+/// call. These requests cause no denials when Redis is back.
 #[test]
 fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     let mut wrong = String::new();
@@ -442,7 +442,7 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
                 for limiter in &limiters {
                     let admitted = crowd(limiter, &policies, 200).await;
                     if admitted != 10 {
-                        let _ = writeln!(wrong, "{admitted} of 10, an outage: {is_noticed}");
+                        let _ = writeln!(wrong, "{admitted} of 10, outage detected: {is_noticed}");
                     }
                 }
                 world.stalled.send_replace(false);
@@ -450,7 +450,10 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
                 sleep(Duration::from_secs(15)).await;
                 let admitted = crowd(&limiters[0], &policies, 20).await;
                 if admitted != 10 {
-                    let _ = writeln!(wrong, "{admitted} of 10 afterwards: {is_noticed}");
+                    let _ = writeln!(
+                        wrong,
+                        "{admitted} of 10 afterward, outage detected: {is_noticed}"
+                    );
                 }
             });
         }
@@ -458,10 +461,11 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// A stall that ends before the idle replica has detected it. The other one has detected it, and recovers on its own:
-/// Redis would not know of the tokens it admitted without Redis.
+/// A stall ends before the idle replica has detected it. The other replica has detected it, and recovers without the
+/// idle replica's knowledge, although Redis does not know of the tokens that the other replica admitted during the
+/// stall.
 #[test]
-fn an_outage_that_some_replicas_miss_sells_nothing_twice() {
+fn an_outage_that_some_replicas_miss_grants_nothing_twice() {
     let (rpm, burst) = (6000, 100);
     let (mut over, mut served_on) = (String::new(), 0);
     for strict in [true, false] {
@@ -513,10 +517,10 @@ pub(super) fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
         .unwrap()
 }
 
-/// Neither a PostgreSQL that is slower than Redis may be, nor many requests of a closed plan that wait for it, count as
-/// an outage.
+/// PostgreSQL may respond more slowly than Redis is allowed to, and many requests on a `closed` plan may wait for
+/// PostgreSQL. Neither counts as an outage.
 #[test]
-fn a_slow_ledger_leaves_the_counters_their_time() {
+fn a_slow_ledger_does_not_count_as_an_outage() {
     paused(async {
         let ledger = TestLedger::new();
         ledger.set_delay(DEADLINE * 3);
@@ -535,8 +539,8 @@ fn a_slow_ledger_leaves_the_counters_their_time() {
     });
 }
 
-/// Requests whose cost exceeds every lease are denied again and again. They must not make the lease larger than the
-/// other requests of the replica need, or it would hold tokens that no request can spend.
+/// Requests whose cost exceeds every lease are denied repeatedly. They must not make the lease larger than the other
+/// requests of the replica need, or the lease would hold tokens that no request can spend.
 #[test]
 fn requests_too_large_for_a_lease_hold_back_no_tokens() {
     paused(async {
@@ -548,7 +552,7 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
         let (mut large, mut small) = (JoinSet::new(), JoinSet::new());
         let mut crowded = JoinSet::new();
         for n in 0..700 {
-            // No denial is repeated for another cost.
+            // Consecutive requests have different costs, so no cached denial applies to them.
             let cost = NonZeroU32::new(900 + n % 50).unwrap();
             let (limiter, same) = (mixed.clone(), policies.clone());
             large.spawn(async move {
@@ -566,17 +570,17 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
             sleep(Duration::from_millis(5)).await;
         }
         assert!(large.join_all().await.iter().all(|it| !it));
-        // Of 500 tokens, the small requests have spent 60 before the crowd, and 3 have refilled.
+        // Of 500 tokens, the small requests have spent 60 before the other replica's requests, and 3 have refilled.
         let small = small.join_all().await.iter().sum::<u32>();
         let crowded = crowded.join_all().await.iter().sum::<u32>();
         assert_eq!((small, crowded), (70, 430));
     });
 }
 
-/// A call for a large request and small ones takes all tokens, if there are too few for the large one. The small ones
-/// need only some of them, and the others go back at once.
+/// A call for a large request and small ones takes all tokens if there are too few for the large one. The small
+/// requests need only some of these tokens, and the rest is returned immediately.
 #[test]
-fn tokens_taken_for_a_large_request_in_vain_go_back_at_once() {
+fn tokens_taken_in_vain_for_a_large_request_are_returned_at_once() {
     paused(async {
         let (world, limiters, policies) = several(2, 4, (60, 1000), false);
         let [mixed, other] = &limiters[..] else {
@@ -590,7 +594,8 @@ fn tokens_taken_for_a_large_request_in_vain_go_back_at_once() {
         let handle = a_handle(mixed);
         let small = crowd(mixed, &policies, 30);
         let large = async {
-            // The first small requests have started a call. The others and this one wait for the next one.
+            // The first small requests have started a call. The other small requests and the large one wait for the
+            // next call.
             sleep(Duration::from_millis(1)).await;
             let cost = NonZeroU32::new(900).unwrap();
             mixed.admit(&handle, &policies, cost).await
@@ -601,15 +606,15 @@ fn tokens_taken_for_a_large_request_in_vain_go_back_at_once() {
         let (taken, _) = world.granted(handle.key());
         assert!(taken >= 900, "{taken} taken, so the calls were separate");
         sleep(Duration::from_millis(10)).await;
-        // Of 430 tokens, the lease holds some.
+        // The lease holds some of the 430 remaining tokens.
         assert_eq!(crowd(other, &policies, 405).await, 405);
     });
 }
 
-/// Leases grow with the pace and shrink when the bucket is nearly empty, and no token of a full bucket is denied in
-/// between.
+/// Leases grow with the pace and shrink when the bucket is nearly empty, and no request is denied before the bucket is
+/// empty.
 #[test]
-fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
+fn a_full_burst_is_admitted_despite_leases() {
     paused(async {
         let rate = (600, 600);
         let (limiter, policies) = alone(
@@ -632,7 +637,7 @@ fn a_burst_is_had_whole_though_leases_are_taken_of_it() {
 /// The denial of a request with a cost above one states when enough tokens will be available, even if the counters are
 /// not called in the meantime.
 #[test]
-fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
+fn a_denial_states_the_wait_for_the_requested_cost() {
     paused(async {
         let rate = (6000, 100);
         let (limiter, policies) = alone(
@@ -652,8 +657,10 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
         assert!(denied > 100);
         let fifty = NonZeroU32::new(50).unwrap();
         let decision = limiter.admit(&handle, &policies, fifty).await.unwrap();
-        // 10 ms per token, and a bucket that contains at most what refills in half the lifetime of a lease.
-        let wait = decision.retry_after().expect("it is denied");
+        // A token refills in 10 ms, and the bucket contains at most what refills in half the lifetime of a lease.
+        let wait = decision
+            .retry_after()
+            .expect("a wait, because the request is denied");
         assert!(wait >= 400_000_000, "{decision:?}");
         let never = NonZeroU32::new(101).unwrap();
         let decision = limiter.admit(&handle, &policies, never).await.unwrap();
@@ -662,7 +669,7 @@ fn a_wait_is_told_for_the_tokens_that_were_asked_for() {
     });
 }
 
-/// A replica that uses a quota slowly keeps only what it needs soon while another one denies requests.
+/// A replica that uses a quota slowly keeps only the tokens that it needs soon while another replica denies requests.
 #[test]
 fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
     paused(async {
@@ -681,7 +688,7 @@ fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
                 daily,
             )
         });
-        // Records of keys in use keep the handles.
+        // Keep the handles, as cached records do.
         let handles = [a_handle(&slow.0), a_handle(&busy.0)];
         let is_admitted = async |which: usize| {
             let (limiter, policies) = [&slow, &busy][which];
@@ -709,7 +716,7 @@ fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
 
 /// Each of many replicas takes only the tokens it spends from a small quota, and none for later.
 #[test]
-fn a_small_quota_is_had_whole_of_many_replicas() {
+fn a_small_quota_is_served_in_full_by_many_replicas() {
     paused(async {
         let of = NonZeroU64::new(9).unwrap();
         let ledger = TestLedger::new();

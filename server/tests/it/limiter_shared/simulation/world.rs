@@ -1,8 +1,8 @@
 //! Redis and the network to it, in virtual time.
 //!
-//! The process behind the links runs the [model](crate::limiter_shared::model) of the script. It stalls, loses its
-//! state and fails over to a stale copy; links delay, lose and cut traffic. A call that was sent arrives, whether or
-//! not the caller is still waiting.
+//! The process behind the links runs the [model](crate::limiter_shared::model) of the script. The process stalls, loses
+//! its state and fails over to a stale copy; links delay, lose and cut traffic. A call that was sent arrives, whether
+//! or not the caller is still waiting.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -53,11 +53,11 @@ impl Clock for SkewedClock {
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) state: State,
-    /// The state of its replica, which lags behind.
+    /// The state of the process's replica, which lags behind.
     pub(super) copy: State,
     pub(super) run: u64,
     pub(super) up: bool,
-    /// Microseconds by which its clock is ahead.
+    /// By how many microseconds the process's clock is ahead.
     pub(super) ahead: u64,
     /// The counters of each replica, if every replica has its own.
     alone: HashMap<usize, State>,
@@ -68,7 +68,7 @@ pub(super) struct Process {
 pub(super) enum Reach {
     #[default]
     Up,
-    /// Nothing arrives, and nothing fails.
+    /// Calls do not arrive, and do not fail.
     Cut,
     /// Calls arrive, but responses do not.
     Deaf,
@@ -83,7 +83,7 @@ pub(super) struct Link {
     pub(super) late: (u8, u64),
     /// The percentage of responses that never arrive.
     pub(super) lost: u8,
-    /// The replica has ended, and none of its calls arrive anymore.
+    /// The replica has exited, and none of its calls arrive anymore.
     pub(super) dead: bool,
 }
 
@@ -91,11 +91,11 @@ pub(super) struct Link {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Calls {
     pub(super) heartbeats: u64,
-    /// Those that take tokens, including those that get none.
+    /// Calls that take tokens, including those that get none.
     pub(super) takes: u64,
-    /// Those that only return tokens.
+    /// Calls that only return tokens.
     pub(super) returns: u64,
-    /// Those that only read the state of a bucket.
+    /// Calls that only read the state of a bucket.
     pub(super) reads: u64,
 }
 
@@ -128,7 +128,7 @@ impl Calls {
     }
 }
 
-/// Tokens of a key that are lost at a time.
+/// A key's tokens that were lost, and when.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Missed {
     pub(super) key: ApiKeyId,
@@ -141,14 +141,14 @@ pub(super) struct World {
     pub(super) zero: Instant,
     pub(super) process: Mutex<Process>,
     pub(super) links: Mutex<Vec<Link>>,
-    /// Applies to all links.
+    /// How calls of all replicas reach Redis.
     pub(super) reach: Mutex<Reach>,
     pub(super) stalled: watch::Sender<bool>,
     pub(super) calls: Mutex<Calls>,
     pub(super) slow: AtomicU64,
     /// Whether a response reported that the state was lost.
     pub(super) initialized_again: AtomicBool,
-    /// The partitions and times of such responses.
+    /// The partitions and times of the responses that reported a loss of state.
     pub(super) epochs: Mutex<Vec<(u16, u64)>>,
     /// Tokens that no replica can spend, because they were granted in responses that arrived late or never, or returned
     /// by calls that never arrived.
@@ -163,7 +163,7 @@ pub(super) struct World {
     told: Mutex<HashSet<usize>>,
     /// Tokens granted so far and tokens returned so far, by key.
     granted: Mutex<HashMap<ApiKeyId, (u64, u64)>>,
-    /// The random numbers for each link's calls of each bucket, so that none depends on the order of the others.
+    /// A generator for each link and bucket, so that no random number depends on the order of other calls.
     chances: Mutex<HashMap<(usize, BucketName), Rng>>,
 }
 
@@ -220,7 +220,7 @@ impl World {
         u64::try_from(self.zero.elapsed().as_nanos()).unwrap()
     }
 
-    /// Tokens of a key that Redis has granted so far, and those that were returned.
+    /// Returns how many tokens of a key Redis has granted so far, and how many were returned.
     pub(super) fn granted(&self, key: ApiKeyId) -> (u64, u64) {
         self.granted.lock().get(&key).copied().unwrap_or_default()
     }

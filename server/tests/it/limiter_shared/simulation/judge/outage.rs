@@ -1,4 +1,4 @@
-//! Faults, and what a replica does without Redis: when, and how much it serves.
+//! Checks the decisions that replicas make without Redis: when they make them, and how much they admit.
 
 use quota_common::plan::OnRedisFailure;
 
@@ -10,11 +10,11 @@ use super::{
     KNOWN, MS, RECOVERED, SECOND,
 };
 
-/// After this time, a replica without Redis no longer waits for it.
+/// After an outage has lasted this long, a replica no longer waits for Redis.
 const NOTICED: u64 = 500 * MS;
-/// After this time, it admits its share.
+/// After an outage has lasted this long, a replica admits its share.
 const SHARED: u64 = 1400 * MS;
-/// The times at which each replica sent requests for any key of the same partition.
+/// Returns the times at which each replica sent requests for any key of the same partition.
 pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>> {
     let mut used = vec![Vec::new(); scene.replica_bounds().1];
     for it in entries {
@@ -28,8 +28,9 @@ pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>
 /// The time for which a replica keeps using a partition of a cluster after a request.
 const IN_USE: u64 = 9 * SECOND;
 
-/// Whether the counters lose their state, or no replica that uses them gets a response for so long that they must start
-/// with empty buckets. While some replicas get responses, or most calls succeed, the counters keep their state.
+/// Returns whether the counters lose their state, or no replica that uses them gets a response for so long that the
+/// counters must start with empty buckets. While some replicas get responses, or most calls succeed, the counters keep
+/// their state.
 pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) -> bool {
     let from = fault.at * MS;
     let has_used = |replica: usize| {
@@ -60,8 +61,9 @@ pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) ->
 /// A replica whose calls fail for this long may consider the counters unavailable.
 const SILENCE: u64 = 200 * MS;
 
-/// Whether no response arrives in time for a while during this fault. If a fault affects a fraction of the calls, several
-/// in a row may fail by chance. If that happens to all replicas, the counters must start with empty buckets.
+/// Returns whether no response arrives in time for a while during this fault. If a fault affects a fraction of the
+/// calls, several calls in a row may fail by coincidence. If that happens to all replicas, the counters must start with
+/// empty buckets.
 pub(super) fn is_silent(fault: &Fault, heard: &[u64]) -> bool {
     let is_partial = match fault.kind {
         FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent < 100,
@@ -78,7 +80,7 @@ pub(super) fn is_silent(fault: &Fault, heard: &[u64]) -> bool {
     is_partial && times.windows(2).any(|pair| pair[1] - pair[0] >= SILENCE)
 }
 
-/// Whether this fault affects calls of a replica.
+/// Returns whether this fault affects calls of a replica.
 fn affects(fault: &Fault, replica: usize) -> bool {
     match fault.kind {
         FaultKind::CutSome { replicas, .. }
@@ -88,7 +90,7 @@ fn affects(fault: &Fault, replica: usize) -> bool {
     }
 }
 
-/// Whether no response reaches the affected replicas in time during this fault.
+/// Returns whether no response reaches the affected replicas in time during this fault.
 pub(super) fn is_outage(fault: &Fault) -> bool {
     match fault.kind {
         FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent == 100,
@@ -97,7 +99,7 @@ pub(super) fn is_outage(fault: &Fault) -> bool {
     }
 }
 
-/// A decision without Redis, although no fault explains it.
+/// Finds a decision without Redis that no fault explains.
 pub(super) fn disconnected(scene: &Scene, entries: &[Entry], used: &[Vec<u64>]) -> Option<String> {
     let is_explained = |it: &Entry| {
         scene.faults.iter().any(|fault| {
@@ -109,14 +111,15 @@ pub(super) fn disconnected(scene: &Scene, entries: &[Entry], used: &[Vec<u64>]) 
     Some(format!("decided without Redis: {found:?}"))
 }
 
-/// The plan of all requests in this period, and its number, if it is not edited.
+/// Returns the plan of all requests in this period, and its number. Returns `None` if the plan is edited in this
+/// period.
 fn unedited(key: &Key, from: u64, until: u64) -> Option<(usize, Plan)> {
     let number = key.plans.iter().filter(|it| it.from * MS < until).count() - 1;
     let plan = key.plans[number];
     (number == 0 || plan.from * MS + KNOWN < from).then_some((number, plan))
 }
 
-/// An outage in which a replica serves less than the failure mode promises.
+/// Finds an outage in which a replica serves less than the fallback setting promises.
 pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     scene.faults.iter().find_map(|fault| {
         (0..scene.replicas)
@@ -133,10 +136,11 @@ pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Op
     })
 }
 
-/// The tokens that a replica served in an outage, and those that it should have served.
+/// Returns how many tokens a replica served in an outage, and how many it should have served.
 ///
-/// A request that waited for Redis in vain takes its tokens when it is answered, not when it was asked: until then, its
-/// bucket may be full and refill no further. So all that follows is in the order of the answers.
+/// A request that waits for Redis in vain takes its tokens when it gets its response, not when it is sent: until then,
+/// the bucket may be full and not refill any further. Therefore, requests are processed in the order of their
+/// responses.
 fn served_in_outage(
     scene: &Scene,
     key: &Key,

@@ -1,4 +1,4 @@
-//! Tests both bounds with handwritten logs.
+//! Tests the judge with handwritten logs.
 
 use quota_common::plan::OnRedisFailure;
 
@@ -47,7 +47,7 @@ fn outage(at: u64, lasts: u64) -> Fault {
     }
 }
 
-/// Requests at this millisecond, of which the given number is admitted.
+/// Returns `of` requests at this millisecond, of which `admitted` are admitted.
 fn requests(at: u64, admitted: usize, of: usize) -> impl Iterator<Item = Entry> {
     (0..of).map(move |n| Entry {
         key: 0,
@@ -113,7 +113,7 @@ fn a_fault_of_some_calls_loses_the_state_only_if_no_response_arrives() {
 }
 
 #[test]
-fn a_replica_that_crashes_takes_its_tokens_with_it() {
+fn tokens_of_a_crashed_replica_are_lost() {
     let mut scene = scene(vec![plan(0, 60, 100, true)]);
     scene.changes.push((3010, Change::Crash(1)));
     let crashed = requests(3000, 0, 60).map(|it| Entry {
@@ -134,7 +134,7 @@ fn a_replica_that_crashes_takes_its_tokens_with_it() {
 #[test]
 fn a_new_rate_counts_from_the_first_request_after_the_edit() {
     let mut scene = scene(vec![plan(0, 60, 100, true), plan(1000, 6000, 100, true)]);
-    // Buckets may be empty until 2 s after it.
+    // Buckets may be empty until 2 s after the outage.
     scene.faults.push(outage(1500, 100));
     let log = |later| {
         let first = requests(5000, 1, 80);
@@ -147,12 +147,12 @@ fn a_new_rate_counts_from_the_first_request_after_the_edit() {
 #[test]
 fn what_refilled_after_a_loss_is_spent_once() {
     let mut scene = scene(vec![plan(0, 12, 1, true), plan(5000, 600, 100, true)]);
-    // Buckets may be empty until 2 s after it.
+    // Buckets may be empty until 2 s after the outage.
     scene.faults.push(outage(2800, 100));
     let log = |every: u64| {
         let times = (5000..8000).step_by(50);
         let each = times.flat_map(|at| {
-            // Ten requests per second, once the edit has taken effect everywhere.
+            // Admit a request every `every` milliseconds, once the edit has taken effect everywhere.
             requests(at, usize::from(at > 6100 && at % every == 0), 1)
         });
         each.collect::<Vec<_>>()
@@ -183,7 +183,7 @@ fn a_few_tokens_are_taken_together_and_not_one_by_one() {
 }
 
 /// If a fifth of the calls are late just after an outage, one replica may use Redis again while another one still uses
-/// its share. Otherwise, late calls are no reason for a share.
+/// its share. Otherwise, late calls do not justify a share.
 #[test]
 fn shares_are_allowed_in_addition_only_while_replicas_return() {
     let mut scene = scene(vec![plan(0, 600, 10, true)]);
@@ -229,22 +229,22 @@ fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
         let log: Vec<_> = requests(1000, 200, 400).chain(later).collect();
         over(scene, &scene.keys[0], &log, epochs).is_some()
     };
-    // 5 s at one token per second.
+    // For 5 s, one token per second refills.
     assert!(!is_over(&scene, 5, &[]) && is_over(&scene, 6, &[]));
     scene.faults.push(restart);
-    // The epoch starts at 5.5 s, with 100 tokens per second.
+    // The epoch starts at 5.5 s. From then on, 100 tokens per second refill.
     assert!(!is_over(&scene, 54, &[4900 * MS]) && is_over(&scene, 55, &[4900 * MS]));
 }
 
-/// A request that waits for Redis when an outage begins is decided later than it was sent. Its full bucket refills no
-/// further until then.
+/// A request that waits for Redis when an outage begins is decided later than it was sent. A full bucket does not
+/// refill any further until then.
 #[test]
 fn requests_that_waited_take_their_tokens_when_they_are_answered() {
     let mut scene = scene(vec![plan(0, 6000, 100, true)]);
     scene.keys[0].on_failure = OnRedisFailure::Open;
     scene.faults.push(outage(1000, 3000));
-    // Requests that waited from 60 ms before this time, and some that did not, of which so many are admitted. The rest of
-    // the outage counts from 1500 ms on.
+    // Checks a log of requests that waited for 60 ms until `answered`, and of requests that did not wait, with these
+    // numbers of admitted requests. The outage counts from 1500 ms on.
     let is_under = |answered: u64, waited: usize, later: usize| {
         let waited = requests(answered - 60, waited, 110).map(|it| Entry {
             answered: answered * MS,
@@ -257,7 +257,7 @@ fn requests_that_waited_take_their_tokens_when_they_are_answered() {
         let log: Vec<_> = log.collect();
         under_in_outage(&scene, &scene.keys[0], &log).is_some()
     };
-    // One token refills in 10 ms: 6 of them between 1460 and 1525 ms.
+    // One token refills in 10 ms, so 6 tokens refill between 1460 and 1525 ms.
     assert!(!is_under(1460, 100, 6) && is_under(1460, 100, 3));
     assert!(!is_under(1400, 100, 12) && is_under(1400, 100, 9));
     assert!(!is_under(1510, 100, 1) && is_under(1510, 90, 1));
