@@ -28,7 +28,7 @@ use tokio::{runtime::Handle, time};
 
 use super::{
     breaker::CircuitBreaker,
-    core::StoreCore,
+    core::{AfterDeadline, StoreCore},
     probe::{first_probe, probe_until_recovered},
 };
 use crate::{
@@ -58,13 +58,6 @@ const RETURNS_AT_ONCE: usize = 256;
 const RETURNS_FAILED: u32 = 8;
 /// How long to keep starting calls that return leases.
 const RETURNED_WITHIN: Duration = Duration::from_secs(4);
-
-/// What to do when the deadline of a call has passed.
-pub(super) enum AfterDeadline {
-    /// Wait for the late response, because its tokens can still be spent or returned.
-    Wait,
-    GiveUp,
-}
 
 /// How a call ended.
 pub(super) enum CallOutcome {

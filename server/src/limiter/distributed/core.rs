@@ -48,6 +48,14 @@ pub(super) struct StoreCore {
     pub(super) me: Weak<StoreCore>,
 }
 
+/// What to do when the deadline of a call has passed.
+pub(super) enum AfterDeadline {
+    /// Wait for the late response, because its tokens can still be spent or returned.
+    Wait,
+    /// Do not wait: the call takes no tokens.
+    GiveUp,
+}
+
 /// The same instant on both clocks.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Moment {

@@ -5,8 +5,8 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use tokio::{runtime::Handle, time};
 
 use super::{
-    calls::{AfterDeadline, CallOutcome, DENIED_FOR_LEASES},
-    core::StoreCore,
+    calls::{CallOutcome, DENIED_FOR_LEASES},
+    core::{AfterDeadline, StoreCore},
 };
 use crate::{
     clock::{Monotonic, Nanos},

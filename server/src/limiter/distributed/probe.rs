@@ -7,7 +7,7 @@ use std::{
 
 use tokio::time;
 
-use super::{calls::AfterDeadline, core::StoreCore};
+use super::core::{AfterDeadline, StoreCore};
 use crate::{
     clock::Nanos,
     limiter::rate::counters::{BucketName, BucketState, CounterMicros, TakeCall},
