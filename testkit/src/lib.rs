@@ -1,7 +1,7 @@
-//! Tools for tests: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
-//! demand, a mail server, a recent Caddy, Envoy, and a checker for token bucket promises.
+//! Tools for tests: processes that are killed when the test's process exits, a Redis that can be killed and frozen, a
+//! proxy that fails on demand, a mail server, a recent Caddy, Envoy, and a checker for envelopes of token buckets.
 //!
-//! This crate does not depend on Quota. The tools end processes by PID, never by name, and panic with the reason if a
+//! This crate does not depend on Quota. The tools kill processes by PID, never by name, and panic with the reason if a
 //! program cannot be started.
 
 pub mod caddy;

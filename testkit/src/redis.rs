@@ -1,6 +1,6 @@
 //! A private Redis that can be frozen, killed and restarted: one server, a master and a replica with sentinels, or a
-//! cluster. Servers listen on free loopback ports, store nothing on disk, and end with their owner, even if the owner
-//! is killed.
+//! cluster. Servers listen on free loopback ports and store nothing on disk. They are killed when the process that
+//! started them exits, even if that process is killed.
 
 mod group;
 

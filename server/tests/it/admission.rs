@@ -171,7 +171,7 @@ async fn lookups_of_invented_keys_do_not_starve_others() {
     let check = check.json(&json!({"key": world.keys[0].text}));
     let status = check.send().await.expect("the server responds").status();
     assert_eq!(status, 200, "the service token and a key");
-    // Some requests are concurrent, within the client's share.
+    // Send five requests at a time: fewer than the client's share of the concurrent lookups.
     let mut statuses = Vec::new();
     for some in world.keys.chunks(5) {
         statuses.extend(echo_all(&app, some).await);

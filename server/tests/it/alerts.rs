@@ -48,7 +48,7 @@ impl World {
         }
     }
 
-    /// Sends a request with this cost. Returns whether the request was allowed.
+    /// Sends a request with the given cost. Returns whether the request was allowed.
     async fn spend(&self, app: &TestApp, cost: u64) -> bool {
         let check = json!({"key": self.key.text, "cost": cost});
         let answer = app.post("/v1/check", check).bearer(&self.service_token);
@@ -93,7 +93,7 @@ impl World {
         client.execute(statement, &[]).await.expect("valid SQL")
     }
 
-    /// Creates this many keys, each with a daily quota of 2 that was just used up.
+    /// Creates `count` keys, each with a daily quota of 2 that was just used up.
     async fn use_up(&self, count: usize) {
         let (tenant, plan) = (&self.account.tenant_id, &self.plan);
         self
@@ -222,7 +222,7 @@ async fn concurrent_checks_of_replicas_create_each_alert_once() {
     assert_eq!(row.await.expect("a row").get::<_, i64>(0), 4);
 }
 
-/// Each threshold is reached exactly by the last request.
+/// A threshold is reached with the request that brings the usage to the threshold, and not before.
 #[tokio::test(flavor = "multi_thread")]
 async fn threshold_is_reached_with_the_request_that_uses_its_share() {
     let world = World::new(json!({"daily_quota": 1000})).await;
@@ -300,7 +300,7 @@ async fn alerts_are_not_repeated_by_a_restart_an_edit_or_another_time_zone() {
     world.check().await;
     assert_eq!(world.thresholds().await, [50, 80]);
 
-    // The lower bound: the next threshold is still reported.
+    // Alerts are not lost either: the next threshold is still reported.
     while world.spend(&restarted, 1).await || world.spend(&world.app, 1).await {}
     restarted.ship_usage().await;
     world.check().await;
@@ -325,7 +325,7 @@ async fn new_window_has_its_own_alerts() {
     assert_eq!(world.thresholds().await, [50, 50]);
 }
 
-/// Simulates a process that ends in the middle of a check.
+/// Simulates a process that exits in the middle of a check.
 #[tokio::test(flavor = "multi_thread")]
 async fn alert_is_not_lost_if_its_deliveries_cannot_be_stored() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -387,8 +387,8 @@ async fn alert_is_created_if_usage_is_recorded_after_its_window_has_ended() {
     }
 }
 
-/// After an edit, the quota of a window that has ended is unknown. Usage of one key does not cause alerts for another
-/// key.
+/// After the plan is edited, it is unknown which quota applied in a window that has ended. Usage of one key does not
+/// cause alerts for another key.
 #[tokio::test(flavor = "multi_thread")]
 async fn late_usage_causes_no_alert_of_another_key_or_a_later_quota() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -700,7 +700,7 @@ async fn events_beyond_the_pending_deliveries_of_a_webhook_fail() {
     let error = failed["error"].as_str().expect("an error");
     assert!(error.contains("1,000 pending deliveries"), "{error}");
 
-    // A tenant cannot add more deliveries either.
+    // Users of the tenant cannot add further deliveries either.
     let act =
         async |method, path: String, body| world.app.act(&world.account, method, &path, body).await;
     let test = format!("/admin/webhooks/{full}/test");

@@ -36,8 +36,8 @@ enum Kind {
 }
 
 impl Kind {
-    /// Returns the kind of a webhook. Only one webhook in a hundred is large, because it is as long as thousands of
-    /// others.
+    /// Returns the kind of a webhook. Only one webhook in a hundred is large, because a large webhook is as long as
+    /// thousands of small ones.
     fn nth(n: u64) -> Self {
         match n % 100 {
             0..50 => Self::Valid,

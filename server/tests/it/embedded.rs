@@ -237,8 +237,8 @@ async fn server_started_right_after_a_kill_takes_over() {
     let dir = data_dir();
     let (mut owner, url) = start_owner(dir.path());
     let orphan = postmaster(dir.path());
-    // Without its guard, PostgreSQL keeps running, which is the worst state that a crash can leave behind. The owner is
-    // frozen first, because it would otherwise stop PostgreSQL.
+    // Without its guard, PostgreSQL keeps running, which is the worst state that a crash can leave behind. The process
+    // that started PostgreSQL is frozen first, because it would otherwise stop PostgreSQL.
     let owner_pid = Pid::from_raw(owner.id().cast_signed());
     kill(owner_pid, Signal::SIGSTOP).expect("the owner was alive");
     let guard = parent_of(orphan);
@@ -371,7 +371,7 @@ async fn owner() {
         .await
         .expect("PostgreSQL starts");
     println!("\nurl={}", postgres.database_url());
-    // The time is limited, in case the test that started this process has ended.
+    // The time is limited, in case the test that started this process has exited.
     tokio::time::sleep(Duration::from_mins(2)).await;
 }
 

@@ -375,7 +375,7 @@ fn payment_required(head: &Head) -> &'static str {
 /// Tests that a request is forwarded only if Quota has admitted it, no matter what the consumer sends.
 async fn admits_only_what_quota_admits(program: Program) {
     type Answer = fn(&Head) -> &'static str;
-    // Some gateways follow the decision if it is not an admission.
+    // Some gateways respond with Quota's denial even if the status of Quota's response is 200.
     let follows_decision = matches!(program, Program::Nginx | Program::Envoy);
     let limited = if follows_decision { 429 } else { 503 };
     let answers: [(&str, Answer, u16); 7] = [

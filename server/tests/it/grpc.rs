@@ -545,7 +545,7 @@ async fn malformed_messages_get_an_error_and_never_a_panic() {
     assert!(statuses[&3] > 500 && statuses[&0] > 100, "{statuses:?}");
     assert!(world.app.metric("quota_panics_total").await < 0.5);
 
-    // A consumer can cause a message that is too large, so the call succeeds, with a denial.
+    // A consumer can cause a message that is too large, so the call succeeds and returns a denial.
     let large = "x".repeat(200 * 1024);
     let reply = world.check(&large).await;
     assert_eq!(reply.code(), Code::OverLimit);

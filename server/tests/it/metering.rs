@@ -633,7 +633,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
     let root = own.parent().expect("the directory has a parent");
-    // By name, the bad directories sort before the good one, so they are processed first.
+    // The names of the bad directories sort before that of the good one, so the bad directories are processed first.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
     std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");
@@ -643,7 +643,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     assert_eq!(world.logged().await, ids);
     assert!(!good.exists(), "shipped segments are deleted");
     assert!(unreadable.exists(), "unreadable segments are kept");
-    // Within one directory, an unreadable segment does not hold up the others either.
+    // Within one directory, an unreadable segment does not delay the other segments either.
     let ids = &ids | &world.echoes(5).await;
     copy_segments(&own, &unreadable);
     let url = SecretString::from(world.app.database.url());
@@ -765,8 +765,8 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     app.stop().await;
 }
 
-/// Usage is reported as complete only up to decisions that are still in flight, although the shipper cannot see their
-/// time.
+/// Usage is reported as complete only up to the first decision that is still in flight, although the shipper cannot see
+/// the time of this decision.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_is_not_complete_beyond_a_decision_in_flight() {
     let world = World::start(|setup| setup).await;

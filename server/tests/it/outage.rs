@@ -77,7 +77,7 @@ async fn world(change: impl FnOnce(Setup) -> Setup) -> World {
 }
 
 impl World {
-    /// Resets every connection. New connections have this fault.
+    /// Resets every connection. New connections have the given fault.
     fn lose(&self, fault: Fault) {
         self.proxy.set(fault);
         if fault == Fault::Refuse {
@@ -328,7 +328,7 @@ async fn canceled_requests_leave_no_broken_connection_behind() {
     assert_eq!(counts, [0, 0, 0]);
 }
 
-/// When the poll is late, every key needs to be confirmed again. Only the first requests may wait for this.
+/// When the poll is late, every key needs to be confirmed again. Only the first requests may wait for the confirmation.
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_first_requests_wait_when_postgres_goes_silent() {
     const KEYS: usize = 30;

@@ -220,7 +220,7 @@ async fn audited(database: &Client, tenant: &str) -> BTreeMap<String, i64> {
     rows.iter().map(|row| (row.get(0), row.get(1))).collect()
 }
 
-/// Waits until every replica responds with this status to a request with a key or token.
+/// Waits until every replica responds with the given status to a request with a key or token.
 async fn becomes(replicas: [&TestApp; 2], status: u16, pair: (Action, Action), call: Call<'_>) {
     for app in replicas {
         let began = Instant::now();

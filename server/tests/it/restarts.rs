@@ -1,4 +1,4 @@
-//! Tests that usage survives, no matter how the server ends.
+//! Tests that usage survives, no matter how the server stops.
 
 use std::time::Instant;
 
@@ -22,7 +22,7 @@ const QUOTA: u64 = 1000;
 /// The part of the quota that one run spends. The last run spends the rest.
 const PART: u64 = 250;
 
-/// Spends up to `most`. Returns how many requests were allowed.
+/// Sends up to `most` requests, until one is denied. Returns how many were allowed.
 async fn spend(quota: &Quota, http: &Client, key: &str, most: u64) -> u64 {
     let url = format!("http://{}/v1/echo", quota.addr);
     for served in 0..most {

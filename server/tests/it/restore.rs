@@ -38,7 +38,7 @@ const REJECTED: [&str; 3] = [
     "usage/01a21968-4ea1-7052-b7e7-a828c3c9daa2/2.refused",
 ];
 
-/// Requests during the outage. They fill more than one segment of 128 KiB.
+/// The number of requests during the outage: enough to fill more than one segment of 128 KiB.
 const REQUESTS: usize = 2500;
 
 /// Returns the segments in a data directory, relative to it.
@@ -62,8 +62,9 @@ fn segments(data: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Takes a backup while usage is not in the database, because PostgreSQL is unreachable. Then calls `after`, and kills
-/// the server. Returns the backup and the IDs of the requests before it.
+/// Takes a backup while the server cannot reach PostgreSQL, so that some usage is only in the server's files. Then
+/// calls `after`, and kills the server. Returns the backup and the IDs of the requests that were sent before the
+/// backup.
 async fn backlog_in_a_backup(
     data: &Path,
     backups: &Path,
@@ -73,7 +74,7 @@ async fn backlog_in_a_backup(
     let (proxy, url) = through_proxy(&source).await;
     let settings = [
         ("DATABASE_URL", url.as_str()),
-        // This results in the smallest segments.
+        // The minimum, which results in the smallest segments.
         ("QUOTA_USAGE_BACKLOG_MAX", "1048576"),
     ];
     let (quota, http) = (Quota::start_with(data, &settings), Client::new());
@@ -105,7 +106,7 @@ async fn backlog_in_a_backup(
     (backup, ids)
 }
 
-/// Starts a server on the restored database, and waits until all of these requests are in it.
+/// Starts a server on the restored database, and waits until the database contains all requests in `ids`.
 async fn assert_complete(database: &TestDatabase, data: &Path, ids: &[String]) {
     let quota = Quota::start_with(data, &[("DATABASE_URL", database.url())]);
     let client = database.connect().await;
@@ -276,7 +277,7 @@ async fn encrypted(database: &TestDatabase, authority: &Authority) -> u16 {
                 let mut request = [0; 8];
                 while stream.read_exact(&mut request).await.is_ok() {
                     let accepted = request == SSL_REQUEST;
-                    // Otherwise, it is a request for encryption by GSSAPI.
+                    // Any other message is a request for encryption by GSSAPI.
                     let answer = if accepted { b"S" } else { b"N" };
                     if stream.write_all(answer).await.is_err() || accepted {
                         break;
@@ -351,7 +352,7 @@ async fn backup_verifies_the_certificate_if_the_server_does() {
     ] {
         let (passed, text) = backup(&url, Some("trusted.pem"));
         assert!(passed, "{url}: {text}");
-        // The names of backups have a resolution of one second.
+        // The name of a backup contains its time in whole seconds, so wait for the next second.
         tokio::time::sleep(Duration::from_millis(1100)).await;
     }
 }

@@ -158,7 +158,7 @@ async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     assert_eq!(changed.status, 200, "{}", changed.body);
     let mut redis = world.redis().await;
     for app in [first, &second, &world.another().await] {
-        // Each time, the record looks as if it had just been written.
+        // Write the old record for each replica, so that it looks as if it had just been stored.
         redis
             .set::<_, _, ()>(&name, &before)
             .await
@@ -615,7 +615,7 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
         sleep(Duration::from_millis(20)).await;
     }
     assert!(other.metric("quota_invalidations_received_total").await < 0.5);
-    // A replica of the same installation accepts it.
+    // A replica of the same installation accepts the record.
     let replica = TestApp::setup()
         .database(one.database.clone())
         .flag(redis_flag(&server))

@@ -115,14 +115,14 @@ impl Tenant {
         }
     }
 
-    /// Returns this tenant's ID for a parameter or field with this name.
+    /// Returns this tenant's ID for the parameter or field `name`.
     fn id(&self, name: &str) -> &str {
         self.ids
             .get(name)
             .unwrap_or_else(|| panic!("add the resource that {name} identifies"))
     }
 
-    /// Returns everything that identifies a row or response as this tenant's.
+    /// Returns the strings that identify a row or response as this tenant's.
     fn marks(&self) -> Vec<&str> {
         let mut marks = self.ids.values().map(String::as_str).collect::<Vec<_>>();
         marks.extend([
@@ -225,7 +225,7 @@ fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
     (answer.status, answer.text.replace(id, "ID"), fields)
 }
 
-/// Creates a request body that contains this ID.
+/// A function that creates a request body with the given ID.
 type Body = Box<dyn Fn(&str) -> Option<Value>>;
 
 /// A place where an operation takes an ID.
@@ -296,7 +296,7 @@ fn attempts(own: &Tenant) -> Vec<Attempt> {
     all
 }
 
-/// Returns whether a field names another resource. An external ID is the tenant's own text.
+/// Returns whether a field refers to another resource. An external ID is the tenant's own text.
 fn is_reference(field: &str) -> bool {
     field.ends_with("_id") && field != "external_id"
 }

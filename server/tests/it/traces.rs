@@ -37,7 +37,7 @@ fn traced(collector: &Collector, ratio: &str) -> Setup {
         .flag(format!("--otel-traces-sampler-arg={ratio}"))
 }
 
-/// Returns the only span with this name.
+/// Returns the only span with the given name.
 #[track_caller]
 fn one<'a>(spans: &'a [Received], name: &str) -> &'a Received {
     let found: Vec<_> = spans.iter().filter(|span| span.name == name).collect();

@@ -10,7 +10,7 @@ use std::time::Duration;
 use self::{grammar::case, pair::Pair};
 
 const CASES: u64 = 1000;
-/// Records are compared after this many cases.
+/// The number of cases after which records are compared.
 const ROUND: u64 = 20_000;
 
 /// Reads a number from the environment. For example, `DIFFERENTIAL_CASES=1000000` runs more cases, and

@@ -202,7 +202,7 @@ impl Side {
     }
 }
 
-/// Returns whether the server generated this ID. The clients' IDs are shorter, and both servers must return them
+/// Returns whether the server generated the ID. The clients' IDs are shorter, and both servers must return them
 /// unchanged.
 fn is_generated(id: &str) -> bool {
     id.len() == 36

@@ -149,7 +149,7 @@ impl Program {
                 let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
                     .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
                     .concat();
-                // nginx runs as a single process, so that no other process is left running when it ends.
+                // nginx runs as a single process, so that no other process is left running when nginx is killed.
                 let text = format!(
                     "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
                      access_log off;\n{temporary}{server}}}\n",

@@ -123,7 +123,7 @@ async fn read_request(
 #[derive(Clone, Copy)]
 pub(crate) enum Behind {
     Quota(SocketAddr),
-    /// A substitute that responds to each request with this status line and these headers.
+    /// A substitute that responds to each request with the status line and headers that the function returns.
     Other(fn(&Head) -> &'static str),
 }
 

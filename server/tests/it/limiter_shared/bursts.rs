@@ -183,7 +183,7 @@ impl Replica {
         decided.unwrap()
     }
 
-    /// Sends requests with these costs, all at the same time.
+    /// Sends requests with the given costs, all at the same time.
     pub(super) async fn at_once(&self, policies: &Policies, costs: &[u32]) -> Vec<(u32, Decision)> {
         let mut requests = JoinSet::new();
         for cost in costs.iter().copied() {
@@ -195,7 +195,7 @@ impl Replica {
 }
 
 impl Replica {
-    /// Sends one request for each of this many keys, all at the same time. Returns how many were admitted.
+    /// Sends one request for each of `keys` keys, all at the same time. Returns how many requests were admitted.
     async fn one_of_each(&self, policies: &Policies, keys: u128) -> u64 {
         let mut requests = JoinSet::new();
         for key in 0..keys {

@@ -1,10 +1,10 @@
 //! Tests that returned tokens never make a bucket fuller than if they had never been taken.
 //!
-//! The oracle implements that sentence: after every call, it replays the bucket's entire history from a full bucket,
-//! without the tokens that have been returned by then, and compares the results. The oracle keeps no minima and has no
-//! rules for credits. Schedules are random. They include several returns for several grants, late and early, plan
-//! edits, callers with an old plan, lost and stale state, and a clock that goes backward. Scripts with planted errors
-//! prove that the oracle detects them.
+//! After every call, the oracle replays the bucket's entire history from a full bucket, without the tokens that have
+//! been returned by then, and compares the results. The oracle keeps no minima and has no rules for credits. Schedules
+//! are random. They include several returns for several grants, late and early, plan edits, callers with an old plan,
+//! lost and stale state, and a clock that goes backward. Scripts with planted errors prove that the oracle detects
+//! them.
 #![expect(
     clippy::disallowed_methods,
     reason = "only this test reads the seed settings"
@@ -370,7 +370,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs this many schedules, or only the schedule of the seed in `QUOTA_SEED`.
+/// Runs `schedules` schedules, or only the schedule of the seed in `QUOTA_SEED`.
 async fn run(counters: &mut Counters, clock: &TestClock, schedules: u64) -> Sum {
     let seeds = number("QUOTA_SEED").map_or(0..schedules, |seed| seed..seed + 1);
     let mut sum = Sum::default();

@@ -8,7 +8,7 @@ use quota_server::{
     limiter::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
 };
 
-/// Microseconds from a loss of state to the new epoch, with the default deadline.
+/// The time from a loss of state to the new epoch, with the default deadline, in microseconds.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
 
 /// The default deadline of calls, in microseconds.
@@ -64,7 +64,7 @@ struct Epoch {
     is_known: bool,
 }
 
-/// Microseconds after which an unused version of a plan is forgotten.
+/// The time after which an unused version of a plan is forgotten, in microseconds.
 const OUTDATED: u64 = 10_000_000;
 
 /// How long a bucket is kept in addition to twice the time until it is full, in microseconds.

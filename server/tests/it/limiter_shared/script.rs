@@ -370,7 +370,8 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(plan(5, 100)).await, 100);
     assert_eq!(granted(plan(6, 150)).await, 50);
 
-    // The same holds hours later, while the smaller burst is in use.
+    // If the burst of a slowly refilling bucket is raised hours after it was lowered, the bucket contains only the
+    // refill as well.
     redis.query("", &flush).await.expect("Redis responds");
     let slow = |version, burst: u64| TakeCall {
         emission: Nanos(60_000_000_000),

@@ -680,7 +680,7 @@ async fn keys_are_listed_in_every_sort_order_without_gaps_or_repeats() {
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
     let client = app.database.connect().await;
-    // Names that differ only in case, equal times, and keys that were never used.
+    // The list contains names that differ only in case, equal times, and keys that were never used.
     let keys = [
         ("banana", Some(20)),
         ("Apple", None),

@@ -505,7 +505,7 @@ async fn untrusted_peer_cannot_choose_its_address() {
     assert_eq!(last, 429);
 }
 
-/// Returns the token of a new session with this user agent.
+/// Signs in with the given user agent.
 async fn login_from(app: &TestApp, account: &Account, user_agent: &str) -> Answer {
     let body = json!({"email": account.email, "password": PASSWORD});
     let call = app.post("/auth/login", body);
@@ -1016,7 +1016,7 @@ async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task:
             answer.expect("the server responds").status().as_u16()
         }));
     }
-    // This is long enough for both threads to be busy, but not to finish.
+    // Wait until both threads are busy, but not so long that they finish.
     tokio::time::sleep(std::time::Duration::from_millis(150)).await;
     busy
 }
@@ -1251,7 +1251,8 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     assert_eq!(fourth.status, 200, "{}", fourth.body);
 }
 
-/// Without this limit, each new account would get another share of everything that is limited per tenant.
+/// Without a limit on registrations, someone who creates many accounts could exceed all limits that apply to each
+/// tenant separately.
 #[tokio::test(flavor = "multi_thread")]
 async fn registrations_from_a_network_are_limited_over_all_replicas() {
     let redis = quota_testkit::redis::RedisServer::start().await;

@@ -124,7 +124,7 @@ impl Hooks {
             .collect()
     }
 
-    /// Waits until this many requests were received at a path.
+    /// Waits until `count` requests have been received at a path.
     pub(crate) async fn wait_for(&self, path: &str, count: usize) -> Vec<Received> {
         let began = Instant::now();
         loop {

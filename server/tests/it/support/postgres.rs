@@ -20,7 +20,7 @@ use uuid::Uuid;
 /// The advisory lock that is held while the template is created.
 const TEMPLATE_LOCK: i64 = 0x7155_6f74_6154;
 
-/// A database for a single test, which is dropped with the value.
+/// A database for a single test. Dropping the value drops the database.
 #[derive(Debug)]
 pub(crate) struct TestDatabase {
     name: String,
@@ -190,7 +190,7 @@ fn admin_url() -> &'static str {
     })
 }
 
-/// Starts a cluster that ends with this process. The cluster needs a runtime that outlives those of the tests.
+/// Starts a cluster that stops when this process exits. The cluster needs a runtime that outlives those of the tests.
 fn start_own() -> String {
     let (url, started) = std::sync::mpsc::channel();
     thread::spawn(move || {
@@ -248,7 +248,7 @@ fn slots() -> PathBuf {
     path
 }
 
-/// Drops databases that an earlier owner of the slot left behind, and templates with other migrations.
+/// Drops databases that an earlier process in the same slot left behind, and templates with other migrations.
 async fn drop_leftovers(admin_url: &str) {
     let admin = connect(admin_url).await;
     let template = format!("quota_template_{:016x}", migrations_hash());

@@ -130,7 +130,7 @@ impl TestStripe {
     }
 }
 
-/// Waits until `GET /billing` returns this access.
+/// Waits until `GET /billing` returns the given access.
 pub(crate) async fn wait_for_access(app: &TestApp, account: &Account, access: &str) -> Value {
     let began = Instant::now();
     loop {
@@ -144,7 +144,7 @@ pub(crate) async fn wait_for_access(app: &TestApp, account: &Account, access: &s
     }
 }
 
-/// Waits until requests with a key get this status.
+/// Waits until requests with a key get the given status.
 pub(crate) async fn wait_for_status(app: &TestApp, key: &str, status: u16) -> Duration {
     let began = Instant::now();
     loop {

@@ -17,11 +17,11 @@ use crate::support::app::{Account, PASSWORD, TestApp};
 const KEYS: usize = 1000;
 const ENDPOINTS: usize = 200;
 const DAYS: i64 = 30;
-/// The number of records per transaction, as with a backlog.
+/// The number of records per transaction, as when the server ships a backlog.
 const BATCH: usize = 50_000;
 /// The number of records in the backlog.
 const BACKLOG: usize = 1_000_000;
-/// The number of requests for each percentile.
+/// The number of requests from which the percentiles of each query are computed.
 const ROUNDS: usize = 100;
 
 /// Draws a number below `n`; number `i` is drawn 1 / (i + 1) times as often as the first (Zipf, with exponent 1).

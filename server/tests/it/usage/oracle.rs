@@ -60,7 +60,7 @@ struct World {
     records: Vec<UsageRecord>,
 }
 
-/// Creates records of 30 keys on 3 plans, with 40 endpoints, on these days.
+/// Creates records of 30 keys on 3 plans, with 40 endpoints, on the given days.
 async fn world(days: &[&str]) -> World {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;

@@ -40,7 +40,7 @@ pub(super) const TTL: Duration = Duration::from_millis(100);
 pub(super) const DEADLINE: Duration = Duration::from_millis(30);
 /// The time after which all replicas have counted each other.
 const WARM_UP: Duration = Duration::from_secs(11);
-/// The time after which an edit of a plan applies on every replica.
+/// The time after which a plan edit applies on every replica.
 pub(super) const EDIT_KNOWN: Duration = Duration::from_secs(1);
 /// The time between the last request that a load balancer sends to a replica and the replica's stop.
 const LAST_REQUESTS: Duration = Duration::from_millis(70);

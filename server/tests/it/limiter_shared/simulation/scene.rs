@@ -93,10 +93,9 @@ impl Fault {
 pub(super) enum FaultKind {
     /// Redis freezes, keeps its state, and then processes the calls that have arrived.
     Stall,
-    /// Some calls take up to this many milliseconds more, each way.
+    /// Some calls are delayed in each direction, by up to the given number of milliseconds.
     Slow(u64),
-    /// The script runs, but its response arrives this much later. Affects this percentage of the calls of these
-    /// replicas.
+    /// The script runs, but its response is delayed by `by`. Affects a percentage of the calls of the given replicas.
     Late {
         replicas: Replicas,
         by: u64,
@@ -156,7 +155,8 @@ impl Scene {
             length: 8000,
             load: Load(Vec::new()),
         };
-        // Use a separate random number, so that seeds that do not select these scenes still produce the same scenes.
+        // Draw from a separate generator, so that a seed that selects none of the scenes below produces the same scene
+        // as it did before they were added.
         match Rng::with_seed(seed ^ 0x005C_E9E5).u8(..24) {
             0 | 1 => {
                 scene.long_outage(&mut rng);
@@ -239,8 +239,7 @@ impl Scene {
         }
     }
 
-    /// One replica loses PostgreSQL, then another replica joins, of which the first cannot know, and then Redis becomes
-    /// unavailable.
+    /// One replica loses PostgreSQL, so it does not learn that another replica joins. Then Redis becomes unavailable.
     fn miscounted_outage(&mut self, rng: &mut Rng) {
         let at = rng.u64(..500);
         self.length = 10_000;
@@ -562,7 +561,7 @@ impl Scene {
         self.length = edit + 3500;
     }
 
-    /// Sends this many requests at the same time, to random replicas.
+    /// Sends `count` requests at the same time, to random replicas.
     fn crowd(&mut self, rng: &mut Rng, at: u64, count: u32) {
         for _ in 0..count {
             self.load.0.push(Request {

@@ -111,15 +111,15 @@ pub(super) fn disconnected(scene: &Scene, entries: &[Entry], used: &[Vec<u64>]) 
     Some(format!("decided without Redis: {found:?}"))
 }
 
-/// Returns the plan of all requests in this period, and its number. Returns `None` if the plan is edited in this
-/// period.
+/// Returns the plan of all requests between `from` and `until`, and its number. Returns `None` if the plan is edited in
+/// this period.
 fn unedited(key: &Key, from: u64, until: u64) -> Option<(usize, Plan)> {
     let number = key.plans.iter().filter(|it| it.from * MS < until).count() - 1;
     let plan = key.plans[number];
     (number == 0 || plan.from * MS + KNOWN < from).then_some((number, plan))
 }
 
-/// Finds an outage in which a replica serves less than the fallback setting promises.
+/// Finds an outage in which a replica serves less than the fallback setting allows.
 pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     scene.faults.iter().find_map(|fault| {
         (0..scene.replicas)
