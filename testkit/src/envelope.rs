@@ -133,8 +133,8 @@ fn signed(nanos: impl TryInto<i64>) -> i64 {
         .unwrap_or_else(|_| panic!("a measurement is shorter than 292 years"))
 }
 
-/// For each start of a window, its time plus the value of everything allowed since then. These are suffix sums, so that
-/// one allowed request changes one leaf.
+/// For each start of a window, its time plus the value of all requests that were allowed from then on. The sums are
+/// suffix sums, so that one allowed request changes one leaf.
 struct Tree {
     leaves: usize,
     nodes: Vec<Node>,

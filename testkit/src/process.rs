@@ -1,4 +1,4 @@
-//! A process that is killed when the process that started it exits, even if the latter is killed with SIGKILL.
+//! A child process that is killed when its parent exits, even if the parent is killed with SIGKILL.
 
 use std::{
     io::{self, BufRead as _, BufReader},

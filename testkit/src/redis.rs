@@ -1,6 +1,6 @@
 //! A private Redis that can be frozen, killed and restarted: one server, a master and a replica with sentinels, or a
-//! cluster. Servers listen on free loopback ports and store nothing on disk. They are killed when the process that
-//! started them exits, even if that process is killed.
+//! cluster. Servers listen on free loopback ports and store nothing on disk. They are killed when the test's process
+//! exits, even if the test's process is killed.
 
 mod group;
 

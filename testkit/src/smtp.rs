@@ -66,7 +66,7 @@ impl SmtpServer {
         *lock(&self.state.credentials) = Some(plain.to_owned());
     }
 
-    /// Rejects the next recipient with this line, such as `550 No such user`.
+    /// Rejects the next recipient with the given line, such as `550 No such user`.
     pub fn refuse(&self, line: &str) {
         lock(&self.state.refusals).push_back(line.to_owned());
     }

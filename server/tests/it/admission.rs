@@ -1,6 +1,6 @@
-//! Checks which requests are admitted under load: with keys in use after their plan was changed, with keys that are not
-//! in memory yet, and on connections from one address. In one test, an unauthenticated client also sends keys that do
-//! not exist.
+//! Checks which requests are admitted under load: requests with keys whose plan was just changed, requests with keys
+//! that are not in memory yet, and requests on many connections from one address. In one test, an unauthenticated
+//! client also sends keys that do not exist.
 
 use std::{
     net::{IpAddr, Ipv4Addr},

@@ -969,8 +969,8 @@ async fn tenant_cannot_use_up_the_rate_of_requests_to_stripe() {
     assert_eq!(page.status, 201, "{}", page.text);
 }
 
-/// Measures the time from the webhook of a failed payment to 402 on three replicas, and back. Other subscribers are not
-/// affected.
+/// Measures how long it takes from the webhook of a failed payment until three replicas return 402, and from the
+/// webhook of a successful payment until they return 200. Other subscribers are not affected.
 #[tokio::test(flavor = "multi_thread")]
 async fn failed_payment_reaches_three_replicas_and_affects_no_one_else() {
     const OTHERS: u32 = 10_000;

@@ -62,7 +62,7 @@ type Times = BTreeMap<(Kind, u16), Vec<Duration>>;
 #[derive(Debug, Default)]
 struct Flood {
     times: Times,
-    /// The reasons for missing responses, and the number of each.
+    /// The reasons for missing responses, and how often each occurred.
     lost: BTreeMap<(Kind, String), usize>,
     /// The time from the first webhook to the last response.
     took: Duration,

@@ -34,7 +34,7 @@ struct World {
 }
 
 impl World {
-    /// Creates a tenant with a plan marked `paid`, and no subscription. Sets Stripe's clock back.
+    /// Creates a tenant with a plan marked `paid` but without a subscription. Sets Stripe's clock back.
     async fn unsubscribed(ago: Duration) -> Self {
         let stripe = TestStripe::start().await;
         stripe.fake.set_back(ago);

@@ -248,7 +248,7 @@ fn samples() -> Vec<Call> {
     ]
 }
 
-/// Finds the operation of a request in the document, in whose paths each parameter is written as `{…}`.
+/// Finds the operation of a request in the document. In the document's paths, each parameter is written as `{…}`.
 fn operation(sent: &Sent) -> &'static Value {
     let fits = |template: &str| {
         let (a, b): (Vec<&str>, Vec<&str>) = (

@@ -38,7 +38,7 @@ async fn connect(url: &str) -> Client {
     client
 }
 
-/// Returns the processes whose working directory is the cluster, which are all processes of its PostgreSQL.
+/// Returns the processes whose working directory is the cluster's directory: all processes of its PostgreSQL.
 fn processes_of(data_dir: &Path) -> Vec<i32> {
     let cluster = fs::canonicalize(data_dir)
         .expect("the path exists")
@@ -408,7 +408,7 @@ fn parent_of(pid: i32) -> i32 {
 }
 
 fn parent(pid: i32) -> Option<i32> {
-    // The fields after the name in parentheses: state, parent.
+    // The first fields after the name in parentheses are the state and the parent's PID.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_whitespace().nth(1)?.parse().ok()

@@ -107,7 +107,7 @@ const SILENT: usize = 20_000;
 /// Connections from one address, and addresses in one network: below the limits, so that only the total limit applies.
 const FROM_ONE_ADDRESS: usize = 500;
 const ADDRESSES: usize = 4;
-/// No request takes longer than this, even on a busy machine.
+/// The maximum duration of a request, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(5);
 
 /// Returns the source address of hostile connection `n`.

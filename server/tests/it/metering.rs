@@ -824,7 +824,7 @@ async fn a_segment_that_cannot_be_deleted_does_not_stop_reports() {
     while segments().len() < 2 {
         world.echoes(100).await;
     }
-    // Deleting a directory like a file fails, even for root.
+    // Deleting a directory as if it were a file fails, even for root.
     std::fs::remove_file(&first).expect("the file is deleted");
     std::fs::create_dir(&first).expect("there is space");
     assert!(world.app.state.metering.ship().await.is_err());
@@ -946,7 +946,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
         in_flight > 0,
         "no request was in flight when the server was killed"
     );
-    // Usage left behind by killed servers is taken over.
+    // The usage of killed servers is adopted.
     let url = format!("http://{}/v1/echo", quota.addr);
     let last = http.get(&url).header("X-API-Key", &key);
     let last = last.header("X-Request-Id", "last").send().await;

@@ -195,7 +195,7 @@ async fn admits_exactly_the_quota(program: Program) {
     assert!(allowed > QUOTA / 2, "{statuses:?}");
 }
 
-/// Tests everything that Quota, or another server at its address, can do instead of making a decision.
+/// Tests responses and failures of Quota, or of another server at its address, that are not a decision.
 async fn without_a_decision_the_setting_applies(program: Program) {
     let quota = Substitute::start().await;
     let mut setting = Setting {

@@ -21,7 +21,7 @@ use crate::support::{
     postgres::TestDatabase,
 };
 
-/// No response takes longer than this, no matter what PostgreSQL does.
+/// The maximum time until a response, no matter what PostgreSQL does.
 const AT_MOST: Duration = Duration::from_secs(5);
 
 /// A server whose connections to PostgreSQL can be made to fail.

@@ -29,7 +29,8 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         let plan = app.plan(&account, plan).await;
         keys.push(app.key(&account, &plan).await.text);
     }
-    // With Redis, there is no difference, and a block of the daily quota is available locally.
+    // While Redis is available, the fallback setting makes no difference. A block of the daily quota becomes available
+    // locally.
     for key in &keys {
         let began = Instant::now();
         loop {
@@ -44,7 +45,8 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
 
     server.kill().await;
     let began = Instant::now();
-    // Until the circuit breaker opens, a failed call is treated like a share that has just started.
+    // Until the circuit breaker opens, a request whose call fails is decided as if the replica's share had just
+    // started.
     while app.metric("quota_counter_outages_total").await < 1.0 {
         assert!(began.elapsed() < PATIENCE);
         app.echo(&keys[2]).await;

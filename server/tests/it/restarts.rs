@@ -73,7 +73,7 @@ async fn restarts_and_a_kill_neither_lose_nor_double_a_daily_quota() {
     loop {
         let day = today();
         let served = spend_through_restarts().await;
-        // If a new day has begun, there is a new quota, and the test would not prove anything.
+        // If a new day has begun, a new quota applies, and the result proves nothing.
         if today() == day {
             assert!(served <= QUOTA, "{served} of {QUOTA} were served");
             assert!(

@@ -1,4 +1,4 @@
-//! Tests `restore.sh` on a machine where something remains, after an interruption, and against a hostile user of the
+//! Tests `restore.sh` on a machine where older data remains, after an interruption, and against a hostile user of the
 //! server. Also tests the encrypted connection that both scripts use.
 
 use std::{
@@ -199,7 +199,7 @@ async fn interrupted_restore_can_be_repeated() {
     assert_complete(&empty, data.path(), &ids).await;
 }
 
-/// A user without rights.
+/// An unprivileged user.
 const NOBODY: u32 = 65_534;
 
 /// Restores as root into another user's data directory, with a `tar` that simulates a race with this user's processes:
@@ -228,7 +228,7 @@ fn restore_against_a_hostile_user(backup: &Path, url: &str, data: &Path, to: &Pa
 #[tokio::test(flavor = "multi_thread")]
 async fn restore_as_root_writes_only_what_the_server_user_may_write() {
     if !nix::unistd::geteuid().is_root() {
-        // There is no other user whose rights could be exceeded.
+        // Without root, the script cannot write anything that its user may not write.
         return;
     }
     let (first, backups) = (data_dir(), data_dir());

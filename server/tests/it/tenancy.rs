@@ -344,7 +344,7 @@ async fn another_tenants_id_is_like_one_that_never_existed_and_changes_nothing()
     }
     assert_eq!(before, rows_of(&database, &a).await);
 
-    // The same requests with A's own token succeed, so the 404 above was because of the tenant.
+    // The same requests with A's own token succeed, so the tenant was the reason for the 404 above.
     for attempt in attempts
         .iter()
         .filter(|it| it.operation.method != Method::DELETE)
@@ -671,7 +671,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
         }
         reachable += usize::from(as_app(&mut client, Some(tenant_b), &all).await > Some(0));
 
-        // Moving one of its own rows to another tenant fails too.
+        // B cannot move one of its own rows to another tenant either.
         if column == "tenant_id" {
             let tenant_a = &a.account.tenant_id;
             let give = format!("UPDATE {table} SET tenant_id = '{tenant_a}'");

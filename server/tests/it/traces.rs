@@ -350,7 +350,7 @@ async fn start_caddy(dir: &Path, https: u16, quota: &Quota, collector: &str) -> 
             ("OTEL_EXPORTER_OTLP_ENDPOINT", collector),
             ("OTEL_SERVICE_NAME", "caddy"),
             ("OTEL_TRACES_SAMPLER", "always_on"),
-            // In milliseconds.
+            // The delay in milliseconds.
             ("OTEL_BSP_SCHEDULE_DELAY", "100"),
         ])
         .env("HOME", dir)

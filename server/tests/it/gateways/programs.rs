@@ -51,7 +51,7 @@ fn free_port() -> u16 {
     listener.local_addr().expect("the socket is bound").port()
 }
 
-/// Returns a command that runs a server. Debian installs servers only in root's path.
+/// Returns a command that runs a server. Debian installs servers in directories that are only in root's `PATH`.
 fn command(name: &str) -> Command {
     let system = Path::new("/usr/sbin").join(name);
     Command::new(if system.exists() {

@@ -87,7 +87,7 @@ impl Api {
     }
 }
 
-/// Returns the next request of a connection, or `None` at its end.
+/// Returns the next request of a connection, or `None` if the connection has been closed.
 async fn read_request(
     stream: &mut (impl AsyncBufRead + AsyncWrite + Unpin),
 ) -> Option<(Head, Vec<u8>)> {

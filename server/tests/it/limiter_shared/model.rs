@@ -29,7 +29,7 @@ const SETTLED: u64 = 50_000;
 /// How long after a confirmed response there is certainly no outage, in microseconds.
 const CONNECTED: u64 = 800_000;
 
-/// A confirmation is stored only if it is newer than the stored one by more than this, in microseconds.
+/// A confirmation is stored only if it is newer than the stored confirmation by more than this time, in microseconds.
 const CONFIRMED: u64 = 50_000;
 
 /// The largest number of nanoseconds that the script computes exactly.

@@ -63,7 +63,8 @@ const TEST_TIME: &str = "redis.call('LRANGE', 'time', 0, 1)";
 
 const READ: &str = "local b = redis.call('HMGET', KEYS[1],";
 const EXPIRE: &str = "redis.call('PEXPIRE', KEYS[1],";
-/// Reads a bucket at the test's time: its field `expires` contains the time, in microseconds, at which it is deleted.
+/// Reads a bucket at the test's time. The bucket's field `expires` contains the time at which the bucket is deleted, in
+/// microseconds.
 const TEST_READ: &str = "
 if now >= tonumber(redis.call('HGET', KEYS[1], 'expires') or 'inf') then
   redis.call('DEL', KEYS[1])
@@ -370,8 +371,8 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(plan(5, 100)).await, 100);
     assert_eq!(granted(plan(6, 150)).await, 50);
 
-    // If the burst of a slowly refilling bucket is raised hours after it was lowered, the bucket contains only the
-    // refill as well.
+    // Even if the burst of a slowly refilling bucket is raised only hours after it was lowered, the bucket contains
+    // only the refill.
     redis.query("", &flush).await.expect("Redis responds");
     let slow = |version, burst: u64| TakeCall {
         emission: Nanos(60_000_000_000),

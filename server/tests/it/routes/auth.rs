@@ -352,7 +352,7 @@ async fn current_user_can_be_updated() {
     );
 }
 
-/// The tenant's other changes take too long, so this update is rejected as a whole.
+/// Other changes of the tenant take too long, so the update is rejected as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_update_of_user_and_tenant_changes_neither() {
     let app = TestApp::start().await;
@@ -757,7 +757,7 @@ async fn list_of_sessions_is_paginated_and_distinguishes_them() {
             200
         );
     }
-    // A refreshed session keeps its identity.
+    // A refresh does not create another session.
     let renewed = refresh(&app, &account.refresh_token).await;
     let token = renewed.text("access_token");
     let (mut agents, mut cursor) = (Vec::new(), String::new());
@@ -955,7 +955,7 @@ async fn addresses_of_one_ipv6_network_are_counted_together() {
     assert_eq!(from("2001:db8:1:2:ffff::9, 10.1.2.3").await, 200);
     assert_eq!(from("[2001:db8:1:2::7]:4711").await, 429);
     assert_eq!(from("2001:db8:1:3::1").await, 200, "another network");
-    // An unparsable address ends the search at the proxy before it.
+    // If an address in the header cannot be parsed, the address of the proxy that added it counts instead.
     assert_eq!(from("2001:db8:1:4::1, nonsense").await, 200);
     assert_eq!(from("2001:db8:1:5::1, nonsense").await, 200);
     assert_eq!(from("2001:db8:1:6::1, nonsense").await, 429);
@@ -1159,7 +1159,7 @@ async fn known_device_signs_in_during_an_attack_from_many_networks() {
         let call = app.post("/auth/login", body).header("X-Forwarded-For", ip);
         call.send().await
     };
-    // This works even from a network that is slowed down.
+    // A sign-in with a device token works even from a network that is slowed down.
     let known = with_device("198.51.1.7", PASSWORD, &device).await;
     assert_eq!(known.status, 200, "{}", known.body);
     let renewed = known.text("device_token");
@@ -1234,12 +1234,12 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     let second = one.register().await;
     assert_eq!(login(&one, &second.email, "wrong").await.status, 401);
     assert_eq!(login(&other, &second.email, PASSWORD).await.status, 200);
-    // A correct password resets the count everywhere.
+    // A correct password resets the count on both replicas.
     for _ in 0..6 {
         assert_eq!(login(&one, &second.email, "wrong").await.status, 401);
     }
 
-    // Without Redis, each replica counts separately, with half the attempts.
+    // Without Redis, each replica counts separately and allows half as many attempts.
     let third = one.register().await;
     redis.kill().await;
     let mut statuses = Vec::new();

@@ -1141,7 +1141,7 @@ async fn fast_path_and_router_respond_alike() {
         statuses,
         [
             401, 401, 401, 401, 401, 422, 415, // rejected
-            200, 200, 403, 429, 200, // the burst of two ends
+            200, 200, 403, 429, 200, // the burst of two is used up
             429, 429, 403, 429, 200,
         ]
     );

@@ -1,8 +1,8 @@
 //! A migrated database for each test, copied from a template.
 //!
 //! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
-//! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`, which is kept
-//! between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower.
+//! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`. The directory is
+//! kept between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower.
 
 use std::{
     fs, io,

@@ -26,11 +26,11 @@
 //! tokens of a bucket, because they are taken together and not one by one: as many tokens as refill in [`GATHER`], from
 //! the time at which the bucket contains fewer tokens than this number until it contains twice as many. Requests that
 //! arrive during a call to Redis are decided together by the next call, so at the end of a window, the refill of the
-//! last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request after it:
-//! tokens that refill before that count at the lower of the two rates. After a fault, a bucket is empty only if Redis
-//! lost its state, or if no replica that uses it received a response. Otherwise, the bucket has lost only the tokens
-//! that Redis granted in responses that arrived late or never, and those that were returned by calls that never
-//! arrived.
+//! last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request after the
+//! edit: tokens that refill before this request count at the lower of the two rates. After a fault, a bucket is empty
+//! only if Redis lost its state, or if no replica that uses it received a response. Otherwise, the bucket has lost only
+//! the tokens that Redis granted in responses that arrived late or never, and those that were returned by calls that
+//! never arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what a
 //! separate bucket would admit of the requests that the replica gets. With `open`, from half a second on, the bucket
@@ -39,8 +39,8 @@
 //! number of replicas. If a replica has never had a response for the key under this plan, its share starts with the
 //! replica's first request.
 //!
-//! **Connections.** A replica decides without Redis only during a fault that affects it, and for [`RECOVERED`] after
-//! that. A fault that affects all replicas, or in which Redis loses its state, affects every replica.
+//! **Connections.** A replica decides without Redis only during a fault that affects the replica, and for [`RECOVERED`]
+//! after the fault. If Redis may lose its state because of a fault, the fault counts as affecting every replica.
 //!
 //! **Waits.** A denial by the rate limit states a time to wait, which is at most the time that an empty bucket needs
 //! for the request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, the same request is
@@ -347,7 +347,7 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
             _ => return None,
         };
         let mut alone = (0..all).filter(|it| replicas.contains(*it)).count();
-        // A partial fault delays the return of only some replicas, even if it affects all of them.
+        // A fault that affects only a fraction of the calls delays the return of some replicas, but not of all.
         if !is_outage(fault) {
             alone = alone.min(all - 1);
         }
@@ -360,8 +360,8 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     alone.collect()
 }
 
-/// Returns whether this fault begins while replicas that have lost Redis in an earlier fault may still be returning to
-/// it.
+/// Returns whether `fault` begins while replicas that have lost Redis in an earlier fault may still be returning to
+/// Redis.
 fn follows_outage(scene: &Scene, fault: &Fault) -> bool {
     scene.faults.iter().any(|before| {
         is_outage(before) && before.at < fault.at && fault.at * MS < before.end() * MS + RECOVERED

@@ -218,8 +218,8 @@ fn each_planted_shortfall_is_found() {
 fn one_exact_bucket_breaks_no_promise() {
     each_seed(0..200, |seed| {
         let mut scene = Scene::of(seed);
-        // Replicas that know of an edit and others that do not yet would switch the shared bucket back and forth
-        // between two plans.
+        // Replicas that know of an edit and replicas that do not know of it yet would switch the shared bucket back and
+        // forth between two plans.
         for key in &mut scene.keys {
             key.plans.truncate(1);
         }

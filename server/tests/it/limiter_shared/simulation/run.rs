@@ -70,7 +70,7 @@ pub(super) struct Entry {
     pub(super) retry_after: Option<u64>,
     /// Whether the decision was made without Redis.
     pub(super) degraded: bool,
-    /// Whether the daily and the monthly quota denied the request.
+    /// Whether the daily quota denied the request, and whether the monthly quota did.
     pub(super) denied_by: [bool; 2],
     /// Tokens of the key that Redis had granted when the response arrived; `None` once Redis had lost its state.
     pub(super) granted: Option<u64>,
@@ -81,13 +81,15 @@ pub(super) struct Log {
     pub(super) entries: Vec<Entry>,
     /// The times at which Redis reported a new epoch, in nanoseconds since the load began, by key.
     pub(super) epochs: Vec<Vec<u64>>,
-    /// When tokens were lost, so that neither a replica nor a bucket had them afterward, and how many, by key.
+    /// By key: when tokens were lost, so that neither a replica nor a bucket had them afterward, and how many were
+    /// lost.
     pub(super) missed: Vec<Vec<(u64, u64)>>,
     /// The times at which any replica received a response in time, by key.
     pub(super) heard: Vec<Vec<u64>>,
     /// Tokens that Redis granted, and tokens that were returned, by key.
     pub(super) granted: Vec<(u64, u64)>,
-    /// Totals reported by the replicas that are running at the end: tokens taken; spent; returned or lost.
+    /// Totals reported by the replicas that are running at the end: the tokens that were taken, that were spent, and
+    /// that were returned or lost.
     pub(super) books: Vec<(u64, u64, u64)>,
     /// Replicas that are running at the end and still consider Redis unavailable.
     pub(super) degraded: Vec<usize>,

@@ -15,11 +15,11 @@ const REQUESTS_MAX: usize = 700;
 #[derive(Debug, Clone)]
 pub(super) struct Scene {
     pub(super) seed: u64,
-    /// Replicas at the start. Replicas that join later get the next indices.
+    /// The number of replicas at the start. Replicas that join later get the next indices.
     pub(super) replicas: usize,
     /// The usual round-trip time between a replica and Redis.
     pub(super) round_trip: u64,
-    /// Partitions of a cluster, which share all faults.
+    /// The number of partitions of the cluster. All faults affect all partitions.
     pub(super) partitions: u16,
     /// The time in which the ledger of quotas responds.
     pub(super) ledger_delay: u64,
@@ -115,7 +115,7 @@ pub(super) enum FaultKind {
     CutSome { replicas: Replicas, refused: bool },
 }
 
-/// Some of the initial replicas, as bits.
+/// A set of initial replicas, with one bit for each replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Replicas(pub(super) u32);
 
@@ -573,7 +573,7 @@ impl Scene {
         }
     }
 
-    /// Returns the replicas that run at least from a second before this fault until two seconds after it.
+    /// Returns the replicas that run at least from a second before `fault` until two seconds after its end.
     pub(super) fn present(&self, fault: &Fault) -> impl Iterator<Item = usize> {
         let (from, until) = (fault.at, fault.end() + 2000);
         let joins = self.changes.iter().filter(|(_, it)| *it == Change::Join);

@@ -244,7 +244,7 @@ fn requests_that_waited_take_their_tokens_when_they_are_answered() {
     scene.keys[0].on_failure = OnRedisFailure::Open;
     scene.faults.push(outage(1000, 3000));
     // Checks a log of requests that waited for 60 ms until `answered`, and of requests that did not wait. Of the
-    // former, `waited` are admitted; of the latter, `later` are. The outage counts from 1500 ms on.
+    // requests that waited, `waited` are admitted; of the others, `later` are. The outage counts from 1500 ms on.
     let is_under = |answered: u64, waited: usize, later: usize| {
         let waited = requests(answered - 60, waited, 110).map(|it| Entry {
             answered: answered * MS,
