@@ -38,7 +38,7 @@ pub struct Worst {
 const MINUTE: u64 = 60_000_000_000;
 
 impl Envelope {
-    /// Creates an envelope from a plan. `slack` is the time in which the tokens refill that leases may add.
+    /// Creates an envelope from a plan. `slack` is the refill time of the tokens that leases may add.
     pub fn new(rpm: u32, burst: u32, slack: std::time::Duration) -> Self {
         let emission = signed(MINUTE.div_ceil(u64::from(rpm)));
         Self {
@@ -61,8 +61,8 @@ impl Envelope {
         u64::try_from((self.at_once + signed(nanos)) / self.emission).unwrap_or(0)
     }
 
-    /// Returns the number of tokens that a single exact bucket, initially full, would have allowed for requests at
-    /// these times and costs.
+    /// Returns the number of tokens that a single exact bucket, initially full, would have allowed. `requests` contains
+    /// the time and the cost of each request.
     pub fn exact(self, mut requests: Vec<(u64, u32)>) -> u64 {
         requests.sort_unstable();
         let (mut full_at, mut admitted) = (i64::MIN, 0);
@@ -165,14 +165,14 @@ impl Tree {
         }
     }
 
-    /// Allows windows to begin at this index from now on.
+    /// Allows windows to begin at index `place` from now on.
     fn open(&mut self, place: usize, time: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         (leaf.best, leaf.begin) = (time + leaf.sum, place);
         self.update(place);
     }
 
-    /// Adds an allowed request of this value that was sent at this index.
+    /// Adds an allowed request of value `worth` that was sent at index `place`.
     fn add(&mut self, place: usize, worth: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         leaf.sum += worth;

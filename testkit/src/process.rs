@@ -32,7 +32,7 @@ status=$?
 exit "$status"
 "#;
 
-/// A process that is killed when the value is dropped or this process exits.
+/// A process that is killed when the value is dropped or the current process exits.
 #[derive(Debug)]
 pub struct Process {
     guard: Child,

@@ -214,7 +214,7 @@ enum Direction {
 struct Piece {
     due: Instant,
     data: Vec<u8>,
-    /// Whether the connection is reset after this data.
+    /// Whether the connection is reset after the data.
     last: bool,
 }
 

@@ -61,7 +61,7 @@ impl SmtpServer {
         Self { addr, state }
     }
 
-    /// Accepts only these credentials in AUTH PLAIN.
+    /// Accepts only the given credentials in AUTH PLAIN.
     pub fn require_credentials(&self, plain: &str) {
         *lock(&self.state.credentials) = Some(plain.to_owned());
     }

@@ -83,7 +83,7 @@ impl World {
         self.app.state.billing.as_ref().expect("billing is on")
     }
 
-    /// Makes `percent` of all requests fail, and the first request of each kind.
+    /// Makes `percent` percent of all requests fail, and also the first request of each kind.
     fn fail(&self, seed: u64, percent: u8) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let faults = Fault::all(Duration::from_millis(3));

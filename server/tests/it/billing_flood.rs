@@ -17,7 +17,7 @@ use crate::{
     usage,
 };
 
-/// The maximum number of requests in progress. Further requests wait, and the wait is included in their times.
+/// The maximum number of requests in progress. Further requests wait, and the wait is included in their response times.
 const CONCURRENT: usize = 256;
 /// The number of batches per second in which requests are sent.
 const PARTS: u64 = 100;

@@ -39,7 +39,7 @@ fn count(bytes: &[u8], what: &[u8]) -> usize {
     bytes.windows(what.len()).filter(|it| *it == what).count()
 }
 
-/// Sends the keys, starting with `first`. Returns how many were rejected with 401.
+/// Sends `keys` forged keys, starting with number `first`. Returns how many were rejected with 401.
 fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
     let mut refused = 0;
     for batch in (first..first + keys).step_by(BATCH as usize) {

@@ -257,7 +257,8 @@ async fn replicas_write_and_send_each_email_once() {
     assert_eq!(world.smtp.received().len(), 1);
 }
 
-/// Without this limit, someone who creates many accounts could make the server send any number of emails.
+/// Without a limit on the total number of emails, someone who creates many accounts could make the server send any
+/// number of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn emails_to_all_tenants_are_limited_and_the_others_wait() {
     let world = World::new().await;

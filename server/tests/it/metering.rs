@@ -356,7 +356,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
     let again = app.echo(&key.text).await;
     assert_eq!(again.status, 200, "{}", again.text);
     let remaining = again.number("x-ratelimit-remaining");
-    // Only allowed requests were charged.
+    // Only allowed requests counted against the quota.
     assert!(remaining >= 40_000 - allowed - 1, "{remaining}");
     app.ship_usage().await;
     assert_eq!(world.logged().await.len() as u64, allowed + 1);

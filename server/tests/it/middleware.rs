@@ -190,7 +190,7 @@ async fn admits_exactly_the_quota(program: Program) {
     let count = |status| statuses.iter().filter(|it| **it == status).count();
     let (allowed, denied, late) = (count(200), count(429), count(503));
     assert_eq!(allowed + denied + late, 150, "{statuses:?}");
-    // On a busy machine, a check may be late. Such a check may have been charged.
+    // On a busy machine, the response to a check may be late. The request may still count against the quota.
     assert!(allowed <= QUOTA && allowed + late >= QUOTA, "{statuses:?}");
     assert!(allowed > QUOTA / 2, "{statuses:?}");
 }

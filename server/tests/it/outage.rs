@@ -32,7 +32,7 @@ struct World {
     key: Key,
 }
 
-/// Starts a proxy in front of the test's PostgreSQL. Returns the proxy and the URL of the database through it.
+/// Starts a proxy in front of the test's PostgreSQL. Returns the proxy, and the URL of the database through the proxy.
 pub(crate) async fn through_proxy(database: &TestDatabase) -> (FaultProxy, String) {
     let config: tokio_postgres::Config = database.url().parse().expect("a URL");
     let port = config.get_ports().first().copied().unwrap_or(5432);

@@ -18,7 +18,7 @@ const AT_MOST: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Action {
-    /// A key on the spare plan.
+    /// Creates a key on the spare plan.
     CreateKey,
     /// Moves the key to the spare plan.
     MoveKey,
@@ -28,7 +28,7 @@ enum Action {
     /// Creates a plan with the name that `RenamePlan` uses.
     CreatePlan,
     RenamePlan,
-    /// The spare plan.
+    /// Deletes the spare plan.
     DeletePlan,
     CreateToken,
     DeleteToken,

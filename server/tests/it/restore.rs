@@ -31,7 +31,7 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Files that this version and earlier ones have set aside for the operator, relative to the data directory.
+/// Files that this version and earlier versions set aside for the operator, relative to the data directory.
 const REJECTED: [&str; 3] = [
     "usage/rejected/01a21968-4ea1-7052-b7e7-a828c3c9daa2-2.segment",
     "usage/refused/01a21968-4ea1-7052-b7e7-a828c3c9daa2-1.segment",
@@ -41,7 +41,7 @@ const REJECTED: [&str; 3] = [
 /// The number of requests during the outage: enough to fill more than one segment of 128 KiB.
 const REQUESTS: usize = 2500;
 
-/// Returns the segments in a data directory, relative to it.
+/// Returns the paths of the segments in a data directory, relative to this directory.
 fn segments(data: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for directory in fs::read_dir(data.join("usage")).into_iter().flatten() {
@@ -304,7 +304,7 @@ async fn backup_verifies_the_certificate_if_the_server_does() {
     let file = |name: &str| certificates.path().join(name);
     let trusted = Authority::new(certificates.path(), "trusted");
     let port = encrypted(&source, &trusted).await;
-    // This authority has not issued the certificate.
+    // The authority in `other` has not issued the certificate.
     Authority::new(certificates.path(), "other");
     let config: tokio_postgres::Config = source.url().parse().expect("a URL");
     let (user, name) = (

@@ -187,7 +187,7 @@ async fn tables(client: &Client) -> Vec<String> {
     tables
 }
 
-/// Returns every row of every table that mentions the tenant, as text.
+/// Returns, for each table, the rows that mention the tenant, as text.
 async fn rows_of(client: &Client, tenant: &Tenant) -> BTreeMap<String, Vec<String>> {
     let pattern = tenant.marks().join("|");
     let mut rows = BTreeMap::new();

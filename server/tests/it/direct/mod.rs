@@ -1,5 +1,5 @@
-//! Checks that direct responses equal those of hyper: what a client receives, what the client is charged, and what is
-//! recorded and logged do not depend on `QUOTA_DIRECT_RESPONSES`.
+//! Checks that direct responses equal those of hyper: what a client receives, how many tokens its requests cost, and
+//! what is recorded and logged do not depend on `QUOTA_DIRECT_RESPONSES`.
 
 mod grammar;
 mod pair;

@@ -66,7 +66,7 @@ struct Granted {
 /// The events of the bucket, in order.
 #[derive(Debug, Clone, Copy)]
 enum Event {
-    /// A call at this time found the bucket in this epoch under this plan, or found no bucket.
+    /// A call found the bucket in an epoch and under a plan, or found no bucket.
     Call {
         at: u64,
         plan: Plan,

@@ -46,7 +46,7 @@ struct Bucket {
     emission: u128,
     tau: u128,
     version: u64,
-    /// When a caller with this version last called.
+    /// When a caller with the version `version` last called.
     version_at: u64,
     epoch: u64,
     generation: u64,
@@ -95,7 +95,7 @@ impl State {
         }
     }
 
-    /// Returns the same state, but with buckets that never expire.
+    /// Returns the state with buckets that never expire.
     pub(super) fn without_expiry(self) -> Self {
         Self {
             keeps_all: true,

@@ -450,7 +450,7 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
         (429, "too-many-requests")
     );
     assert!((1..=30).contains(&refused.number("retry-after")));
-    // A console may show only this message.
+    // A client may show only the detail, so the detail must state the wait.
     let wait = format!("Try again in {} second", refused.number("retry-after"));
     assert!(refused.text("detail").contains(&wait), "{}", refused.body);
     assert_eq!(
@@ -992,7 +992,7 @@ async fn stranger_cannot_lock_out_an_owner() {
     assert_eq!(owner_signs_in.status, 200, "{}", owner_signs_in.body);
 }
 
-/// Keeps both password threads busy for a while, with accounts whose password hashes take `passes` to verify.
+/// Keeps both password threads busy for a while, with accounts whose password hashes take `passes` passes to verify.
 async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task::JoinHandle<u16>> {
     let costly = format!(
         "$argon2id$v=19$m=65536,t={passes},p=1$c29tZXNhbHRzb21lc2FsdA$\

@@ -1281,7 +1281,7 @@ async fn every_response_of_forward_auth_states_the_decision() {
     );
     assert_eq!(away.header("retry-after"), Some("1"));
     states(away, (503, "unavailable")).await;
-    // Responses of other paths do not have this header.
+    // Responses of other paths do not have the `X-Quota-Decision` header.
     assert_eq!(decision(&app.echo(&key.text).await), "none");
 }
 

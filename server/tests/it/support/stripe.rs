@@ -57,7 +57,7 @@ impl TestStripe {
         }
     }
 
-    /// Configures a server to bill through this Stripe.
+    /// Configures a server to bill through the fake.
     pub(crate) fn configure(&self, setup: Setup) -> Setup {
         setup
             .flag(format!("--stripe-secret-key={SECRET_KEY}"))
@@ -65,7 +65,7 @@ impl TestStripe {
             .flag(format!("--stripe-api-base={}", self.fake.url()))
     }
 
-    /// Starts a server that bills through this Stripe and receives its webhooks.
+    /// Starts a server that bills through the fake and receives its webhooks.
     pub(crate) async fn app(&self) -> TestApp {
         let app = self.configure(TestApp::setup()).start().await;
         self.send_to(&app);

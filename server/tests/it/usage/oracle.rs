@@ -298,7 +298,7 @@ impl World {
     }
 }
 
-/// Returns whether this quarter hour has the same label as the previous one.
+/// Returns whether the quarter hour at `at` has the same label as the quarter hour before it.
 fn seen_before(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> bool {
     label(zone, at, bucket) == label(zone, at - TimeDelta::minutes(15), bucket)
 }

@@ -683,7 +683,7 @@ impl Bucket<'_> {
     }
 }
 
-/// Returns the number of tokens that other replicas may hold when this request arrives.
+/// Returns the number of tokens that other replicas may hold when the request at `place` arrives.
 fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     let most = (least.burst / 10.0).floor();
     if !least.leased || most < 2.0 {

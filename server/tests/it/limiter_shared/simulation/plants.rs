@@ -58,9 +58,9 @@ pub(super) enum Plant {
     OpenWithoutLimit,
     /// `open` admits some requests without Redis, although Redis responds.
     OpenWithoutOutage,
-    /// Without Redis, requests on plans with this fallback setting are denied.
+    /// Without Redis, requests on plans with the given fallback setting are denied.
     DeniesWithoutRedis(OnRedisFailure),
-    /// Without Redis, every other request on plans with this fallback setting is denied.
+    /// Without Redis, every other request on plans with the given fallback setting is denied.
     HalvesWithoutRedis(OnRedisFailure),
     /// Replicas do not confirm the responses that they received.
     ConfirmsNothing,

@@ -55,7 +55,7 @@ pub(super) enum Answer {
     None,
 }
 
-/// One request. Times are nanoseconds since the load began.
+/// One request. Times are in nanoseconds since the load began.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Entry {
     pub(super) key: usize,

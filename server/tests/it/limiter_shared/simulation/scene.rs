@@ -111,7 +111,7 @@ pub(super) enum FaultKind {
     Cut,
     /// All calls arrive, and no responses come back.
     Deaf,
-    /// These replicas do not reach Redis: calls get no response, or connections are refused.
+    /// The given replicas do not reach Redis: calls get no response, or connections are refused.
     CutSome { replicas: Replicas, refused: bool },
 }
 

@@ -236,7 +236,8 @@ fn returns_after_late_responses_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for these memberships once per second, like the server's background job, until the task is aborted.
+/// Counts replicas for the given memberships once per second, like the server's background job, until the task is
+/// aborted.
 pub(super) fn count(
     world: &Arc<World>,
     memberships: Vec<Arc<Membership>>,
