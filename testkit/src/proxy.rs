@@ -131,7 +131,7 @@ impl FaultProxy {
         self.control.fault.send_replace(fault);
     }
 
-    /// Resets every open connection once. New connections follow [`set`](Self::set).
+    /// Resets every open connection once. New connections have the fault that [`set`](Self::set) has set.
     pub fn cut(&self) {
         self.control.cuts.send_modify(|cuts| *cuts += 1);
     }

@@ -197,7 +197,7 @@ async fn access_follows_the_subscription_on_every_replica() {
     reaches_both("active", 200).await;
 }
 
-/// After a failed payment, access ends on a date, without another event. The grace period is zero days.
+/// After a failed payment, access ends with the grace period, without another event. The grace period is zero days.
 #[tokio::test(flavor = "multi_thread")]
 async fn grace_period_ends_on_its_date() {
     let stripe = TestStripe::start().await;

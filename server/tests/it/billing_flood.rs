@@ -202,7 +202,7 @@ async fn stored(app: &TestApp) -> i64 {
     client.query_one(sql, &[]).await.expect("a count").get(0)
 }
 
-/// A short flood that checks only correctness.
+/// Runs a short flood, and checks only correctness.
 #[tokio::test(flavor = "multi_thread")]
 async fn flood_of_webhooks_changes_nothing_without_a_valid_signature() {
     let Flood { times, lost, .. } = flood(200, 2).await;

@@ -362,7 +362,7 @@ async fn previous_version_counts_in_the_same_windows() {
     assert_eq!((taken.granted, taken.used), (5, 50));
 }
 
-/// Deleting a key and concurrent ledger calls for it and other keys do not make each other fail.
+/// The deletion of a key does not deadlock with concurrent ledger calls, neither for this key nor for other keys.
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_and_ledger_do_not_deadlock() {
     let world = World::with_keys(3).await;

@@ -1,4 +1,4 @@
-//! Makes every pair of changes concurrently on two replicas. Neither change causes a server error, each one that
+//! Makes every pair of changes concurrently on two replicas. Neither change causes a server error, each change that
 //! succeeds is in the audit log once, and the result is the same as in one of the two orders.
 
 use std::{

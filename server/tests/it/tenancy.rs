@@ -732,7 +732,7 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
             role.get::<_, &str>(0)
         );
     }
-    // Neither role is a member of another, so neither can gain privileges.
+    // Neither role is a member of another role, so neither can gain privileges.
     let member = client
         .query_one(
             "SELECT count(*) FROM pg_auth_members WHERE member IN ('quota_app'::regrole, 'quota_system'::regrole)",

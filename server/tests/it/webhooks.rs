@@ -471,7 +471,7 @@ async fn slow_endpoint_does_not_delay_others() {
         ..Response::status(204)
     };
     world.hooks.respond("/slow", delay);
-    // More deliveries than attempts that can be in progress.
+    // Store more deliveries than there can be attempts in progress.
     world.store(&slow, 40).await;
     world.hooks.wait_for("/slow", 4).await;
     let began = std::time::Instant::now();

@@ -42,7 +42,8 @@ struct Bucket {
     burst: i128,
     /// The time until the bucket is full. If negative, the bucket has been full for this long.
     missing: i128,
-    /// Debt beyond an empty bucket, from before the burst was lowered. This debt decreases while the bucket is full.
+    /// Debt beyond that of an empty bucket, from before the burst was lowered. This debt decreases while the bucket is
+    /// full.
     beyond: i128,
     /// When tokens were last taken or the plan was last edited, whichever is later.
     since: u64,

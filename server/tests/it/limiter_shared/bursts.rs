@@ -518,8 +518,8 @@ async fn three(
     replicas
 }
 
-/// Sends 150 requests to the replica whose responses are 120 ms late, and 250 requests to each of two others: to one
-/// before the late tokens are returned, and to the other after that.
+/// Sends 150 requests to the replica whose responses are 120 ms late, and 250 requests to each of two others: to one of
+/// them before the late tokens are returned, and to the other one after they are returned.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn late_responses_grant_nothing_twice() {
     let server = RedisServer::start().await;

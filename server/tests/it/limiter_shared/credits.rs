@@ -93,8 +93,8 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                 remembered,
                 wrote,
             } => {
-                // `beyond` is debt in excess of an empty bucket, from before the burst was lowered. It decreases while
-                // the bucket is full.
+                // `beyond` is debt beyond that of an empty bucket, from before the burst was lowered. It decreases
+                // while the bucket is full.
                 let (mut debt, mut beyond, last) = bucket;
                 let mut passed = u128::from(at.saturating_sub(last)) * 1000;
                 let mut writes = wrote || at < last;

@@ -39,7 +39,7 @@ const LARGEST: u128 = 1 << 52;
 struct Bucket {
     at: u64,
     debt: u128,
-    /// Debt in excess of an empty bucket.
+    /// Debt beyond that of an empty bucket.
     beyond: u128,
     /// Refill since the epoch started, minus the tokens taken. Refill counts even while the bucket is full.
     gathered: Option<u128>,

@@ -58,7 +58,7 @@ pub(crate) struct ClockedCounters {
 }
 
 const TIME: &str = "redis.call('TIME')";
-/// Seconds and microseconds, as set by the test.
+/// Reads the time that the test has set, in seconds and microseconds.
 const TEST_TIME: &str = "redis.call('LRANGE', 'time', 0, 1)";
 
 const READ: &str = "local b = redis.call('HMGET', KEYS[1],";
@@ -160,8 +160,8 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
     }
 }
 
-/// For random calls, including calls after a loss of state, a clock set back, or an edit, the script and the model give
-/// the same replies, to the nanosecond.
+/// For random calls, including calls after a loss of state, after the clock was set back, and after an edit, the script
+/// and the model give the same replies, to the nanosecond.
 #[tokio::test]
 async fn the_script_replies_as_the_model_does() {
     let (_server, redis) = started().await;
@@ -541,7 +541,7 @@ async fn deleted_buckets_are_gone_and_others_remain() {
 }
 
 /// After Redis's clock has been set back, callers confirm their responses as before. Therefore, a caller that starts,
-/// or returns after a brief outage, does not have to assume that all others have an outage too.
+/// or returns after a brief outage, does not have to assume that all other callers have an outage too.
 #[tokio::test]
 async fn a_clock_that_was_set_back_hides_no_connected_caller() {
     let (_server, redis) = started().await;

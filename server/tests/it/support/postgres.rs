@@ -2,7 +2,8 @@
 //!
 //! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
 //! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`. The directory is
-//! kept between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower.
+//! kept between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower than with
+//! the variable.
 
 use std::{
     fs, io,

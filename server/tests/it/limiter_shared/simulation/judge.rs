@@ -11,11 +11,11 @@
 //! because a bucket learns of an edit from a request. If Redis has lost its state between these requests, the later
 //! plan counts from the start of the new epoch, because Redis no longer knows the earlier plan. `closed` has no
 //! exception. `share` has one exception: while some replicas have lost Redis (or get all responses late) and others
-//! have not, these replicas use their share `p` of the bucket, in addition to the tokens that the others take from
-//! Redis. All replicas together then admit at most `(1 + p)` times the bound, where `p` is at most 1. If some calls
-//! fail just after an outage, the replicas that made these calls still count as having lost Redis while the others use
-//! it again. With `open`, the requests that a replica admits without Redis satisfy the bound of a strict plan,
-//! separately for each replica. Requests admitted by Redis satisfy the plain bound in every mode.
+//! have not, the replicas that have lost Redis use their share `p` of the bucket, in addition to the tokens that the
+//! others take from Redis. All replicas together then admit at most `(1 + p)` times the bound, where `p` is at most 1.
+//! If some calls fail just after an outage, the replicas that made these calls still count as having lost Redis while
+//! the other replicas use Redis again. With `open`, the requests that a replica admits without Redis satisfy the bound
+//! of a strict plan, separately for each replica. Requests admitted by Redis satisfy the plain bound in every mode.
 //!
 //! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last fault, the replicas admit at
 //! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At the start of this
@@ -368,7 +368,7 @@ fn follows_outage(scene: &Scene, fault: &Fault) -> bool {
     })
 }
 
-/// Returns the times at which buckets that Redis had lost started again, empty.
+/// Returns the times at which new epochs started, with empty buckets, after Redis had lost its state.
 fn restarts(scene: &Scene, epochs: &[u64]) -> Vec<u64> {
     let losses = scene.faults.iter().filter(|fault| {
         let kind = fault.kind;
@@ -589,8 +589,8 @@ struct Bucket<'a> {
     heard: usize,
     at: u64,
     missing: f64,
-    /// Debt beyond an empty bucket, from before the burst was lowered. The debt is missing again when the burst is
-    /// raised, minus what would have refilled while the bucket was full.
+    /// Debt beyond that of an empty bucket, from before the burst was lowered. The debt is missing again when the burst
+    /// is raised, minus what would have refilled while the bucket was full.
     beyond: f64,
     /// The unspent tokens that have refilled since the bucket was emptied. A later, larger burst does not make more
     /// tokens available.
@@ -903,7 +903,7 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
             continue;
         };
         // A replica may repeat a denial until the denial expires, even if other replicas have taken nothing in the
-        // meantime. The replica may also hold tokens that the others cannot get.
+        // meantime. The replica may also hold tokens that other replicas cannot get.
         let from = it.asked.saturating_sub(longest as u64 + HELD);
         let is_taken = |other: &Entry| {
             let known_since = match (other.replica == it.replica, retry.replica == it.replica) {

@@ -255,7 +255,7 @@ impl Scene {
     }
 
     /// Sends requests to one replica whose responses arrive too late, so that granted tokens are returned, and then to
-    /// all the others: the returned tokens must not be available twice.
+    /// all other replicas: the returned tokens must not be available twice.
     fn late_returns(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let plan = Plan {

@@ -228,7 +228,7 @@ fn returns_after_late_responses_credit_no_token_twice() {
             if u128::from(admitted) > allowed {
                 let _ = writeln!(
                     over,
-                    "{admitted} admitted within {took:?}, {allowed} promised; strict: {strict}, {late} ms late"
+                    "{admitted} admitted within {took:?}, {allowed} allowed; strict: {strict}, {late} ms late"
                 );
             }
         }
@@ -315,7 +315,7 @@ fn a_busy_key_takes_few_calls_to_redis() {
 
 /// Replicas get many more requests for a key than its limit allows. A single replica calls Redis twice per lifetime of
 /// a lease, several replicas call it about once each, and all calls take tokens. When other replicas stop, the
-/// remaining one takes over their part immediately.
+/// remaining replica takes over their part of the limit immediately.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
     // One token per millisecond.
@@ -502,7 +502,7 @@ fn an_outage_that_some_replicas_miss_grants_nothing_twice() {
             if u128::from(admitted) > allowed {
                 let _ = writeln!(
                     over,
-                    "{admitted} admitted within {took:?}, {allowed} promised; strict: {strict}, a stall of {stall} ms"
+                    "{admitted} admitted within {took:?}, {allowed} allowed; strict: {strict}, a stall of {stall} ms"
                 );
             }
         }
