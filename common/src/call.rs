@@ -43,9 +43,9 @@ pub struct AuditFilter {
     pub action: Option<AuditAction>,
     pub target_type: Option<AuditTarget>,
     pub target_id: Option<String>,
-    /// Part of the actor's email address.
+    /// Text that the actor's email address must contain.
     pub actor: Option<String>,
-    /// Part of the resource's name.
+    /// Text that the resource's name must contain.
     pub search: Option<String>,
     pub from: Option<Timestamp>,
     /// The end of the range, exclusive.

@@ -1,16 +1,17 @@
-//! A sliding-window checker, which compares the requests that a client saw allowed in each window with a promise.
+//! A sliding-window checker, which compares the requests that were allowed in each window with an envelope.
 //!
-//! The promise is that of a token bucket: at most `burst + rate·(T + slack)` tokens in any window of `T`. A client only
-//! knows that a request was allowed at some time between sending it and receiving the response. So a window counts only
-//! requests that lie entirely inside it, and any excess found is real. The checker works in whole nanoseconds, with any
-//! clock.
+//! An envelope is what a token bucket may allow: at most `burst + rate·(T + slack)` tokens in any window of `T`. A
+//! client only knows that a request was allowed at some time between sending the request and receiving the response. So
+//! a window counts only requests that lie entirely inside it, and any excess found is real. The checker works in whole
+//! nanoseconds, with any clock.
 
-/// The promise of one token bucket.
+/// The maximum number of tokens that one token bucket may allow in a window of any length.
 #[derive(Debug, Clone, Copy)]
 pub struct Envelope {
-    /// Nanoseconds in which one token refills, rounded up as the server does.
+    /// The emission interval in nanoseconds, rounded up as the server does.
     emission: i64,
-    /// The maximum content of a window of length zero, in nanoseconds of refill: the burst and the slack.
+    /// What may be allowed at a single instant (the burst plus the slack), as the time in which it refills, in
+    /// nanoseconds.
     at_once: i64,
 }
 
@@ -23,21 +24,21 @@ pub struct Span {
     pub cost: u32,
 }
 
-/// The window that is furthest above the promise, or closest to it.
+/// The window that is furthest above the envelope, or, if none is above it, the window that is closest to it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Worst {
     pub from: u64,
     pub to: u64,
     /// The number of tokens.
     pub admitted: u64,
-    /// Tokens above the promise; negative below it.
+    /// The number of tokens above the envelope. Negative if the window is below the envelope.
     pub excess: f64,
 }
 
 const MINUTE: u64 = 60_000_000_000;
 
 impl Envelope {
-    /// Creates a promise from a plan. `slack` is the time to refill the tokens that leases may add.
+    /// Creates an envelope from a plan. `slack` is the refill time of the tokens that leases may add.
     pub fn new(rpm: u32, burst: u32, slack: std::time::Duration) -> Self {
         let emission = signed(MINUTE.div_ceil(u64::from(rpm)));
         Self {
@@ -46,8 +47,8 @@ impl Envelope {
         }
     }
 
-    /// Creates a promise from the nanoseconds per token, and the maximum content of a window of length zero, in
-    /// nanoseconds of refill.
+    /// Creates an envelope from the emission interval and from what may be allowed at a single instant (as the time in
+    /// which it refills), both in nanoseconds.
     pub fn from_nanos(emission: u64, at_once: u64) -> Self {
         Self {
             emission: signed(emission),
@@ -55,13 +56,13 @@ impl Envelope {
         }
     }
 
-    /// Returns the number of tokens that the promise allows in `nanos`, starting with a full bucket.
+    /// Returns the number of tokens that the envelope allows in a window of `nanos`.
     pub fn allows(self, nanos: u64) -> u64 {
         u64::try_from((self.at_once + signed(nanos)) / self.emission).unwrap_or(0)
     }
 
-    /// Returns the number of tokens that a single exact bucket, initially full, would have allowed for requests at
-    /// these times and costs.
+    /// Returns the number of tokens that a single exact bucket, initially full, would have allowed. `requests` contains
+    /// the time and the cost of each request.
     pub fn exact(self, mut requests: Vec<(u64, u32)>) -> u64 {
         requests.sort_unstable();
         let (mut full_at, mut admitted) = (i64::MIN, 0);
@@ -132,8 +133,8 @@ fn signed(nanos: impl TryInto<i64>) -> i64 {
         .unwrap_or_else(|_| panic!("a measurement is shorter than 292 years"))
 }
 
-/// For each start of a window, its time plus the value of everything allowed since then. These are suffix sums, so that
-/// one allowed request changes one leaf.
+/// For each start of a window, its time plus the value of all requests that were allowed from then on. The sums are
+/// suffix sums, so that one allowed request changes one leaf.
 struct Tree {
     leaves: usize,
     nodes: Vec<Node>,
@@ -164,14 +165,14 @@ impl Tree {
         }
     }
 
-    /// Allows windows to begin at this index from now on.
+    /// Allows windows to begin at index `place` from now on.
     fn open(&mut self, place: usize, time: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         (leaf.best, leaf.begin) = (time + leaf.sum, place);
         self.update(place);
     }
 
-    /// Adds an allowed request of this value that was sent at this index.
+    /// Adds an allowed request of value `worth` that was sent at index `place`.
     fn add(&mut self, place: usize, worth: i64) {
         let leaf = &mut self.nodes[self.leaves + place];
         leaf.sum += worth;

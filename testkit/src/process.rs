@@ -1,4 +1,4 @@
-//! A process that ends when its owner does, even if the owner is killed with SIGKILL.
+//! A child process that is killed when its parent exits, even if the parent is killed with SIGKILL.
 
 use std::{
     io::{self, BufRead as _, BufReader},
@@ -13,8 +13,9 @@ use nix::{
     unistd::Pid,
 };
 
-/// Runs "$@", appends its output to the file $1, prints the command's PID, and kills the command when standard input
-/// ends, which happens when the owner ends. A frozen process reacts only to SIGKILL.
+/// Runs "$@", appends its output to the file $1, prints the command's PID, and kills the command when standard input is
+/// closed, which happens when the process that started the shell exits. Uses SIGKILL, because a frozen process reacts
+/// to no other signal.
 const GUARD: &str = r#"
 out=$1
 shift
@@ -31,11 +32,11 @@ status=$?
 exit "$status"
 "#;
 
-/// A process that is killed when the value is dropped or this process ends.
+/// A process that is killed when the value is dropped or the current process exits.
 #[derive(Debug)]
 pub struct Process {
     guard: Child,
-    /// Closed when the value is dropped. The guard waits for the end of this pipe.
+    /// Closed when the value is dropped. The guard waits until this pipe is closed.
     pipe: Option<ChildStdin>,
     pid: Pid,
 }
@@ -83,7 +84,7 @@ impl Process {
         self.pid
     }
 
-    /// Sends a signal. Does nothing if the process has already ended.
+    /// Sends a signal. Does nothing if the process has already exited.
     pub fn signal(&mut self, signal: Signal) -> io::Result<()> {
         if self.ended()?.is_none() {
             kill(self.pid, signal)?;
@@ -91,12 +92,13 @@ impl Process {
         Ok(())
     }
 
-    /// Returns the exit status if the process has ended. After a signal, the status is 128 plus the signal's number.
+    /// Returns the exit status if the process has exited. If a signal killed the process, the status is 128 plus the
+    /// signal's number.
     pub fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
         self.guard.try_wait()
     }
 
-    /// Waits for the process to end. Returns `None` if it does not end in time.
+    /// Waits for the process to exit. Returns `None` if the process does not exit in time.
     pub async fn ends_within(&mut self, limit: Duration) -> io::Result<Option<ExitStatus>> {
         let deadline = Instant::now() + limit;
         loop {

@@ -33,15 +33,15 @@ pub enum Upstream {
 pub enum Fault {
     /// All data is forwarded.
     Pass,
-    /// Data takes this much longer in both directions. The bandwidth does not change.
+    /// Data is delayed by the given time in both directions. The bandwidth does not change.
     Delay(Duration),
-    /// Data toward the client takes this much longer: requests arrive in time, responses late.
+    /// Data toward the client is delayed by the given time: requests arrive in time, responses late.
     Late(Duration),
     /// Bytes are discarded in both directions. Connections remain open, and new ones are accepted.
     BlackHole,
     /// New connections are reset immediately. Open connections are not affected.
     Refuse,
-    /// A connection is reset after this many more bytes toward the client.
+    /// A connection is reset after the given number of further bytes toward the client.
     CutAfter(u64),
 }
 
@@ -131,7 +131,7 @@ impl FaultProxy {
         self.control.fault.send_replace(fault);
     }
 
-    /// Resets every open connection once. New connections follow [`set`](Self::set).
+    /// Resets every open connection once. New connections have the fault that [`set`](Self::set) has set.
     pub fn cut(&self) {
         self.control.cuts.send_modify(|cuts| *cuts += 1);
     }
@@ -214,7 +214,7 @@ enum Direction {
 struct Piece {
     due: Instant,
     data: Vec<u8>,
-    /// Whether the connection is reset after this data.
+    /// Whether the connection is reset after the data.
     last: bool,
 }
 

@@ -61,12 +61,12 @@ impl SmtpServer {
         Self { addr, state }
     }
 
-    /// Accepts only these credentials in AUTH PLAIN.
+    /// Accepts only the given credentials in AUTH PLAIN.
     pub fn require_credentials(&self, plain: &str) {
         *lock(&self.state.credentials) = Some(plain.to_owned());
     }
 
-    /// Rejects the next recipient with this line, such as `550 No such user`.
+    /// Rejects the next recipient with the given line, such as `550 No such user`.
     pub fn refuse(&self, line: &str) {
         lock(&self.state.refusals).push_back(line.to_owned());
     }

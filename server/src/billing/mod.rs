@@ -59,7 +59,7 @@ pub enum BillingError {
         "Stripe has no active price with the lookup key {FLAT_PRICE}; run `quota billing setup`"
     )]
     NoPrice,
-    /// Stripe returned a status that this version does not know. The last known access remains in effect.
+    /// Stripe returned a status that is unknown to this version. The last known access remains in effect.
     #[error("Stripe returned an unknown subscription status: {0:?}")]
     UnknownStatus(String),
     /// The secret key belongs to a different account or mode than the customers.

@@ -56,7 +56,7 @@ struct PolledRange {
     up_to: i64,
 }
 
-/// Returns the ID of the changed resource. For a kind that this version does not know, returns the tenant's ID.
+/// Returns the ID of the changed resource. If the kind is unknown to this version, returns the tenant's ID.
 fn subject(invalidation: &Invalidation) -> Uuid {
     match invalidation.target {
         None | Some(Target::Tenant) => invalidation.tenant,

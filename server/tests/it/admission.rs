@@ -1,6 +1,6 @@
-//! Checks which requests are admitted under load: with keys in use after their plan was changed, with keys that are not
-//! in memory yet, and on connections from one address. In one test, an unauthenticated client also sends keys that do
-//! not exist.
+//! Checks which requests are admitted under load: requests with keys whose plan was just changed, requests with keys
+//! that are not in memory yet, and requests on many connections from one address. In one test, an unauthenticated
+//! client also sends keys that do not exist.
 
 use std::{
     net::{IpAddr, Ipv4Addr},
@@ -171,7 +171,7 @@ async fn lookups_of_invented_keys_do_not_starve_others() {
     let check = check.json(&json!({"key": world.keys[0].text}));
     let status = check.send().await.expect("the server responds").status();
     assert_eq!(status, 200, "the service token and a key");
-    // Some requests are concurrent, within the client's share.
+    // Send five requests at a time: fewer than the client's share of the concurrent lookups.
     let mut statuses = Vec::new();
     for some in world.keys.chunks(5) {
         statuses.extend(echo_all(&app, some).await);

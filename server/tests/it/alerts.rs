@@ -48,7 +48,7 @@ impl World {
         }
     }
 
-    /// Sends a request with this cost. Returns whether the request was allowed.
+    /// Sends a request with the given cost. Returns whether the request was allowed.
     async fn spend(&self, app: &TestApp, cost: u64) -> bool {
         let check = json!({"key": self.key.text, "cost": cost});
         let answer = app.post("/v1/check", check).bearer(&self.service_token);
@@ -325,7 +325,7 @@ async fn new_window_has_its_own_alerts() {
     assert_eq!(world.thresholds().await, [50, 50]);
 }
 
-/// Simulates a process that ends in the middle of a check.
+/// Simulates a process that exits in the middle of a check.
 #[tokio::test(flavor = "multi_thread")]
 async fn alert_is_not_lost_if_its_deliveries_cannot_be_stored() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -387,8 +387,8 @@ async fn alert_is_created_if_usage_is_recorded_after_its_window_has_ended() {
     }
 }
 
-/// After an edit, the quota of a window that has ended is unknown. Usage of one key does not cause alerts for another
-/// key.
+/// After the plan is edited, it is unknown which quota applied in a window that has ended. Usage of one key does not
+/// cause alerts for another key.
 #[tokio::test(flavor = "multi_thread")]
 async fn late_usage_causes_no_alert_of_another_key_or_a_later_quota() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -700,7 +700,7 @@ async fn events_beyond_the_pending_deliveries_of_a_webhook_fail() {
     let error = failed["error"].as_str().expect("an error");
     assert!(error.contains("1,000 pending deliveries"), "{error}");
 
-    // A tenant cannot add more deliveries either.
+    // Users of the tenant cannot add further deliveries either.
     let act =
         async |method, path: String, body| world.app.act(&world.account, method, &path, body).await;
     let test = format!("/admin/webhooks/{full}/test");

@@ -249,7 +249,7 @@ async fn back_up_and_restore(ship_every: &str) {
     cluster.stop().await;
 }
 
-/// Runs the test, but waits until after midnight if that is less than a minute away: with the quota of a new day, the
+/// Runs `test`. If midnight is less than a minute away, waits until it has passed: with the quota of a new day, the
 /// test would prove nothing.
 async fn within_a_day<F: Future<Output = ()>>(test: impl Fn() -> F) {
     let clock = SystemClock::new();
@@ -414,7 +414,7 @@ async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_ou
     let quota = start();
     assert!(accepts(&quota, &http, &old).await);
     let new = sign_in(&quota, &http).await;
-    // The secrets of webhooks are encrypted again soon after the start.
+    // The secrets of webhooks are re-encrypted soon after startup.
     let patience = Instant::now() + Duration::from_secs(20);
     while stored().await == encrypted {
         assert!(Instant::now() < patience, "not encrypted again");
@@ -513,12 +513,12 @@ fn leaked_secret_does_not_return_with_a_later_rotation() {
             assert_ne!(read("quota_secret_previous"), "old", "after {step}");
         }
     }
-    // Both secrets are new, and the last one is in use.
+    // Both secrets are new, and they differ.
     assert_ne!(read("quota_secret"), read("quota_secret_previous"));
 }
 
-/// A password in a URL in one of these forms would be visible to everyone on the machine. With this data directory,
-/// usage would be missing from the backup.
+/// With the URLs below, the password would be visible to all users of the machine. With the data directory below, usage
+/// would be missing from the backup.
 #[test]
 fn backup_refuses_settings_that_it_would_misread() {
     let folder = data_dir();

@@ -97,7 +97,7 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
         .send()
         .await;
     assert_eq!(unknown.body["code"], "unknown_key");
-    // Nothing was charged.
+    // No decision was made, so no request counted against a limit.
     let denied = app.metric("quota_decisions_denied_total").await;
     assert!(denied.abs() < f64::EPSILON, "{denied}");
     assert!(app.metric("quota_payment_required_total").await >= 5.0);
@@ -148,7 +148,7 @@ async fn access_follows_the_subscription_on_every_replica() {
     stripe.fake.advance(Duration::from_hours(2));
     let state = reaches_both("past_due", 200).await;
     assert!(state["access_ends_at"].is_string(), "{state}");
-    // Stripe stops retrying.
+    // Stripe stops retrying the payment.
     stripe.fake.advance(16 * DAY);
     stripe.send_to(&second);
     let state = reaches_both("unpaid", 402).await;
@@ -197,7 +197,7 @@ async fn access_follows_the_subscription_on_every_replica() {
     reaches_both("active", 200).await;
 }
 
-/// After a failed payment, access ends on a date, without another event. The grace period is zero days.
+/// After a failed payment, access ends with the grace period, without another event. The grace period is zero days.
 #[tokio::test(flavor = "multi_thread")]
 async fn grace_period_ends_on_its_date() {
     let stripe = TestStripe::start().await;
@@ -215,7 +215,7 @@ async fn grace_period_ends_on_its_date() {
     stripe.fake.advance(MONTH + Duration::from_hours(2));
     stripe.deliver_all().await;
     let state = wait_for_access(&app, &account, "past_due").await;
-    // The fake's clock is a month ahead of the server's, so the date has not been reached.
+    // The fake's clock is a month ahead of the server's clock, so by the server's clock, the date has not been reached.
     assert_eq!(state["paid_plans_work"], true);
     let client = app.database.connect().await;
     // Repeat the update, because the worker may still be processing the last event, which sets the date again.
@@ -238,8 +238,8 @@ async fn grace_period_ends_on_its_date() {
     assert_eq!(state["paid_plans_work"], false);
 }
 
-/// Events arrive in any order, several times, with other IDs, signed again, in old versions and with other types, and
-/// concern a subscription that has ended in the meantime.
+/// Events arrive in any order, several times, with other IDs, with new signatures, in old versions and with other
+/// types, and concern a subscription that has ended in the meantime.
 #[tokio::test(flavor = "multi_thread")]
 async fn events_in_any_order_lead_to_the_present_state() {
     let stripe = TestStripe::start().await;
@@ -586,7 +586,8 @@ async fn checkout_leads_to_one_subscription() {
         .fake
         .pay_checkout(session, Card::Good, true)
         .expect("open");
-    // No further page is created, even before a webhook arrives, or while the payment may still succeed.
+    // No further page is created after the user has completed Checkout, even if no webhook has arrived yet and even if
+    // the payment has not succeeded yet.
     for is_paid in [false, true] {
         if is_paid {
             stripe.fake.settle_checkout(session, true).expect("paid");
@@ -968,8 +969,8 @@ async fn tenant_cannot_use_up_the_rate_of_requests_to_stripe() {
     assert_eq!(page.status, 201, "{}", page.text);
 }
 
-/// Measures the time from the webhook of a failed payment to 402 on three replicas, and back. Other subscribers are not
-/// affected.
+/// Measures how long it takes from the webhook of a failed payment until three replicas return 402, and from the
+/// webhook of a successful payment until they return 200. Other subscribers are not affected.
 #[tokio::test(flavor = "multi_thread")]
 async fn failed_payment_reaches_three_replicas_and_affects_no_one_else() {
     const OTHERS: u32 = 10_000;

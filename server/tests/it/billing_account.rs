@@ -145,7 +145,7 @@ async fn secret_key_of_another_account_ends_no_access() {
     assert_eq!(world.stored().await, stored("acct_fake", false));
     wrong.stop().await;
 
-    // With the right key, changes made in the meantime take effect.
+    // With the right key, changes that were made in Stripe in the meantime take effect.
     let right = world.start(&world.own).await;
     wait_for_access(&right, &world.account, "canceled").await;
     wait_for_status(&right, &world.key, 402).await;
@@ -279,7 +279,7 @@ async fn key_that_may_not_read_its_account_is_compared_by_its_customers() {
     }
 }
 
-/// The data of a sandbox was deleted, so the account is the same but does not have the customers.
+/// The data of a sandbox was deleted: the account is the same, but it no longer contains the stored customers.
 #[tokio::test(flavor = "multi_thread")]
 async fn operator_can_start_over_in_the_same_account() {
     let world = World::new().await;
@@ -340,7 +340,7 @@ async fn command_switches_to_another_account_only_when_asked() {
         billing_command(&world.database, &world.other.fake, arguments, &secret).await
     };
     let arguments = ["setup", "--price=2900", "--usage-price=1"];
-    // Let the webhook endpoint exist already.
+    // Give the existing webhook endpoint the server's URL, as if an earlier setup had created it.
     let url = setup::webhook_url("https://quota.example.com");
     world.other.fake.move_endpoint(&world.other.endpoint, &url);
     let (status, output) = run(&arguments).await;

@@ -1,4 +1,4 @@
-//! Tests subscriptions and charges while Stripe fails, and while the worker is ended at random moments.
+//! Tests subscriptions and charges while Stripe fails, and while the worker is stopped at random moments.
 //!
 //! Every kind of request to Stripe fails in every way, before and after its effect. The oracle is the fake's own state:
 //! customers, subscriptions, paid invoices and usage of each tenant.
@@ -83,7 +83,7 @@ impl World {
         self.app.state.billing.as_ref().expect("billing is on")
     }
 
-    /// Makes `percent` of all requests fail, and the first request of each kind.
+    /// Makes `percent` percent of all requests fail, and also the first request of each kind.
     fn fail(&self, seed: u64, percent: u8) {
         let mut rng = fastrand::Rng::with_seed(seed);
         let faults = Fault::all(Duration::from_millis(3));
@@ -219,7 +219,7 @@ fn hour(ago: i64) -> DateTime<Utc> {
         .expect("a valid time")
 }
 
-/// Ends `work` at a random moment, within `longest` microseconds. Returns whether `work` was still running.
+/// Cancels `work` at a random moment within `longest` microseconds. Returns whether `work` was still running.
 async fn end_early(rng: &mut fastrand::Rng, longest: u64, work: impl Future<Output = ()>) -> bool {
     let moment = Duration::from_micros(rng.u64(0..longest));
     tokio::time::timeout(moment, work).await.is_err()
@@ -262,7 +262,7 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
             assert!(attempt < 70, "run {seed}: no Checkout");
             let mut started = None;
             let work = async { started = billing.checkout(&buyer).await.ok() };
-            // On a slow machine, every attempt with a time limit may be ended early, so some attempts have none.
+            // On a slow machine, every attempt with a time limit may be canceled, so some attempts have no time limit.
             if is_last || attempt >= 60 {
                 work.await;
             } else {
@@ -270,8 +270,8 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
             }
             session = started.map(|(session, _)| session.id).or(session);
             // Some tenants request another page although they already have one. On a slow machine, most of these
-            // requests are ended early. Therefore, the last tenant's requests are never ended early, and are repeated
-            // until the request for its session has failed.
+            // requests are canceled. Therefore, the last tenant's requests are never canceled, and are repeated until
+            // the request for its session has failed.
             let enough = if is_last {
                 world.has_failed("GET checkout/sessions/…")
             } else {

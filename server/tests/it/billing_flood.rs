@@ -17,7 +17,7 @@ use crate::{
     usage,
 };
 
-/// The maximum number of requests in progress. Further requests wait, and the wait is included in their times.
+/// The maximum number of requests in progress. Further requests wait, and the wait is included in their response times.
 const CONCURRENT: usize = 256;
 /// The number of batches per second in which requests are sent.
 const PARTS: u64 = 100;
@@ -36,8 +36,8 @@ enum Kind {
 }
 
 impl Kind {
-    /// Returns the kind of a webhook. Only one webhook in a hundred is large, because it is as long as thousands of
-    /// others.
+    /// Returns the kind of a webhook. Only one webhook in a hundred is large, because a large webhook is as long as
+    /// thousands of small ones.
     fn nth(n: u64) -> Self {
         match n % 100 {
             0..50 => Self::Valid,
@@ -62,7 +62,7 @@ type Times = BTreeMap<(Kind, u16), Vec<Duration>>;
 #[derive(Debug, Default)]
 struct Flood {
     times: Times,
-    /// The reasons for missing responses, and the number of each.
+    /// The reasons for missing responses, and how often each occurred.
     lost: BTreeMap<(Kind, String), usize>,
     /// The time from the first webhook to the last response.
     took: Duration,
@@ -202,7 +202,7 @@ async fn stored(app: &TestApp) -> i64 {
     client.query_one(sql, &[]).await.expect("a count").get(0)
 }
 
-/// A short flood that checks only correctness.
+/// Runs a short flood, and checks only correctness.
 #[tokio::test(flavor = "multi_thread")]
 async fn flood_of_webhooks_changes_nothing_without_a_valid_signature() {
     let Flood { times, lost, .. } = flood(200, 2).await;

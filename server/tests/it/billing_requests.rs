@@ -96,7 +96,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     let forget = client.execute("DELETE FROM billing_stripe_account", &[]);
     assert_eq!(forget.await.expect("valid SQL"), 1);
 
-    // Thin events name only their object.
+    // A thin event contains only the ID of its object.
     let of_kind = |kind: &str| text(&stripe.fake.all(kind)[0]["id"]);
     let objects = [of_kind("subscription"), of_kind("invoice"), session];
     for (n, object) in objects.iter().enumerate() {
@@ -140,7 +140,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
         .await
         .expect("the update succeeds");
     usage::append(&app, &[record(3)]).await;
-    // Thin events have a destination of their own, which has the same URL.
+    // Thin events have a separate destination with the same URL.
     let path = format!("webhook_endpoints/{}", stripe.endpoint);
     let all = stripe
         .fake

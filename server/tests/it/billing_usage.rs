@@ -34,7 +34,7 @@ struct World {
 }
 
 impl World {
-    /// Creates a tenant with a plan marked `paid`, and no subscription. Sets Stripe's clock back.
+    /// Creates a tenant with a plan marked `paid` but without a subscription. Sets Stripe's clock back.
     async fn unsubscribed(ago: Duration) -> Self {
         let stripe = TestStripe::start().await;
         stripe.fake.set_back(ago);
@@ -251,7 +251,7 @@ async fn faults_charge_nothing_twice_and_lose_nothing() {
 }
 
 /// Combines random usage, faults, late rows, crashes between a request and its record, and outages that last longer
-/// than Stripe recognizes an identifier.
+/// than the time for which Stripe recognizes an identifier.
 #[tokio::test(flavor = "multi_thread")]
 async fn random_schedules_charge_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -318,7 +318,7 @@ pub(crate) fn seeds() -> u64 {
     std::env::var("BILLING_SEEDS").map_or(25, |seeds| seeds.parse().expect("a number"))
 }
 
-/// The worker repeatedly ends at a random moment, with faults in Stripe in between. The next worker knows only what the
+/// The worker is repeatedly stopped at a random moment, and Stripe fails at times. The next worker knows only what the
 /// previous worker has stored and sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
@@ -472,7 +472,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
     }
 }
 
-/// While the invoice of the last period is a draft, the usage of this period is still charged.
+/// While the invoice of the last period is a draft, usage of the last period is still charged.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
     let (world, draft) = World::with_a_draft_invoice().await;
@@ -789,7 +789,7 @@ async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
             world.paid(edge + TimeDelta::milliseconds(500), 8),
         ])
         .await;
-    // Nothing is planned until the subscriptions have been read after the edge.
+    // No report is planned until the subscriptions have been read after the end of the period.
     let set_edge = format!(
         "UPDATE billing_subscriptions SET period_end = '{edge}'; \
          UPDATE billing_accounts SET read_at = now()"
@@ -801,7 +801,7 @@ async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
         .expect("the period ends");
     world.report().await;
     assert_eq!(world.total(), 3, "{:?}", world.reports().await);
-    // Further usage before the edge is not reported separately.
+    // Further usage from before the end of the period is not reported separately.
     world.append(&[world.paid(edge - second, 16)]).await;
     world.report().await;
     assert_eq!(world.reports().await.len(), 1);

@@ -23,8 +23,8 @@ use serde_json::{Value, json};
 
 use crate::support::app::{DOCUMENT, faults};
 
-/// Returns the number of kinds of calls. A new kind of call fails to compile here until it is counted, and then fails
-/// the test until it is among the samples.
+/// Returns the number of kinds of calls. If a new kind of call is added, this function does not compile until the kind
+/// is counted, and then the test fails until there is a sample of the kind.
 const fn kinds(call: &Call) -> usize {
     match call {
         Call::Register(_)
@@ -248,7 +248,7 @@ fn samples() -> Vec<Call> {
     ]
 }
 
-/// Finds the operation of a request in the document, in whose paths each parameter is written as `{…}`.
+/// Finds the operation of a request in the document. In the document's paths, each parameter is written as `{…}`.
 fn operation(sent: &Sent) -> &'static Value {
     let fits = |template: &str| {
         let (a, b): (Vec<&str>, Vec<&str>) = (

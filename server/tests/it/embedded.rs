@@ -38,7 +38,7 @@ async fn connect(url: &str) -> Client {
     client
 }
 
-/// Returns the processes whose working directory is the cluster, which are all processes of its PostgreSQL.
+/// Returns the processes whose working directory is the cluster's directory: all processes of its PostgreSQL.
 fn processes_of(data_dir: &Path) -> Vec<i32> {
     let cluster = fs::canonicalize(data_dir)
         .expect("the path exists")
@@ -237,8 +237,8 @@ async fn server_started_right_after_a_kill_takes_over() {
     let dir = data_dir();
     let (mut owner, url) = start_owner(dir.path());
     let orphan = postmaster(dir.path());
-    // Without its guard, PostgreSQL keeps running, which is the worst state that a crash can leave behind. The owner is
-    // frozen first, because it would otherwise stop PostgreSQL.
+    // Without its guard, PostgreSQL keeps running, which is the worst state that a crash can leave behind. The process
+    // that started PostgreSQL is frozen first, because it would otherwise stop PostgreSQL.
     let owner_pid = Pid::from_raw(owner.id().cast_signed());
     kill(owner_pid, Signal::SIGSTOP).expect("the owner was alive");
     let guard = parent_of(orphan);
@@ -371,7 +371,7 @@ async fn owner() {
         .await
         .expect("PostgreSQL starts");
     println!("\nurl={}", postgres.database_url());
-    // The time is limited, in case the test that started this process has ended.
+    // The time is limited, in case the test that started this process has exited.
     tokio::time::sleep(Duration::from_mins(2)).await;
 }
 
@@ -408,7 +408,7 @@ fn parent_of(pid: i32) -> i32 {
 }
 
 fn parent(pid: i32) -> Option<i32> {
-    // The fields after the name in parentheses: state, parent.
+    // The first fields after the name in parentheses are the state and the parent's PID.
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_whitespace().nth(1)?.parse().ok()

@@ -10,7 +10,7 @@ use std::{
 
 use quota_server::config;
 
-/// Runs the binary with only these environment variables.
+/// Runs the binary with only the given environment variables.
 fn quota(arguments: &[&str], variables: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
     command
@@ -239,7 +239,8 @@ fn commands_without_settings_ignore_invalid_ones() {
     }
 }
 
-/// Starts the server with these variables, which it must reject. Returns the lines of the error that name a variable.
+/// Starts the server with the given variables, which it must reject. Returns the lines of the error that name a
+/// variable.
 fn refused(given: &[(&str, &str)]) -> Vec<String> {
     let output = quota(&["serve"], given);
     assert_eq!(output.status.code(), Some(1), "{given:?}");
@@ -264,7 +265,7 @@ fn misspelled_setting_prevents_startup_and_a_kubernetes_link_does_not() {
     assert!(starting("QUOTA_LOG_FORMAT: "), "{lines:#?}");
     assert!(!lines.join("").contains("hunter2"), "{lines:#?}");
 
-    // Links are ignored: only the invalid setting is reported.
+    // Variables that Kubernetes sets for a service named `quota` are ignored: only the invalid setting is reported.
     let lines = refused(&[
         ("QUOTA_SERVICE_HOST", "10.0.0.1"),
         ("QUOTA_PORT", "tcp://10.0.0.1:8080"),

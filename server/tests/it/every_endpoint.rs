@@ -43,8 +43,8 @@ enum Right {
 }
 
 impl Right {
-    /// Returns the roles with this permission, from the table of roles in `docs/OPERATIONS.md`. Does not use `Role`,
-    /// which is under test.
+    /// Returns the roles that have the permission, from the table of roles in `docs/OPERATIONS.md`. Does not use
+    /// `Role`, which is under test.
     const fn roles(self) -> &'static [&'static str] {
         match self {
             Self::Own | Self::Usage => &ROLES,
@@ -589,8 +589,8 @@ async fn every_example_body_is_accepted() {
             .json(schema["example"].clone())
             .send()
             .await;
-        // The example's plan, password and tokens do not exist here, but this is detected only after the body has been
-        // accepted.
+        // The plan, password and tokens of the example are not valid here, but the server detects this only after it
+        // has accepted the body.
         let expected: &[u16] = match operation.id {
             "create_api_key" => &[404],
             "login" | "refresh" | "logout" | "change_password" => &[204, 401, 422],

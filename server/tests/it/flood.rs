@@ -39,7 +39,7 @@ fn count(bytes: &[u8], what: &[u8]) -> usize {
     bytes.windows(what.len()).filter(|it| *it == what).count()
 }
 
-/// Sends the keys, starting with `first`. Returns how many were rejected with 401.
+/// Sends `keys` forged keys, starting with number `first`. Returns how many were rejected with 401.
 fn flood(server: SocketAddr, first: u32, keys: u32) -> usize {
     let mut refused = 0;
     for batch in (first..first + keys).step_by(BATCH as usize) {
@@ -107,10 +107,10 @@ const SILENT: usize = 20_000;
 /// Connections from one address, and addresses in one network: below the limits, so that only the total limit applies.
 const FROM_ONE_ADDRESS: usize = 500;
 const ADDRESSES: usize = 4;
-/// No request takes longer than this, even on a busy machine.
+/// The maximum duration of a request, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(5);
 
-/// Returns the source address of the hostile connection with this number.
+/// Returns the source address of hostile connection `n`.
 fn hostile(n: usize) -> Ipv4Addr {
     let address = n / FROM_ONE_ADDRESS;
     let octet = |n: usize| u8::try_from(n % 250 + 1).expect("below 256");
@@ -470,7 +470,7 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     assert!(app.metric(refused).await >= 1.0);
 }
 
-/// Anyone may check readiness, so not every check may query PostgreSQL.
+/// Anyone may check readiness, so most checks must not query PostgreSQL.
 #[tokio::test(flavor = "multi_thread")]
 async fn flood_of_readiness_checks_rarely_queries_postgres() {
     let app = TestApp::setup().without_jobs().start().await;

@@ -144,7 +144,7 @@ async fn concurrent_creations_on_two_replicas_do_not_exceed_the_limit() {
         );
         all.filter(|it| *it == 201).count()
     };
-    // One plan existed before.
+    // One plan has existed since the start of the test.
     assert_eq!(created(|it| it.0), 3);
     assert_eq!(created(|it| it.1), 5);
     let shown = limits(&second, &account).await;
@@ -340,7 +340,7 @@ async fn monthly_requests_are_limited_on_every_way_in() {
     assert_eq!(limits(&app, &other).await["requests"]["used"], 1);
 }
 
-/// A request that the key's rate denies does not count toward the tenant's monthly quota.
+/// A request that the key's rate limit denies does not count toward the tenant's monthly quota.
 #[tokio::test(flavor = "multi_thread")]
 async fn request_denied_by_the_key_is_not_counted() {
     let app = TestApp::setup()

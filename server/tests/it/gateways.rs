@@ -50,7 +50,7 @@ impl Setting {
         }
     }
 
-    /// Sets up HAProxy, optionally with a bug in its script, and a substitute for Quota that admits everything.
+    /// Sets up HAProxy, optionally with a bug in its script, and a substitute for Quota that admits all requests.
     async fn with_script_fault(fault: Option<(&str, &str)>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let authority = Authority::new(dir.path(), "authority");
@@ -149,7 +149,7 @@ fn has_limits(response: &Response, remaining: &str) {
     assert_eq!(field(response, "x-ratelimit-remaining"), Some(remaining));
 }
 
-/// Tests admissions, denials, and everything that a consumer can send to try to change the decision.
+/// Tests admissions, denials, and all ways in which a consumer can try to change the decision.
 async fn enforces_decisions(program: Program) {
     // The allowed origins do not matter to requests through a gateway.
     let app = TestApp::setup()

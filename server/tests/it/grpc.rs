@@ -151,7 +151,7 @@ async fn status_describes_the_limit_closest_to_exhaustion() {
     let status = &reply.response.statuses[0];
     assert_eq!(status.current_limit, limit(120, Unit::Minute, "rpm"));
     assert_eq!(status.limit_remaining, 1);
-    // Three tokens refill at two per second.
+    // The three missing tokens refill at two tokens per second.
     let reset = status.duration_until_reset.as_ref().expect("a duration");
     assert_eq!((reset.seconds, reset.nanos), (1, 500_000_000));
 
@@ -384,7 +384,7 @@ async fn descriptors_are_charged_in_order_up_to_the_first_denied_one() {
     let reply = world.call(&all(&[&second, &first, &first])).await;
     assert_eq!(left(&reply), [1, 1, 0]);
     assert_eq!(reply.header("x-ratelimit-remaining"), Some("1"));
-    // For a denial, the headers are those of the denied descriptor. The third key is not charged.
+    // For a denial, the headers are those of the denied descriptor. No tokens are taken from the third key.
     let reply = world.call(&all(&[&second, &first, &third])).await;
     assert_eq!(reply.code(), Code::OverLimit);
     assert_eq!(
@@ -528,8 +528,8 @@ async fn malformed_messages_get_an_error_and_never_a_panic() {
                 _ => body[at] ^= 1 << random.u8(..8),
             }
         }
-        // Most of these messages have the wrong length, which is detected before decoding. Therefore, correct the
-        // length of half of the messages.
+        // Most of the altered messages have the wrong length, which is detected before decoding. Therefore, correct the
+        // length of half of them.
         if random.bool() && body.len() > 5 {
             body = framed(&body[5..]);
         }
@@ -545,7 +545,7 @@ async fn malformed_messages_get_an_error_and_never_a_panic() {
     assert!(statuses[&3] > 500 && statuses[&0] > 100, "{statuses:?}");
     assert!(world.app.metric("quota_panics_total").await < 0.5);
 
-    // A consumer can cause a message that is too large, so the call succeeds, with a denial.
+    // A consumer can cause a message that is too large, so the call succeeds and returns a denial.
     let large = "x".repeat(200 * 1024);
     let reply = world.check(&large).await;
     assert_eq!(reply.code(), Code::OverLimit);

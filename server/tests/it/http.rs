@@ -25,7 +25,7 @@ const LONG: Duration = Duration::from_secs(20);
 /// Sends bytes and reads until the server closes the connection, for at most `LONG`.
 async fn raw(addr: SocketAddr, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(addr).await.expect("the server listens");
-    // The server may respond and close the connection before it has read everything.
+    // The server may respond and close the connection before it has read all bytes.
     let _ = stream.write_all(bytes).await;
     let mut answer = Vec::new();
     let read = timeout(LONG, stream.read_to_end(&mut answer)).await;

@@ -2,7 +2,7 @@
 //! messages between them, without messages, and without Redis.
 //!
 //! Prints how long changes take to arrive, and asserts a bound that holds on a busy machine. The benchmarks measure
-//! whether changes arrive within the promised second.
+//! whether changes arrive within one second, as documented.
 
 use std::{
     sync::Arc,

@@ -26,7 +26,7 @@ struct Key {
     is_active: bool,
 }
 
-/// Creates an account with this many keys: their names have eight different beginnings, a random middle and, for one in
+/// Creates an account with `count` keys. Their names have eight different beginnings, a random middle and, for one in
 /// 1,000 keys, a rare ending. Half of the keys have an external ID.
 async fn account_with_keys(app: &TestApp, count: usize) -> (Account, Vec<Key>) {
     let account = app.register().await;
@@ -80,7 +80,7 @@ async fn page(app: &TestApp, account: &Account, query: &str) -> Value {
     answer.body
 }
 
-/// Returns the IDs on at most this many pages, and the total.
+/// Returns the IDs on at most `most` pages, and the total.
 async fn pages(app: &TestApp, account: &Account, query: &str, most: usize) -> (Vec<String>, u64) {
     let (mut ids, mut cursor) = (Vec::new(), String::new());
     let mut total = None;

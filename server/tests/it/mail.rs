@@ -257,7 +257,8 @@ async fn replicas_write_and_send_each_email_once() {
     assert_eq!(world.smtp.received().len(), 1);
 }
 
-/// Without this limit, someone who creates many accounts could make the server send any number of emails.
+/// Without a limit on the total number of emails, someone who creates many accounts could make the server send any
+/// number of them.
 #[tokio::test(flavor = "multi_thread")]
 async fn emails_to_all_tenants_are_limited_and_the_others_wait() {
     let world = World::new().await;
@@ -292,7 +293,7 @@ async fn emails_to_all_tenants_are_limited_and_the_others_wait() {
     assert_eq!(world.smtp.received().len(), 3);
 }
 
-/// Covers everything from a request to the email. The test itself triggers nothing in between.
+/// Covers all steps from a request to the email. The test does not trigger any of the steps in between.
 #[tokio::test(flavor = "multi_thread")]
 async fn email_arrives_by_itself_when_a_quota_is_used_up() {
     let smtp = SmtpServer::start().await;

@@ -22,7 +22,7 @@ use crate::support::app::TestApp;
 
 const REQUESTS: u64 = 3000;
 const AT_A_TIME: usize = 64;
-/// No connection lasts longer than this: every deadline is a second, and the machine may be busy.
+/// The maximum duration of a connection: every deadline is a second, and the machine may be busy.
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
 const METHODS: &[&str] = &[
@@ -303,7 +303,7 @@ fn request(random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Sends a random request, followed by a valid request. Returns everything that the server sends until it closes the
+/// Sends a random request, followed by a valid request. Returns all data that the server sends until it closes the
 /// connection.
 async fn answers(server: std::net::SocketAddr, seed: u64) -> Vec<u8> {
     let mut random = Rng::with_seed(seed);

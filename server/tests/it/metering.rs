@@ -356,7 +356,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
     let again = app.echo(&key.text).await;
     assert_eq!(again.status, 200, "{}", again.text);
     let remaining = again.number("x-ratelimit-remaining");
-    // Only allowed requests were charged.
+    // Only allowed requests counted against the quota.
     assert!(remaining >= 40_000 - allowed - 1, "{remaining}");
     app.ship_usage().await;
     assert_eq!(world.logged().await.len() as u64, allowed + 1);
@@ -633,7 +633,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
     let root = own.parent().expect("the directory has a parent");
-    // By name, the bad directories sort before the good one, so they are processed first.
+    // The names of the bad directories sort before that of the good one, so the bad directories are processed first.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
     std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");
@@ -643,7 +643,7 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     assert_eq!(world.logged().await, ids);
     assert!(!good.exists(), "shipped segments are deleted");
     assert!(unreadable.exists(), "unreadable segments are kept");
-    // Within one directory, an unreadable segment does not hold up the others either.
+    // Within one directory, an unreadable segment does not delay the other segments either.
     let ids = &ids | &world.echoes(5).await;
     copy_segments(&own, &unreadable);
     let url = SecretString::from(world.app.database.url());
@@ -765,8 +765,8 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     app.stop().await;
 }
 
-/// Usage is reported as complete only up to decisions that are still in flight, although the shipper cannot see their
-/// time.
+/// Usage is reported as complete only up to the first decision that is still in flight, although the shipper cannot see
+/// the time of this decision.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_is_not_complete_beyond_a_decision_in_flight() {
     let world = World::start(|setup| setup).await;
@@ -824,7 +824,7 @@ async fn a_segment_that_cannot_be_deleted_does_not_stop_reports() {
     while segments().len() < 2 {
         world.echoes(100).await;
     }
-    // Deleting a directory like a file fails, even for root.
+    // Deleting a directory as if it were a file fails, even for root.
     std::fs::remove_file(&first).expect("the file is deleted");
     std::fs::create_dir(&first).expect("there is space");
     assert!(world.app.state.metering.ship().await.is_err());
@@ -946,7 +946,7 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
         in_flight > 0,
         "no request was in flight when the server was killed"
     );
-    // Usage left behind by killed servers is taken over.
+    // The usage of killed servers is adopted.
     let url = format!("http://{}/v1/echo", quota.addr);
     let last = http.get(&url).header("X-API-Key", &key);
     let last = last.header("X-Request-Id", "last").send().await;

@@ -190,12 +190,12 @@ async fn admits_exactly_the_quota(program: Program) {
     let count = |status| statuses.iter().filter(|it| **it == status).count();
     let (allowed, denied, late) = (count(200), count(429), count(503));
     assert_eq!(allowed + denied + late, 150, "{statuses:?}");
-    // On a busy machine, a check may be late. Such a check may have been charged.
+    // On a busy machine, the response to a check may be late. The request may still count against the quota.
     assert!(allowed <= QUOTA && allowed + late >= QUOTA, "{statuses:?}");
     assert!(allowed > QUOTA / 2, "{statuses:?}");
 }
 
-/// Tests everything that Quota, or another server at its address, can do instead of making a decision.
+/// Tests responses and failures of Quota, or of another server at its address, that are not a decision.
 async fn without_a_decision_the_setting_applies(program: Program) {
     let quota = Substitute::start().await;
     let mut setting = Setting {

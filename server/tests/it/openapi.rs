@@ -243,7 +243,7 @@ impl Sender {
             "{id}: {text} for {}",
             short(body)
         );
-        // The current password is correct only once.
+        // Changing the password makes the current password incorrect in later bodies.
         assert!(
             answer.status != 422 || id == "change_password",
             "{id}.{field}: {text}"
@@ -265,7 +265,7 @@ fn names(answer: &Answer, field: &str) -> bool {
     errors.is_some_and(|errors| errors.iter().any(is_field))
 }
 
-/// Returns a string of this length that is valid except perhaps for its length.
+/// Returns a string of the given length that is valid except perhaps for its length.
 fn text(field: &str, length: usize) -> String {
     const LETTERS: &[u8] = b"qZ7xKp2mWv9tRb4nYc6sLd8gHf3jTk5wQz";
     let some = |length: usize| -> String {

@@ -148,7 +148,8 @@ async fn health_checks_distinguish_ready_serving_and_live() {
     process.until_logged("/health/ready").await;
     proxy.set(Fault::Pass);
 
-    // While the server is stopping, only the liveness probe succeeds. This is not an error.
+    // While the server is stopping, only the liveness probe succeeds. The log does not report the failure of the other
+    // probes.
     let errors = || {
         let log = process.log.lock().expect("no panic");
         log.iter().filter(|line| line.contains("/health/")).count()
@@ -231,7 +232,8 @@ async fn routine_probes_are_not_in_the_access_log() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn error_of_a_data_directory_that_cannot_be_created_names_both_settings() {
-    // A file in place of the directory stops even root, like a read-only file system.
+    // With a file in place of the parent directory, even root cannot create the data directory, as on a read-only file
+    // system.
     let dir = tempfile::tempdir().expect("a directory");
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).expect("ours");
     let file = dir.path().join("file");

@@ -21,7 +21,7 @@ use crate::support::{
     postgres::TestDatabase,
 };
 
-/// No response takes longer than this, no matter what PostgreSQL does.
+/// The maximum time until a response, no matter what PostgreSQL does.
 const AT_MOST: Duration = Duration::from_secs(5);
 
 /// A server whose connections to PostgreSQL can be made to fail.
@@ -32,7 +32,7 @@ struct World {
     key: Key,
 }
 
-/// Starts a proxy in front of the test's PostgreSQL. Returns the proxy and the URL of the database through it.
+/// Starts a proxy in front of the test's PostgreSQL. Returns the proxy, and the URL of the database through the proxy.
 pub(crate) async fn through_proxy(database: &TestDatabase) -> (FaultProxy, String) {
     let config: tokio_postgres::Config = database.url().parse().expect("a URL");
     let port = config.get_ports().first().copied().unwrap_or(5432);
@@ -77,7 +77,7 @@ async fn world(change: impl FnOnce(Setup) -> Setup) -> World {
 }
 
 impl World {
-    /// Resets every connection. New connections have this fault.
+    /// Resets every connection. New connections have the given fault.
     fn lose(&self, fault: Fault) {
         self.proxy.set(fault);
         if fault == Fault::Refuse {
@@ -328,7 +328,7 @@ async fn canceled_requests_leave_no_broken_connection_behind() {
     assert_eq!(counts, [0, 0, 0]);
 }
 
-/// When the poll is late, every key needs to be confirmed again. Only the first requests may wait for this.
+/// When the poll is late, every key needs to be confirmed again. Only the first requests may wait for the confirmation.
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_first_requests_wait_when_postgres_goes_silent() {
     const KEYS: usize = 30;

@@ -346,7 +346,8 @@ async fn previous_version_counts_in_the_same_windows() {
     let ledger = world.ledger();
     let now = at("2026-11-24T10:00:00Z");
     let midnight = "2026-11-24T00:00:00Z";
-    // The previous version came first, so this one takes from its row, regardless of the current zone.
+    // The previous version has created the row, so the current version takes from that row, regardless of the current
+    // zone.
     take_as_before(&world, 0, midnight, 30).await;
     for zone in ["UTC", "Asia/Tokyo", "Pacific/Honolulu"] {
         let taken = take(&ledger, world.request(0, Policy::Daily, zone, now)).await;
@@ -354,14 +355,14 @@ async fn previous_version_counts_in_the_same_windows() {
         assert_eq!(taken.window.span.end, at("2026-11-25T00:00:00Z"), "{zone}");
     }
     assert_eq!(world.used().await, 45);
-    // This version came first, so the previous one takes from its row.
+    // The current version has created the row, so the previous version takes from that row.
     take(&ledger, world.request(1, Policy::Daily, "UTC", now)).await;
     take_as_before(&world, 1, midnight, 40).await;
     let taken = take(&ledger, world.request(1, Policy::Daily, "UTC", now)).await;
     assert_eq!((taken.granted, taken.used), (5, 50));
 }
 
-/// Deleting a key and concurrent ledger calls for it and other keys do not make each other fail.
+/// The deletion of a key does not deadlock with concurrent ledger calls, neither for this key nor for other keys.
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_and_ledger_do_not_deadlock() {
     let world = World::with_keys(3).await;

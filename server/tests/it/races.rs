@@ -1,4 +1,4 @@
-//! Makes every pair of changes concurrently on two replicas. Neither change causes a server error, each one that
+//! Makes every pair of changes concurrently on two replicas. Neither change causes a server error, each change that
 //! succeeds is in the audit log once, and the result is the same as in one of the two orders.
 
 use std::{
@@ -18,7 +18,7 @@ const AT_MOST: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Action {
-    /// A key on the spare plan.
+    /// Creates a key on the spare plan.
     CreateKey,
     /// Moves the key to the spare plan.
     MoveKey,
@@ -28,7 +28,7 @@ enum Action {
     /// Creates a plan with the name that `RenamePlan` uses.
     CreatePlan,
     RenamePlan,
-    /// The spare plan.
+    /// Deletes the spare plan.
     DeletePlan,
     CreateToken,
     DeleteToken,
@@ -220,7 +220,7 @@ async fn audited(database: &Client, tenant: &str) -> BTreeMap<String, i64> {
     rows.iter().map(|row| (row.get(0), row.get(1))).collect()
 }
 
-/// Waits until every replica responds with this status to a request with a key or token.
+/// Waits until every replica responds with the given status to a request with a key or token.
 async fn becomes(replicas: [&TestApp; 2], status: u16, pair: (Action, Action), call: Call<'_>) {
     for app in replicas {
         let began = Instant::now();

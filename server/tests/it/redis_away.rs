@@ -29,7 +29,8 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         let plan = app.plan(&account, plan).await;
         keys.push(app.key(&account, &plan).await.text);
     }
-    // With Redis, there is no difference, and a block of the daily quota is available locally.
+    // While Redis is available, the fallback setting makes no difference. A block of the daily quota becomes available
+    // locally.
     for key in &keys {
         let began = Instant::now();
         loop {
@@ -44,7 +45,8 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
 
     server.kill().await;
     let began = Instant::now();
-    // Until the circuit breaker opens, a failed call is treated like a share that has just started.
+    // Until the circuit breaker opens, a request whose call fails is decided as if the replica's share had just
+    // started.
     while app.metric("quota_counter_outages_total").await < 1.0 {
         assert!(began.elapsed() < PATIENCE);
         app.echo(&keys[2]).await;
@@ -103,8 +105,8 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
     );
 }
 
-/// A replica that has stopped is not counted, but replicas that start learn of it for a while: its share may have
-/// admitted requests that Redis does not know of.
+/// A replica that has stopped is not counted. However, replicas that start soon afterward still learn of it, because
+/// its share may have admitted requests that Redis does not know of.
 #[tokio::test(flavor = "multi_thread")]
 async fn stopped_replica_is_remembered_longer_than_it_is_counted() {
     let app = TestApp::setup().without_jobs().start().await;

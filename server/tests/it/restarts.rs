@@ -1,4 +1,4 @@
-//! Tests that usage survives, no matter how the server ends.
+//! Tests that usage survives, no matter how the server stops.
 
 use std::time::Instant;
 
@@ -22,7 +22,7 @@ const QUOTA: u64 = 1000;
 /// The part of the quota that one run spends. The last run spends the rest.
 const PART: u64 = 250;
 
-/// Spends up to `most`. Returns how many requests were allowed.
+/// Sends up to `most` requests, until one is denied. Returns how many were allowed.
 async fn spend(quota: &Quota, http: &Client, key: &str, most: u64) -> u64 {
     let url = format!("http://{}/v1/echo", quota.addr);
     for served in 0..most {
@@ -73,7 +73,7 @@ async fn restarts_and_a_kill_neither_lose_nor_double_a_daily_quota() {
     loop {
         let day = today();
         let served = spend_through_restarts().await;
-        // If a new day has begun, there is a new quota, and the test would not prove anything.
+        // If a new day has begun, a new quota applies, and the result proves nothing.
         if today() == day {
             assert!(served <= QUOTA, "{served} of {QUOTA} were served");
             assert!(

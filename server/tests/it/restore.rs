@@ -1,4 +1,4 @@
-//! Tests `restore.sh` on a machine where something remains, after an interruption, and against a hostile user of the
+//! Tests `restore.sh` on a machine where older data remains, after an interruption, and against a hostile user of the
 //! server. Also tests the encrypted connection that both scripts use.
 
 use std::{
@@ -31,17 +31,17 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Files that this version and earlier ones have set aside for the operator, relative to the data directory.
+/// Files that this version and earlier versions set aside for the operator, relative to the data directory.
 const REJECTED: [&str; 3] = [
     "usage/rejected/01a21968-4ea1-7052-b7e7-a828c3c9daa2-2.segment",
     "usage/refused/01a21968-4ea1-7052-b7e7-a828c3c9daa2-1.segment",
     "usage/01a21968-4ea1-7052-b7e7-a828c3c9daa2/2.refused",
 ];
 
-/// Requests during the outage. They fill more than one segment of 128 KiB.
+/// The number of requests during the outage: enough to fill more than one segment of 128 KiB.
 const REQUESTS: usize = 2500;
 
-/// Returns the segments in a data directory, relative to it.
+/// Returns the paths of the segments in a data directory, relative to this directory.
 fn segments(data: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for directory in fs::read_dir(data.join("usage")).into_iter().flatten() {
@@ -62,8 +62,9 @@ fn segments(data: &Path) -> Vec<PathBuf> {
     found
 }
 
-/// Takes a backup while usage is not in the database, because PostgreSQL is unreachable. Then calls `after`, and kills
-/// the server. Returns the backup and the IDs of the requests before it.
+/// Takes a backup while the server cannot reach PostgreSQL, so that some usage is only in the server's files. Then
+/// calls `after`, and kills the server. Returns the backup and the IDs of the requests that were sent before the
+/// backup.
 async fn backlog_in_a_backup(
     data: &Path,
     backups: &Path,
@@ -73,7 +74,7 @@ async fn backlog_in_a_backup(
     let (proxy, url) = through_proxy(&source).await;
     let settings = [
         ("DATABASE_URL", url.as_str()),
-        // This results in the smallest segments.
+        // The minimum, which results in the smallest segments.
         ("QUOTA_USAGE_BACKLOG_MAX", "1048576"),
     ];
     let (quota, http) = (Quota::start_with(data, &settings), Client::new());
@@ -105,7 +106,7 @@ async fn backlog_in_a_backup(
     (backup, ids)
 }
 
-/// Starts a server on the restored database, and waits until all of these requests are in it.
+/// Starts a server on the restored database, and waits until the database contains all requests in `ids`.
 async fn assert_complete(database: &TestDatabase, data: &Path, ids: &[String]) {
     let quota = Quota::start_with(data, &[("DATABASE_URL", database.url())]);
     let client = database.connect().await;
@@ -198,7 +199,7 @@ async fn interrupted_restore_can_be_repeated() {
     assert_complete(&empty, data.path(), &ids).await;
 }
 
-/// A user without rights.
+/// An unprivileged user.
 const NOBODY: u32 = 65_534;
 
 /// Restores as root into another user's data directory, with a `tar` that simulates a race with this user's processes:
@@ -227,7 +228,7 @@ fn restore_against_a_hostile_user(backup: &Path, url: &str, data: &Path, to: &Pa
 #[tokio::test(flavor = "multi_thread")]
 async fn restore_as_root_writes_only_what_the_server_user_may_write() {
     if !nix::unistd::geteuid().is_root() {
-        // There is no other user whose rights could be exceeded.
+        // Without root, the script cannot write anything that its user may not write.
         return;
     }
     let (first, backups) = (data_dir(), data_dir());
@@ -276,7 +277,7 @@ async fn encrypted(database: &TestDatabase, authority: &Authority) -> u16 {
                 let mut request = [0; 8];
                 while stream.read_exact(&mut request).await.is_ok() {
                     let accepted = request == SSL_REQUEST;
-                    // Otherwise, it is a request for encryption by GSSAPI.
+                    // Any other message is a request for encryption by GSSAPI.
                     let answer = if accepted { b"S" } else { b"N" };
                     if stream.write_all(answer).await.is_err() || accepted {
                         break;
@@ -303,7 +304,7 @@ async fn backup_verifies_the_certificate_if_the_server_does() {
     let file = |name: &str| certificates.path().join(name);
     let trusted = Authority::new(certificates.path(), "trusted");
     let port = encrypted(&source, &trusted).await;
-    // This authority has not issued the certificate.
+    // The authority in `other` has not issued the certificate.
     Authority::new(certificates.path(), "other");
     let config: tokio_postgres::Config = source.url().parse().expect("a URL");
     let (user, name) = (
@@ -351,7 +352,7 @@ async fn backup_verifies_the_certificate_if_the_server_does() {
     ] {
         let (passed, text) = backup(&url, Some("trusted.pem"));
         assert!(passed, "{url}: {text}");
-        // The names of backups have a resolution of one second.
+        // The name of a backup contains its time in whole seconds, so wait for the next second.
         tokio::time::sleep(Duration::from_millis(1100)).await;
     }
 }

@@ -143,7 +143,7 @@ async fn unknown_keys_are_shared_too() {
     assert!(second.metric("quota_key_shared_negative_hits_total").await >= 1.0);
 }
 
-/// A record that was loaded before a change is written long after it.
+/// A record that was loaded before a change is written long after the change.
 #[tokio::test(flavor = "multi_thread")]
 async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     let world = World::start().await;
@@ -158,7 +158,7 @@ async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     assert_eq!(changed.status, 200, "{}", changed.body);
     let mut redis = world.redis().await;
     for app in [first, &second, &world.another().await] {
-        // Each time, the record looks as if it had just been written.
+        // Write the old record for each replica, so that it looks as if it had just been stored.
         redis
             .set::<_, _, ()>(&name, &before)
             .await
@@ -400,7 +400,7 @@ async fn change_is_published_to_other_replicas() {
     let second = world.another().await;
     assert_eq!(second.echo(&world.key.text).await.status, 200);
     let path = format!("/admin/api-keys/{}", world.key.id);
-    // Messages before the subscription are lost, which is allowed.
+    // Messages that are published before the subscription are lost, which is allowed.
     let began = Instant::now();
     while second.metric("quota_invalidations_received_total").await < 1.0 {
         assert!(began.elapsed() < PATIENCE);
@@ -508,7 +508,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
     }
 }
 
-/// Rows are deleted from the table after a day. A replica that starts after that has never seen them.
+/// Rows are deleted from the table after a day. A replica that starts later has never seen these rows.
 #[tokio::test(flavor = "multi_thread")]
 async fn starting_replica_rejects_records_of_keys_deleted_long_ago() {
     let world = World::start().await;
@@ -615,7 +615,7 @@ async fn two_installations_with_one_prefix_do_not_trust_each_other() {
         sleep(Duration::from_millis(20)).await;
     }
     assert!(other.metric("quota_invalidations_received_total").await < 0.5);
-    // A replica of the same installation accepts it.
+    // A replica of the same installation accepts the record.
     let replica = TestApp::setup()
         .database(one.database.clone())
         .flag(redis_flag(&server))

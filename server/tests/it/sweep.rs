@@ -67,7 +67,7 @@ async fn world(many: i32) -> World {
 }
 
 impl World {
-    /// Returns the expired rows of each kind that remain.
+    /// Returns the number of remaining expired rows of each kind.
     async fn left(&self) -> Vec<i64> {
         let row = self
             .client

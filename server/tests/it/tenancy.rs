@@ -115,14 +115,14 @@ impl Tenant {
         }
     }
 
-    /// Returns this tenant's ID for a parameter or field with this name.
+    /// Returns this tenant's ID for the parameter or field `name`.
     fn id(&self, name: &str) -> &str {
         self.ids
             .get(name)
             .unwrap_or_else(|| panic!("add the resource that {name} identifies"))
     }
 
-    /// Returns everything that identifies a row or response as this tenant's.
+    /// Returns the strings that identify a row or response as this tenant's.
     fn marks(&self) -> Vec<&str> {
         let mut marks = self.ids.values().map(String::as_str).collect::<Vec<_>>();
         marks.extend([
@@ -187,7 +187,7 @@ async fn tables(client: &Client) -> Vec<String> {
     tables
 }
 
-/// Returns every row of every table that mentions the tenant, as text.
+/// Returns, for each table, the rows that mention the tenant, as text.
 async fn rows_of(client: &Client, tenant: &Tenant) -> BTreeMap<String, Vec<String>> {
     let pattern = tenant.marks().join("|");
     let mut rows = BTreeMap::new();
@@ -225,7 +225,7 @@ fn bare(answer: &Answer) -> (u16, String, Vec<(String, String)>) {
     (answer.status, answer.text.replace(id, "ID"), fields)
 }
 
-/// Creates a request body that contains this ID.
+/// A function that creates a request body with the given ID.
 type Body = Box<dyn Fn(&str) -> Option<Value>>;
 
 /// A place where an operation takes an ID.
@@ -296,7 +296,7 @@ fn attempts(own: &Tenant) -> Vec<Attempt> {
     all
 }
 
-/// Returns whether a field names another resource. An external ID is the tenant's own text.
+/// Returns whether a field refers to another resource. An external ID is the tenant's own text.
 fn is_reference(field: &str) -> bool {
     field.ends_with("_id") && field != "external_id"
 }
@@ -344,7 +344,7 @@ async fn another_tenants_id_is_like_one_that_never_existed_and_changes_nothing()
     }
     assert_eq!(before, rows_of(&database, &a).await);
 
-    // The same requests with A's own token succeed, so the 404 above was because of the tenant.
+    // The same requests with A's own token succeed, so the tenant was the reason for the 404 above.
     for attempt in attempts
         .iter()
         .filter(|it| it.operation.method != Method::DELETE)
@@ -671,7 +671,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
         }
         reachable += usize::from(as_app(&mut client, Some(tenant_b), &all).await > Some(0));
 
-        // Moving one of its own rows to another tenant fails too.
+        // B cannot move one of its own rows to another tenant either.
         if column == "tenant_id" {
             let tenant_a = &a.account.tenant_id;
             let give = format!("UPDATE {table} SET tenant_id = '{tenant_a}'");
@@ -732,7 +732,7 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
             role.get::<_, &str>(0)
         );
     }
-    // Neither role is a member of another, so neither can gain privileges.
+    // Neither role is a member of another role, so neither can gain privileges.
     let member = client
         .query_one(
             "SELECT count(*) FROM pg_auth_members WHERE member IN ('quota_app'::regrole, 'quota_system'::regrole)",

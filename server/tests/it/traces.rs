@@ -37,7 +37,7 @@ fn traced(collector: &Collector, ratio: &str) -> Setup {
         .flag(format!("--otel-traces-sampler-arg={ratio}"))
 }
 
-/// Returns the only span with this name.
+/// Returns the only span with the given name.
 #[track_caller]
 fn one<'a>(spans: &'a [Received], name: &str) -> &'a Received {
     let found: Vec<_> = spans.iter().filter(|span| span.name == name).collect();
@@ -350,7 +350,7 @@ async fn start_caddy(dir: &Path, https: u16, quota: &Quota, collector: &str) -> 
             ("OTEL_EXPORTER_OTLP_ENDPOINT", collector),
             ("OTEL_SERVICE_NAME", "caddy"),
             ("OTEL_TRACES_SAMPLER", "always_on"),
-            // In milliseconds.
+            // The delay in milliseconds.
             ("OTEL_BSP_SCHEDULE_DELAY", "100"),
         ])
         .env("HOME", dir)

@@ -76,7 +76,7 @@ impl World {
         }
     }
 
-    /// Stores this many deliveries that are due.
+    /// Stores `count` deliveries that are due.
     async fn store(&self, webhook: &str, count: usize) {
         let tenant = &self.account.tenant_id;
         self.sql(&format!(
@@ -108,7 +108,7 @@ fn is(status: &'static str) -> impl Fn(&Value) -> bool {
     move |shown| shown["status"] == status
 }
 
-/// Returns whether this many attempts were made, and the last one has a result.
+/// Returns a function that checks whether `attempts` attempts were made and the last one failed.
 fn has_failed(attempts: u64) -> impl Fn(&Value) -> bool {
     move |shown| shown["attempts"] == attempts && !shown["error"].is_null()
 }
@@ -283,7 +283,7 @@ async fn gone_endpoint_is_disabled_with_a_note() {
     );
 }
 
-/// The user corrects the URL while an attempt to the previous one is in progress.
+/// The user corrects the URL while an attempt to send to the previous URL is in progress.
 #[tokio::test(flavor = "multi_thread")]
 async fn response_of_the_previous_url_does_not_disable_a_webhook() {
     let world = World::new().await;
@@ -408,7 +408,7 @@ async fn two_replicas_send_each_delivery_once() {
     second.stop().await;
 }
 
-/// The replica that claimed the delivery ended before or after it sent the event.
+/// The replica that claimed the delivery exited before or after it sent the event.
 #[tokio::test(flavor = "multi_thread")]
 async fn delivery_of_a_replica_that_crashed_is_repeated_after_its_lease() {
     let hooks = Hooks::start().await;
@@ -471,7 +471,7 @@ async fn slow_endpoint_does_not_delay_others() {
         ..Response::status(204)
     };
     world.hooks.respond("/slow", delay);
-    // More deliveries than attempts that can be in progress.
+    // Store more deliveries than there can be attempts in progress.
     world.store(&slow, 40).await;
     world.hooks.wait_for("/slow", 4).await;
     let began = std::time::Instant::now();
@@ -644,7 +644,7 @@ async fn tests_and_redeliveries_of_a_tenant_are_limited() {
             sent += 1;
         }
     }
-    // A few more may be accepted if the machine is slow.
+    // A few more requests may be accepted if the machine is slow.
     assert!(sent >= 30 && refused >= 1, "{sent}, {refused}");
     let stranger = world.app.register().await;
     let (webhook, _) = world.hooks.create(&world.app, &stranger, "/other").await;
@@ -679,7 +679,7 @@ async fn tenant_with_a_large_backlog_does_not_take_all_attempts() {
         own.count()
     };
     assert_eq!((of(&world.account), of(&stranger)), (8, 3));
-    // The tenant's webhooks share its part.
+    // The tenant's webhooks share the tenant's part of the claimed deliveries.
     let mut webhooks: Vec<_> = claimed.iter().map(|it| it.webhook_id).collect();
     webhooks.sort();
     webhooks.dedup();

@@ -1,4 +1,4 @@
-//! Checks the wording of everything that callers of the API read: the OpenAPI document, the error pages and messages.
+//! Checks the wording of all text that callers of the API read: the OpenAPI document, the error pages and the messages.
 
 use std::{fs, path::Path};
 

@@ -134,7 +134,7 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
 
 type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 
-/// Loads now, and again whenever a signal that `fetch` reads changes. Ignores responses to outdated requests. If a
+/// Loads now, and reloads whenever a signal read by `fetch` changes. Ignores responses to outdated requests. If a
 /// reload with the same parameters fails, the current data remains and a toast shows the error.
 pub fn load<T, F>(fetch: impl Fn() -> F + 'static) -> Loader<T>
 where

@@ -1,5 +1,5 @@
-//! Checks that direct responses equal those of hyper: what a client receives, what the client is charged, and what is
-//! recorded and logged do not depend on `QUOTA_DIRECT_RESPONSES`.
+//! Checks that direct responses equal those of hyper: what a client receives, how many tokens its requests cost, and
+//! what is recorded and logged do not depend on `QUOTA_DIRECT_RESPONSES`.
 
 mod grammar;
 mod pair;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use self::{grammar::case, pair::Pair};
 
 const CASES: u64 = 1000;
-/// Records are compared after this many cases.
+/// The number of cases after which records are compared.
 const ROUND: u64 = 20_000;
 
 /// Reads a number from the environment. For example, `DIFFERENTIAL_CASES=1000000` runs more cases, and

@@ -27,10 +27,10 @@ use tokio::{
 use super::grammar::Case;
 use crate::support::app::{Setup, TestApp};
 
-/// If a server sends nothing for this long, it is waiting for the client. The server has nothing else to wait for,
-/// because all keys are cached.
+/// The time after which a server that sends nothing is certain to be waiting for the client. The server has nothing
+/// else to wait for, because all keys are cached.
 const QUIET: Duration = Duration::from_millis(300);
-/// Every connection closes within this time, because the client stops sending.
+/// The time within which every connection closes, because the client stops sending.
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
 /// The credentials in requests.
@@ -89,7 +89,7 @@ impl Side {
         Self { app, written }
     }
 
-    /// Sends the case on a new connection. Returns everything that the server sends until it closes the connection,
+    /// Sends the case on a new connection. Returns all data that the server sends until it closes the connection,
     /// without dates and IDs that the server chose.
     pub(super) async fn responses(&self, case: &Case) -> String {
         let mut stream = TcpStream::connect(self.app.addr)
@@ -161,7 +161,7 @@ impl Side {
         lines
     }
 
-    /// Ships, returns and deletes the usage records since the last call, sorted.
+    /// Ships the usage records since the last call, deletes them from the database, and returns them sorted.
     async fn usage(&self) -> Vec<String> {
         self.app.ship_usage().await;
         let client = self.app.database.connect().await;
@@ -202,7 +202,7 @@ impl Side {
     }
 }
 
-/// Returns whether the server generated this ID. The clients' IDs are shorter, and both servers must return them
+/// Returns whether the server generated the ID. The clients' IDs are shorter, and both servers must return them
 /// unchanged.
 fn is_generated(id: &str) -> bool {
     id.len() == 36
@@ -322,7 +322,7 @@ impl Pair {
         records.len()
     }
 
-    /// Lets limits recover. Cached keys do not age.
+    /// Advances the wall clock, so that limits recover. The age of cached keys does not depend on this clock.
     pub(super) fn advance(&self, by: Duration) {
         let now = self.clock.now().saturating_add(by.into());
         self.clock.set_now(now);

@@ -183,7 +183,7 @@ const ODD: &[(&str, &str)] = &[
 
 fn filled(text: &str, key: &str) -> Vec<u8> {
     let hidden = HIDDEN.replace("KEY", key);
-    // The length of everything after the head.
+    // The length of the text after the head.
     let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
     let length = body.replace("HIDDEN", &hidden).len();
     let text = text

@@ -51,7 +51,7 @@ fn free_port() -> u16 {
     listener.local_addr().expect("the socket is bound").port()
 }
 
-/// Returns a command that runs a server. Debian installs servers only in root's path.
+/// Returns a command that runs a server. Debian installs servers in directories that are only in root's `PATH`.
 fn command(name: &str) -> Command {
     let system = Path::new("/usr/sbin").join(name);
     Command::new(if system.exists() {
@@ -149,7 +149,7 @@ impl Program {
                 let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
                     .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))
                     .concat();
-                // nginx runs as a single process, so that no other process is left running when it ends.
+                // nginx runs as a single process, so that no other process is left running when nginx is killed.
                 let text = format!(
                     "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
                      access_log off;\n{temporary}{server}}}\n",

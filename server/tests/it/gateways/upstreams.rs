@@ -87,7 +87,7 @@ impl Api {
     }
 }
 
-/// Returns the next request of a connection, or `None` at its end.
+/// Returns the next request of a connection, or `None` if the connection has been closed.
 async fn read_request(
     stream: &mut (impl AsyncBufRead + AsyncWrite + Unpin),
 ) -> Option<(Head, Vec<u8>)> {
@@ -123,7 +123,7 @@ async fn read_request(
 #[derive(Clone, Copy)]
 pub(crate) enum Behind {
     Quota(SocketAddr),
-    /// A substitute that responds to each request with this status line and these headers.
+    /// A substitute that responds to each request with the status line and headers that the function returns.
     Other(fn(&Head) -> &'static str),
 }
 

@@ -355,7 +355,7 @@ pub(super) async fn failed_ledger_admits_nothing_and_does_not_affect_rates(world
     assert_eq!(key.admitted(&plan, 5).await, 5);
     settle().await;
     world.ledger.set_down(true);
-    // Tokens held locally are spent; after that, nothing is admitted.
+    // Tokens held locally are spent. After that, no request is admitted.
     let mut served = 0;
     let error = loop {
         match key.try_ask(&plan, 1).await {
@@ -376,7 +376,7 @@ pub(super) async fn failed_ledger_admits_nothing_and_does_not_affect_rates(world
         asked < 10,
         "a failing ledger was called for each request: {asked}"
     );
-    // A decision on a plan without quotas does not need the ledger. Neither does a denial by the rate.
+    // Neither a decision on a plan without quotas nor a denial by the rate limit needs the ledger.
     let other = Key::number(&key.limiter, 8);
     assert!(other.ask(&Plan::rate(60, 1), 1).await.is_allowed());
     assert!(!other.ask(&Plan::rate(60, 1).daily(9), 1).await.is_allowed());
@@ -385,7 +385,8 @@ pub(super) async fn failed_ledger_admits_nothing_and_does_not_affect_rates(world
     world.advance(Duration::from_secs(1));
     assert!(key.ask(&plan, 1).await.is_allowed());
 
-    // A slow ledger counts as failed. Tokens granted late are spent later.
+    // If the ledger is slow, requests fail as if it were unavailable. Tokens that it grants late are spent by later
+    // requests.
     world.advance(DAY);
     world.ledger.set_delay(DEADLINE * 2);
     assert!(matches!(

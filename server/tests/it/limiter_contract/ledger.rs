@@ -36,9 +36,9 @@ pub(crate) struct TestLedger {
     delay_ms: AtomicU64,
     /// The additional delay of returns.
     return_delay_ms: AtomicU64,
-    /// The responses to this many returns are lost after the returns have been applied.
+    /// The number of returns whose responses are lost after the returns have been applied.
     lose_answers: AtomicU64,
-    /// The next take panics.
+    /// Whether the next take panics.
     panic: AtomicBool,
     takes: AtomicU64,
     calls: AtomicU64,

@@ -148,7 +148,7 @@ async fn requests_do_not_wait_for_the_returns_of_another_key() {
     world.ledger.set_return_delay(Duration::from_secs(5));
     world.ledger.set_delay(Duration::from_millis(10));
     let mut requests = JoinSet::new();
-    // The block of a smaller quota is smaller, so key 1 returns the rest of its block.
+    // A smaller quota has smaller blocks, so key 1 returns the tokens that it holds in excess of such a block.
     for n in 1..=20 {
         let key = Key::number(&limiter, n);
         let daily = if n == 1 { 200 } else { 1000 };
@@ -173,7 +173,7 @@ async fn tokens_are_returned_if_the_take_of_another_key_panics() {
     assert!(world.ledger.used() > 5);
     world.ledger.panic_next();
     let mut requests = JoinSet::new();
-    // The block of a smaller quota is smaller, so the first key returns the rest of its block.
+    // A smaller quota has smaller blocks, so the first key returns the tokens that it holds in excess of such a block.
     for (n, daily) in [(1, 200), (2, 1000)] {
         let key = Key::number(&limiter, n);
         let plan = Plan::any_rate().daily(daily);
@@ -234,7 +234,8 @@ async fn remote_store_is_not_asked_about_known_denials() {
     world.advance(Duration::from_secs(2));
     assert!(!key.ask(&plan, 5).await.is_allowed());
     assert!(key.ask(&plan, 2).await.is_allowed());
-    // After seven requests, the quota is exhausted, and requests are denied until tomorrow.
+    // The requests above have used 13 of the 20 tokens of this daily quota. Seven more requests exhaust the quota, and
+    // further requests are denied until tomorrow.
     let plan = Plan::any_rate().daily(20);
     assert_eq!(key.admitted(&plan, 500).await, 7);
     assert!(store.asked() <= 12 + 11, "{}", store.asked());

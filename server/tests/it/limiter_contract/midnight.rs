@@ -225,7 +225,7 @@ async fn stop_under_load_leaves_exactly_what_was_admitted() {
     }
 }
 
-/// The blocks of keys that are no longer used are returned while the process runs.
+/// Blocks held for unused keys are returned while the process is running, not only when it stops.
 #[tokio::test]
 async fn blocks_of_evicted_keys_are_returned() {
     let world = world::memory();

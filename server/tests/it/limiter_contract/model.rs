@@ -23,17 +23,18 @@ const MINUTE: i128 = 60_000_000_000;
 /// An event of a bucket.
 #[derive(Clone, Copy)]
 enum Event {
-    /// A request arrived at this time.
+    /// The arrival of a request, with its time.
     Seen(u64),
-    /// This many tokens were taken.
+    /// A grant, with the number of tokens that were taken.
     Grant(u32),
-    /// The plan was changed to this emission interval and burst.
+    /// A plan edit, with the new emission interval and burst.
     Plan(i128, i128),
-    /// The state of a full bucket: the missing refill (0 or less), and when tokens were last taken.
+    /// The state of a full bucket: its debt (0 or less: the bucket has been full for this long), and when tokens were
+    /// last taken.
     Full(i128, u64),
 }
 
-/// Missing nanoseconds of refill, and the numbers needed to interpret them.
+/// The debt of a bucket, and the numbers needed to interpret it.
 #[derive(Default)]
 struct Bucket {
     clock: u64,
@@ -41,9 +42,10 @@ struct Bucket {
     burst: i128,
     /// The time until the bucket is full. If negative, the bucket has been full for this long.
     missing: i128,
-    /// Debt beyond an empty bucket, from before the burst was lowered. This debt decreases while the bucket is full.
+    /// Debt beyond that of an empty bucket, from before the burst was lowered. This debt decreases while the bucket is
+    /// full.
     beyond: i128,
-    /// When tokens were last taken, or the plan was edited.
+    /// When tokens were last taken or the plan was last edited, whichever is later.
     since: u64,
 }
 
@@ -226,12 +228,12 @@ impl From<Decision> for Expected {
 /// A step for the limiter and the model.
 #[derive(Debug, Clone)]
 enum Step {
-    /// Sends this many requests of this cost.
+    /// Sends `times` requests that cost `cost` each.
     Ask {
         cost: u32,
         times: u32,
     },
-    /// Waits this many nanoseconds.
+    /// Waits for a number of nanoseconds.
     Wait(u64),
     /// Waits as long as the last denial stated, plus or minus a nanosecond.
     WaitAsTold(i8),

@@ -245,7 +245,7 @@ pub(super) struct Key {
 }
 
 impl Key {
-    /// Returns the key with this number. The number identifies the same key after a restart.
+    /// Returns key `n`. The number identifies the same key after a restart.
     pub(super) fn number(limiter: &Limiter, n: u128) -> Self {
         let tenant = TenantId(uuid::Uuid::from_u128(1));
         let key = ApiKeyId(uuid::Uuid::from_u128(n));

@@ -1,6 +1,6 @@
 //! Tests of calendar quotas while the tenant's time zone changes.
 //!
-//! The oracle is derived from the promise, not from the code. The oracle keeps the windows with usage, in order. A
+//! The oracle is derived from the documented behavior, not from the code. It keeps the windows with usage, in order. A
 //! request inside the last window belongs to that window. Any other request opens a new window, which starts at the end
 //! of the last window or at the start of the day or month in the zone, whichever is later, and ends with that day or
 //! month. The window's quota is proportional to its length. Days and months are computed from fixed offsets.
@@ -64,7 +64,7 @@ struct Opened {
 struct Oracle {
     policy: Policy,
     limit: u64,
-    /// Whether only the requesting replica holds unspent tokens, so that the promise determines the next window.
+    /// Whether only the requesting replica holds unspent tokens, so that the rules above determine the next window.
     /// Otherwise, the oracle accepts the window that a decision states, which must not overlap any other.
     is_strict: bool,
     windows: Vec<Opened>,
@@ -193,7 +193,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
         Oracle::new(Policy::Daily, daily, is_strict),
         Oracle::new(Policy::Monthly, monthly, is_strict),
     ];
-    // The largest block of these quotas.
+    // The largest block of the two quotas.
     let block = (monthly / 100).max(1);
     // The tokens that the other replicas may hold, and the number of crashes, each of which may strand tokens.
     let held = block * (replicas as u64 - 1);

@@ -183,7 +183,7 @@ impl Replica {
         decided.unwrap()
     }
 
-    /// Sends requests with these costs, all at the same time.
+    /// Sends requests with the given costs, all at the same time.
     pub(super) async fn at_once(&self, policies: &Policies, costs: &[u32]) -> Vec<(u32, Decision)> {
         let mut requests = JoinSet::new();
         for cost in costs.iter().copied() {
@@ -195,7 +195,7 @@ impl Replica {
 }
 
 impl Replica {
-    /// Sends one request for each of this many keys, all at the same time. Returns how many were admitted.
+    /// Sends one request for each of `keys` keys, all at the same time. Returns how many requests were admitted.
     async fn one_of_each(&self, policies: &Policies, keys: u128) -> u64 {
         let mut requests = JoinSet::new();
         for key in 0..keys {
@@ -518,8 +518,8 @@ async fn three(
     replicas
 }
 
-/// Sends 150 requests to the replica whose responses are 120 ms late, and 250 requests to each of two others: to one
-/// before the late tokens are returned, and to the other after that.
+/// Sends 150 requests to the replica whose responses are 120 ms late, and 250 requests to each of two others: to one of
+/// them before the late tokens are returned, and to the other one after they are returned.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn late_responses_grant_nothing_twice() {
     let server = RedisServer::start().await;

@@ -1,10 +1,10 @@
 //! Tests that returned tokens never make a bucket fuller than if they had never been taken.
 //!
-//! The oracle implements that sentence: after every call, it replays the bucket's entire history from a full bucket,
-//! without the tokens that have been returned by then, and compares the results. The oracle keeps no minima and has no
-//! rules for credits. Schedules are random. They include several returns for several grants, late and early, plan
-//! edits, callers with an old plan, lost and stale state, and a clock that goes backward. Scripts with planted errors
-//! prove that the oracle detects them.
+//! After every call, the oracle replays the bucket's entire history from a full bucket, without the tokens that have
+//! been returned by then, and compares the results. The oracle keeps no minima and has no rules for credits. Schedules
+//! are random. They include several returns for several grants, late and early, plan edits, callers with an old plan,
+//! lost and stale state, and a clock that goes backward. Scripts with planted errors prove that the oracle detects
+//! them.
 #![expect(
     clippy::disallowed_methods,
     reason = "only this test reads the seed settings"
@@ -66,7 +66,7 @@ struct Granted {
 /// The events of the bucket, in order.
 #[derive(Debug, Clone, Copy)]
 enum Event {
-    /// A call at this time found the bucket in this epoch under this plan, or found no bucket.
+    /// A call found the bucket in an epoch and under a plan, or found no bucket.
     Call {
         at: u64,
         plan: Plan,
@@ -93,8 +93,8 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                 remembered,
                 wrote,
             } => {
-                // `beyond` is debt in excess of an empty bucket, from before the burst was lowered. It decreases while
-                // the bucket is full.
+                // `beyond` is debt beyond that of an empty bucket, from before the burst was lowered. It decreases
+                // while the bucket is full.
                 let (mut debt, mut beyond, last) = bucket;
                 let mut passed = u128::from(at.saturating_sub(last)) * 1000;
                 let mut writes = wrote || at < last;
@@ -370,7 +370,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs this many schedules, or only the schedule of the seed in `QUOTA_SEED`.
+/// Runs `schedules` schedules, or only the schedule of the seed in `QUOTA_SEED`.
 async fn run(counters: &mut Counters, clock: &TestClock, schedules: u64) -> Sum {
     let seeds = number("QUOTA_SEED").map_or(0..schedules, |seed| seed..seed + 1);
     let mut sum = Sum::default();

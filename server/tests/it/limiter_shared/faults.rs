@@ -100,7 +100,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
     }
 }
 
-/// Sends requests at twice the plan's rate to the replicas in turn, for this long.
+/// Sends requests at twice the plan's rate to the replicas in turn, for the duration `lasts`.
 async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
     let policies = Arc::new(Policies::new(
         RatePolicy {

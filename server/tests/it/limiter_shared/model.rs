@@ -8,7 +8,7 @@ use quota_server::{
     limiter::{BucketName, BucketState, CounterMicros, TakeCall, TakeReply},
 };
 
-/// Microseconds from a loss of state to the new epoch, with the default deadline.
+/// The time from a loss of state to the new epoch, with the default deadline, in microseconds.
 pub(super) const EPOCH_DELAY: u64 = 600_000;
 
 /// The default deadline of calls, in microseconds.
@@ -29,7 +29,7 @@ const SETTLED: u64 = 50_000;
 /// How long after a confirmed response there is certainly no outage, in microseconds.
 const CONNECTED: u64 = 800_000;
 
-/// A confirmation is stored only if it is newer than the stored one by more than this, in microseconds.
+/// A confirmation is stored only if it is newer than the stored confirmation by more than this time, in microseconds.
 const CONFIRMED: u64 = 50_000;
 
 /// The largest number of nanoseconds that the script computes exactly.
@@ -39,14 +39,14 @@ const LARGEST: u128 = 1 << 52;
 struct Bucket {
     at: u64,
     debt: u128,
-    /// Debt in excess of an empty bucket.
+    /// Debt beyond that of an empty bucket.
     beyond: u128,
     /// Refill since the epoch started, minus the tokens taken. Refill counts even while the bucket is full.
     gathered: Option<u128>,
     emission: u128,
     tau: u128,
     version: u64,
-    /// When a caller with this version last called.
+    /// When a caller with the version `version` last called.
     version_at: u64,
     epoch: u64,
     generation: u64,
@@ -64,7 +64,7 @@ struct Epoch {
     is_known: bool,
 }
 
-/// Microseconds after which an unused version of a plan is forgotten.
+/// The time after which an unused version of a plan is forgotten, in microseconds.
 const OUTDATED: u64 = 10_000_000;
 
 /// How long a bucket is kept in addition to twice the time until it is full, in microseconds.
@@ -95,7 +95,7 @@ impl State {
         }
     }
 
-    /// Returns the same state, but with buckets that never expire.
+    /// Returns the state with buckets that never expire.
     pub(super) fn without_expiry(self) -> Self {
         Self {
             keeps_all: true,

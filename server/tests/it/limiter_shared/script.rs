@@ -58,12 +58,13 @@ pub(crate) struct ClockedCounters {
 }
 
 const TIME: &str = "redis.call('TIME')";
-/// Seconds and microseconds, as set by the test.
+/// Reads the time that the test has set, in seconds and microseconds.
 const TEST_TIME: &str = "redis.call('LRANGE', 'time', 0, 1)";
 
 const READ: &str = "local b = redis.call('HMGET', KEYS[1],";
 const EXPIRE: &str = "redis.call('PEXPIRE', KEYS[1],";
-/// Reads a bucket at the test's time: its field `expires` contains the time, in microseconds, at which it is deleted.
+/// Reads a bucket at the test's time. The bucket's field `expires` contains the time at which the bucket is deleted, in
+/// microseconds.
 const TEST_READ: &str = "
 if now >= tonumber(redis.call('HGET', KEYS[1], 'expires') or 'inf') then
   redis.call('DEL', KEYS[1])
@@ -159,8 +160,8 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
     }
 }
 
-/// For random calls, including calls after a loss of state, a clock set back, or an edit, the script and the model give
-/// the same replies, to the nanosecond.
+/// For random calls, including calls after a loss of state, after the clock was set back, and after an edit, the script
+/// and the model give the same replies, to the nanosecond.
 #[tokio::test]
 async fn the_script_replies_as_the_model_does() {
     let (_server, redis) = started().await;
@@ -370,7 +371,8 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(plan(5, 100)).await, 100);
     assert_eq!(granted(plan(6, 150)).await, 50);
 
-    // The same holds hours later, while the smaller burst is in use.
+    // Even if the burst of a slowly refilling bucket is raised only hours after it was lowered, the bucket contains
+    // only the refill.
     redis.query("", &flush).await.expect("Redis responds");
     let slow = |version, burst: u64| TakeCall {
         emission: Nanos(60_000_000_000),
@@ -539,7 +541,7 @@ async fn deleted_buckets_are_gone_and_others_remain() {
 }
 
 /// After Redis's clock has been set back, callers confirm their responses as before. Therefore, a caller that starts,
-/// or returns after a brief outage, does not have to assume that all others have an outage too.
+/// or returns after a brief outage, does not have to assume that all other callers have an outage too.
 #[tokio::test]
 async fn a_clock_that_was_set_back_hides_no_connected_caller() {
     let (_server, redis) = started().await;

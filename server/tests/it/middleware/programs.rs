@@ -37,7 +37,7 @@ pub(super) struct Setting {
     pub(super) allow_if_unavailable: bool,
 }
 
-/// A running application, which ends when dropped.
+/// A running application, which is killed when the value is dropped.
 pub(super) struct Api {
     pub(super) url: String,
     _running: Running,

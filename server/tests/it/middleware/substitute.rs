@@ -60,8 +60,8 @@ impl Substitute {
         format!("http://{}", self.addr)
     }
 
-    /// Responds to later checks with these bytes, or never if they are [`SILENCE`]. Closes the connection after
-    /// anything that is not a complete response.
+    /// Responds to later checks with `response`, or does not respond if it is [`SILENCE`]. Closes the connection after
+    /// `response` if it is not a complete response.
     pub(super) fn respond_with(&self, response: &str) {
         response.clone_into(&mut self.shared.response.lock());
     }

@@ -680,7 +680,7 @@ async fn keys_are_listed_in_every_sort_order_without_gaps_or_repeats() {
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
     let client = app.database.connect().await;
-    // Names that differ only in case, equal times, and keys that were never used.
+    // The list contains names that differ only in case, equal times, and keys that were never used.
     let keys = [
         ("banana", Some(20)),
         ("Apple", None),
@@ -740,7 +740,7 @@ async fn cursor_stays_valid_when_the_last_key_of_its_page_changes() {
     let page = |cursor: &str| format!("/admin/api-keys?limit=2&sort=name{cursor}");
     let first = send(&app, &account, "GET", &page(""), Value::Null).await;
     let next = first.text("next_cursor");
-    // The key at the cursor is renamed, the one before it is deleted, and another is created.
+    // The key at the cursor is renamed, the key before it is deleted, and another key is created.
     let b = format!("/admin/api-keys/{}", ids[1]);
     send(&app, &account, "PATCH", &b, json!({"name": "z"})).await;
     let a = format!("/admin/api-keys/{}", ids[0]);

@@ -352,7 +352,7 @@ async fn current_user_can_be_updated() {
     );
 }
 
-/// The tenant's other changes take too long, so this update is rejected as a whole.
+/// Other changes of the tenant take too long, so the update is rejected as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_update_of_user_and_tenant_changes_neither() {
     let app = TestApp::start().await;
@@ -450,7 +450,7 @@ async fn requests_are_limited_by_address_and_sign_ins_by_account() {
         (429, "too-many-requests")
     );
     assert!((1..=30).contains(&refused.number("retry-after")));
-    // A console may show only this message.
+    // A client may show only the detail, so the detail must state the wait.
     let wait = format!("Try again in {} second", refused.number("retry-after"));
     assert!(refused.text("detail").contains(&wait), "{}", refused.body);
     assert_eq!(
@@ -505,7 +505,7 @@ async fn untrusted_peer_cannot_choose_its_address() {
     assert_eq!(last, 429);
 }
 
-/// Returns the token of a new session with this user agent.
+/// Signs in with the given user agent.
 async fn login_from(app: &TestApp, account: &Account, user_agent: &str) -> Answer {
     let body = json!({"email": account.email, "password": PASSWORD});
     let call = app.post("/auth/login", body);
@@ -757,7 +757,7 @@ async fn list_of_sessions_is_paginated_and_distinguishes_them() {
             200
         );
     }
-    // A refreshed session keeps its identity.
+    // A refresh does not create another session.
     let renewed = refresh(&app, &account.refresh_token).await;
     let token = renewed.text("access_token");
     let (mut agents, mut cursor) = (Vec::new(), String::new());
@@ -955,7 +955,7 @@ async fn addresses_of_one_ipv6_network_are_counted_together() {
     assert_eq!(from("2001:db8:1:2:ffff::9, 10.1.2.3").await, 200);
     assert_eq!(from("[2001:db8:1:2::7]:4711").await, 429);
     assert_eq!(from("2001:db8:1:3::1").await, 200, "another network");
-    // An unparsable address ends the search at the proxy before it.
+    // If an address in the header cannot be parsed, the address of the proxy that added it counts instead.
     assert_eq!(from("2001:db8:1:4::1, nonsense").await, 200);
     assert_eq!(from("2001:db8:1:5::1, nonsense").await, 200);
     assert_eq!(from("2001:db8:1:6::1, nonsense").await, 429);
@@ -992,7 +992,7 @@ async fn stranger_cannot_lock_out_an_owner() {
     assert_eq!(owner_signs_in.status, 200, "{}", owner_signs_in.body);
 }
 
-/// Keeps both password threads busy for a while, with accounts whose password hashes take `passes` to verify.
+/// Keeps both password threads busy for a while, with accounts whose password hashes take `passes` passes to verify.
 async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task::JoinHandle<u16>> {
     let costly = format!(
         "$argon2id$v=19$m=65536,t={passes},p=1$c29tZXNhbHRzb21lc2FsdA$\
@@ -1016,7 +1016,7 @@ async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task:
             answer.expect("the server responds").status().as_u16()
         }));
     }
-    // This is long enough for both threads to be busy, but not to finish.
+    // Wait until both threads are busy, but not so long that they finish.
     tokio::time::sleep(std::time::Duration::from_millis(150)).await;
     busy
 }
@@ -1159,7 +1159,7 @@ async fn known_device_signs_in_during_an_attack_from_many_networks() {
         let call = app.post("/auth/login", body).header("X-Forwarded-For", ip);
         call.send().await
     };
-    // This works even from a network that is slowed down.
+    // A sign-in with a device token works even from a network that is slowed down.
     let known = with_device("198.51.1.7", PASSWORD, &device).await;
     assert_eq!(known.status, 200, "{}", known.body);
     let renewed = known.text("device_token");
@@ -1234,12 +1234,12 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     let second = one.register().await;
     assert_eq!(login(&one, &second.email, "wrong").await.status, 401);
     assert_eq!(login(&other, &second.email, PASSWORD).await.status, 200);
-    // A correct password resets the count everywhere.
+    // A correct password resets the count on both replicas.
     for _ in 0..6 {
         assert_eq!(login(&one, &second.email, "wrong").await.status, 401);
     }
 
-    // Without Redis, each replica counts separately, with half the attempts.
+    // Without Redis, each replica counts separately and allows half as many attempts.
     let third = one.register().await;
     redis.kill().await;
     let mut statuses = Vec::new();
@@ -1251,7 +1251,8 @@ async fn replicas_share_counts_and_are_stricter_without_redis() {
     assert_eq!(fourth.status, 200, "{}", fourth.body);
 }
 
-/// Without this limit, each new account would get another share of everything that is limited per tenant.
+/// Without a limit on registrations, someone who creates many accounts could exceed all limits that apply to each
+/// tenant separately.
 #[tokio::test(flavor = "multi_thread")]
 async fn registrations_from_a_network_are_limited_over_all_replicas() {
     let redis = quota_testkit::redis::RedisServer::start().await;

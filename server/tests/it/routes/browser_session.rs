@@ -594,7 +594,8 @@ async fn proxy_that_sends_localhost_does_not_weaken_cookies() {
     }
 }
 
-/// Such a proxy does not send `Origin` with a GET request. The cookies are read anyway.
+/// Browsers do not send `Origin` with a GET request, so the server cannot tell that the browser uses TLS. The cookies
+/// are read anyway.
 #[tokio::test(flavor = "multi_thread")]
 async fn cookies_set_through_a_proxy_are_read() {
     let server = TestApp::setup().start().await;

@@ -1141,7 +1141,7 @@ async fn fast_path_and_router_respond_alike() {
         statuses,
         [
             401, 401, 401, 401, 401, 422, 415, // rejected
-            200, 200, 403, 429, 200, // the burst of two ends
+            200, 200, 403, 429, 200, // the burst of two is used up
             429, 429, 403, 429, 200,
         ]
     );
@@ -1281,7 +1281,7 @@ async fn every_response_of_forward_auth_states_the_decision() {
     );
     assert_eq!(away.header("retry-after"), Some("1"));
     states(away, (503, "unavailable")).await;
-    // Responses of other paths do not have this header.
+    // Responses of other paths do not have the `X-Quota-Decision` header.
     assert_eq!(decision(&app.echo(&key.text).await), "none");
 }
 

@@ -1,5 +1,5 @@
-//! The behavior of each operation, one file per noun. Tests send HTTP requests, and check the responses and then the
-//! database.
+//! The behavior of each operation, one file per kind of resource. Tests send HTTP requests, and check the responses and
+//! then the database.
 
 mod api_key;
 mod audit;

@@ -193,7 +193,7 @@ async fn burst_that_takes_more_than_a_month_to_refill_is_rejected() {
     let faster = edit(json!({"default_rpm": 120, "burst": 120 * MONTH})).await;
     assert_rejected(&faster, "burst", "a key on this plan");
 
-    // A plan from before this limit keeps working, and can be changed in other ways.
+    // A plan that is older than the limit on the refill time keeps working, and its other settings can be changed.
     let client = app.database.connect().await;
     let old = "UPDATE plans SET default_rpm = 1, burst = 60000000";
     client.execute(old, &[]).await.expect("valid SQL");
@@ -554,7 +554,7 @@ async fn rejected_request_does_not_consume_its_idempotency_key() {
     assert_eq!(made.status, 201, "the same request now succeeds");
     assert_eq!(make().await.body, made.body);
 
-    // Keys are scoped to the operation.
+    // Idempotency keys are scoped to the operation.
     let plan = made.text("id");
     let key = app
         .post("/admin/api-keys", json!({"name": "Key", "plan_id": plan}))

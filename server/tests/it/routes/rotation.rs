@@ -153,7 +153,7 @@ async fn rejected_rotation_names_the_expiry_of_a_key_that_ends_before_the_grace_
     let end = changed.body["expires_at"].as_str().unwrap();
     assert!(rejected.text("detail").contains(end), "{}", rejected.text);
 
-    // An expired key has no previous key that works.
+    // An expired key has no previous secret that works.
     clock.advance(Duration::from_secs(61));
     let rotated = rotate(&app, &account, &key.id, json!({})).await;
     assert_eq!(rotated.status, 200, "{}", rotated.text);

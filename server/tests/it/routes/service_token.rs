@@ -18,7 +18,7 @@ async fn make(app: &TestApp, account: &Account, name: &str) -> (String, String) 
     (made.text("token"), id.to_owned())
 }
 
-/// Returns the status that a gateway with this token gets.
+/// Returns the status that a gateway with the given token gets.
 async fn ask(app: &TestApp, token: &str) -> u16 {
     app.post("/v1/check", json!({"key": "x"}))
         .bearer(token)

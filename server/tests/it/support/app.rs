@@ -108,7 +108,7 @@ impl Setup {
         self
     }
 
-    /// Uses this log instead of standard output.
+    /// Writes log lines to `log` instead of standard output.
     pub(crate) fn log(mut self, log: Log) -> Self {
         self.log = Some(log);
         self
@@ -134,7 +134,7 @@ impl Setup {
         ];
         flags.push("--database-pool=12".into());
         flags.push("--usage-backlog-max=67108864".into());
-        // The test's own settings override these.
+        // The test's own settings override the settings above.
         let name = |flag: &str| flag.split('=').next().unwrap_or_default().to_owned();
         flags.retain(|flag| !self.flags.iter().any(|it| name(it) == name(flag)));
         flags.extend(self.flags);
@@ -262,7 +262,7 @@ impl TestApp {
         }
     }
 
-    /// Writes everything recorded so far to the database.
+    /// Writes all usage recorded so far to the database.
     pub(crate) async fn ship_usage(&self) {
         self.state
             .metering

@@ -43,7 +43,7 @@ impl Received {
 #[derive(Default)]
 struct State {
     spans: Vec<Received>,
-    /// Everything that was received, so that tests can search for content that must not be sent.
+    /// All received bytes, so that tests can search for content that must not be sent.
     bytes: Vec<u8>,
     /// The headers of the last request.
     headers: HashMap<String, String>,

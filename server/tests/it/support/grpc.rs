@@ -37,7 +37,7 @@ pub(crate) struct Reply {
     pub(crate) response: RateLimitResponse,
 }
 
-/// Returns a descriptor with these entries.
+/// Returns a descriptor with the given entries.
 pub(crate) fn descriptor(entries: &[(&str, &str)]) -> Descriptor {
     let entries = entries.iter().map(|(key, value)| Entry {
         key: (*key).to_owned(),
@@ -82,7 +82,7 @@ impl GrpcClient {
         self.send(&[("x-service-token", token)], body).await
     }
 
-    /// Calls the service with this metadata and this body, which may be malformed.
+    /// Calls the service with the given metadata and body, which may be malformed.
     pub(crate) async fn send(&self, metadata: &[(&str, &str)], body: Vec<u8>) -> Reply {
         self.send_to(SHOULD_RATE_LIMIT, "application/grpc", metadata, body)
             .await

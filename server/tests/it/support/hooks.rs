@@ -18,7 +18,7 @@ use tokio::{
 
 use super::app::{Account, Setup, TestApp};
 
-/// How long a test waits for something that takes a few seconds on an idle machine.
+/// How long a test waits for an event that takes a few seconds on an idle machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A request that was received.
@@ -124,7 +124,7 @@ impl Hooks {
             .collect()
     }
 
-    /// Waits until this many requests were received at a path.
+    /// Waits until `count` requests have been received at a path.
     pub(crate) async fn wait_for(&self, path: &str, count: usize) -> Vec<Received> {
         let began = Instant::now();
         loop {

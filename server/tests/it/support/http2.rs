@@ -20,7 +20,7 @@ pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8>
     frame
 }
 
-/// Returns the first frames that a client sends, with this window size for each response.
+/// Returns the first frames that a client sends, with the given window size for each response.
 pub(crate) fn hello(window: u32) -> Vec<u8> {
     let settings = [&[0, 4], &window.to_be_bytes()[..]].concat();
     [PREFACE, &frame(SETTINGS, 0, 0, &settings)].concat()

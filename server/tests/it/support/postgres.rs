@@ -1,8 +1,9 @@
 //! A migrated database for each test, copied from a template.
 //!
 //! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
-//! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`, which is kept
-//! between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower.
+//! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`. The directory is
+//! kept between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower than with
+//! the variable.
 
 use std::{
     fs, io,
@@ -20,7 +21,7 @@ use uuid::Uuid;
 /// The advisory lock that is held while the template is created.
 const TEMPLATE_LOCK: i64 = 0x7155_6f74_6154;
 
-/// A database for a single test, which is dropped with the value.
+/// A database for a single test. Dropping the value drops the database.
 #[derive(Debug)]
 pub(crate) struct TestDatabase {
     name: String,
@@ -190,7 +191,8 @@ fn admin_url() -> &'static str {
     })
 }
 
-/// Starts a cluster that ends with this process. The cluster needs a runtime that outlives those of the tests.
+/// Starts a cluster that stops when this process exits. The cluster needs a runtime that outlives the runtimes of the
+/// tests.
 fn start_own() -> String {
     let (url, started) = std::sync::mpsc::channel();
     thread::spawn(move || {
@@ -248,7 +250,7 @@ fn slots() -> PathBuf {
     path
 }
 
-/// Drops databases that an earlier owner of the slot left behind, and templates with other migrations.
+/// Drops databases that an earlier process in the same slot left behind, and templates with other migrations.
 async fn drop_leftovers(admin_url: &str) {
     let admin = connect(admin_url).await;
     let template = format!("quota_template_{:016x}", migrations_hash());

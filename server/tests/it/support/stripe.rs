@@ -57,7 +57,7 @@ impl TestStripe {
         }
     }
 
-    /// Configures a server to bill through this Stripe.
+    /// Configures a server to bill through the fake.
     pub(crate) fn configure(&self, setup: Setup) -> Setup {
         setup
             .flag(format!("--stripe-secret-key={SECRET_KEY}"))
@@ -65,7 +65,7 @@ impl TestStripe {
             .flag(format!("--stripe-api-base={}", self.fake.url()))
     }
 
-    /// Starts a server that bills through this Stripe and receives its webhooks.
+    /// Starts a server that bills through the fake and receives its webhooks.
     pub(crate) async fn app(&self) -> TestApp {
         let app = self.configure(TestApp::setup()).start().await;
         self.send_to(&app);
@@ -130,7 +130,7 @@ impl TestStripe {
     }
 }
 
-/// Waits until `GET /billing` returns this access.
+/// Waits until `GET /billing` returns the given access.
 pub(crate) async fn wait_for_access(app: &TestApp, account: &Account, access: &str) -> Value {
     let began = Instant::now();
     loop {
@@ -144,7 +144,7 @@ pub(crate) async fn wait_for_access(app: &TestApp, account: &Account, access: &s
     }
 }
 
-/// Waits until requests with a key get this status.
+/// Waits until requests with a key get the given status.
 pub(crate) async fn wait_for_status(app: &TestApp, key: &str, status: u16) -> Duration {
     let began = Instant::now();
     loop {

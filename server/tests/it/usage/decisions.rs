@@ -36,7 +36,7 @@ fn request_ids(page: &Value) -> Vec<String> {
         .collect()
 }
 
-/// Returns requests that are a second apart, named by their numbers. Request 0 was sent an hour ago.
+/// Returns requests that are one second apart. The ID of request `n` is `r{n}`. Request 0 was sent an hour ago.
 fn requests(account: &Account, numbers: std::ops::Range<i64>) -> Vec<UsageRecord> {
     let start = now() - TimeDelta::hours(1);
     numbers

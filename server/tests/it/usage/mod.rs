@@ -51,7 +51,7 @@ pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
     unreachable!("the last attempt returns or panics")
 }
 
-/// Creates the partitions of these days.
+/// Creates the partitions of the given days.
 pub(crate) async fn create_partitions(app: &TestApp, days: impl Iterator<Item = NaiveDate>) {
     for day in days {
         for table in Partitioned::ALL {
@@ -83,7 +83,7 @@ pub(crate) fn record(account: &Account, key: &str, plan: &str, at: DateTime<Utc>
     }
 }
 
-/// Returns the same request, denied by this policy.
+/// Returns the given request, but denied by `policy`.
 pub(crate) fn rejected(record: UsageRecord, policy: &'static str) -> UsageRecord {
     UsageRecord {
         was_rejected: true,

@@ -60,7 +60,7 @@ struct World {
     records: Vec<UsageRecord>,
 }
 
-/// Creates records of 30 keys on 3 plans, with 40 endpoints, on these days.
+/// Creates records of 30 keys on 3 plans, with 40 endpoints, on the given days.
 async fn world(days: &[&str]) -> World {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
@@ -298,7 +298,7 @@ impl World {
     }
 }
 
-/// Returns whether this quarter hour has the same label as the previous one.
+/// Returns whether the quarter hour at `at` has the same label as the quarter hour before it.
 fn seen_before(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> bool {
     label(zone, at, bucket) == label(zone, at - TimeDelta::minutes(15), bucket)
 }

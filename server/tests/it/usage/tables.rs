@@ -117,7 +117,7 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
     };
     let first = (0..200).map(named).collect::<Vec<_>>();
     assert_eq!(append(&app, &first).await.folded, 0);
-    // The limit is 256: of these 100, the first 56 by time still fit.
+    // The limit is 256: of the next 100 endpoints, the first 56 by time still fit.
     let second = (200..300).rev().map(named).collect::<Vec<_>>();
     assert_eq!(append(&app, &second).await.folded, 44);
     // An endpoint that was listed once remains listed.

@@ -2,8 +2,8 @@
 //! an open-loop load, and a recount of allowed requests from the client's log.
 //!
 //! Uses only what is available to an operator: settings, HTTP and signals. If a limit is exceeded or another
-//! requirement is not met, the table lists a fault and the run fails. Everything is bounded in number and time, uses
-//! only loopback, and stops when this process exits.
+//! requirement is not met, the table lists a fault and the run fails. Every process and load that the benchmark starts
+//! is limited in number and duration, uses only the loopback interface, and stops when the benchmark exits.
 
 mod bursts;
 mod changes;

@@ -1,21 +1,21 @@
-//! Checks the promises by recounting, based only on the log of requests.
+//! Checks the limiter's guarantees by recounting, based only on the log of requests.
 //!
-//! The checks are derived from the documented promises, not from how the limiter keeps them. Numbers from replicas or
-//! Redis are used only for two checks: a denial is wrong if Redis had never granted enough tokens to empty the bucket,
-//! and the totals must match.
+//! The checks are derived from the documented guarantees, not from how the limiter implements them. Numbers from
+//! replicas or Redis are used only for two checks: a denial is wrong if Redis had never granted enough tokens to empty
+//! the bucket, and the totals must match.
 //!
 //! **Upper bound.** In any window of `T`, all replicas together admit at most `burst + rate·(T + ttl)` tokens, or
-//! `burst + rate·T` for a strict plan, no matter what happens. In the second after an edit, replicas may follow either
-//! plan. Therefore, a window that overlaps this second has the larger burst and, at each moment, the larger rate of the
-//! plans that requests follow. Between the requests of two plans, the lower rate counts, because a bucket learns of an
-//! edit from a request. If Redis has lost its state in between, the later plan counts from the start of the new epoch,
-//! because the earlier one is unknown. `closed` has no exception. `share` has one exception: while some replicas have
-//! lost Redis (or get all responses late) and others have not, these replicas use their share `p` of the bucket, in
-//! addition to the tokens that the others take from Redis. All replicas together then admit at most `(1 + p)` times as
-//! much, where `p` is at most 1. If some calls fail just after an outage, the replicas that made these calls still
-//! count as having lost Redis while the others use it again. With `open`, the requests that a replica admits without
-//! Redis satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis satisfy the plain
-//! bound in every mode.
+//! `burst + rate·T` for a strict plan, no matter what happens. In the second after a plan is edited, replicas may
+//! follow either version of the plan. Therefore, a window that overlaps this second has the larger burst and, at each
+//! moment, the larger rate of the plans that requests follow. Between the requests of two plans, the lower rate counts,
+//! because a bucket learns of an edit from a request. If Redis has lost its state between these requests, the later
+//! plan counts from the start of the new epoch, because Redis no longer knows the earlier plan. `closed` has no
+//! exception. `share` has one exception: while some replicas have lost Redis (or get all responses late) and others
+//! have not, the replicas that have lost Redis use their share `p` of the bucket, in addition to the tokens that the
+//! others take from Redis. All replicas together then admit at most `(1 + p)` times the bound, where `p` is at most 1.
+//! If some calls fail just after an outage, the replicas that made these calls still count as having lost Redis while
+//! the other replicas use Redis again. With `open`, the requests that a replica admits without Redis satisfy the bound
+//! of a strict plan, separately for each replica. Requests admitted by Redis satisfy the plain bound in every mode.
 //!
 //! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last fault, the replicas admit at
 //! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At the start of this
@@ -26,25 +26,26 @@
 //! tokens of a bucket, because they are taken together and not one by one: as many tokens as refill in [`GATHER`], from
 //! the time at which the bucket contains fewer tokens than this number until it contains twice as many. Requests that
 //! arrive during a call to Redis are decided together by the next call, so at the end of a window, the refill of the
-//! last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request after it:
-//! tokens that refill before that count at the lower of the two rates. After a fault, a bucket is empty only if Redis
-//! lost its state, or if no replica that uses it received a response. Otherwise, the bucket has lost only the tokens
-//! that Redis granted in responses that arrived late or never, and those that were returned by calls that never
-//! arrived.
+//! last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request after the
+//! edit: tokens that refill before this request count at the lower of the two rates. After a fault, a bucket is empty
+//! only if Redis lost its state, or if no replica that uses it received a response. Otherwise, the bucket has lost only
+//! the tokens that Redis granted in responses that arrived late or never, and those that were returned by calls that
+//! never arrived.
 //!
-//! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what the
-//! plan promises for the requests that the replica gets. With `open`, from half a second on, the plan promises a
-//! separate bucket with the full limit. The bucket is full at first, and requests that Redis decides take nothing from
-//! it. With `share`, from 1.4 s on, the plan promises the replica's share of the limit, which starts empty. This check
-//! requires a constant number of replicas. If a replica has never had a response for the key under this plan, its share
-//! starts with the replica's first request.
+//! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what a
+//! separate bucket would admit of the requests that the replica gets. With `open`, from half a second on, the bucket
+//! has the full limit. It is full at first, and requests that Redis decides take nothing from it. With `share`, from
+//! 1.4 s on, the bucket has the replica's share of the limit, and is empty at first. This check requires a constant
+//! number of replicas. If a replica has never had a response for the key under this plan, its share starts with the
+//! replica's first request.
 //!
-//! **Connections.** A replica decides without Redis only during a fault that affects it, and for [`RECOVERED`] after
-//! that. A fault that affects all replicas, or in which Redis loses its state, affects every replica.
+//! **Connections.** A replica decides without Redis only during a fault that affects the replica, and for [`RECOVERED`]
+//! after the fault. If Redis may lose its state because of a fault, the fault counts as affecting every replica.
 //!
-//! **Waits.** A denial by the rate states a time to wait, which is at most the time that an empty bucket needs for the
-//! request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, the same request is admitted
-//! after that time, rounded up to whole seconds as in a header, once the tokens of a leased key have accumulated.
+//! **Waits.** A denial by the rate limit states a time to wait, which is at most the time that an empty bucket needs
+//! for the request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, the same request is
+//! admitted after that time, rounded up to whole seconds as in a header, once the tokens of a leased key have
+//! accumulated.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -72,7 +73,7 @@ const FOREVER: u64 = u64::MAX / 4;
 
 /// The time after a fault within which probes reach Redis again, and lost buckets start empty.
 const RECOVERED: u64 = 2000 * MS;
-/// The lower bound holds in every window of this length.
+/// The length of the windows in which the lower bound is checked.
 const WINDOW: u64 = 2000 * MS;
 /// The interval between the starts of windows.
 const STEP: u64 = 250 * MS;
@@ -85,7 +86,7 @@ const GATHER: u64 = 60 * MS;
 /// The maximum time of a decision, which waits for Redis at most twice.
 const PATIENCE: u64 = 2 * DEADLINE.as_nanos() as u64 + 5 * MS;
 
-/// The promise that was broken.
+/// A guarantee that can be broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Promise {
     Upper,
@@ -100,7 +101,7 @@ pub(super) enum Promise {
     Mode,
     /// A decision without Redis, although Redis responded.
     Connected,
-    /// While Redis was unavailable, less was admitted than the fallback setting promises.
+    /// While Redis was unavailable, less was admitted than the fallback setting allows.
     Outage,
 }
 
@@ -198,7 +199,7 @@ struct InForce {
     until: u64,
 }
 
-/// How long after an edit the previous plan may be applied, and its tokens spent.
+/// How long the previous plan may be applied, and its tokens spent, after a plan is edited.
 const KNOWN: u64 = EDIT_KNOWN.as_nanos() as u64 + TTL.as_nanos() as u64;
 
 fn in_force(key: &Key) -> Vec<InForce> {
@@ -346,7 +347,7 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
             _ => return None,
         };
         let mut alone = (0..all).filter(|it| replicas.contains(*it)).count();
-        // A partial fault delays the return of only some replicas, even if it affects all of them.
+        // A fault that affects only a fraction of the calls delays the return of some replicas, but not of all.
         if !is_outage(fault) {
             alone = alone.min(all - 1);
         }
@@ -359,15 +360,15 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     alone.collect()
 }
 
-/// Returns whether this fault begins while replicas that have lost Redis in an earlier fault may still be returning to
-/// it.
+/// Returns whether `fault` begins while replicas that have lost Redis in an earlier fault may still be returning to
+/// Redis.
 fn follows_outage(scene: &Scene, fault: &Fault) -> bool {
     scene.faults.iter().any(|before| {
         is_outage(before) && before.at < fault.at && fault.at * MS < before.end() * MS + RECOVERED
     })
 }
 
-/// Returns the times at which buckets that Redis had lost started again, empty.
+/// Returns the times at which new epochs started, with empty buckets, after Redis had lost its state.
 fn restarts(scene: &Scene, epochs: &[u64]) -> Vec<u64> {
     let losses = scene.faults.iter().filter(|fault| {
         let kind = fault.kind;
@@ -437,7 +438,7 @@ fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -
     })
 }
 
-/// Returns a description of a window that exceeds the promise, if there is one. More is allowed while shares are
+/// Returns a description of a window that exceeds the envelope, if there is one. More is allowed while shares are
 /// admitted in addition to Redis.
 fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
     /// One token, in units of a clock that advances with the refill and not with time.
@@ -501,15 +502,15 @@ fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<St
     None
 }
 
-/// The lowest promise of a key's plans from a given time on.
+/// The lowest limits of a key's plans from a given time on.
 #[derive(Debug, Clone, Copy)]
 struct Least {
     from: u64,
     rate: f64,
     burst: f64,
-    /// The largest burst of these plans: no more tokens than that have to refill before the bucket is full.
+    /// The largest burst of these plans: the maximum number of tokens that have to refill before the bucket is full.
     most: f64,
-    /// The largest burst so far: no more tokens than that can be missing.
+    /// The largest burst so far: the maximum number of tokens that can be missing from the bucket.
     ever: f64,
     leased: bool,
     /// Tokens that may be lost at `from`: leases of a plan that was edited.
@@ -588,8 +589,8 @@ struct Bucket<'a> {
     heard: usize,
     at: u64,
     missing: f64,
-    /// Debt beyond an empty bucket, from before the burst was lowered. The debt is missing again when the burst is
-    /// raised, minus what would have refilled while the bucket was full.
+    /// Debt beyond that of an empty bucket, from before the burst was lowered. The debt is missing again when the burst
+    /// is raised, minus what would have refilled while the bucket was full.
     beyond: f64,
     /// The unspent tokens that have refilled since the bucket was emptied. A later, larger burst does not make more
     /// tokens available.
@@ -682,7 +683,7 @@ impl Bucket<'_> {
     }
 }
 
-/// Returns the number of tokens that other replicas may hold when this request arrives.
+/// Returns the number of tokens that other replicas may hold when the request at `place` arrives.
 fn held(entries: &[Entry], place: usize, least: Least) -> f64 {
     let most = (least.burst / 10.0).floor();
     if !least.leased || most < 2.0 {
@@ -822,8 +823,8 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
     None
 }
 
-/// Finds a denial by the rate that was wrong: under every plan that may apply, the bucket would contain enough tokens
-/// even without all tokens that Redis ever granted.
+/// Finds a wrong denial by the rate limit: under every plan that may apply, the bucket would contain enough tokens even
+/// without all tokens that Redis ever granted.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     entries.iter().find_map(|it| {
@@ -843,7 +844,7 @@ fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     })
 }
 
-/// Returns whether anything other than requests changes what the key may use during this time.
+/// Returns whether anything other than requests changes what the key may use between `from` and `until`.
 fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
     let overlaps = |begins: u64, ends: u64| begins < until && from < ends;
     scene.faults.iter().any(|fault| {
@@ -862,9 +863,9 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
             .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
 }
 
-/// Finds a denial with a wrong wait: the same request is denied again after this time although nothing was taken in the
-/// meantime; or the wait is longer than an empty bucket needs; or there is no wait although the bucket can contain
-/// enough tokens.
+/// Finds a denial whose wait is wrong. A wait is wrong if the same request is denied again after the wait although
+/// nothing was taken in the meantime, or if the wait is longer than an empty bucket takes to refill enough tokens. A
+/// missing wait is wrong if the bucket can hold enough tokens.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {
@@ -902,7 +903,7 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
             continue;
         };
         // A replica may repeat a denial until the denial expires, even if other replicas have taken nothing in the
-        // meantime. The replica may also hold tokens that the others cannot get.
+        // meantime. The replica may also hold tokens that other replicas cannot get.
         let from = it.asked.saturating_sub(longest as u64 + HELD);
         let is_taken = |other: &Entry| {
             let known_since = match (other.replica == it.replica, retry.replica == it.replica) {

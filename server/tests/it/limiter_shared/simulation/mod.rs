@@ -1,10 +1,10 @@
-//! Simulates replicas, counters, and faults between them, in virtual time. Everything is derived from a seed.
+//! Simulates replicas, counters, and faults between them, in virtual time. All events are derived from a seed.
 //!
 //! The store is the real one, on tokio's paused clock; the counters are the [model](super::model) behind links that
 //! delay, lose and cut traffic, in a process that stalls, is killed, or is replaced by a process that lags behind. Keys
 //! have plans that are edited while they are in use, replicas join, stop and crash, and requests cost 1 to 5. Admitted
 //! requests are recounted from the responses and compared with upper and lower bounds: [`judge`] describes the
-//! promises.
+//! guarantees.
 //!
 //! `cargo xtask bench simulation 20000` runs 20,000 seeds on all cores. The test reads environment variables:
 //! `QUOTA_SEEDS=n` sets the number of seeds, `QUOTA_FIRST_SEED=n` sets the first seed, and `QUOTA_SEED=n` runs only
@@ -185,7 +185,7 @@ fn every_promise_holds_in_every_seed() {
     );
 }
 
-/// Asserts that every planted defect that breaks one of these promises is found.
+/// Asserts that every planted error that breaks a guarantee selected by `of` is found.
 fn find_planted(of: impl Fn(Promise) -> bool) {
     for (plant, promise, seeds) in Plant::ALL.iter().filter(|(_, promise, _)| of(*promise)) {
         let found = AtomicBool::new(false);
@@ -213,13 +213,13 @@ fn each_planted_shortfall_is_found() {
     find_planted(|promise| promise != Promise::Upper);
 }
 
-/// The judge raises no false alarms: a single exact bucket breaks no promise, no matter what requests it gets.
+/// The judge raises no false alarms: a single exact bucket breaks no guarantee, no matter what requests it gets.
 #[test]
 fn one_exact_bucket_breaks_no_promise() {
     each_seed(0..200, |seed| {
         let mut scene = Scene::of(seed);
-        // Replicas that know of an edit and others that do not yet would switch the shared bucket back and forth
-        // between two plans.
+        // Replicas that know of an edit and replicas that do not know of it yet would switch the shared bucket back and
+        // forth between two plans.
         for key in &mut scene.keys {
             key.plans.truncate(1);
         }

@@ -24,8 +24,8 @@ const START: u64 = 15_000;
 const RPM: u32 = 60_000;
 const BURST: u32 = 100;
 
-/// Two replicas that lose Redis 2 ms after [`START`]. The first replica made its last call a while before,
-/// so it detects the outage after 121 ms, and sends probes 390 ms and about 860 ms after the detection. The second one
+/// Two replicas that lose Redis 2 ms after [`START`]. The first replica made its last call a while before, so it
+/// detects the outage after 121 ms, and sends probes 390 ms and about 860 ms after the detection. The second replica
 /// has just made a call, so it detects only an outage that lasts 360 ms or longer.
 struct Outage {
     world: Arc<World>,
@@ -79,7 +79,7 @@ impl Outage {
         }
     }
 
-    /// Sends requests to all replicas, and returns how many tokens more than the envelope the replicas admit.
+    /// Sends requests to all replicas, and returns by how many tokens the replicas exceed the envelope.
     async fn excess(&self, for_ms: u64) -> i64 {
         let begin = Instant::now();
         let mut requests = JoinSet::new();
@@ -110,8 +110,8 @@ fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     });
 }
 
-/// A replica that starts when an outage ends cannot know whether others have already used their shares. The new replica
-/// must not use buckets that do not reflect these shares, even if it has not counted the replicas yet.
+/// A replica that starts when an outage ends cannot know whether other replicas have already used their shares. The new
+/// replica must not use buckets that do not reflect these shares, even if it has not counted the replicas yet.
 #[test]
 fn a_replica_that_starts_at_the_end_of_an_outage_begins_an_epoch() {
     for (lasts, is_counted) in [870, 950, 1040, 1100, 1390]
@@ -330,10 +330,10 @@ fn an_outage_of_one_replica_empties_no_bucket() {
     assert!(lost.is_empty(), "{lost}");
 }
 
-/// Redis loses its state while replicas are detecting an outage, so some of them send their first probe much later than
-/// others call Redis. All replicas must learn of the new epoch before it starts. Otherwise, a late replica begins
-/// another epoch, and every bucket is emptied again. The replicas must also not keep postponing the start for each
-/// other.
+/// Redis loses its state while replicas are detecting an outage, so some replicas send their first probe long after
+/// other replicas have called Redis again. All replicas must learn of the new epoch before it starts. Otherwise, a late
+/// replica begins another epoch, and every bucket is emptied again. The replicas must also not keep postponing the
+/// start for each other.
 #[test]
 fn a_loss_of_state_empties_every_bucket_once() {
     let ms = Duration::from_millis;
@@ -401,8 +401,8 @@ fn a_loss_of_state_empties_every_bucket_once() {
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// A replica that has just started has no share yet, but it uses Redis like any other. If responses are late at first,
-/// the replica serves requests soon after the responses are in time, and never more than the limit.
+/// A replica that has just started has no share yet, but it uses Redis like any other replica. If responses are late at
+/// first, the replica serves requests soon after the responses are in time, and never more than the limit.
 #[test]
 fn a_replica_that_starts_serves_once_redis_responds_in_time() {
     let ms = Duration::from_millis;

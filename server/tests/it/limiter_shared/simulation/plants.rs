@@ -32,10 +32,10 @@ pub(super) enum Plant {
     OneBucket,
     AdmitsAll,
     DeniesAll,
-    /// Serves only this many of the requests that wait for Redis at the same time, and denies the others as if the
-    /// limit were exceeded.
+    /// Serves at most 20 requests that wait for Redis at the same time, and denies the others as if the limit were
+    /// exceeded.
     RefusesCrowds,
-    /// A denial is repeated for this many seconds, no matter what Redis would decide.
+    /// A denial is repeated for a number of seconds, no matter what Redis would decide.
     RemembersDenials(u64),
     /// After every ten admissions, a request is admitted without taking tokens, as if a lease were spent twice.
     SpendsTwice,
@@ -58,9 +58,9 @@ pub(super) enum Plant {
     OpenWithoutLimit,
     /// `open` admits some requests without Redis, although Redis responds.
     OpenWithoutOutage,
-    /// Without Redis, requests on plans with this fallback setting are denied.
+    /// Without Redis, requests on plans with the given fallback setting are denied.
     DeniesWithoutRedis(OnRedisFailure),
-    /// Without Redis, every other request on plans with this fallback setting is denied.
+    /// Without Redis, every other request on plans with the given fallback setting is denied.
     HalvesWithoutRedis(OnRedisFailure),
     /// Replicas do not confirm the responses that they received.
     ConfirmsNothing,
@@ -79,8 +79,8 @@ pub(super) enum Plant {
 }
 
 impl Plant {
-    /// The errors that must be detected, with the promises they break and the number of seeds within which they must be
-    /// found.
+    /// The errors that must be detected, with the guarantees they break and the number of seeds within which they must
+    /// be found.
     pub(super) const ALL: &[(Self, Promise, u64)] = &[
         (Self::AdmitsAll, Promise::Upper, 20),
         (Self::DeniesAll, Promise::Lower, 20),

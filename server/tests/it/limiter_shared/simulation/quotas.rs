@@ -84,7 +84,7 @@ fn cost(it: &Entry) -> u64 {
     u64::from(it.cost)
 }
 
-/// Returns which promise one key's responses break, and whether one of the key's quotas was exhausted in the end.
+/// Returns which guarantee one key's responses break, and whether one of the key's quotas was exhausted in the end.
 fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, bool) {
     let of_key = log.entries.iter().filter(|it| it.key == key);
     let entries: Vec<Entry> = of_key.copied().collect();
@@ -163,7 +163,7 @@ fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, b
     (None, is_exhausted)
 }
 
-/// Returns the result of a seed: a broken promise, and how many keys were exhausted in the end.
+/// Returns the result of a seed: a broken guarantee, and how many keys were exhausted in the end.
 fn broken_in(seed: u64, plant: Plant) -> (Option<String>, u64) {
     let (scene, from) = with_quotas(seed);
     let log = paused(play(&scene, plant));

@@ -40,7 +40,7 @@ pub(super) const TTL: Duration = Duration::from_millis(100);
 pub(super) const DEADLINE: Duration = Duration::from_millis(30);
 /// The time after which all replicas have counted each other.
 const WARM_UP: Duration = Duration::from_secs(11);
-/// The time after which an edit of a plan applies on every replica.
+/// The time after which a plan edit applies on every replica.
 pub(super) const EDIT_KNOWN: Duration = Duration::from_secs(1);
 /// The time between the last request that a load balancer sends to a replica and the replica's stop.
 const LAST_REQUESTS: Duration = Duration::from_millis(70);
@@ -55,7 +55,7 @@ pub(super) enum Answer {
     None,
 }
 
-/// One request. Times are nanoseconds since the load began.
+/// One request. Times are in nanoseconds since the load began.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Entry {
     pub(super) key: usize,
@@ -70,7 +70,7 @@ pub(super) struct Entry {
     pub(super) retry_after: Option<u64>,
     /// Whether the decision was made without Redis.
     pub(super) degraded: bool,
-    /// Whether the daily and the monthly quota denied the request.
+    /// Whether the daily quota denied the request, and whether the monthly quota did.
     pub(super) denied_by: [bool; 2],
     /// Tokens of the key that Redis had granted when the response arrived; `None` once Redis had lost its state.
     pub(super) granted: Option<u64>,
@@ -81,13 +81,15 @@ pub(super) struct Log {
     pub(super) entries: Vec<Entry>,
     /// The times at which Redis reported a new epoch, in nanoseconds since the load began, by key.
     pub(super) epochs: Vec<Vec<u64>>,
-    /// When tokens were lost, so that neither a replica nor a bucket had them afterward, and how many, by key.
+    /// By key: when tokens were lost, so that neither a replica nor a bucket had them afterward, and how many were
+    /// lost.
     pub(super) missed: Vec<Vec<(u64, u64)>>,
     /// The times at which any replica received a response in time, by key.
     pub(super) heard: Vec<Vec<u64>>,
     /// Tokens that Redis granted, and tokens that were returned, by key.
     pub(super) granted: Vec<(u64, u64)>,
-    /// Totals reported by the replicas that are running at the end: tokens taken; spent; returned or lost.
+    /// Totals reported by the replicas that are running at the end: the tokens that were taken, that were spent, and
+    /// that were returned or lost.
     pub(super) books: Vec<(u64, u64, u64)>,
     /// Replicas that are running at the end and still consider Redis unavailable.
     pub(super) degraded: Vec<usize>,

@@ -15,11 +15,11 @@ const REQUESTS_MAX: usize = 700;
 #[derive(Debug, Clone)]
 pub(super) struct Scene {
     pub(super) seed: u64,
-    /// Replicas at the start. Replicas that join later get the next indices.
+    /// The number of replicas at the start. Replicas that join later get the next indices.
     pub(super) replicas: usize,
     /// The usual round-trip time between a replica and Redis.
     pub(super) round_trip: u64,
-    /// Partitions of a cluster, which share all faults.
+    /// The number of partitions of the cluster. All faults affect all partitions.
     pub(super) partitions: u16,
     /// The time in which the ledger of quotas responds.
     pub(super) ledger_delay: u64,
@@ -93,10 +93,9 @@ impl Fault {
 pub(super) enum FaultKind {
     /// Redis freezes, keeps its state, and then processes the calls that have arrived.
     Stall,
-    /// Some calls take up to this many milliseconds more, each way.
+    /// Some calls are delayed in each direction, by up to the given number of milliseconds.
     Slow(u64),
-    /// The script runs, but its response arrives this much later. Affects this percentage of the calls of these
-    /// replicas.
+    /// The script runs, but its response is delayed by `by`. Affects a percentage of the calls of the given replicas.
     Late {
         replicas: Replicas,
         by: u64,
@@ -112,11 +111,11 @@ pub(super) enum FaultKind {
     Cut,
     /// All calls arrive, and no responses come back.
     Deaf,
-    /// These replicas do not reach Redis: calls get no response, or connections are refused.
+    /// The given replicas do not reach Redis: calls get no response, or connections are refused.
     CutSome { replicas: Replicas, refused: bool },
 }
 
-/// Some of the initial replicas, as bits.
+/// A set of initial replicas, with one bit for each replica.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Replicas(pub(super) u32);
 
@@ -156,7 +155,8 @@ impl Scene {
             length: 8000,
             load: Load(Vec::new()),
         };
-        // Use a separate random number, so that seeds that do not select these scenes still produce the same scenes.
+        // Draw from a separate generator, so that a seed that selects none of the scenes below produces the same scene
+        // as it did before they were added.
         match Rng::with_seed(seed ^ 0x005C_E9E5).u8(..24) {
             0 | 1 => {
                 scene.long_outage(&mut rng);
@@ -239,8 +239,7 @@ impl Scene {
         }
     }
 
-    /// One replica loses PostgreSQL, then another replica joins, of which the first cannot know, and then Redis becomes
-    /// unavailable.
+    /// One replica loses PostgreSQL, so it does not learn that another replica joins. Then Redis becomes unavailable.
     fn miscounted_outage(&mut self, rng: &mut Rng) {
         let at = rng.u64(..500);
         self.length = 10_000;
@@ -256,7 +255,7 @@ impl Scene {
     }
 
     /// Sends requests to one replica whose responses arrive too late, so that granted tokens are returned, and then to
-    /// all the others: the returned tokens must not be available twice.
+    /// all other replicas: the returned tokens must not be available twice.
     fn late_returns(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let plan = Plan {
@@ -562,7 +561,7 @@ impl Scene {
         self.length = edit + 3500;
     }
 
-    /// Sends this many requests at the same time, to random replicas.
+    /// Sends `count` requests at the same time, to random replicas.
     fn crowd(&mut self, rng: &mut Rng, at: u64, count: u32) {
         for _ in 0..count {
             self.load.0.push(Request {
@@ -574,7 +573,7 @@ impl Scene {
         }
     }
 
-    /// Returns the replicas that run at least from a second before this fault until two seconds after it.
+    /// Returns the replicas that run at least from a second before `fault` until two seconds after its end.
     pub(super) fn present(&self, fault: &Fault) -> impl Iterator<Item = usize> {
         let (from, until) = (fault.at, fault.end() + 2000);
         let joins = self.changes.iter().filter(|(_, it)| *it == Change::Join);

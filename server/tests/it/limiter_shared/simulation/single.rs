@@ -29,7 +29,7 @@ use super::{
 };
 use crate::limiter_contract::TestLedger;
 
-/// Returns one replica on a healthy Redis, and policies with this rate, burst and daily quota.
+/// Returns one replica on a healthy Redis, and policies with the given rate, burst and daily quota.
 fn alone(
     ledger: Arc<TestLedger>,
     membership: &Arc<Membership>,
@@ -66,7 +66,7 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Returns several replicas at this round-trip time from one Redis, and the policies of a `closed` plan.
+/// Returns several replicas, each at the given round-trip time from one Redis, and the policies of a `closed` plan.
 fn several(
     replicas: usize,
     round_trip: u64,
@@ -92,7 +92,7 @@ pub(super) fn replica(
     replica_with(world, membership, on_failure, DEADLINE)
 }
 
-/// Starts another replica, whose calls to Redis have this deadline.
+/// Starts another replica, whose calls to Redis have the given deadline.
 pub(super) fn replica_with(
     world: &Arc<World>,
     membership: &Arc<Membership>,
@@ -124,7 +124,7 @@ pub(super) fn replica_with(
     Limiter::new(store, clock)
 }
 
-/// Returns a replica for each of the memberships, with this fallback setting.
+/// Returns a replica for each of the memberships, with the given fallback setting.
 pub(super) fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -228,7 +228,7 @@ fn returns_after_late_responses_credit_no_token_twice() {
             if u128::from(admitted) > allowed {
                 let _ = writeln!(
                     over,
-                    "{admitted} admitted within {took:?}, {allowed} promised; strict: {strict}, {late} ms late"
+                    "{admitted} admitted within {took:?}, {allowed} allowed; strict: {strict}, {late} ms late"
                 );
             }
         }
@@ -236,7 +236,8 @@ fn returns_after_late_responses_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for these memberships once per second, like the server's background job, until the task is aborted.
+/// Counts replicas for the given memberships once per second, like the server's background job, until the task is
+/// aborted.
 pub(super) fn count(
     world: &Arc<World>,
     memberships: Vec<Arc<Membership>>,
@@ -260,7 +261,7 @@ pub(super) fn count(
     (registry, task.abort_handle())
 }
 
-/// Returns policies with this rate and burst, in this version of a plan.
+/// Returns the policies of version `number` of a plan, with the given rate and burst.
 pub(super) fn version(number: u64, (rpm, burst): (u32, u32), strict: bool) -> Policies {
     let rate = RatePolicy {
         rpm: NonZeroU32::new(rpm).unwrap(),
@@ -314,7 +315,7 @@ fn a_busy_key_takes_few_calls_to_redis() {
 
 /// Replicas get many more requests for a key than its limit allows. A single replica calls Redis twice per lifetime of
 /// a lease, several replicas call it about once each, and all calls take tokens. When other replicas stop, the
-/// remaining one takes over their part immediately.
+/// remaining replica takes over their part of the limit immediately.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
     // One token per millisecond.
@@ -501,7 +502,7 @@ fn an_outage_that_some_replicas_miss_grants_nothing_twice() {
             if u128::from(admitted) > allowed {
                 let _ = writeln!(
                     over,
-                    "{admitted} admitted within {took:?}, {allowed} promised; strict: {strict}, a stall of {stall} ms"
+                    "{admitted} admitted within {took:?}, {allowed} allowed; strict: {strict}, a stall of {stall} ms"
                 );
             }
         }
@@ -669,7 +670,8 @@ fn a_denial_states_the_wait_for_the_requested_cost() {
     });
 }
 
-/// A replica that uses a quota slowly keeps only the tokens that it needs soon while another replica denies requests.
+/// While another replica denies requests, a replica that spends few tokens of a quota keeps only those that it needs
+/// soon.
 #[test]
 fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
     paused(async {

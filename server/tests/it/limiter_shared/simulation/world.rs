@@ -79,7 +79,7 @@ pub(super) enum Reach {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Link {
     pub(super) reach: Reach,
-    /// The percentage of responses that arrive this many milliseconds later.
+    /// The percentage of responses that are delayed, and the delay in milliseconds.
     pub(super) late: (u8, u64),
     /// The percentage of responses that never arrive.
     pub(super) lost: u8,

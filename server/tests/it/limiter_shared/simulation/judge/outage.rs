@@ -10,9 +10,9 @@ use super::{
     KNOWN, MS, RECOVERED, SECOND,
 };
 
-/// After an outage has lasted this long, a replica no longer waits for Redis.
+/// How long an outage has lasted when a replica no longer waits for Redis.
 const NOTICED: u64 = 500 * MS;
-/// After an outage has lasted this long, a replica admits its share.
+/// How long an outage has lasted when a replica admits its share.
 const SHARED: u64 = 1400 * MS;
 /// Returns the times at which each replica sent requests for any key of the same partition.
 pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>> {
@@ -58,11 +58,11 @@ pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) ->
     }
 }
 
-/// A replica whose calls fail for this long may consider the counters unavailable.
+/// How long calls of a replica must fail before the replica may consider the counters unavailable.
 const SILENCE: u64 = 200 * MS;
 
-/// Returns whether no response arrives in time for a while during this fault. If a fault affects a fraction of the
-/// calls, several calls in a row may fail by coincidence. If that happens to all replicas, the counters must start with
+/// Returns whether no response arrives in time for a while during `fault`. If a fault affects a fraction of the calls,
+/// several calls in a row may fail by coincidence. If several calls of every replica fail, the counters must start with
 /// empty buckets.
 pub(super) fn is_silent(fault: &Fault, heard: &[u64]) -> bool {
     let is_partial = match fault.kind {
@@ -80,7 +80,7 @@ pub(super) fn is_silent(fault: &Fault, heard: &[u64]) -> bool {
     is_partial && times.windows(2).any(|pair| pair[1] - pair[0] >= SILENCE)
 }
 
-/// Returns whether this fault affects calls of a replica.
+/// Returns whether `fault` affects calls of a replica.
 fn affects(fault: &Fault, replica: usize) -> bool {
     match fault.kind {
         FaultKind::CutSome { replicas, .. }
@@ -90,7 +90,7 @@ fn affects(fault: &Fault, replica: usize) -> bool {
     }
 }
 
-/// Returns whether no response reaches the affected replicas in time during this fault.
+/// Returns whether no response reaches the affected replicas in time during `fault`.
 pub(super) fn is_outage(fault: &Fault) -> bool {
     match fault.kind {
         FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent == 100,
@@ -111,15 +111,15 @@ pub(super) fn disconnected(scene: &Scene, entries: &[Entry], used: &[Vec<u64>]) 
     Some(format!("decided without Redis: {found:?}"))
 }
 
-/// Returns the plan of all requests in this period, and its number. Returns `None` if the plan is edited in this
-/// period.
+/// Returns the plan of all requests between `from` and `until`, and its number. Returns `None` if the plan is edited in
+/// this period.
 fn unedited(key: &Key, from: u64, until: u64) -> Option<(usize, Plan)> {
     let number = key.plans.iter().filter(|it| it.from * MS < until).count() - 1;
     let plan = key.plans[number];
     (number == 0 || plan.from * MS + KNOWN < from).then_some((number, plan))
 }
 
-/// Finds an outage in which a replica serves less than the fallback setting promises.
+/// Finds an outage in which a replica serves less than the fallback setting allows.
 pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     scene.faults.iter().find_map(|fault| {
         (0..scene.replicas)

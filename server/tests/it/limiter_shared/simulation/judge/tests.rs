@@ -47,7 +47,7 @@ fn outage(at: u64, lasts: u64) -> Fault {
     }
 }
 
-/// Returns `of` requests at this millisecond, of which `admitted` are admitted.
+/// Returns `of` requests that are sent at millisecond `at`. Of these requests, `admitted` are admitted.
 fn requests(at: u64, admitted: usize, of: usize) -> impl Iterator<Item = Entry> {
     (0..of).map(move |n| Entry {
         key: 0,
@@ -243,8 +243,8 @@ fn requests_that_waited_take_their_tokens_when_they_are_answered() {
     let mut scene = scene(vec![plan(0, 6000, 100, true)]);
     scene.keys[0].on_failure = OnRedisFailure::Open;
     scene.faults.push(outage(1000, 3000));
-    // Checks a log of requests that waited for 60 ms until `answered`, and of requests that did not wait, with these
-    // numbers of admitted requests. The outage counts from 1500 ms on.
+    // Checks a log of requests that waited for 60 ms until `answered`, and of requests that did not wait. Of the
+    // requests that waited, `waited` are admitted; of the others, `later` are. The outage counts from 1500 ms on.
     let is_under = |answered: u64, waited: usize, later: usize| {
         let waited = requests(answered - 60, waited, 110).map(|it| Entry {
             answered: answered * MS,
