@@ -15,7 +15,7 @@ use tokio::{
     time::timeout,
 };
 
-/// The maximum number of a tenant's concurrent large reads.
+/// The maximum number of concurrent large reads per tenant.
 const READS: usize = 2;
 /// The maximum number of waiting changes or reads per tenant.
 const WAITING: usize = 32;

@@ -98,7 +98,7 @@ enum Chore {
         #[arg(long)]
         debug: bool,
     },
-    /// Package the server as .deb, with its systemd units
+    /// Package the server as a .deb, with its systemd units
     Deb {
         /// Package this binary instead of compiling one
         #[arg(long)]

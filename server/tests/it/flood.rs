@@ -443,7 +443,7 @@ async fn address_at_its_connection_limit_does_not_affect_others() {
     for _ in 0..5 {
         held.push(at(1).await.expect("within its share"));
     }
-    // For a moment, an address may have up to twice its limit.
+    // For a moment, an address may have up to twice as many connections as its limit allows.
     let mut refused = 0;
     for _ in 0..15 {
         match at(1).await {

@@ -131,8 +131,8 @@ async fn assert_complete(database: &TestDatabase, data: &Path, ids: &[String]) {
     quota.stop();
 }
 
-/// After the backup, a segment is shipped and deleted, and then the database is lost. The server's directory remains,
-/// with a newer segment.
+/// After the backup, a segment is shipped and deleted, and then the database is lost. The server's directory
+/// remains, and contains a segment that is newer than the backup.
 #[tokio::test(flavor = "multi_thread")]
 async fn restore_on_the_same_machine_adds_what_was_shipped_after_the_backup() {
     let (data, backups) = (data_dir(), data_dir());

@@ -136,8 +136,7 @@ impl World {
         self.quotas.admit(&self.quota, cost, peek, decide).await
     }
 
-    /// Returns a decision by the store once the test sends its outcome. Sends `begun` first: by then, the tokens are
-    /// reserved.
+    /// Returns the decision that the test sends. Sends `begun` first: by then, the tokens are reserved.
     async fn decided(
         &self,
         begun: oneshot::Sender<()>,

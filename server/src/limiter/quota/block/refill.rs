@@ -33,7 +33,7 @@ impl Block {
             && ((self.failure.is_none() && self.patience == PATIENCE) || self.is_due(now))
     }
 
-    /// Returns whether tokens are owed to a window that has not ended, and no call is in flight. Tokens owed to an
+    /// Returns whether no call is in flight and tokens are owed to a window that has not ended. Tokens owed to an
     /// ended window can wait for [`take_owed`](Self::take_owed).
     pub(in crate::limiter) fn is_return_due(&self, now: UnixNanos) -> bool {
         !self.fetching && self.owed.iter().any(|(window, _)| now < window.end)

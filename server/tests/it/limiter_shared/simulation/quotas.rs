@@ -42,7 +42,7 @@ const SETTLED: u64 = 25_000;
 fn with_quotas(seed: u64) -> (Scene, u64) {
     let mut scene = Scene::of(seed);
     let mut rng = Rng::with_seed(seed ^ 0x9_0BED);
-    // Without PostgreSQL, a replica could not reach the ledger either.
+    // PostgreSQL does not fail here, because replicas could then not reach the ledger.
     let changes = &mut scene.changes;
     changes.retain(|(_, it)| !matches!(it, Change::StopCounting(_)));
     scene.ledger_delay = [0, 1, 5, 20][rng.usize(..4)];
