@@ -30,7 +30,6 @@ use super::{
     tenant_rights::UsageTenant,
 };
 use crate::{
-    clock::UnixNanos,
     db::TenantTx,
     limiter::{Policy, Zone},
     repo::{

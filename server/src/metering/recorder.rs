@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     clock::{Clock, Monotonic, Nanos, UnixNanos},
+    config::Durability,
     telemetry::metrics::Metrics,
 };
 

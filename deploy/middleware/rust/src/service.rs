@@ -1,7 +1,6 @@
 //! The layer, and the service that it adds.
 
 use std::{
-    fmt,
     future::Future,
     mem,
     pin::Pin,
@@ -19,7 +18,6 @@ use tower_service::Service;
 use crate::{
     client::{Check, Client, DEGRADED, REQUEST_ID},
     decision::{Code, Decision},
-    denial_cache::DenialCache,
     request,
     response::{self, ResponseBody},
     settings::{OnUnavailable, Settings},
