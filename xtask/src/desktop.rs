@@ -20,7 +20,7 @@ const RUNNING: &str = "http://localhost:8080";
 /// The programs and libraries required to compile the app.
 pub(crate) const NEEDS: [machine::Need; 1] = [machine::WEBKIT];
 
-/// The programs required by its end-to-end test.
+/// The programs that the desktop app's end-to-end test needs.
 pub(crate) const JOURNEY_NEEDS: [machine::Need; 5] = [
     machine::WEBKIT,
     machine::WEBKIT_DRIVER,
@@ -208,7 +208,8 @@ fn as_root(words: &[&str]) -> Command {
     command
 }
 
-/// Runs the end-to-end test of the app against a running server. Returns `false` if it failed and has reported why.
+/// Runs the app's end-to-end test against a running server. Returns `false` if the test failed. The test itself reports
+/// the reason.
 pub(crate) fn journey(server: &str) -> Result<bool> {
     console::build_for_desktop()?;
     say("building the desktop app (a first build takes a few minutes)");

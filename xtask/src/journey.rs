@@ -49,7 +49,7 @@ pub(crate) fn alone(parts: &[String]) -> Result<ExitCode> {
     })
 }
 
-/// `cargo xtask pictures`: takes new pictures for desktop/pictures.
+/// `cargo xtask pictures`: takes new screenshots for `desktop/pictures`.
 pub(crate) fn pictures() -> Result<ExitCode> {
     let needs = [
         machine::POSTGRES,
@@ -79,7 +79,7 @@ pub(crate) fn run() -> Result<bool> {
     let screenshots = std::env::var_os("QUOTA_SCREENSHOTS");
     let screenshots = screenshots.as_deref();
     let status = browse(&server.address, None, screenshots, &[])?;
-    // Runs all of them, even if the first fails.
+    // Runs all parts, even if the first one fails.
     let counted = recount(screenshots)?;
     let in_app = desktop::journey(&server.address)?;
     Ok(status.success() && counted && in_app)

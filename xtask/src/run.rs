@@ -6,7 +6,7 @@ use anyhow::{Context as _, Result};
 
 use crate::{cargo, console, machine, say};
 
-/// Builds and starts the server. With `--billing`, it bills through a stand-in for Stripe, whose pages can be used in a
+/// Builds and starts the server. With `--billing`, the server uses a stand-in for Stripe, whose pages can be used in a
 /// browser.
 pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     let with_billing = arguments.iter().any(|it| it == "--billing");

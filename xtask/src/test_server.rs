@@ -36,7 +36,8 @@ pub(crate) fn build_server() -> Result<()> {
     succeed(cargo().args(["build", "--quiet", "--bins"]).args(packages))
 }
 
-/// Creates a directory in /tmp that other users can access, because the database's user has to reach it.
+/// Creates a directory in /tmp that other users can access, because the user that PostgreSQL runs as must be able to
+/// reach it.
 fn new_directory() -> Result<PathBuf> {
     let stamp = std::time::UNIX_EPOCH.elapsed().unwrap_or_default();
     let path = PathBuf::from(format!(
@@ -55,7 +56,7 @@ fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// A Redis server that stores nothing on disk and ends when dropped.
+/// A Redis server that stores nothing on disk. Dropping this value stops the server.
 pub(crate) struct Redis {
     process: Child,
     port: u16,
@@ -87,7 +88,7 @@ impl Drop for Redis {
     }
 }
 
-/// An empty server, which ends when dropped.
+/// A server with an empty database. Dropping this value stops the server.
 pub(crate) struct Server {
     process: Child,
     pub(crate) address: String,
@@ -106,7 +107,7 @@ impl Server {
         // name.
         let address = format!("http://localhost:{port}");
         let mut command = if settings.is_empty() {
-            // It bills through a stand-in for Stripe.
+            // Bill through a stand-in for Stripe.
             let mut command = Command::new(built.join("fake-stripe"));
             command
                 .args(["--listen", "127.0.0.1:0"])

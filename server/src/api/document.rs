@@ -42,7 +42,7 @@ const START: &str = r##"SwaggerUIBundle({
 });
 "##;
 
-/// Extracts the viewer's style and script from the page that poem-openapi generates. That page contains both inline.
+/// Extracts the viewer's style and script from the page that poem-openapi generates. That page contains the style and the script inline.
 fn viewer(service_html: &str) -> Option<(String, String)> {
     let between = |start: &str, end: &str| {
         let from = service_html.find(start)? + start.len();

@@ -44,7 +44,7 @@ pub struct QuotaStanding {
     pub window_end: DateTime<Utc>,
 }
 
-/// How long ago the usage being checked occurred. Usage is recorded late if a replica cannot reach PostgreSQL.
+/// How old the checked usage is. Usage is recorded late if a replica cannot reach PostgreSQL.
 #[derive(Debug, Clone, Default)]
 pub struct Lateness {
     /// The time of each key's oldest usage.
@@ -161,7 +161,7 @@ pub struct TenantQuota {
 }
 
 /// Returns the tenant's quota if at least `percent` of it is taken. Unlike the quota's ledger, the rollups also contain
-/// requests from when the quota did not apply.
+/// requests from times at which the quota did not apply.
 pub async fn of_tenant(
     tx: &mut SystemTx,
     tenant: TenantId,

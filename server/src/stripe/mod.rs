@@ -288,7 +288,7 @@ impl Stripe {
         Ok(!page.data.is_empty())
     }
 
-    /// Reports a customer's usage at time `at`, in seconds since 1970. Stripe rejects further reports with the same
+    /// Reports a customer's usage at time `at`, in seconds since the Unix epoch. Stripe rejects further reports with the same
     /// identifier for a day.
     pub async fn use_meter(
         &self,

@@ -69,7 +69,7 @@ impl State {
             ["billing", rest @ ..] => self.collection(call, rest),
             ["customers", id] if call.method == Method::DELETE => self.delete_customer(id),
             ["subscriptions"] if is_get => {
-                // This also works for deleted customers.
+                // A deleted customer's subscriptions can be listed too.
                 if let Some(customer) = params["customer"].as_str()
                     && self.find("customer", customer).is_err()
                 {
@@ -140,7 +140,7 @@ impl State {
         Ok(json!({"id": id, "object": "customer", "deleted": true}))
     }
 
-    /// Creates, updates, retrieves, or lists objects. This works the same way for many kinds.
+    /// Creates, updates, retrieves, or lists objects of any kind that has no special rules.
     fn collection(&mut self, call: &Call<'_>, path: &[&str]) -> Result<Value, Failure> {
         let (name, id) = match path {
             [name] => (*name, None),

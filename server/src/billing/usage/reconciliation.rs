@@ -17,7 +17,7 @@ pub struct Reconciled {
     pub lost: i64,
     /// The age in seconds of the oldest report that Stripe has not received.
     pub oldest_pending: i64,
-    /// When the comparison was made, in seconds since 1970.
+    /// When the comparison was made, in seconds since the Unix epoch.
     pub at: i64,
 }
 

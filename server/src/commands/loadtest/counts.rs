@@ -9,7 +9,7 @@ use super::target::Answer;
 /// How long another replica may hold tokens: the default of `QUOTA_LEASE_TTL`.
 const LEASE_TTL: Duration = Duration::from_millis(100);
 
-/// The maximum number of requests in flight. Requests that exceed it are counted but not sent.
+/// The maximum number of requests in flight. Further requests are counted, but not sent.
 pub(super) const MAX_IN_FLIGHT: usize = 10_000;
 
 /// The responses to requests with one key.
