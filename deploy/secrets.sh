@@ -25,6 +25,6 @@ write redis_url "redis://:$(sed -n 's/^requirepass //p' "$folder/redis.conf")@re
 write quota_secret "$(random)"
 # Differs only while rotate-secret.sh rotates the secret.
 write quota_secret_previous "$(cat "$folder/quota_secret")"
-# For billing, fill in both files and set QUOTA_BILLING.
+# For billing, fill in both files, and set their names in .env.prod.
 write stripe_secret_key ""
 write stripe_webhook_secret ""
