@@ -49,16 +49,20 @@ impl Caddy {
             if let Ok(pem) = fs::read(&certificate)
                 && let Ok(certificate) = reqwest::Certificate::from_pem(&pem)
             {
-                let client = Client::builder().tls_certs_only([certificate]).no_proxy();
-                let client = client.build().expect("a client");
-                // Caddy responds to this by itself.
-                let stranger = client
+                let client = || {
+                    Client::builder()
+                        .tls_certs_only([certificate.clone()])
+                        .no_proxy()
+                };
+                // Caddy responds to this by itself. With HTTP/2, the header does not replace the name in the URL.
+                let stranger = client().http1_only().build().expect("a client");
+                let stranger = stranger
                     .get(format!("https://localhost:{https}/"))
                     .header("host", "stranger.example");
                 if stranger.send().await.is_ok_and(|it| it.status() == 421) {
                     return Self {
                         https,
-                        client,
+                        client: client().build().expect("a client"),
                         _process: process,
                         _dir: dir,
                     };
