@@ -159,7 +159,7 @@ impl Production<'_> {
         }
         let results = load.stop().await?;
         results.check()?;
-        println!("  decisions of each replica in {PAUSE:?}: {shares:?}");
+        println!("  decisions of each replica with 4 and 2 of them: {shares:?}");
         ensure!(
             shares.concat().iter().all(|it| *it > 0),
             "a replica decided no request"

@@ -139,14 +139,17 @@ pub fn upgrade(
     let subject = git(&["show", "--no-patch", "--format=%h %cs %s", &commit])?;
     println!("upgrading from {subject}");
     let clone = folder.join("previous");
-    let _ = fs::remove_dir_all(&clone);
-    clone_of(&clone)?;
-    succeed(
-        Command::new("git")
-            .arg("-C")
-            .arg(&clone)
-            .args(["checkout", "--quiet", &commit]),
-    )?;
+    let head = Command::new("git")
+        .arg("-C")
+        .arg(&clone)
+        .args(["rev-parse", "HEAD"])
+        .output()?;
+    if String::from_utf8_lossy(&head.stdout).trim() != commit {
+        let _ = fs::remove_dir_all(&clone);
+        clone_of(&clone)?;
+        let checkout = ["checkout", "--quiet", &commit];
+        succeed(Command::new("git").arg("-C").arg(&clone).args(checkout))?;
+    }
     // Not inside the image, where all dependencies would be compiled again.
     let target =
         env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
