@@ -69,6 +69,14 @@ connect_compose() {
   [ -n "$container" ] || fail "PostgreSQL is not running: start it with \`${compose[*]} up --detach postgres\`, or set DATABASE_URL"
 }
 
+# Prints the ID of one replica.
+first_replica() {
+  local replicas
+  # Not through `head`: it ends after the first line, and Compose then fails.
+  replicas=$("${compose[@]}" ps "$@" --quiet quota)
+  echo "${replicas%%$'\n'*}"
+}
+
 # Runs a PostgreSQL program on the database.
 postgres() {
   if [ -n "$database" ]; then
@@ -86,7 +94,7 @@ query() {
 archive_usage() {
   if [ -z "$database" ]; then
     local replica
-    replica=$("${compose[@]}" ps --quiet quota | head -1)
+    replica=$(first_replica)
     [ -n "$replica" ] || fail "no replica is running, so its volume cannot be read; start one"
     docker cp "$replica:/var/lib/quota/usage" -
   elif [ -d "${QUOTA_DATA_DIR:-}/usage" ]; then
@@ -118,7 +126,7 @@ restore_usage() {
   if [ -z "$database" ]; then
     "${compose[@]}" up --no-start quota
     local replica archive
-    replica=$("${compose[@]}" ps --all --quiet quota | head -1)
+    replica=$(first_replica --all)
     archive=$(mktemp)
     cat > "$archive"
     # Skip files with the same name and size. A smaller existing file was copied only in part, so replace it.

@@ -25,6 +25,6 @@ write redis_url "redis://:$(sed -n 's/^requirepass //p' "$folder/redis.conf")@re
 write quota_secret "$(random)"
 # The same secret as in quota_secret, except while rotate-secret.sh is rotating it.
 write quota_secret_previous "$(cat "$folder/quota_secret")"
-# For billing, fill in both files and set QUOTA_BILLING.
+# For billing, fill in both files, and set their names in .env.prod.
 write stripe_secret_key ""
 write stripe_webhook_secret ""

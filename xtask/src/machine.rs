@@ -90,6 +90,12 @@ pub(crate) const HAPROXY: Need = Need {
     is_there: || on_path("haproxy").is_some() || Path::new("/usr/sbin/haproxy").exists(),
 };
 
+pub(crate) const OPENSSL: Need = Need {
+    name: "OpenSSL (`openssl`), for the tests of TLS",
+    package: "openssl",
+    is_there: || on_path("openssl").is_some(),
+};
+
 pub(crate) const CHROMIUM: Need = Need {
     name: "Chromium, for the tests of the console",
     package: "chromium",

@@ -117,9 +117,13 @@ enum Chore {
     Pictures,
     /// Build the container image `quota:local`
     Image,
-    /// Build the image, run the production compose file with Caddy, PostgreSQL and Redis, and test it under load
+    /// Build the image, run the production compose file, upgrade, kill and scale its replicas under load, restore a
+    /// backup on an empty machine, run the development compose file from a fresh clone, and follow the runbook on a
+    /// machine with nothing but Debian
     Containers {
-        /// Options: `--binary FILE` puts that binary into the image instead of compiling one inside
+        /// Options, such as `--only production,backup,development,runbook`, `--from migration` to upgrade from the version
+        /// before the newest migration, or `--binary FILE` to put that binary into the image instead of compiling one
+        /// inside; `--help` lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },

@@ -21,6 +21,7 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         machine::RECENT_CADDY,
         machine::NGINX,
         machine::HAPROXY,
+        machine::OPENSSL,
         machine::PIP,
         machine::NODE,
         machine::NPM,

@@ -53,6 +53,7 @@ mod shared_records;
 mod support;
 mod sweep;
 mod tenancy;
+mod tls;
 mod traces;
 mod usage;
 mod webhooks;

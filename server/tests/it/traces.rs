@@ -2,22 +2,17 @@
 //! not affect requests.
 
 use std::{
-    fs,
     net::TcpListener,
-    path::Path,
-    process::Command,
     time::{Duration, Instant},
 };
 
-use quota_testkit::{
-    Process, caddy,
-    redis::{RedisServer, free_port},
-};
+use quota_testkit::redis::{RedisServer, free_port};
 use reqwest::Client;
 use serde_json::{Value, json};
 
 use crate::support::{
     app::{Account, PASSWORD, Setup, TestApp},
+    caddy::Caddy,
     collector::{Collector, Received},
     quota::{Quota, data_dir},
 };
@@ -315,68 +310,6 @@ async fn sigterm_sends_the_last_spans() {
     assert_eq!(echoes.count(), 20);
 }
 
-/// Returns the repository's Caddyfile with other ports, on loopback only.
-fn caddyfile(https: u16) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Caddyfile");
-    let mut text = fs::read_to_string(path).expect("the Caddyfile exists");
-    let options = format!(
-        "\tskip_install_trust\n\tadmin off\n\tdefault_bind 127.0.0.1\n\thttp_port {}\n\thttps_port {https}\n",
-        free_port()
-    );
-    for (from, to) in [
-        ("\tskip_install_trust\n", options),
-        ("\n:443 {\n", format!("\n:{https} {{\n")),
-    ] {
-        assert_eq!(text.matches(from).count(), 1, "{from:?}");
-        text = text.replace(from, &to);
-    }
-    text
-}
-
-/// Starts Caddy in front of a server, and returns a client that trusts its certificate authority.
-async fn start_caddy(dir: &Path, https: u16, quota: &Quota, collector: &str) -> (Process, Client) {
-    let program = caddy::recent(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("there is a Caddy");
-    let file = dir.join("Caddyfile");
-    fs::write(&file, caddyfile(https)).expect("the file is written");
-    let port = quota.addr.port().to_string();
-    let mut command = Command::new(program);
-    command
-        .args(["run", "--adapter", "caddyfile", "--config"])
-        .arg(&file)
-        .envs([
-            ("QUOTA_UPSTREAM", "localhost"),
-            ("QUOTA_PORT", port.as_str()),
-            ("QUOTA_TRACING", "on"),
-            ("OTEL_EXPORTER_OTLP_ENDPOINT", collector),
-            ("OTEL_SERVICE_NAME", "caddy"),
-            ("OTEL_TRACES_SAMPLER", "always_on"),
-            // The delay in milliseconds.
-            ("OTEL_BSP_SCHEDULE_DELAY", "100"),
-        ])
-        .env("HOME", dir)
-        .env("XDG_DATA_HOME", dir)
-        .env("XDG_CONFIG_HOME", dir);
-    let output = dir.join("output");
-    let process = Process::start(&command, &output).expect("Caddy runs");
-    let certificate = dir.join("caddy/pki/authorities/local/root.crt");
-    let began = Instant::now();
-    loop {
-        if let Ok(pem) = fs::read(&certificate)
-            && let Ok(certificate) = reqwest::Certificate::from_pem(&pem)
-        {
-            let client = Client::builder().tls_certs_only([certificate]).no_proxy();
-            let client = client.build().expect("a client");
-            let health = client.get(format!("https://localhost:{https}/health/serving"));
-            if health.send().await.is_ok_and(|it| it.status().is_success()) {
-                return (process, client);
-            }
-        }
-        let log = || fs::read_to_string(&output).unwrap_or_default();
-        assert!(began.elapsed() < PATIENCE, "{}", log());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn trace_leads_from_caddy_through_the_decision_to_redis_and_postgresql() {
     let redis = RedisServer::start().await;
@@ -393,13 +326,20 @@ async fn trace_leads_from_caddy_through_the_decision_to_redis_and_postgresql() {
     let quota = Quota::start_with(data.path(), &settings);
     let plan = json!({"name": "Traced", "default_rpm": 60_000, "daily_quota": 1000});
     let key = quota.key_on(&Client::new(), plan).await;
-    let dir = tempfile::tempdir().expect("a directory");
-    let https = free_port();
-    let (_caddy, client) = start_caddy(dir.path(), https, &quota, &url).await;
+    let variables = [
+        ("QUOTA_TRACING", "on"),
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", &url),
+        ("OTEL_SERVICE_NAME", "caddy"),
+        ("OTEL_TRACES_SAMPLER", "always_on"),
+        // In milliseconds.
+        ("OTEL_BSP_SCHEDULE_DELAY", "100"),
+    ];
+    let caddy = Caddy::start(quota.addr.port(), &variables).await;
 
     // The client's header claims that the request is part of a trace.
-    let echo = client
-        .get(format!("https://localhost:{https}/api/v1/echo"))
+    let echo = caddy
+        .client
+        .get(format!("https://localhost:{}/api/v1/echo", caddy.https))
         .header("X-API-Key", &key)
         .header("traceparent", traceparent("01"));
     assert_eq!(

@@ -331,6 +331,7 @@ fn fill_template(path: &Path, names: &[(&str, &String)]) -> Result<String> {
 
 /// Writes changed files and removes stale ones. Unchanged files are not touched, so that the server is not rebuilt.
 fn write(out: &Path, files: &BTreeMap<String, Vec<u8>>) -> Result<()> {
+    fs::create_dir_all(out).with_context(|| format!("cannot create {}", out.display()))?;
     remove_stale(out, out, files)?;
     for (name, bytes) in files {
         let path = out.join(name);
@@ -404,6 +405,17 @@ mod tests {
         let script = "/**\n * A comment\n */\nexport class IntoUnderlyingSink {\n  free() {}\n}\n\n  let a = 1;\n";
         assert_eq!(without_comments(script).unwrap(), "let a = 1;\n");
         assert!(without_comments("const a = `first\nsecond`;").is_err());
+    }
+
+    #[test]
+    fn folder_is_created() {
+        let parent = std::env::temp_dir().join(format!("xtask-console-new-{}", std::process::id()));
+        let out = parent.join("dist");
+        let files = [("a.js".to_owned(), b"a".to_vec())].into();
+        write(&out, &files).unwrap();
+        let written = fs::read_to_string(out.join("a.js")).unwrap();
+        fs::remove_dir_all(&parent).unwrap();
+        assert_eq!(written, "a");
     }
 
     #[test]

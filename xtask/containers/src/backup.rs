@@ -1,104 +1,104 @@
-//! Takes a backup with `deploy/backup.sh`, and restores it with `deploy/restore.sh`.
+//! Takes a backup under load with `deploy/backup.sh`, loses the machine, and restores the backup with
+//! `deploy/restore.sh` on an empty one.
 
-use std::{
-    path::Path,
-    time::{Duration, Instant},
-};
+use std::{path::Path, time::Duration};
 
 use anyhow::{Result, ensure};
 use reqwest::Client;
 use serde_json::json;
+use std::time::Instant;
 use tokio::time::sleep;
 
 use crate::{
-    Account, Production,
+    account::Account,
     engine::{self, succeed},
+    load::{Load, Target},
+    production::Production,
 };
 
+/// A daily quota that the load does not use up, and the part of it that replicas may hold when the backup is taken.
+const DAILY: usize = 4000;
+const HELD: usize = DAILY / 100;
+
 impl Production<'_> {
-    /// Sends requests with a key until one is denied, but at most this many. Returns how many were allowed.
-    async fn spend(&self, client: &Client, key: &str, most: u32) -> Result<u32> {
-        for allowed in 0..most {
-            let request = client.get(format!("{}/v1/echo", self.base()));
-            match request
-                .header("x-api-key", key)
-                .send()
-                .await?
-                .status()
-                .as_u16()
-            {
-                200 => {}
-                429 => return Ok(allowed),
-                other => anyhow::bail!("{other}"),
-            }
+    pub async fn restored_from_backup(self, account: &Account, target: Target) -> Result<()> {
+        let daily = json!({"name": "Daily", "default_rpm": 60_000_000, "daily_quota": DAILY});
+        let key = account.key(&target.client, daily).await?;
+        // Half of the requests use it.
+        let target = Target {
+            ample: key.clone(),
+            ..target
+        };
+        let script = |of: &Production<'_>, name: &str, argument: &Path| {
+            let mut script = of.engine.script(&of.deploy().join(name));
+            engine::read(script.arg(argument).env("PROJECT", &of.project))
+        };
+
+        let folder = tempfile::tempdir()?;
+        let load = Load::start("backup under load", target);
+        sleep(Duration::from_secs(5)).await;
+        let began = Instant::now();
+        let backup = script(&self, "backup.sh", folder.path())?;
+        let ended = Instant::now();
+        sleep(Duration::from_secs(2)).await;
+        let results = load.stop().await?;
+        results.check()?;
+        println!("  backup in {:.1} s", (ended - began).as_secs_f64());
+        let before = results.allowed_with_ample(|it| it.answered < began);
+        let during = results.allowed_with_ample(|it| it.sent < ended) - before;
+
+        let new = self.replace()?;
+        let restored = new.restore(Path::new(backup.trim()), script).await;
+        new.logs_of(restored)?;
+        let checked = async {
+            let client = new.client().await?;
+            account.sign_in(&client).await?;
+            new.is_complete_until(&results, began).await?;
+            let after = new.spend(&client, &key, 2 * DAILY).await?;
+            println!(
+                "restored: of a daily quota of {DAILY}, {before} were used before the backup, {during} during it, and \
+                 {after} on the new machine"
+            );
+            // What was used during the backup may count or not.
+            let range = DAILY - before - during - HELD..=DAILY - before;
+            ensure!(range.contains(&after), "expected {range:?}");
+            Ok(())
         }
-        Ok(most)
+        .await;
+        new.logs_of(checked)
     }
 
-    /// Takes a backup, starts over with an empty database as on a new machine, and restores the backup.
-    pub async fn restored_from_backup(&self, client: &Client, account: &Account) -> Result<()> {
-        let plan = json!({"name": "Daily", "default_rpm": 60_000, "daily_quota": 1000});
-        let key = account.key(client, plan).await?;
-        ensure!(self.spend(client, &key, 300).await? == 300);
-        let script = |name: &str, argument: &Path| {
-            let mut script = self.engine.script(&self.deploy().join(name));
-            script.arg(argument).env("PROJECT", &self.project);
-            engine::read(&mut script)
-        };
-        let folder = tempfile::tempdir()?;
-        let backup = script("backup.sh", folder.path())?;
-
-        succeed(self.compose().args(["stop", "caddy", "quota"]))?;
-        let postgres = self.containers("postgres")?.swap_remove(0);
-        let postgres = postgres.as_str();
-        for sql in [
-            "ALTER DATABASE quota RENAME TO quota_before_restore",
-            "CREATE DATABASE quota",
-        ] {
-            let psql = [
-                "exec",
-                postgres,
-                "psql",
-                "--username=quota",
-                "--dbname=postgres",
-            ];
-            succeed(self.engine.docker(&psql).args(["--command", sql]))?;
-        }
-        let restored = script("restore.sh", Path::new(backup.trim()))?;
+    /// The steps of the runbook, on a machine without any data.
+    async fn restore(
+        &self,
+        backup: &Path,
+        script: impl Fn(&Production<'_>, &str, &Path) -> Result<String>,
+    ) -> Result<()> {
+        let began = Instant::now();
+        succeed(self.compose().args(["up", "--detach", "postgres"]))?;
+        self.until_healthy("postgres", 1).await?;
+        let restored = script(self, "restore.sh", backup)?;
         ensure!(restored.contains("Restored."), "{restored}");
         succeed(self.compose().args(["up", "--detach"]))?;
         self.until_healthy("quota", 2).await?;
-        self.until_healthy("caddy", 1).await?;
-
-        let after = self.spend(client, &key, 2000).await?;
         println!(
-            "restored from a backup: 300 requests of a daily quota of 1,000 before it, {after} after it"
+            "restored on an empty machine in {:.0} s",
+            began.elapsed().as_secs_f64()
         );
-        // Replicas held at most 1% of the quota when the backup was taken.
-        ensure!((690..=700).contains(&after));
-        let usage = "SELECT count(*) FROM usage_log WHERE NOT was_rejected AND key_id = \
-            (SELECT k.id FROM api_keys k JOIN plans p ON p.id = k.plan_id WHERE p.name = 'Daily')";
-        let psql = [
-            "exec",
-            postgres,
-            "psql",
-            "--username=quota",
-            "--dbname=quota",
-        ];
-        let count = || {
-            let mut count = self.engine.docker(&psql);
-            engine::read(count.args(["--tuples-only", "--no-align", "--command", usage]))
-        };
-        let expected = (300 + after).to_string();
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while count()?.trim() != expected {
-            ensure!(
-                Instant::now() < deadline,
-                "{} requests are counted, expected {expected}",
-                count()?.trim()
-            );
-            sleep(Duration::from_millis(500)).await;
-        }
         Ok(())
+    }
+
+    /// Sends requests with a key until one is denied, but at most this many. Returns how many were allowed.
+    async fn spend(&self, client: &Client, key: &str, most: usize) -> Result<usize> {
+        for allowed in 0..most {
+            let request = client.get(format!("{}/v1/echo", self.base()));
+            let response = request.header("x-api-key", key).send().await?;
+            match response.status().as_u16() {
+                200 => {}
+                429 => return Ok(allowed),
+                other => anyhow::bail!("{other}: {}", response.text().await?),
+            }
+        }
+        Ok(most)
     }
 }

@@ -39,9 +39,8 @@ impl Engine {
         fs::create_dir_all(folder)?;
         let socket = folder.join("docker.sock");
         let log = fs::File::create(folder.join("docker.log"))?;
-        let mut daemon = Command::new("nice");
+        let mut daemon = Command::new("dockerd");
         daemon
-            .args(["-n", "10", "dockerd"])
             .arg("--data-root")
             .arg(folder.join("data"))
             .arg("--exec-root")
@@ -76,11 +75,19 @@ impl Engine {
         status.is_ok_and(|status| status.success())
     }
 
+    /// Returns a command that uses the engine, or calls the client.
     fn with_host(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.env("DOCKER_BUILDKIT", "1").stdin(Stdio::null());
         if let Some(host) = &self.host {
             command.env("DOCKER_HOST", host);
+        }
+        if let (Some(folder), Some(path)) = (self.client.parent(), std::env::var_os("PATH")) {
+            let mut folders = vec![folder.to_owned()];
+            folders.extend(std::env::split_paths(&path));
+            if let Ok(path) = std::env::join_paths(folders) {
+                command.env("PATH", path);
+            }
         }
         command
     }
@@ -99,15 +106,7 @@ impl Engine {
 
     /// Returns a command that runs a program that calls the client itself, such as a script.
     pub fn script(&self, program: &Path) -> Command {
-        let mut command = self.with_host(program);
-        if let (Some(folder), Some(path)) = (self.client.parent(), std::env::var_os("PATH")) {
-            let mut folders = vec![folder.to_owned()];
-            folders.extend(std::env::split_paths(&path));
-            if let Ok(path) = std::env::join_paths(folders) {
-                command.env("PATH", path);
-            }
-        }
-        command
+        self.with_host(program)
     }
 
     pub fn has_image(&self, name: &str) -> bool {

@@ -187,6 +187,8 @@ fn import(engine: &Engine, root: &Path, name: &str) -> Result<()> {
 fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     let root = folder.join("rust");
     let _ = fs::remove_dir_all(&root);
+    // The console's target. Inside the image, it could only be added with a network.
+    succeed(Command::new("rustup").args(["target", "add", "wasm32-unknown-unknown"]))?;
     let sysroot = read(Command::new("rustc").args(["--print", "sysroot"]))?;
     let sysroot = Path::new(sysroot.trim());
     let toolchain = "1.95.0-x86_64-unknown-linux-gnu";

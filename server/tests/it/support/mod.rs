@@ -2,6 +2,7 @@
 
 pub(crate) mod app;
 pub(crate) mod authority;
+pub(crate) mod caddy;
 pub(crate) mod collector;
 pub(crate) mod grpc;
 pub(crate) mod hooks;
