@@ -1,5 +1,5 @@
 //! Tools for tests: processes that end with their owner, a Redis that can be killed and frozen, a proxy that fails on
-//! demand, a mail server, a recent Caddy, Envoy, and a checker for token bucket promises.
+//! demand, a mail server, gateways, and a checker for token bucket promises.
 //!
 //! Does not depend on Quota. The processes that it starts are ended by their PIDs. Panics with the reason if something
 //! cannot be started.
@@ -7,10 +7,12 @@
 pub mod caddy;
 pub mod envelope;
 pub mod envoy;
+pub mod gateways;
 mod process;
 pub mod proxy;
 pub mod redis;
 pub mod smtp;
+pub mod traefik;
 mod wheel;
 
 pub use process::Process;

@@ -21,10 +21,11 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         machine::RECENT_CADDY,
         machine::NGINX,
         machine::HAPROXY,
+        machine::FAKETIME,
         machine::PIP,
         machine::NODE,
         machine::NPM,
-        machine::ENVOY,
+        machine::ENVOY_AND_TRAEFIK,
     ];
     if with_journey {
         needs.extend(journey::needs());
