@@ -1,5 +1,5 @@
 //! Tools for tests: processes that are killed when the test's process exits, a Redis that can be killed and frozen, a
-//! proxy that fails on demand, a mail server, a recent Caddy, Envoy, and a checker for envelopes of token buckets.
+//! proxy that fails on demand, a mail server, gateways, and a checker for envelopes of token buckets.
 //!
 //! This crate does not depend on Quota. The tools kill processes by PID, never by name, and panic with the reason if a
 //! program cannot be started.
@@ -7,11 +7,13 @@
 pub mod caddy;
 pub mod envelope;
 pub mod envoy;
+pub mod gateways;
 mod process;
 pub mod proxy;
 pub mod redis;
 pub mod redis_group;
 pub mod smtp;
+pub mod traefik;
 mod wheel;
 pub mod zipf;
 

@@ -1,12 +1,5 @@
-//! `cargo xtask bench`: the cost of a request, compared with servers that do nothing; `cargo xtask bench replicas`: the
-//! behavior of several replicas. See `xtask/bench`. `cargo xtask bench simulation`: the limiter's guarantees in
-//! simulated time, with many seeds. `cargo xtask bench differential`: direct responses compared with those of hyper, in
-//! many cases. `cargo xtask bench crash`: kills under load, and a recount of the usage. `cargo xtask bench restarts`:
-//! restarts behind Caddy under load, and a recount of requests and usage. `cargo xtask bench metering`: the cost of
-//! recording usage. `cargo xtask bench tracing`: the cost of traces. `cargo xtask bench outage`: an outage of
-//! PostgreSQL under load. `cargo xtask bench usage`: the speed of writing and reading usage. `cargo xtask bench keys`:
-//! the speed of listing and searching keys. `cargo xtask bench webhooks`: a flood of webhooks from Stripe. `cargo xtask
-//! bench desktop`: the cost of the desktop app, compared with an empty window. See `xtask/desktop`.
+//! `cargo xtask bench`: the measurements and long tests. CONTRIBUTING.md lists them. Most of them are in `xtask/bench`;
+//! the others are ignored tests of the server, or in `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -30,6 +23,11 @@ const SIMULATION: &str = "limiter_shared::simulation::every_promise_holds_in_eve
 const CASES: &str = "1000000";
 /// The test that runs the cases.
 const DIFFERENTIAL: &str = "direct::direct_responses_are_those_of_hyper";
+
+/// The default number of malformed requests.
+const MALFORMED_REQUESTS: &str = "100000";
+/// The test that sends them.
+const MALFORMED: &str = "malformed::malformed_requests_are_refused_and_nothing_fails";
 
 /// The test that measures usage.
 const USAGE: &str = "usage::bench::ten_million_rows";
@@ -83,24 +81,46 @@ fn differential(arguments: &[OsString]) -> Result<ExitCode> {
     })
 }
 
-/// Runs this many seeds, starting with the first.
-fn simulation(arguments: &[OsString]) -> Result<ExitCode> {
-    let seeds = arguments
+/// Runs a test without optimizations. It reads the arguments from these variables; the first has a default.
+fn debug_test(
+    name: &str,
+    variables: [&str; 2],
+    default: &str,
+    arguments: &[OsString],
+) -> Result<ExitCode> {
+    let first = arguments
         .first()
-        .map_or_else(|| OsString::from(SEEDS), OsString::clone);
+        .map_or_else(|| OsString::from(default), OsString::clone);
     let mut test = cargo();
     test.args(["test", "--quiet", "--package", "quota-server"])
-        .args(["--test", "it", "--", "--exact", SIMULATION, "--nocapture"])
-        .env("QUOTA_SEEDS", seeds);
-    if let Some(first) = arguments.get(1) {
-        test.env("QUOTA_FIRST_SEED", first);
+        .args(["--test", "it", "--", "--exact", name, "--nocapture"])
+        .env(variables[0], first);
+    if let Some(second) = arguments.get(1) {
+        test.env(variables[1], second);
     }
-    let status = test.status().context("cannot run the simulation")?;
+    let status = test.status().context("cannot run the test")?;
     Ok(if status.success() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Runs this many seeds, starting with the first.
+fn simulation(arguments: &[OsString]) -> Result<ExitCode> {
+    debug_test(
+        SIMULATION,
+        ["QUOTA_SEEDS", "QUOTA_FIRST_SEED"],
+        SEEDS,
+        arguments,
+    )
+}
+
+/// Sends this many malformed requests, starting with this seed.
+fn malformed(arguments: &[OsString]) -> Result<ExitCode> {
+    machine::install(&[machine::POSTGRES])?;
+    let variables = ["MALFORMED_REQUESTS", "MALFORMED_FIRST"];
+    debug_test(MALFORMED, variables, MALFORMED_REQUESTS, arguments)
 }
 
 pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
@@ -121,6 +141,11 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
         return differential(rest);
     }
     if let Some((first, rest)) = arguments.split_first()
+        && first == "malformed"
+    {
+        return malformed(rest);
+    }
+    if let Some((first, rest)) = arguments.split_first()
         && first == "usage"
     {
         return measure(USAGE, &["QUOTA_USAGE_ROWS"], rest);
@@ -139,6 +164,10 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     let replicas = is("replicas");
     if is("restarts") {
         machine::install(&machine::PRODUCTION)?;
+    } else if is("slow-clients") {
+        machine::install(&[&machine::PRODUCTION[..], &[machine::SLOWHTTPTEST]].concat())?;
+    } else if is("gateways") {
+        machine::install(&[&[machine::POSTGRES], &machine::GATEWAYS[..]].concat())?;
     } else {
         machine::install(&[machine::POSTGRES, machine::REDIS])?;
     }
@@ -171,11 +200,19 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .arg(quota)
             .args(&arguments[1..]);
         None
-    } else if is("restarts") {
+    } else if is("restarts") || is("slow-clients") {
         command
-            .arg("restarts")
+            .arg(&arguments[0])
             .arg(quota)
             .args(up::production_arguments()?)
+            .args(&arguments[1..]);
+        None
+    } else if is("gateways") {
+        command
+            .arg("gateways")
+            .arg(quota)
+            .arg("--tools")
+            .arg(target().join("tools"))
             .args(&arguments[1..]);
         None
     } else if is("metering") || is("tracing") {

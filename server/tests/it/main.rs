@@ -11,6 +11,7 @@ mod billing_flood;
 mod billing_localstripe;
 mod billing_requests;
 mod billing_usage;
+mod clock_skew;
 mod console_calls;
 mod deleted_keys;
 mod direct;

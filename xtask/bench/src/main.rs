@@ -10,6 +10,7 @@
 mod comparison;
 mod crash;
 mod floor;
+mod gateways;
 mod http1;
 mod load;
 mod metering;
@@ -69,12 +70,16 @@ enum Command {
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
         millis: u64,
     },
+    /// Compare gateways that check requests with Quota with plain proxies, and print a table
+    Gateways(gateways::Options),
     /// Kill servers, Redis and PostgreSQL under load, and recount the usage
     Crash(crash::Options),
     /// Stop PostgreSQL under load, and compare latency and usage
     Outage(outage::Options),
     /// Restart, kill and upgrade replicas behind Caddy under load, and recount requests and usage
     Restarts(production::restarts::Options),
+    /// Measure response times and memory while thousands of clients are slow, and print a table
+    SlowClients(production::slow_clients::Options),
     /// Run replicas behind Caddy until Ctrl-C
     Up(production::up::Options),
     /// Measure the behavior of several replicas, and print tables
@@ -102,9 +107,11 @@ fn main() -> Result<ExitCode> {
             rounds,
             millis,
         } => traces::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
+        Command::Gateways(options) => gateways::run(&options)?,
         Command::Crash(options) => return crash::run(&options),
         Command::Outage(options) => return outage::run(&options),
         Command::Restarts(options) => return production::restarts::run(&options),
+        Command::SlowClients(options) => return production::slow_clients::run(&options),
         Command::Up(options) => return production::up::run(&options),
         Command::Replicas(options) => return replicas::run(&options),
         Command::Poem => floor::serve(floor::poem)?,

@@ -45,7 +45,7 @@ impl Cores {
     }
 
     /// Runs `start` on the servers' core, which child processes inherit.
-    fn starting<T>(it: Option<Self>, start: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(crate) fn starting<T>(it: Option<Self>, start: impl FnOnce() -> Result<T>) -> Result<T> {
         if let Some(cores) = it {
             stay_on(cores.servers)?;
         }
@@ -66,6 +66,8 @@ fn stay_on(core: usize) -> Result<()> {
 pub(crate) struct Server {
     child: Child,
     pub(crate) addr: SocketAddr,
+    /// The address of the gRPC listener, if the settings turn it on.
+    pub(crate) grpc_addr: Option<SocketAddr>,
     /// The log of `quota`.
     log: Option<File>,
     /// The server's data directory, which is removed at the end.
@@ -87,6 +89,7 @@ impl Server {
         let mut server = Self {
             child,
             addr: SocketAddr::from(([127, 0, 0, 1], 0)),
+            grpc_addr: None,
             log: None,
             _data: None,
         };
@@ -121,23 +124,24 @@ impl Server {
         let mut server = Self {
             child,
             addr: SocketAddr::from(([127, 0, 0, 1], 0)),
+            grpc_addr: None,
             log: Some(log),
             _data: Some(data),
         };
-        server.addr = server.ready(&path)?;
+        let line = server.ready(&path)?;
+        let address = |name: &str| line[name].as_str().map(str::parse).transpose();
+        server.addr = address("listen")?.context("there is no address in the log")?;
+        server.grpc_addr = address("grpc_listen")?;
         Ok(server)
     }
 
-    /// Returns the address from the log line that reports readiness.
-    fn ready(&mut self, log: &Path) -> Result<SocketAddr> {
+    /// Returns the log line that reports readiness, which has the addresses.
+    fn ready(&mut self, log: &Path) -> Result<Value> {
         let deadline = Instant::now() + STARTED_WITHIN;
         loop {
             let text = fs::read_to_string(log)?;
             if let Some(line) = ready_line(&text) {
-                let listen = line["listen"]
-                    .as_str()
-                    .context("there is no address in the log")?;
-                return Ok(listen.parse()?);
+                return Ok(line);
             }
             if let Some(status) = self.child.try_wait()? {
                 bail!("quota exited with {status} instead of starting:\n{text}");
@@ -159,9 +163,13 @@ impl Server {
 
     /// Returns the user and system time of all threads of the process so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
-        let pid = Pid::from_raw(i32::try_from(self.child.id())?);
-        Ok(clock_getcpuclockid(pid)?.now()?.into())
+        cpu(Pid::from_raw(i32::try_from(self.child.id())?))
     }
+}
+
+/// Returns the user and system time of all threads of a process so far.
+pub(crate) fn cpu(pid: Pid) -> Result<Duration> {
+    Ok(clock_getcpuclockid(pid)?.now()?.into())
 }
 
 /// Returns the command `quota serve`, with default settings and on free ports, and its new data directory.

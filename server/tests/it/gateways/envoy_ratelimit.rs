@@ -1,17 +1,15 @@
 //! Tests Envoy's rate limit filter, which calls Quota's gRPC listener.
 
-use std::{path::Path, time::Duration};
+use std::time::Duration;
 
-use quota_testkit::redis::free_port;
+use quota_testkit::{
+    gateways::{Checked, Gateway, Program},
+    redis::free_port,
+};
 use reqwest::{Client, RequestBuilder, Response};
 use serde_json::{Value, json};
 
-use super::{
-    field, has_limits,
-    programs::{Filled, Gateway, Program},
-    upstreams::Api,
-    with_forgeries,
-};
+use super::{field, has_limits, tools, upstreams::Api, with_forgeries};
 use crate::support::{
     app::{Account, Setup, TestApp},
     stripe::TestStripe,
@@ -26,15 +24,15 @@ struct Setting {
     http: Client,
 }
 
-async fn envoy(quota_port: u16, token: &str, api: &Api) -> Gateway {
-    let filled = Filled {
+pub(super) async fn envoy(quota_port: u16, token: &str, api: &Api) -> Gateway {
+    let checked = Checked {
         quota_port,
-        root: Path::new("/dev/null"),
+        root: None,
         token,
-        api: api.addr.to_string(),
+        api: api.addr,
         script_fault: None,
     };
-    Program::EnvoyRateLimit.start(&filled).await
+    Program::EnvoyRateLimit.start(&checked, tools()).await
 }
 
 impl Setting {
@@ -59,7 +57,7 @@ impl Setting {
     }
 
     fn get(&self, path: &str) -> RequestBuilder {
-        self.http.get(format!("{}{path}", self.gateway.url))
+        self.http.get(format!("{}{path}", self.gateway.url()))
     }
 
     /// Sends a request with headers that a consumer might forge to be admitted.
@@ -110,7 +108,7 @@ async fn enforces_decisions() {
 
     let order = setting
         .http
-        .post(format!("{}/orders?deny=x&a=b", setting.gateway.url))
+        .post(format!("{}/orders?deny=x&a=b", setting.gateway.url()))
         .header("x-api-key", &key)
         .body("an order");
     let admitted = with_forgeries(order).send().await.expect("Envoy responds");
@@ -245,7 +243,7 @@ async fn fails_closed_without_quota() {
         ("HTTP instead of gRPC", app.addr.port(), "qs_any"),
     ] {
         let gateway = envoy(port, token, &api).await;
-        let request = Client::new().get(format!("{}/orders", gateway.url));
+        let request = Client::new().get(format!("{}/orders", gateway.url()));
         let request = with_forgeries(request.header("x-api-key", "qk_any"));
         let response = request.send().await.expect("Envoy responds");
         assert_eq!(response.status(), 503, "{name}: {response:?}");

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::sys::signal::Signal;
+use nix::{sys::signal::Signal, unistd::Pid};
 use quota_testkit::{Process, redis::free_port};
 use reqwest::{Certificate, Client};
 
@@ -104,6 +104,10 @@ impl Caddy {
             Some(process) => process.ended()?.is_none(),
             None => false,
         })
+    }
+
+    pub(super) fn pid(&self) -> Option<Pid> {
+        self.running.as_ref().map(Process::pid)
     }
 
     pub(super) async fn stop(&mut self) -> Result<()> {

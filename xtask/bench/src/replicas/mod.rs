@@ -18,7 +18,7 @@ mod late;
 mod limits;
 mod quota;
 mod schedule;
-mod stage;
+pub(crate) mod stage;
 mod stalls;
 mod table;
 pub(crate) mod tenant;

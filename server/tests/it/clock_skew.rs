@@ -1,0 +1,189 @@
+//! Replicas whose clocks are two minutes wrong, as real processes under faketime, admit what they would with right
+//! clocks. The simulation in `limiter_shared` covers such clocks in many more schedules.
+
+use std::{
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use chrono::{DateTime, Utc};
+use futures_util::future::join_all;
+use quota_server::db;
+use quota_testkit::{
+    envelope::{Envelope, Span},
+    redis::RedisServer,
+};
+use reqwest::Client;
+use secrecy::SecretString;
+use serde_json::{Value, json};
+
+use crate::support::{
+    app::PASSWORD,
+    postgres::TestDatabase,
+    quota::{Quota, data_dir},
+};
+
+/// By how much the replicas' clocks are wrong, as faketime reads it.
+const CLOCKS: [&str; 3] = ["+0s", "+120s", "-120s"];
+const RPM: u32 = 3000;
+const BURST: u32 = 60;
+const DAILY: usize = 300;
+/// The default `QUOTA_LEASE_TTL`, and the resolution of Redis's clock.
+const LEASED: Duration = Duration::from_nanos(100_002_000);
+const EXACT: Duration = Duration::from_nanos(2_000);
+/// The smallest acceptable share of what one exact bucket would have allowed, in percent.
+const SERVED: usize = 90;
+const LOAD: Duration = Duration::from_secs(4);
+const CLIENTS_PER_REPLICA: usize = 4;
+
+/// Returns the library with which faketime changes a process's clock.
+fn faketime() -> PathBuf {
+    let libraries = std::fs::read_dir("/usr/lib").expect("it is readable");
+    libraries
+        .map(|entry| entry.expect("an entry").path())
+        .map(|it| it.join("faketime/libfaketimeMT.so.1"))
+        .find(|it| it.exists())
+        .expect("faketime is installed")
+}
+
+struct World {
+    replicas: Vec<Quota>,
+    http: Client,
+    token: String,
+}
+
+impl World {
+    async fn post(&self, path: &str, body: Value) -> Value {
+        let url = format!("http://{}{path}", self.replicas[0].addr);
+        let request = self.http.post(url).bearer_auth(&self.token).json(&body);
+        let response = request.send().await.expect("it responds");
+        let status = response.status();
+        let body: Value = response.json().await.expect("JSON");
+        assert_eq!(status, 201, "{path}: {body}");
+        body
+    }
+
+    async fn key(&self, plan: Value) -> String {
+        let plan = self.post("/admin/plans", plan).await;
+        let key = json!({"name": "it", "plan_id": plan["id"]});
+        let key = self.post("/admin/api-keys", key).await;
+        key["key"].as_str().expect("a secret").to_owned()
+    }
+
+    /// Sends as many requests as possible to all replicas. Returns when each was sent, and those that were admitted.
+    async fn load(&self, key: &str) -> (Vec<(u64, u32)>, Vec<Span>) {
+        let began = Instant::now();
+        let nanos = move || u64::try_from(began.elapsed().as_nanos()).expect("a short test");
+        let clients = self
+            .replicas
+            .iter()
+            .flat_map(|it| [it; CLIENTS_PER_REPLICA]);
+        let clients = clients.map(|replica| async move {
+            let url = format!("http://{}/v1/echo", replica.addr);
+            let (mut sent_at, mut admitted) = (Vec::new(), Vec::new());
+            while began.elapsed() < LOAD {
+                let sent = nanos();
+                let request = self.http.get(&url).header("x-api-key", key);
+                let response = request.send().await.expect("it responds");
+                assert!(!response.headers().contains_key("x-quota-degraded"));
+                sent_at.push((sent, 1));
+                match response.status().as_u16() {
+                    200 => admitted.push(Span {
+                        sent,
+                        answered: nanos(),
+                        cost: 1,
+                    }),
+                    429 => {}
+                    other => panic!("{other}: {response:?}"),
+                }
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            (sent_at, admitted)
+        });
+        let (mut sent_at, mut admitted) = (Vec::new(), Vec::new());
+        for (sent, spans) in join_all(clients).await {
+            sent_at.extend(sent);
+            admitted.extend(spans);
+        }
+        (sent_at, admitted)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_with_wrong_clocks_admit_what_the_limits_allow() {
+    let migrate =
+        |url: String| async move { db::migrate(&SecretString::from(url)).await.map(drop) };
+    let database = Arc::new(TestDatabase::create(migrate).await);
+    let (redis, dir) = (RedisServer::start().await, data_dir());
+    let (redis, library) = (redis.url(), faketime());
+    let start = |clock| {
+        Quota::start_with(
+            dir.path(),
+            &[
+                ("DATABASE_URL", database.url()),
+                ("REDIS_URL", &redis),
+                // Other tests may keep the machine busy, and this is not about Redis.
+                ("QUOTA_REDIS_TIMEOUT", "2s"),
+                ("LD_PRELOAD", library.to_str().expect("a path")),
+                ("FAKETIME", clock),
+                ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+            ],
+        )
+    };
+    let mut world = World {
+        replicas: CLOCKS.map(start).into(),
+        http: Client::new(),
+        token: String::new(),
+    };
+    let account = json!({"email": "owner@example.com", "password": PASSWORD});
+    let account = world.post("/auth/register", account).await;
+    world.token = account["access_token"]
+        .as_str()
+        .expect("a token")
+        .to_owned();
+
+    let plan = |name: &str, is_strict| json!({"name": name, "default_rpm": RPM, "burst": BURST, "strict": is_strict});
+    for (is_strict, slack) in [(false, LEASED), (true, EXACT)] {
+        let key = world
+            .key(plan(&format!("strict: {is_strict}"), is_strict))
+            .await;
+        let (sent_at, admitted) = world.load(&key).await;
+        let worst = Envelope::new(RPM, BURST, slack).worst(&admitted);
+        let worst = worst.expect("something was admitted");
+        assert!(worst.excess <= 0.0, "strict: {is_strict}: {worst:?}");
+        let exact = Envelope::new(RPM, BURST, Duration::ZERO).exact(sent_at);
+        let exact = usize::try_from(exact).expect("it fits");
+        assert!(
+            admitted.len() * 100 >= exact * SERVED,
+            "strict: {is_strict}: {} of {exact}",
+            admitted.len()
+        );
+    }
+
+    let daily = json!({"name": "daily", "default_rpm": 60_000_000, "daily_quota": DAILY});
+    let daily = world.key(daily).await;
+    let (sent_at, admitted) = world.load(&daily).await;
+    assert!(sent_at.len() > 2 * DAILY, "{} are too few", sent_at.len());
+    // At most 1% of a quota is in a block that another replica cannot use.
+    assert!(
+        (DAILY * 99 / 100..=DAILY).contains(&admitted.len()),
+        "{}",
+        admitted.len()
+    );
+
+    // The clocks were wrong.
+    let key = world
+        .key(json!({"name": "free", "default_rpm": 60_000}))
+        .await;
+    let mut shown = Vec::new();
+    for replica in &world.replicas {
+        let url = format!("http://{}/v1/echo", replica.addr);
+        let response = world.http.get(url).header("x-api-key", &key).send().await;
+        let date = response.expect("it responds").headers()["date"].clone();
+        let date = DateTime::parse_from_rfc2822(date.to_str().expect("text")).expect("a date");
+        shown.push(date.with_timezone(&Utc));
+    }
+    assert!((shown[1] - shown[0]).num_seconds() > 60, "{shown:?}");
+    assert!((shown[0] - shown[2]).num_seconds() > 60, "{shown:?}");
+}

@@ -1,0 +1,80 @@
+//! The same gateways as plain proxies: the least that forwards every request to an API over kept connections.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use super::{Program, caddyfile, nginx, write};
+
+impl Program {
+    /// Writes the configuration, and returns its file.
+    pub(super) fn plain(self, dir: &Path, api: SocketAddr, port: u16) -> PathBuf {
+        match self {
+            Self::Caddy => {
+                let site = format!("http://127.0.0.1:{port} {{\n\treverse_proxy {api}\n}}\n");
+                write(dir, "Caddyfile", caddyfile(&site))
+            }
+            Self::Nginx => {
+                let servers = format!(
+                    "upstream api {{ server {api}; keepalive 64; }}\n\
+                     server {{\nlisten 127.0.0.1:{port};\nlocation / {{\nproxy_pass http://api;\n\
+                     proxy_http_version 1.1;\nproxy_set_header Connection \"\";\n}}\n}}\n"
+                );
+                write(dir, "nginx.conf", nginx(dir, &servers))
+            }
+            Self::HaProxy => {
+                let text = format!(
+                    "defaults\n    mode http\n    timeout connect 1s\n    timeout client 30s\n    \
+                     timeout server 30s\nfrontend api\n    bind 127.0.0.1:{port}\n    \
+                     default_backend api\nbackend api\n    server api {api}\n"
+                );
+                write(dir, "haproxy.cfg", text)
+            }
+            Self::Envoy | Self::EnvoyRateLimit => {
+                let text = ENVOY
+                    .replace("LISTEN", &port.to_string())
+                    .replace("HOST", &api.ip().to_string())
+                    .replace("PORT", &api.port().to_string());
+                write(dir, "envoy.yaml", text)
+            }
+            Self::Traefik => {
+                let text = format!(
+                    "http:\n  routers:\n    api:\n      rule: \"PathPrefix(`/`)\"\n      \
+                     entryPoints: [\"web\"]\n      service: api\n  services:\n    api:\n      \
+                     loadBalancer:\n        servers:\n          - url: \"http://{api}\"\n"
+                );
+                write(dir, "traefik.yml", text)
+            }
+        }
+    }
+}
+
+const ENVOY: &str = r#"static_resources:
+  listeners:
+  - name: api
+    address: { socket_address: { address: 127.0.0.1, port_value: LISTEN } }
+    filter_chains:
+    - filters:
+      - name: envoy.filters.network.http_connection_manager
+        typed_config:
+          "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
+          stat_prefix: api
+          use_remote_address: true
+          http_filters:
+          - name: envoy.filters.http.router
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.router.v3.Router
+              suppress_envoy_headers: true
+          route_config:
+            virtual_hosts:
+            - name: api
+              domains: ["*"]
+              routes: [{ match: { prefix: "/" }, route: { cluster: api } }]
+  clusters:
+  - name: api
+    type: STATIC
+    load_assignment:
+      cluster_name: api
+      endpoints: [{ lb_endpoints: [{ endpoint: { address: { socket_address: { address: HOST, port_value: PORT } } } }] }]
+"#;

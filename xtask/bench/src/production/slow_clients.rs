@@ -1,0 +1,520 @@
+//! Thousands of slow clients, by slowhttptest, while other clients send requests: directly to a replica, and through
+//! Caddy. The other clients must not wait much longer than without them, and memory must stay bounded.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use clap::Args;
+use nix::unistd::Pid;
+use parking_lot::Mutex;
+use quota_testkit::{Process, caddy, redis::free_port};
+use reqwest::{Certificate, Client};
+use tokio::{
+    task::JoinSet,
+    time::{Instant, MissedTickBehavior, interval, sleep},
+};
+
+use super::{Production, Shape};
+use crate::{
+    postgres::Postgres,
+    replicas::{
+        stage::quantile,
+        tenant::{Plan, Tenant},
+    },
+};
+
+/// The address of the other clients. slowhttptest uses 127.0.0.1.
+const ELSEWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 77));
+/// Between two requests of the other clients.
+const EVERY: Duration = Duration::from_millis(5);
+/// One in this many requests opens a new connection.
+const NEW_ONE_IN: u64 = 10;
+const MOST: u32 = 60_000_000;
+/// How much longer the slowest 1% of requests may take.
+const MOST_RATIO: f64 = 2.0;
+/// By how much a replica's memory may grow.
+const MOST_MEMORY: u64 = 64 << 20;
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// The `quota` binary, a release build
+    quota: PathBuf,
+    /// The directory of `initdb` and `postgres`
+    #[arg(long)]
+    programs: PathBuf,
+    /// The directory for a Caddy to download if there is no recent one
+    #[arg(long)]
+    tools: PathBuf,
+    /// The number of slow connections
+    #[arg(default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    connections: u32,
+    /// How many of them are opened per second
+    #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    rate: u32,
+    /// The number of rounds per attack. Each is a time without slow clients, and the same time with them
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
+    rounds: u32,
+    /// The length of each of the two, in seconds
+    #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u64).range(5..=120))]
+    seconds: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Attack {
+    Headers,
+    Body,
+    Read,
+}
+
+impl Attack {
+    const ALL: [Self; 3] = [Self::Headers, Self::Body, Self::Read];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Headers => "headers",
+            Self::Body => "body",
+            Self::Read => "read",
+        }
+    }
+
+    /// Returns the arguments for slowhttptest.
+    fn arguments(self, base: &str) -> Vec<String> {
+        let (path, arguments): (_, &[&str]) = match self {
+            Self::Headers => ("/v1/echo", &["-H", "-i", "1", "-x", "24", "-t", "GET"]),
+            Self::Body => (
+                "/auth/login",
+                &[
+                    "-B",
+                    "-i",
+                    "1",
+                    "-s",
+                    "8192",
+                    "-x",
+                    "32",
+                    "-t",
+                    "POST",
+                    "-f",
+                    "application/json",
+                ],
+            ),
+            // The largest response that needs no credentials, three times per connection.
+            Self::Read => (
+                "/openapi.json",
+                &[
+                    "-X", "-n", "5", "-z", "32", "-w", "512", "-y", "1024", "-k", "3",
+                ],
+            ),
+        };
+        let mut arguments: Vec<String> = arguments.iter().map(|it| (*it).to_owned()).collect();
+        arguments.extend(["-u".to_owned(), format!("{base}{path}")]);
+        arguments
+    }
+}
+
+/// Where slow and other clients connect to.
+struct Target {
+    name: &'static str,
+    base: String,
+    certificate: Option<Certificate>,
+    key: String,
+    /// The processes whose memory must not grow much.
+    replicas: Vec<Pid>,
+    caddy: Option<Pid>,
+}
+
+/// Response times.
+#[derive(Default)]
+struct Times {
+    kept: Vec<Duration>,
+    new: Vec<Duration>,
+    failed: u64,
+}
+
+/// What happened with one target and one attack.
+struct Outcome {
+    target: &'static str,
+    attack: Attack,
+    without: Times,
+    with: Times,
+    /// The most connections at the same time, according to slowhttptest.
+    connected: u32,
+    replica_growth: u64,
+    caddy_growth: u64,
+}
+
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    // Everything that was started ends with the future, even on Ctrl-C.
+    runtime.block_on(async {
+        tokio::select! {
+            done = slow_clients(options) => done,
+            _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(130)),
+        }
+    })
+}
+
+async fn slow_clients(options: &Options) -> Result<ExitCode> {
+    let caddy = caddy::recent(&options.tools)?;
+    let dir = tempfile::Builder::new()
+        .prefix("quota-slow-")
+        .tempdir_in("/tmp")?;
+    let postgres = Postgres::start(&options.programs).await?;
+    let shape = Shape {
+        quota: &options.quota,
+        caddy: &caddy,
+        dir: dir.path(),
+        replicas: 2,
+        https: free_port(),
+        with_demo: false,
+        directives: "info,quota_server::access=off,quota_server::denials=off",
+        settings: Vec::new(),
+    };
+    let production = Production::start(&shape, postgres).await?;
+    let first = &production.replicas[0];
+    let tenant = Tenant::register(first.addr).await?;
+    let key = tenant
+        .key_on(first.addr, &Plan::new("ample", MOST, MOST))
+        .await?;
+    let key = key.text.to_str()?.to_owned();
+    let pids = production.replicas.iter().filter_map(|it| it.pid());
+    let pids: Vec<Pid> = pids.collect();
+    let direct = Target {
+        name: "directly",
+        base: format!("http://{}", first.addr),
+        certificate: None,
+        key: key.clone(),
+        replicas: pids[..1].to_vec(),
+        caddy: None,
+    };
+    let certificate = fs::read(production.caddy.certificate())?;
+    let through_caddy = Target {
+        name: "through Caddy",
+        base: production.caddy.base(),
+        certificate: Some(Certificate::from_pem(&certificate)?),
+        key,
+        replicas: pids,
+        caddy: production.caddy.pid(),
+    };
+
+    let mut outcomes = Vec::new();
+    for target in [&direct, &through_caddy] {
+        for attack in Attack::ALL {
+            outcomes.push(measure(options, target, attack, dir.path()).await?);
+        }
+    }
+    production.stop().await?;
+    let is_good = report(options, &outcomes);
+    Ok(if is_good {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+async fn measure(
+    options: &Options,
+    target: &Target,
+    attack: Attack,
+    dir: &Path,
+) -> Result<Outcome> {
+    let time = Duration::from_secs(options.seconds);
+    let mut outcome = Outcome {
+        target: target.name,
+        attack,
+        without: Times::default(),
+        with: Times::default(),
+        connected: 0,
+        replica_growth: 0,
+        caddy_growth: 0,
+    };
+    let clients = Clients::new(target)?;
+    // Opens the kept connections.
+    clients.send_for(Duration::from_secs(2)).await?;
+    for round in 0..options.rounds {
+        outcome.without.extend(clients.send_for(time).await?);
+        let before = Memory::of(target)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let attacking = tokio::spawn(attack_until(
+            attack.arguments(&target.base),
+            options.connections,
+            options.rate,
+            dir.join(format!("slow-{}-{round}", attack.name())),
+            Arc::clone(&stop),
+        ));
+        // Until half of the connections are open.
+        sleep(Duration::from_secs(
+            u64::from(options.connections / options.rate / 2).min(5),
+        ))
+        .await;
+        let watched = Memory::watch(target, time);
+        let (times, most) = tokio::join!(clients.send_for(time), watched);
+        outcome.with.extend(times?);
+        stop.store(true, Ordering::Relaxed);
+        outcome.connected = outcome.connected.max(attacking.await??);
+        let most = most?;
+        outcome.replica_growth = outcome.replica_growth.max(most.growth(&before));
+        outcome.caddy_growth = outcome
+            .caddy_growth
+            .max(most.caddy.saturating_sub(before.caddy));
+        // The deadlines of the last connections end.
+        sleep(Duration::from_secs(2)).await;
+    }
+    eprintln!("{}, slow {}: done", target.name, attack.name());
+    Ok(outcome)
+}
+
+/// Runs slowhttptest again and again. Returns the most connections at the same time.
+async fn attack_until(
+    arguments: Vec<String>,
+    connections: u32,
+    rate: u32,
+    prefix: PathBuf,
+    stop: Arc<AtomicBool>,
+) -> Result<u32> {
+    let mut most = 0;
+    for run in 0.. {
+        let prefix = prefix.with_extension(run.to_string());
+        // Each connection is a file. The limit is often 1024.
+        let mut command = Command::new("/bin/sh");
+        command
+            .args([
+                "-c",
+                "ulimit -n \"$(ulimit -H -n)\"; exec slowhttptest \"$@\"",
+                "sh",
+            ])
+            .args(&arguments)
+            .args(["-c", &connections.to_string(), "-r", &rate.to_string()])
+            .args(["-l", "600", "-p", "3", "-v", "1", "-g", "-o"])
+            .arg(&prefix);
+        let mut process = Process::start(&command, Path::new("/dev/null"))?;
+        while process.ended()?.is_none() && !stop.load(Ordering::Relaxed) {
+            sleep(Duration::from_millis(50)).await;
+        }
+        if process.ended()?.is_none() {
+            // It writes its statistics.
+            process.signal(nix::sys::signal::Signal::SIGINT)?;
+            process.ends_within(Duration::from_secs(10)).await?;
+        }
+        most = most.max(connected(&prefix)?);
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+    }
+    Ok(most)
+}
+
+/// Returns the most connections at the same time in slowhttptest's statistics.
+fn connected(prefix: &Path) -> Result<u32> {
+    let mut file = prefix.as_os_str().to_owned();
+    file.push(".csv");
+    let text = fs::read_to_string(&file).context("slowhttptest wrote no statistics")?;
+    let mut lines = text.lines();
+    let header = lines.next().unwrap_or_default();
+    let column = header.split(',').position(|it| it.trim() == "Connected");
+    let column = column.with_context(|| format!("no connections in {header:?}"))?;
+    let cells = lines.filter_map(|line| line.split(',').nth(column)?.trim().parse().ok());
+    Ok(cells.max().unwrap_or(0))
+}
+
+/// The clients that do nothing wrong.
+struct Clients {
+    kept: Client,
+    new: Client,
+    url: String,
+    key: String,
+}
+
+impl Clients {
+    fn new(target: &Target) -> Result<Self> {
+        let client = |idle| {
+            let builder = Client::builder()
+                .no_proxy()
+                .local_address(ELSEWHERE)
+                .pool_max_idle_per_host(idle)
+                .timeout(Duration::from_secs(10));
+            let builder = match &target.certificate {
+                Some(certificate) => builder.tls_certs_only([certificate.clone()]),
+                None => builder,
+            };
+            builder.build()
+        };
+        Ok(Self {
+            kept: client(usize::MAX)?,
+            new: client(0)?,
+            url: format!("{}/v1/echo", target.base),
+            key: target.key.clone(),
+        })
+    }
+
+    /// Sends requests on schedule, whether or not earlier ones have completed.
+    async fn send_for(&self, time: Duration) -> Result<Times> {
+        let times = Arc::new(Mutex::new(Times::default()));
+        let mut requests = JoinSet::new();
+        let mut ticks = interval(EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
+        let end = Instant::now() + time;
+        for number in 0_u64.. {
+            let due = ticks.tick().await;
+            if due > end {
+                break;
+            }
+            let is_new = number.is_multiple_of(NEW_ONE_IN);
+            let client = if is_new { &self.new } else { &self.kept };
+            let request = client.get(&self.url).header("x-api-key", &self.key);
+            let times = Arc::clone(&times);
+            requests.spawn(async move {
+                let is_success = match request.send().await {
+                    Ok(response) => response.status() == 200 && response.bytes().await.is_ok(),
+                    Err(_) => false,
+                };
+                let took = due.elapsed();
+                let mut times = times.lock();
+                times.failed += u64::from(!is_success);
+                if is_new {
+                    times.new.push(took);
+                } else {
+                    times.kept.push(took);
+                }
+            });
+            while requests.try_join_next().is_some() {}
+        }
+        while requests.join_next().await.is_some() {}
+        Ok(std::mem::take(&mut *times.lock()))
+    }
+}
+
+impl Times {
+    fn extend(&mut self, other: Self) {
+        self.kept.extend(other.kept);
+        self.new.extend(other.new);
+        self.failed += other.failed;
+    }
+}
+
+/// Resident memory in bytes.
+#[derive(Clone, Default)]
+struct Memory {
+    replicas: Vec<u64>,
+    caddy: u64,
+}
+
+impl Memory {
+    fn of(target: &Target) -> Result<Self> {
+        Ok(Self {
+            replicas: target
+                .replicas
+                .iter()
+                .map(|it| resident(*it))
+                .collect::<Result<_>>()?,
+            caddy: target.caddy.map_or(Ok(0), resident)?,
+        })
+    }
+
+    /// Returns the most memory that each process has in this time.
+    async fn watch(target: &Target, time: Duration) -> Result<Self> {
+        let end = Instant::now() + time;
+        let mut most = Self::of(target)?;
+        while Instant::now() < end {
+            sleep(Duration::from_millis(100)).await;
+            let now = Self::of(target)?;
+            for (most, now) in most.replicas.iter_mut().zip(now.replicas) {
+                *most = (*most).max(now);
+            }
+            most.caddy = most.caddy.max(now.caddy);
+        }
+        Ok(most)
+    }
+
+    /// Returns by how much a replica's memory grew at most.
+    fn growth(&self, before: &Self) -> u64 {
+        let growth = self.replicas.iter().zip(&before.replicas);
+        growth
+            .map(|(most, before)| most.saturating_sub(*before))
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+fn resident(pid: Pid) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib: u64 = line
+        .context("the process has no memory")?
+        .trim()
+        .trim_end_matches(" kB")
+        .parse()?;
+    Ok(kib << 10)
+}
+
+/// Returns the time, in milliseconds, that 99% of requests did not exceed.
+fn p99(times: &[Duration]) -> f64 {
+    quantile(times.to_vec(), 0.99).as_secs_f64() * 1e3
+}
+
+/// Prints the table. Returns whether everything is as it must be.
+fn report(options: &Options, outcomes: &[Outcome]) -> bool {
+    println!(
+        "| {} slow clients | most connections | p99 without, ms | with | ratio | p99 of new connections without, ms | \
+         with | ratio | failed | Quota's memory, MiB | Caddy's |",
+        options.connections
+    );
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
+    let mut is_good = true;
+    for it in outcomes {
+        let (kept_without, kept_with) = (p99(&it.without.kept), p99(&it.with.kept));
+        let (new_without, new_with) = (p99(&it.without.new), p99(&it.with.new));
+        let (kept, new) = (kept_with / kept_without, new_with / new_without);
+        println!(
+            "| {}, {} | {} | {kept_without:.1} | {kept_with:.1} | {kept:.2} | {new_without:.1} | {new_with:.1} | \
+             {new:.2} | {} | +{} | +{} |",
+            it.target,
+            it.attack.name(),
+            it.connected,
+            it.with.failed,
+            it.replica_growth >> 20,
+            it.caddy_growth >> 20,
+        );
+        is_good &= kept < MOST_RATIO
+            && new < MOST_RATIO
+            && it.without.failed + it.with.failed == 0
+            && it.replica_growth <= MOST_MEMORY;
+    }
+    println!();
+    println!(
+        "{} rounds of {} s without and {} s with slow clients, which open {} connections per second and start again when \
+         all are closed. The others send {} requests/s, one in {NEW_ONE_IN} on a new connection. Targets: ratios below \
+         {MOST_RATIO}, no failures, at most {} MiB more memory in each replica.",
+        options.rounds,
+        options.seconds,
+        options.seconds,
+        options.rate,
+        1000 / EVERY.as_millis(),
+        MOST_MEMORY >> 20,
+    );
+    is_good
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_most_connections_are_read_from_the_statistics() {
+        let dir = tempfile::tempdir().unwrap();
+        let csv = "Seconds,Closed,Pending,Connected,Service Available\n0,0,1,0,1000\n1,0,5,395,1000\n2,300,0,100,0\n";
+        fs::write(dir.path().join("slow.0.csv"), csv).unwrap();
+        assert_eq!(connected(&dir.path().join("slow.0")).unwrap(), 395);
+    }
+}
