@@ -1,4 +1,8 @@
-use quota_common::{Timestamp, api_key::ApiKey, plan::Plan};
+use quota_common::{
+    Timestamp,
+    api_key::{ApiKey, ApiKeyStatus},
+    plan::Plan,
+};
 
 use super::{
     limits::EffectiveLimits,
@@ -29,13 +33,10 @@ fn row(label: &str, content: &[Markup]) -> Markup {
 }
 
 pub fn status_badge(key: &ApiKey, now: i64) -> Markup {
-    let is_expired = key
-        .expires_at
-        .is_some_and(|at| at.inner().timestamp_millis() <= now);
-    let (class, status) = match (key.is_active, is_expired) {
-        (false, _) => ("badge", "Inactive"),
-        (true, true) => ("badge off", "Expired"),
-        (true, false) => ("badge on", "Active"),
+    let (class, status) = match key.status(now) {
+        ApiKeyStatus::Inactive => ("badge", "Inactive"),
+        ApiKeyStatus::Expired => ("badge off", "Expired"),
+        ApiKeyStatus::Active => ("badge on", "Active"),
     };
     with_text("span", &[("class", class)], status)
 }

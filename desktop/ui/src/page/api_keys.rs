@@ -1,5 +1,11 @@
 use leptos::prelude::*;
-use quota_common::{Page, api_key::ApiKey, call::KeyFilter, page::ApiKeyOrder, plan::Plan};
+use quota_common::{
+    Page,
+    api_key::{ApiKey, ApiKeyStatus},
+    call::KeyFilter,
+    page::ApiKeyOrder,
+    plan::Plan,
+};
 
 use super::{
     bulk_actions::{BulkActions, SelectAll, activate},
@@ -34,26 +40,14 @@ const STATUSES: [(&str, &str); 4] = [
     ("inactive", "Inactive"),
 ];
 
-/// Returns the `is_active` and `is_expired` filters for a status. They match the badges in the list.
-fn status_filter(status: Option<&str>) -> (Option<bool>, Option<bool>) {
-    match status {
-        Some("active") => (Some(true), Some(false)),
-        Some("expired") => (Some(true), Some(true)),
-        Some("inactive") => (Some(false), None),
-        _ => (None, None),
-    }
-}
-
 #[component]
 pub fn ApiKeys() -> impl IntoView {
     let query = route().query;
     let parameter = move |name: &str| query.with(|query| query.get(name));
     let loader = load_page(move |page| {
-        let (is_active, is_expired) = status_filter(parameter("status").as_deref());
         let filter = KeyFilter {
             plan_id: parameter("plan_id").and_then(|id| id.parse().ok()),
-            is_active,
-            is_expired,
+            status: parameter("status").and_then(|status| ApiKeyStatus::of(&status)),
             search: parameter("search"),
             sort: parameter("sort").and_then(|sort| ApiKeyOrder::of(&sort)),
         };
