@@ -1,5 +1,7 @@
 //! Web pages: the landing page, the OpenAPI document and its viewer, and one page per error type.
 
+mod front_page;
+
 use poem::{
     Endpoint, IntoResponse, Response, Route,
     endpoint::{make, make_sync},
@@ -8,6 +10,7 @@ use poem::{
 };
 use quota_common::{ProblemCode, problem::MEDIA_TYPE};
 
+use self::front_page::{front_page, picture};
 use super::problem::{self, ApiError};
 use crate::config::Landing;
 
@@ -21,8 +24,6 @@ const SCRIPT: &str = include_str!("document/page.js");
 const META: &str = "<meta charset=\"utf-8\">\n\
     <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
     <meta name=\"color-scheme\" content=\"light dark\">";
-const LANDING: &str = include_str!("document/landing.html");
-const DOOR: &str = include_str!("document/door.html");
 const ICON: &str = include_str!("../../../desktop/ui/icon.svg");
 /// The URLs contain no version, so cache these files only briefly.
 const HOUR: &str = "public, max-age=3600";
@@ -283,108 +284,6 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
     Some((style, script))
 }
 
-/// Returns a gateway configuration without its leading comment.
-fn configuration(file: &str) -> String {
-    let text = match file.split_once("\n\n") {
-        Some((_, body)) if file.starts_with('#') => body,
-        _ => file,
-    };
-    escape(text.trim_end())
-}
-
-/// The landing page's pictures, taken by `cargo xtask pictures`.
-const PICTURES: [(&str, &[u8]); 4] = [
-    (
-        "usage-light",
-        include_bytes!("../../../desktop/pictures/usage-light.webp"),
-    ),
-    (
-        "usage-dark",
-        include_bytes!("../../../desktop/pictures/usage-dark.webp"),
-    ),
-    (
-        "try-it-light",
-        include_bytes!("../../../desktop/pictures/try-it-light.webp"),
-    ),
-    (
-        "try-it-dark",
-        include_bytes!("../../../desktop/pictures/try-it-dark.webp"),
-    ),
-];
-
-/// Returns the section with the pictures. They follow the page's theme.
-fn pictures() -> String {
-    let figure = |name: &str, caption: &str| {
-        format!(
-            "<figure><picture><source media=\"(prefers-color-scheme: dark)\" srcset=\"/pictures/{name}-dark.webp\">\
-             <img src=\"/pictures/{name}-light.webp\" width=\"1180\" height=\"730\" loading=\"lazy\" alt=\"{caption}\">\
-             </picture><figcaption>{caption}</figcaption></figure>"
-        )
-    };
-    format!(
-        "<section id=\"pictures\">\n<h2>The console</h2>\n<div class=\"pictures\">\n{}\n{}\n</div>\n</section>",
-        figure(
-            "usage",
-            "Allowed and denied requests by hour, key, endpoint and policy"
-        ),
-        figure(
-            "try-it",
-            "A new key, shown once, and its bucket while the key is tested"
-        )
-    )
-}
-
-fn picture(file: &str) -> Option<Response> {
-    let name = file.strip_suffix(".webp")?;
-    let (_, bytes) = PICTURES.iter().find(|(it, _)| *it == name)?;
-    Some(respond(*bytes, WEBP, HOUR, CSP))
-}
-
-/// Returns the page at `/`: the page about Quota, or a short page with links to the operator's console and API docs.
-fn front_page(landing: &Landing, base: &str) -> String {
-    let version = env!("CARGO_PKG_VERSION");
-    match landing {
-        Landing::Door { operator } => DOOR
-            .replace("{{meta}}", META)
-            .replace("{{version}}", version)
-            .replace("{{operator}}", &escape(operator)),
-        Landing::Full => {
-            let values = [
-                ("{{meta}}", META.to_owned()),
-                ("{{version}}", version.to_owned()),
-                ("{{base}}", escape(base)),
-                ("{{source}}", env!("CARGO_PKG_REPOSITORY").to_owned()),
-                ("{{pictures}}", pictures()),
-                (
-                    "{{caddy}}",
-                    configuration(include_str!("../../../deploy/gateways/Caddyfile")),
-                ),
-                (
-                    "{{nginx}}",
-                    configuration(include_str!("../../../deploy/gateways/nginx.conf")),
-                ),
-                (
-                    "{{haproxy}}",
-                    configuration(include_str!("../../../deploy/gateways/haproxy.cfg")),
-                ),
-                (
-                    "{{traefik}}",
-                    configuration(include_str!("../../../deploy/gateways/traefik.yml")),
-                ),
-                (
-                    "{{envoy}}",
-                    configuration(include_str!("../../../deploy/gateways/envoy.yaml")),
-                ),
-            ];
-            values
-                .iter()
-                .fold(LANDING.to_owned(), |page, (name, value)| {
-                    page.replace(name, value)
-                })
-        }
-    }
-}
-
 /// Serves `/`, `/page.css`, `/pictures`, `/problems`, `/docs`, and `/openapi.json`.
 pub fn routes(
     landing: &Landing,
@@ -456,46 +355,6 @@ pub fn routes(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn front_page_has_no_placeholder_left_and_escapes_what_it_is_given() {
-        let full = front_page(&Landing::Full, "https://quota.example.com");
-        assert!(!full.contains("{{"), "{full}");
-        assert!(
-            full.contains("git clone https://"),
-            "the address of the source"
-        );
-        assert!(full.contains("X-Service-Token qs_YOUR_SERVICE_TOKEN"));
-        for (name, _) in PICTURES {
-            assert!(full.contains(&format!("/pictures/{name}.webp")), "{name}");
-            assert!(picture(&format!("{name}.webp")).is_some());
-        }
-        assert!(picture("keys.webp").is_none() && picture("usage-light").is_none());
-        assert!(
-            !full.contains("Caddy 2.6 or later"),
-            "opening comments are left out"
-        );
-        let operator = "<b>Northwind</b> & Sons".to_owned();
-        let door = front_page(&Landing::Door { operator }, "https://quota.example.com");
-        assert!(!door.contains("{{") && !door.contains("<b>"), "{door}");
-        assert!(door.contains("&lt;b&gt;Northwind&lt;/b&gt; &amp; Sons"));
-        assert!(door.contains("href=\"/console\"") && door.contains("href=\"/docs\""));
-    }
-
-    #[test]
-    fn files_that_the_landing_page_links_to_exist() {
-        let root = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-        let paths: Vec<_> = LANDING
-            .split("{{source}}/")
-            .skip(1)
-            .filter_map(|rest| rest.split('"').next()?.split_once("/main/"))
-            .map(|(_, path)| path)
-            .collect();
-        assert!(paths.len() > 8, "{paths:?}");
-        for path in paths {
-            assert!(root.join(path).exists(), "{path}");
-        }
-    }
 
     #[test]
     fn viewer_splits_into_style_and_script() {
