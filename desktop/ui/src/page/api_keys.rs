@@ -19,8 +19,8 @@ use crate::{
     api,
     component::{
         Async, EmptyState, Loader, Menu, MenuItem, PageHeader, Pager, Shape, SortHead, SortSelect,
-        Toasts, copy_and_report, fixed_options, input_filter, load_page, open_from_query,
-        select_filter,
+        Toasts, copy_and_report, filter_bar, fixed_options, input_filter, load_page,
+        open_from_query, select_filter,
     },
     reactive::effect,
     route::route,
@@ -198,14 +198,18 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
         }
         options
     });
-    view! {
-        <search class="filters">
-            {input_filter("search", "Search", "search", "Name, key prefix or external ID")}
-            {select_filter("plan_id", "plan_filter", "Plan", plan_options)}
-            {select_filter("status", "status_filter", "Status", fixed_options(&STATUSES))}
-            <SortSelect more=ORDERS/>
-        </search>
-    }
+    let search = input_filter(
+        "search",
+        "Search",
+        "search",
+        "Name, key prefix or external ID",
+    );
+    let others = view! {
+        {select_filter("plan_id", "plan_filter", "Plan", plan_options)}
+        {select_filter("status", "status_filter", "Status", fixed_options(&STATUSES))}
+        <SortSelect more=ORDERS/>
+    };
+    filter_bar("filters", &["plan_id", "status"], search, others.into_any())
 }
 
 /// The dialogs for these actions are on the key's page.
