@@ -51,7 +51,7 @@ fn pictures() -> String {
         "<section id=\"pictures\">\n<h2>The console</h2>\n<div class=\"pictures\">\n{}\n{}\n</div>\n</section>",
         figure(
             "usage",
-            730,
+            770,
             "Allowed and denied requests by hour, key, endpoint and policy"
         ),
         figure(
