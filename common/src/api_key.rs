@@ -5,8 +5,18 @@ use crate::{
     id::{ApiKeyId, PlanId},
     patch::Patch,
     time::Timestamp,
-    wire::{Omittable, request, response, update},
+    wire::{Omittable, request, response, text_enum, update},
 };
+
+text_enum! {
+    /// Status of an API key. `active`: requests with it are allowed, within its limits. `expired`: its expiry has
+    /// passed. `inactive`: it was deactivated, whether or not it has also expired.
+    pub enum ApiKeyStatus {
+        Active = "active",
+        Expired = "expired",
+        Inactive = "inactive",
+    }
+}
 
 response! {
     /// An API key. Its secret is returned only once, on creation or rotation, and is never stored.
@@ -18,8 +28,8 @@ response! {
         pub plan_id: PlanId,
         /// The first characters of the key, which identify it without revealing it.
         pub prefix: String,
-        /// Whether the key is active. Requests with an inactive key are rejected with 401 and do not count against any
-        /// limit.
+        /// Whether the key is active: `false` if it was deactivated. Requests with an inactive key are rejected with 401 and
+        /// do not count against any limit. Does not depend on the expiry: for an expired key, this can be `true`.
         pub is_active: bool,
         /// When the key expires. After that time, requests with the key are rejected with 401. `null` if the key never
         /// expires.
@@ -40,6 +50,20 @@ response! {
         pub previous_expires_at: Option<Timestamp>,
         pub created_at: Timestamp,
         pub updated_at: Timestamp,
+    }
+}
+
+impl ApiKey {
+    /// Returns the key's status at a time in milliseconds since 1970.
+    pub fn status(&self, now: i64) -> ApiKeyStatus {
+        let is_expired = self
+            .expires_at
+            .is_some_and(|at| at.inner().timestamp_millis() <= now);
+        match (self.is_active, is_expired) {
+            (false, _) => ApiKeyStatus::Inactive,
+            (true, true) => ApiKeyStatus::Expired,
+            (true, false) => ApiKeyStatus::Active,
+        }
     }
 }
 

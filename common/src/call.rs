@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     alert::UpdateAlertSettings,
-    api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
+    api_key::{ApiKeyStatus, CreateApiKey, RotateApiKey, UpdateApiKey},
     audit::{AuditAction, AuditTarget},
     auth::{ChangePassword, Login, Refresh, Register, UpdateMe},
     decision::DecisionOutcome,
@@ -31,8 +31,7 @@ pub struct PageOf {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyFilter {
     pub plan_id: Option<PlanId>,
-    pub is_active: Option<bool>,
-    pub is_expired: Option<bool>,
+    pub status: Option<ApiKeyStatus>,
     /// Part of the name, or a prefix of the key.
     pub search: Option<String>,
     pub sort: Option<ApiKeyOrder>,
@@ -199,8 +198,7 @@ impl Call {
             Self::DeletePlan(id) => Sent::new("DELETE", format!("/admin/plans/{id}")),
             Self::ListApiKeys(filter, page) => get("/admin/api-keys")
                 .with("plan_id", filter.plan_id)
-                .with("is_active", filter.is_active)
-                .with("is_expired", filter.is_expired)
+                .with("status", filter.status)
                 .with("search", filter.search.as_ref())
                 .with("sort", filter.sort)
                 .page(page),

@@ -98,7 +98,7 @@ export async function errors(world) {
   await my.inspect("key-delete");
   await my.button("Deactivate instead").click();
   await dialog.waitFor({ state: "detached" });
-  await page.locator("dd .badge").getByText("Inactive").waitFor();
+  await page.locator(".page-header .badge").getByText("Inactive").waitFor();
   assert.equal((await my.api("GET", "/admin/api-keys")).items[0].is_active, false);
 
   // For internal errors, dialogs, toasts and pages show the request ID to quote.

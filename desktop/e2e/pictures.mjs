@@ -78,7 +78,7 @@ export async function pictures(world) {
     if (usage.bucket === "day") usage.total = counts(Math.round(usage.total.allowed * 0.93), Math.round(usage.total.rejected * 0.62));
     return route.fulfill({ json: usage });
   });
-  await page.setViewportSize({ width: 1180, height: 730 });
+  await page.setViewportSize({ width: 1180, height: 770 });
   await my.navigate("Usage").click();
   await page.getByRole("row", { name: /Mobile app/ }).waitFor();
   await take("usage-light", "light");
@@ -86,7 +86,7 @@ export async function pictures(world) {
   await my.navigate("API keys").click();
   await page.getByRole("row").nth(7).waitFor();
 
-  await page.setViewportSize({ width: 1180, height: 730 });
+  await page.setViewportSize({ width: 1180, height: 800 });
   await my.button("Create key").click();
   await my.field("Name").fill("Route planner");
   await page.locator("#key_plan").selectOption({ label: "Free (60/min)" });

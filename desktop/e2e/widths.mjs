@@ -69,11 +69,42 @@ export async function widths(world) {
       if (width % 320 === 0) assert.deepEqual(await page.evaluate(tooClose), [], `/console${path} at ${width}`);
     }
   }
-  await page.goto(`${base}/console/api-keys`);
-  // Filters leave most of a phone's screen for the list.
+  // On phones, filters leave most of the screen to the list.
   await page.setViewportSize({ width: 390, height: 844 });
-  const filters = await page.locator(".filters").boundingBox();
-  assert.ok(filters.height < 844 / 5 && filters.y + filters.height < 844 / 2, JSON.stringify(filters));
+  for (const [path, label, value] of [["/audit", "Resource", "plan"], ["/api-keys", "Status", "active"]]) {
+    await page.goto(`${base}/console${path}`);
+    await my.button("Filters").waitFor();
+    const filters = await page.locator(".filters").boundingBox();
+    assert.ok(filters.height < 844 / 10 && filters.y + filters.height < 844 / 2, `${path}: ${JSON.stringify(filters)}`);
+    const filter = page.getByLabel(label, { exact: true });
+    assert.ok(!(await filter.isVisible()), path);
+    await my.button("Filters").click();
+    await filter.selectOption(value);
+    await my.fits(`filters of ${path}`);
+    await my.inspect(`filters${path.replace("/", "-")}`);
+    await page.setViewportSize({ width: 390, height: 844 });
+    await my.button("Filters (1)").click();
+    await filter.waitFor({ state: "hidden" });
+  }
+  // The buttons that end a key's use come last, and its limits first.
+  await page.goto(`${base}/console/api-keys/${keys[1].id}`);
+  await my.button("Delete").waitFor();
+  const cards = await page.locator("main .card h2").allTextContents();
+  assert.deepEqual(cards.slice(0, 2), ["Limits", "Details"]);
+  const actions = page.locator("[aria-labelledby='key-details'] .actions button");
+  assert.deepEqual(await actions.allTextContents(), ["Edit", "Rotate", "Deactivate", "Delete"]);
+  // Home's cards have the same size, and none is alone in a row.
+  await page.goto(`${base}/console`);
+  await page.locator(".stat").nth(3).waitFor();
+  for (const width of all) {
+    await page.setViewportSize({ width, height: 800 });
+    const boxes = await page.locator(".stat").evaluateAll((all) => all.map((it) => it.getBoundingClientRect()).map(({ top, width, height }) => [top, width, height]));
+    const inRow = (top) => boxes.filter(([other]) => other === top).length;
+    assert.ok(boxes.every(([top]) => inRow(top) === inRow(boxes[0][0])), `cards at ${width}: ${JSON.stringify(boxes)}`);
+    assert.ok(boxes.every(([, , height]) => Math.abs(height - boxes[0][2]) < 1), `cards at ${width}: ${JSON.stringify(boxes)}`);
+  }
+  await page.goto(`${base}/console/api-keys`);
+  await page.setViewportSize({ width: 390, height: 844 });
   await my.button("Create key").click();
   await my.field("Expires (optional)").waitFor();
   for (const width of all) {

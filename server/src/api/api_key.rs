@@ -8,7 +8,7 @@ use poem_openapi::{
 };
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, ProblemCode, Timestamp,
-    api_key::{ApiKey, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
+    api_key::{ApiKey, ApiKeyStatus, CreateApiKey, CreatedApiKey, RotateApiKey, UpdateApiKey},
     audit::AuditAction,
     bounds::GRACE_DEFAULT,
     field::Metadata,
@@ -150,9 +150,13 @@ impl ApiKeyApi {
         caller: ReadingTenant,
         /// Include only keys on this plan.
         plan_id: Query<Option<PlanId>>,
-        /// Include only active keys (`true`) or only inactive keys (`false`).
+        /// Include only keys with this status. Every key has exactly one.
+        status: Query<Option<ApiKeyStatus>>,
+        /// Include only keys whose `is_active` has this value, whether or not they have expired. `true` includes expired
+        /// keys; use `status=active` to exclude them.
         is_active: Query<Option<bool>>,
-        /// Include only expired keys (`true`) or only keys that have not expired (`false`).
+        /// Include only expired keys (`true`) or only keys that have not expired (`false`), whether or not they were
+        /// deactivated.
         is_expired: Query<Option<bool>>,
         /// Include only keys with this external ID.
         #[oai(validator(min_length = 1, max_length = 200))]
@@ -174,8 +178,10 @@ impl ApiKeyApi {
         let search = page::filter("search", search.0)?;
         let filter = Filter {
             plan_id: plan_id.0.map(Uuid::from),
+            status: status.0,
             is_active: is_active.0,
-            is_expired: is_expired.0.map(|it| (it, self.now())),
+            is_expired: is_expired.0,
+            now: self.now(),
             external_id: external_id.as_deref(),
             search: search.as_deref(),
         };

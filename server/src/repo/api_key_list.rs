@@ -3,7 +3,7 @@
 use chrono::{DateTime, Utc};
 use diesel::{pg::Pg, prelude::*};
 use diesel_async::{RunQueryDsl, SimpleAsyncConnection as _};
-use quota_common::{TenantId, page::TOTAL_MAX};
+use quota_common::{TenantId, api_key::ApiKeyStatus, page::TOTAL_MAX};
 use uuid::Uuid;
 
 use super::{
@@ -18,9 +18,11 @@ use crate::{
 #[derive(Debug, Default)]
 pub struct Filter<'a> {
     pub plan_id: Option<Uuid>,
+    pub status: Option<ApiKeyStatus>,
     pub is_active: Option<bool>,
-    /// Whether the keys must have expired by this time.
-    pub is_expired: Option<(bool, DateTime<Utc>)>,
+    pub is_expired: Option<bool>,
+    /// Keys that expire at or before this time are expired.
+    pub now: DateTime<Utc>,
     pub external_id: Option<&'a str>,
     /// Part of the name, or a prefix of the key or external ID.
     pub search: Option<&'a str>,
@@ -34,19 +36,23 @@ fn filtered<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, P
     if let Some(plan_id) = filter.plan_id {
         query = query.filter(api_keys::plan_id.eq(plan_id));
     }
-    if let Some(is_active) = filter.is_active {
+    // As in `ApiKey::status`.
+    let (is_active, is_expired) = match filter.status {
+        Some(ApiKeyStatus::Active) => (Some(true), Some(false)),
+        Some(ApiKeyStatus::Expired) => (Some(true), Some(true)),
+        Some(ApiKeyStatus::Inactive) => (Some(false), None),
+        None => (None, None),
+    };
+    for is_active in [is_active, filter.is_active].into_iter().flatten() {
         query = query.filter(api_keys::is_active.eq(is_active));
     }
-    match filter.is_expired {
-        Some((true, at)) => query = query.filter(api_keys::expires_at.le(at)),
-        Some((false, at)) => {
-            query = query.filter(
-                api_keys::expires_at
-                    .is_null()
-                    .or(api_keys::expires_at.gt(at)),
-            );
-        }
-        None => {}
+    for is_expired in [is_expired, filter.is_expired].into_iter().flatten() {
+        query = if is_expired {
+            query.filter(api_keys::expires_at.le(filter.now))
+        } else {
+            let expires_at = api_keys::expires_at;
+            query.filter(expires_at.is_null().or(expires_at.gt(filter.now)))
+        };
     }
     if let Some(external_id) = filter.external_id {
         query = query.filter(api_keys::external_id.assume_not_null().eq(external_id));

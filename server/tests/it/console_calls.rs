@@ -6,7 +6,7 @@ use std::{collections::BTreeSet, mem::discriminant};
 use quota_common::{
     ApiKeyId, PlanId, ServiceTokenId, SessionId, Timestamp, WebhookDeliveryId, WebhookId,
     alert::UpdateAlertSettings,
-    api_key::{CreateApiKey, RotateApiKey, UpdateApiKey},
+    api_key::{ApiKeyStatus, CreateApiKey, RotateApiKey, UpdateApiKey},
     audit::{AuditAction, AuditTarget},
     auth::{ChangePassword, Login, Register, Role, UpdateMe},
     call::{AuditFilter, Call, DecisionFilter, KeyFilter, PageOf, Sent, UsageFilter},
@@ -139,8 +139,7 @@ fn samples() -> Vec<Call> {
         Call::ListApiKeys(
             KeyFilter {
                 plan_id: Some(plan),
-                is_active: Some(true),
-                is_expired: Some(false),
+                status: Some(ApiKeyStatus::Expired),
                 search: Some("mobile & <web>".into()),
                 sort: Some(ApiKeyOrder::LastUsed),
             },

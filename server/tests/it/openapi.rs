@@ -624,6 +624,43 @@ async fn documented_bounds_of_parameters_are_enforced() {
     assert!(bounds >= 9, "{bounds}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn unknown_values_of_enum_parameters_are_rejected() {
+    let sender = Sender::new().await;
+    let mut tried = Vec::new();
+    // `forward_auth` has only `deny`, and checks the service token first.
+    let admin = |it: &Operation| it.path.starts_with("/admin/");
+    for operation in operations().into_iter().filter(admin) {
+        let parameters = operation.meta["parameters"].as_array();
+        for parameter in parameters.into_iter().flatten() {
+            let Some(values) = resolve(&parameter["schema"])["enum"].as_array() else {
+                continue;
+            };
+            let name = parameter["name"].as_str().expect("a name");
+            let values = values.iter().map(|it| it.as_str().expect("a string"));
+            let values = values.collect::<Vec<_>>().join(", ");
+            let id = match operation.path {
+                path if path.contains("{webhook_id}") => &sender.webhook,
+                _ => &sender.key,
+            };
+            for unknown in ["", "unknown"] {
+                let path = format!("{}?{name}={unknown}", operation.path_with(id));
+                let answer = sender.app.get(&path).bearer(&sender.token).send().await;
+                assert_eq!(answer.status, 422, "{path}: {}", answer.text);
+                let message = format!("must be one of {values}");
+                assert_eq!(
+                    answer.body["errors"],
+                    json!([{"field": name, "message": message}]),
+                    "{path}"
+                );
+            }
+            tried.push((operation.id, name));
+        }
+    }
+    assert!(tried.contains(&("list_api_keys", "status")), "{tried:?}");
+    assert!(tried.len() >= 10, "{tried:?}");
+}
+
 /// Every message about a parameter states the allowed values in terms of the API.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_parameters_get_plain_messages() {
@@ -637,6 +674,11 @@ async fn rejected_parameters_get_plain_messages() {
             "must be true or false",
         ),
         ("api-keys?plan_id=7", "plan_id", "must be a UUID"),
+        (
+            "api-keys?status=disabled",
+            "status",
+            "must be one of active, expired, inactive",
+        ),
         (
             "plans?sort=size",
             "sort",

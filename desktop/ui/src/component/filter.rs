@@ -90,3 +90,38 @@ pub fn input_filter(
     }
     .into_any()
 }
+
+/// The filters of a list. On phones, only `search` is visible at first. A button shows the others, and says how many of
+/// `names`, their query parameters, are set.
+pub fn filter_bar(
+    class: &'static str,
+    names: &'static [&'static str],
+    search: AnyView,
+    others: AnyView,
+) -> AnyView {
+    let query = route().query;
+    let open = RwSignal::new(false);
+    let label = move || {
+        let set = query.with(|query| names.iter().filter(|it| query.get(it).is_some()).count());
+        match set {
+            0 => "Filters".to_owned(),
+            set => format!("Filters ({set})"),
+        }
+    };
+    view! {
+        <search class=class class:open=open>
+            {search}
+            <button
+                type="button"
+                class="button filter-toggle"
+                aria-expanded=move || open.get().to_string()
+                aria-controls="other-filters"
+                on:click=move |_| open.update(|open| *open = !*open)
+            >
+                {label}
+            </button>
+            <div id="other-filters" class="other-filters">{others}</div>
+        </search>
+    }
+    .into_any()
+}

@@ -36,7 +36,7 @@ pub use copy::{CodeBlock, CopyButton};
 pub use empty_state::EmptyState;
 pub use export::ExportButton;
 pub use field::{Field, SelectField};
-pub use filter::{fixed_options, input_filter, select_filter, set_filter};
+pub use filter::{filter_bar, fixed_options, input_filter, select_filter, set_filter};
 pub use focus::focus_soon;
 pub use form::{DialogForm, PageForm};
 pub use form_state::FormState;

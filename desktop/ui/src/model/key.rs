@@ -1,4 +1,8 @@
-use quota_common::{Timestamp, api_key::ApiKey, plan::Plan};
+use quota_common::{
+    Timestamp,
+    api_key::{ApiKey, ApiKeyStatus},
+    plan::Plan,
+};
 
 use super::{
     limits::EffectiveLimits,
@@ -29,22 +33,18 @@ fn row(label: &str, content: &[Markup]) -> Markup {
 }
 
 pub fn status_badge(key: &ApiKey, now: i64) -> Markup {
-    let is_expired = key
-        .expires_at
-        .is_some_and(|at| at.inner().timestamp_millis() <= now);
-    let (class, status) = match (key.is_active, is_expired) {
-        (false, _) => ("badge", "Inactive"),
-        (true, true) => ("badge off", "Expired"),
-        (true, false) => ("badge on", "Active"),
+    let (class, status) = match key.status(now) {
+        ApiKeyStatus::Inactive => ("badge", "Inactive"),
+        ApiKeyStatus::Expired => ("badge off", "Expired"),
+        ApiKeyStatus::Active => ("badge on", "Active"),
     };
     with_text("span", &[("class", class)], status)
 }
 
-/// Returns the key's status, times, and plan. Includes the key's limits if `plan` is known.
-pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64) -> Markup {
+/// Returns the key's plan, times, and metadata.
+pub fn key_details(key: &ApiKey, plan: Option<&Plan>, now: i64) -> Markup {
     let plan_name = plan.map_or("…", |plan| &plan.name);
     let mut rows = vec![
-        row("Status", &[status_badge(key, now)]),
         row(
             "Key",
             &[with_text("code", &[], &format!("{}…", key.prefix))],
@@ -65,9 +65,6 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
         rows.push(text_row("External ID", external_id));
     }
     let mut all = element("dl", &[("class", "details")], &rows);
-    if let Some(plan) = plan {
-        all.push(limit_details(key, plan, time_zone));
-    }
     // The metadata is shown separately from Quota's own fields, because tenants can choose any names.
     if !key.metadata.is_empty() {
         let rows: Vec<_> = key
@@ -75,7 +72,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, time_zone: &str, now: i64)
             .iter()
             .map(|(name, value)| text_row(name, value))
             .collect();
-        let class = [("class", "details limits")];
+        let class = [("class", "details metadata")];
         all.push(element("dl", &class, &rows));
     }
     all
@@ -87,7 +84,8 @@ fn text_row(label: &str, text: &str) -> Markup {
     row(label, &[with_text("span", &class, text)])
 }
 
-fn limit_details(key: &ApiKey, plan: &Plan, time_zone: &str) -> Markup {
+/// Returns the rate, the burst, and the quotas that apply to the key.
+pub fn limit_details(key: &ApiKey, plan: &Plan, time_zone: &str) -> Markup {
     let limits = EffectiveLimits::new(plan, key);
     let source = match key.rpm_override {
         Some(_) => format!("Override (plan: {}/min)", number(plan.default_rpm.into())),
@@ -154,12 +152,9 @@ mod tests {
     }
 
     #[test]
-    fn details_name_the_plan_and_its_limits_once_it_is_known() {
-        let before = key_details(&key(true, None), None, "UTC", NOW).to_string();
-        assert!(
-            before.contains(">…<") && !before.contains("Rate limit"),
-            "{before}"
-        );
+    fn details_name_the_plan_and_its_limits() {
+        let before = key_details(&key(true, None), None, NOW).to_string();
+        assert!(before.contains(">…<"), "{before}");
         assert!(
             before.contains(">1 minute ago<") && before.contains(">Never used<"),
             "{before}"
@@ -169,14 +164,11 @@ mod tests {
             "strict": false, "on_redis_failure": null, "billing": "free", "key_count": 1, "created_at": AT, "updated_at": AT,
         }))
         .expect("a plan");
-        let after = key_details(&key(true, None), Some(&plan), "UTC", NOW).to_string();
-        assert!(
-            after.contains("&lt;Pro&gt;") && after.contains("600/min"),
-            "{after}"
-        );
-        assert!(
-            after.contains("Resets at midnight, UTC") && after.contains("Unlimited"),
-            "{after}"
-        );
+        let after = key_details(&key(true, None), Some(&plan), NOW).to_string();
+        assert!(after.contains("&lt;Pro&gt;"), "{after}");
+        let limits = limit_details(&key(true, None), &plan, "UTC").to_string();
+        for text in ["600/min", "Resets at midnight, UTC", "Unlimited"] {
+            assert!(limits.contains(text), "{text} is not in {limits}");
+        }
     }
 }

@@ -11,6 +11,7 @@ use super::{
     create_api_key::NewKeyDialog,
     create_button::can_create,
     edit_api_key::EditDialog,
+    key_status::key_status,
     key_usage::{KeyActivity, KeyUsage, LimitMeters},
     plan_list::{PlansError, find_plan, load_plans},
     rotate_api_key::RotateDialog,
@@ -23,7 +24,10 @@ use crate::{
         Async, Card, Confirm, Confirmation, CopyButton, Field, FormState, Loader, NewSecret,
         PageHeader, Toasts, busy_attr, load,
     },
-    model::{key::key_details, text},
+    model::{
+        key::{key_details, limit_details},
+        text,
+    },
     reactive::{effect, flag_memo, text_memo},
     route::route,
     session::session,
@@ -100,7 +104,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     open_dialog_from_query(dialogs, loader);
     view! {
         <p class="breadcrumb"><a href="/console/api-keys">"API keys"</a></p>
-        <PageHeader title/>
+        <PageHeader title>{move || loader.ready().map(|key| key_status(&key))}</PageHeader>
         <Async
             loader
             what="this API key"
@@ -254,35 +258,44 @@ fn KeyDetails(
     let id = key.id.to_string();
     let (is_active, busy) = (key.is_active, dialogs.busy);
     let time_zone = session().time_zone();
+    let limited = key.clone();
+    let limits = move || {
+        let plan = find_plan(plans, limited.plan_id);
+        plan.map(|plan| limit_details(&limited, &plan, &time_zone).to_string())
+            .unwrap_or_default()
+    };
     let details = move || {
         let plan = find_plan(plans, key.plan_id);
-        key_details(&key, plan.as_ref(), &time_zone, now()).to_string()
+        key_details(&key, plan.as_ref(), now()).to_string()
     };
     view! {
-        <section class="card">
+        <Card id="key-limits" title="Limits">
+            <div inner_html=limits></div>
+            <LimitMeters limits=usage.limits/>
+        </Card>
+        <Card id="key-details" title="Details">
             <div inner_html=details></div>
             <p class="key-id">
                 <span class="muted small-text">"Key ID"</span>
                 <code>{id.clone()}</code>
                 <CopyButton text=Signal::derive(move || id.clone()) what="key ID"/>
             </p>
-            <LimitMeters limits=usage.limits/>
             {can_manage
                 .then(|| {
                     view! {
                         <div class="actions">
+                            <button class="button" data-focus-key="edit" on:click=move |_| dialogs.editing.set(true)>"Edit"</button>
+                            <button class="button" data-focus-key="rotate" on:click=move |_| dialogs.rotating.set(true)>"Rotate"</button>
                             {if is_active {
                                 view! { <button class="button" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| dialogs.deactivating.ask()>"Deactivate"</button> }.into_any()
                             } else {
                                 view! { <button class="button primary" data-focus-key="status" aria-disabled=busy_attr(busy) on:click=move |_| set_active.run(true)>"Activate"</button> }.into_any()
                             }}
-                            <button class="button" data-focus-key="edit" on:click=move |_| dialogs.editing.set(true)>"Edit"</button>
-                            <button class="button" data-focus-key="rotate" on:click=move |_| dialogs.rotating.set(true)>"Rotate"</button>
                             <button class="button danger" data-focus-key="delete" on:click=move |_| dialogs.deleting.ask()>"Delete"</button>
                         </div>
                     }
                 })}
-        </section>
+        </Card>
     }
 }
 

@@ -1,5 +1,11 @@
 use leptos::prelude::*;
-use quota_common::{Page, api_key::ApiKey, call::KeyFilter, page::ApiKeyOrder, plan::Plan};
+use quota_common::{
+    Page,
+    api_key::{ApiKey, ApiKeyStatus},
+    call::KeyFilter,
+    page::ApiKeyOrder,
+    plan::Plan,
+};
 
 use super::{
     bulk_actions::{BulkActions, SelectAll, activate},
@@ -13,8 +19,8 @@ use crate::{
     api,
     component::{
         Async, EmptyState, Loader, Menu, MenuItem, PageHeader, Pager, Shape, SortHead, SortSelect,
-        Toasts, copy_and_report, fixed_options, input_filter, load_page, open_from_query,
-        select_filter,
+        Toasts, copy_and_report, filter_bar, fixed_options, input_filter, load_page,
+        open_from_query, select_filter,
     },
     reactive::effect,
     route::route,
@@ -34,26 +40,14 @@ const STATUSES: [(&str, &str); 4] = [
     ("inactive", "Inactive"),
 ];
 
-/// Returns the `is_active` and `is_expired` filters for a status. The filters match the badges in the list.
-fn status_filter(status: Option<&str>) -> (Option<bool>, Option<bool>) {
-    match status {
-        Some("active") => (Some(true), Some(false)),
-        Some("expired") => (Some(true), Some(true)),
-        Some("inactive") => (Some(false), None),
-        _ => (None, None),
-    }
-}
-
 #[component]
 pub fn ApiKeys() -> impl IntoView {
     let query = route().query;
     let parameter = move |name: &str| query.with(|query| query.get(name));
     let loader = load_page(move |page| {
-        let (is_active, is_expired) = status_filter(parameter("status").as_deref());
         let filter = KeyFilter {
             plan_id: parameter("plan_id").and_then(|id| id.parse().ok()),
-            is_active,
-            is_expired,
+            status: parameter("status").and_then(|status| ApiKeyStatus::of(&status)),
             search: parameter("search"),
             sort: parameter("sort").and_then(|sort| ApiKeyOrder::of(&sort)),
         };
@@ -204,14 +198,18 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
         }
         options
     });
-    view! {
-        <search class="filters">
-            {input_filter("search", "Search", "search", "Name, key prefix or external ID")}
-            {select_filter("plan_id", "plan_filter", "Plan", plan_options)}
-            {select_filter("status", "status_filter", "Status", fixed_options(&STATUSES))}
-            <SortSelect more=ORDERS/>
-        </search>
-    }
+    let search = input_filter(
+        "search",
+        "Search",
+        "search",
+        "Name, key prefix or external ID",
+    );
+    let others = view! {
+        {select_filter("plan_id", "plan_filter", "Plan", plan_options)}
+        {select_filter("status", "status_filter", "Status", fixed_options(&STATUSES))}
+        <SortSelect more=ORDERS/>
+    };
+    filter_bar("filters", &["plan_id", "status"], search, others.into_any())
 }
 
 /// The menu of a key. The dialogs for its actions are on the key's page.

@@ -14,8 +14,8 @@ use crate::{
     api,
     clock::now,
     component::{
-        Async, EmptyState, ExportButton, Loader, PageHeader, Pager, Shape, Toasts, input_filter,
-        load_page, select_filter, set_filter,
+        Async, EmptyState, ExportButton, Loader, PageHeader, Pager, Shape, Toasts, filter_bar,
+        input_filter, load_page, select_filter, set_filter,
     },
     model::{
         address::Query,
@@ -64,15 +64,8 @@ fn actions(query: RwSignal<Query>) -> Signal<Vec<(String, String)>> {
     })
 }
 
-const FILTERS: [&str; 7] = [
-    "target_type",
-    "action",
-    "search",
-    "actor",
-    "from",
-    "to",
-    "target_id",
-];
+/// The filters that are behind a button on phones.
+const FIELDS: [&str; 5] = ["actor", "target_type", "action", "from", "to"];
 
 /// Reads the filter from the URL query. The filter's dates are UTC days, and both are included.
 fn filter(query: &Query) -> AuditFilter {
@@ -112,18 +105,18 @@ pub fn AuditLog() -> impl IntoView {
             Ok(("audit-log.csv".to_owned(), file))
         }) as api::PendingCall<(String, String)>
     });
+    let others = view! {
+        {input_filter("actor", "Actor", "search", "Email")}
+        {select_filter("target_type", "target_type", "Resource", resources())}
+        {select_filter("action", "action", "Action", actions(query))}
+        {input_filter("from", "From (UTC)", "date", "")}
+        {input_filter("to", "To (UTC)", "date", "")}
+    };
     view! {
         <PageHeader title="Audit log" about="All changes: what changed, who changed it, when, and from where.">
             <ExportButton export/>
         </PageHeader>
-        <search class="filters audit">
-            {input_filter("search", "Resource name", "search", "Name")}
-            {input_filter("actor", "Actor", "search", "Email")}
-            {select_filter("target_type", "target_type", "Resource", resources())}
-            {select_filter("action", "action", "Action", actions(query))}
-            {input_filter("from", "From (UTC)", "date", "")}
-            {input_filter("to", "To (UTC)", "date", "")}
-        </search>
+        {filter_bar("filters audit", &FIELDS, input_filter("search", "Resource name", "search", "Name"), others.into_any())}
         {move || {
             query
                 .with(|query| query.get("target_id"))
@@ -141,7 +134,7 @@ pub fn AuditLog() -> impl IntoView {
             what="the audit log"
             show=move |page| {
                 if page.items.is_empty() {
-                    let is_filtered = query.with(|query| FILTERS.iter().any(|name| query.get(name).is_some()));
+                    let is_filtered = query.with(|query| FIELDS.iter().chain(&["search", "target_id"]).any(|name| query.get(name).is_some()));
                     return view! { <NoEvents is_filtered/> }.into_any();
                 }
                 view! { <Events page plans/> }.into_any()

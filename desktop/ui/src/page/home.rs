@@ -204,6 +204,11 @@ fn cards(it: &Overview, today: Pair, hours: &[u64]) -> Markup {
         }
         None => stat("Closest to limit", "–", "No quotas in use", ""),
     };
+    let spark = if hours.iter().any(|requests| *requests > 0) {
+        element("span", &[("class", "spark")], &[sparkline(hours)])
+    } else {
+        Markup::default()
+    };
     let requests = element(
         "a",
         &[("class", "stat card"), ("href", "/console/usage")],
@@ -215,7 +220,7 @@ fn cards(it: &Overview, today: Pair, hours: &[u64]) -> Markup {
                 &[("class", "muted small-text")],
                 &since_yesterday(today.total(), stats.requests_yesterday),
             ),
-            element("span", &[("class", "spark")], &[sparkline(hours)]),
+            spark,
         ],
     );
     let all = [

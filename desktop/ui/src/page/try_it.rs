@@ -4,7 +4,11 @@ use std::time::Duration;
 
 use leptos::{prelude::*, task::spawn_local};
 
-use quota_common::{ApiKeyId, api_key::ApiKey, limit::LimitState};
+use quota_common::{
+    ApiKeyId,
+    api_key::{ApiKey, ApiKeyStatus},
+    limit::LimitState,
+};
 
 use crate::{
     api::{self, CallError, TestResponse},
@@ -86,18 +90,12 @@ fn reason(
                 names => format!("Denied by: {}.", names.join(", ").to_ascii_lowercase()),
             }
         }
-        401 => {
-            let is_expired = |key: &ApiKey| {
-                key.expires_at
-                    .is_some_and(|at| at.inner().timestamp_millis() <= now())
-            };
-            match key {
-                Some(key) if !sent.starts_with(&*key.prefix) => other_key(key),
-                Some(key) if !key.is_active => "This key is inactive.".to_owned(),
-                Some(key) if is_expired(key) => "This key has expired.".to_owned(),
-                _ => detail().unwrap_or_default(),
-            }
-        }
+        401 => match key.map(|key| (key, key.status(now()))) {
+            Some((key, _)) if !sent.starts_with(&*key.prefix) => other_key(key),
+            Some((_, ApiKeyStatus::Inactive)) => "This key is inactive.".to_owned(),
+            Some((_, ApiKeyStatus::Expired)) => "This key has expired.".to_owned(),
+            _ => detail().unwrap_or_default(),
+        },
         _ => detail().unwrap_or_default(),
     }
 }

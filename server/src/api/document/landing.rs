@@ -2,12 +2,13 @@
 
 use poem::Response;
 
-use super::html::{CSP, HOUR, META, escape, respond};
+use super::html::{CSP, HOUR, META, escape, marked, respond};
 use crate::config::Landing;
 
-const WEBP: &str = "image/webp";
 const LANDING: &str = include_str!("landing.html");
 const DOOR: &str = include_str!("door.html");
+const WEBP: &str = "image/webp";
+const PERFORMANCE: &str = include_str!("../../../../docs/PERFORMANCE.md");
 
 /// Returns a gateway configuration without its leading comment.
 fn configuration(file: &str) -> String {
@@ -40,10 +41,10 @@ const PICTURES: [(&str, &[u8]); 4] = [
 
 /// Returns the section with the screenshots, which follow the page's theme.
 fn pictures() -> String {
-    let figure = |name: &str, caption: &str| {
+    let figure = |name: &str, height: u32, caption: &str| {
         format!(
             "<figure><picture><source media=\"(prefers-color-scheme: dark)\" srcset=\"/pictures/{name}-dark.webp\">\
-             <img src=\"/pictures/{name}-light.webp\" width=\"1180\" height=\"730\" loading=\"lazy\" alt=\"{caption}\">\
+             <img src=\"/pictures/{name}-light.webp\" width=\"1180\" height=\"{height}\" loading=\"lazy\" alt=\"{caption}\">\
              </picture><figcaption>{caption}</figcaption></figure>"
         )
     };
@@ -51,10 +52,12 @@ fn pictures() -> String {
         "<section id=\"pictures\">\n<h2>The console</h2>\n<div class=\"pictures\">\n{}\n{}\n</div>\n</section>",
         figure(
             "usage",
+            770,
             "Allowed and denied requests by hour, key, endpoint and policy"
         ),
         figure(
             "try-it",
+            800,
             "A new key, shown once, and its bucket while the key is tested"
         )
     )
@@ -65,6 +68,36 @@ pub(super) fn picture(file: &str) -> Option<Response> {
     let name = file.strip_suffix(".webp")?;
     let (_, bytes) = PICTURES.iter().find(|(it, _)| *it == name)?;
     Some(respond(*bytes, WEBP, HOUR, CSP))
+}
+
+/// Returns the paragraphs and the table of `docs/PERFORMANCE.md` as HTML.
+fn performance() -> String {
+    let mut paragraphs = String::new();
+    let mut rows = Vec::new();
+    for line in PERFORMANCE.lines() {
+        match line.strip_prefix("| ").and_then(|it| it.strip_suffix(" |")) {
+            Some(row) => rows.push(row.split(" | ").map(marked).collect::<Vec<_>>()),
+            None if line.is_empty() || line.starts_with(['#', '|']) => {}
+            None => paragraphs.push_str(&format!("<p>{}</p>\n", marked(line))),
+        }
+    }
+    let row = |(number, cells): (usize, &Vec<String>)| {
+        let cells = cells
+            .iter()
+            .enumerate()
+            .map(|(column, cell)| match (number, column) {
+                (0, _) => format!("<th scope=\"col\">{cell}</th>"),
+                (_, 0) => format!("<th scope=\"row\">{cell}</th>"),
+                _ => format!("<td>{cell}</td>"),
+            });
+        format!("<tr>{}</tr>\n", cells.collect::<String>())
+    };
+    let mut rows = rows.iter().enumerate().map(row);
+    let head = rows.next().unwrap_or_default();
+    let body: String = rows.collect();
+    format!(
+        "{paragraphs}<table class=\"facts\">\n<thead>{head}</thead>\n<tbody>\n{body}</tbody>\n</table>"
+    )
 }
 
 /// Returns the page at `/`: the page about Quota, or a short page with links to the operator's console and API docs.
@@ -82,6 +115,7 @@ pub(super) fn front_page(landing: &Landing, base: &str) -> String {
                 ("{{base}}", escape(base)),
                 ("{{source}}", env!("CARGO_PKG_REPOSITORY").to_owned()),
                 ("{{pictures}}", pictures()),
+                ("{{performance}}", performance()),
                 (
                     "{{caddy}}",
                     configuration(include_str!("../../../../deploy/gateways/Caddyfile")),
@@ -130,6 +164,17 @@ mod tests {
             assert!(picture(&format!("{name}.webp")).is_some());
         }
         assert!(picture("keys.webp").is_none() && picture("usage-light").is_none());
+        for text in [
+            "<th scope=\"col\">Command</th>",
+            "<td><code>cargo xtask bench metering</code></td>",
+            "<p>These figures are",
+        ] {
+            assert!(full.contains(text), "{text}");
+        }
+        assert!(
+            !full.contains("---"),
+            "the line below a table's head is left out"
+        );
         assert!(
             !full.contains("Caddy 2.6 or later"),
             "opening comments are left out"

@@ -9,6 +9,7 @@ use poem::{
 use poem_openapi::error::{ParseParamError, ParsePathError};
 use quota_common::{
     FieldError, ProblemCode,
+    api_key::ApiKeyStatus,
     audit::{AuditAction, AuditTarget},
     decision::DecisionOutcome,
     page::{ApiKeyOrder, PlanOrder},
@@ -97,6 +98,7 @@ fn parameter_message(reason: &str) -> String {
 /// Returns the possible values of an enum parameter.
 fn choices(kind: &str) -> Option<Vec<&'static str>> {
     Some(match kind {
+        "ApiKeyStatus" => ApiKeyStatus::ALL.iter().map(|it| it.as_str()).collect(),
         "ApiKeyOrder" => ApiKeyOrder::ALL.iter().map(|it| it.as_str()).collect(),
         "PlanOrder" => PlanOrder::ALL.iter().map(|it| it.as_str()).collect(),
         "AuditAction" => AuditAction::ALL.iter().map(|it| it.as_str()).collect(),

@@ -808,3 +808,62 @@ async fn expired_keys_can_be_filtered() {
     assert_eq!(names(false).await, ["Lasting"]);
     assert_eq!(names(true).await, ["Short"]);
 }
+
+/// Each key has exactly one status, the same that the console shows.
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_can_be_filtered_by_status() {
+    let clock = TestClock::at(SystemClock::new().now());
+    let app = TestApp::setup()
+        .clock(Arc::new(clock.clone()))
+        .start()
+        .await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let now = chrono::DateTime::from_timestamp_nanos(i64::try_from(clock.now().0).unwrap());
+    let end = (now + chrono::TimeDelta::seconds(60)).to_rfc3339();
+    for (name, expires_at, is_active) in [
+        ("Lasting", Value::Null, true),
+        ("Short", json!(end), true),
+        ("Lasting off", Value::Null, false),
+        ("Short off", json!(end), false),
+    ] {
+        let body = json!({"name": name, "plan_id": plan, "expires_at": expires_at});
+        let created = send(&app, &account, "POST", "/admin/api-keys", body).await;
+        assert_eq!(created.status, 201, "{}", created.body);
+        let id = created.body["api_key"]["id"].as_str().unwrap();
+        let path = format!("/admin/api-keys/{id}");
+        let change = json!({"is_active": is_active});
+        let changed = send(&app, &account, "PATCH", &path, change).await;
+        assert_eq!(changed.status, 200, "{}", changed.body);
+    }
+    let names = async |query: &str| {
+        let path = format!("/admin/api-keys?sort=name&{query}");
+        let list = send(&app, &account, "GET", &path, Value::Null).await;
+        assert_eq!(list.status, 200, "{query}: {}", list.text);
+        let items = list.body["items"].as_array().unwrap();
+        assert_eq!(list.body["total"], json!(items.len()), "{query}");
+        let names = items
+            .iter()
+            .map(|it| it["name"].as_str().unwrap().to_owned());
+        names.collect::<Vec<_>>()
+    };
+    let inactive = ["Lasting off", "Short off"];
+    assert_eq!(names("status=active").await, ["Lasting", "Short"]);
+    assert!(names("status=expired").await.is_empty());
+    assert_eq!(names("status=inactive").await, inactive);
+    clock.advance(Duration::from_secs(120));
+    assert_eq!(names("status=active").await, ["Lasting"]);
+    assert_eq!(names("status=expired").await, ["Short"]);
+    assert_eq!(names("status=inactive").await, inactive);
+    // With a search, the database runs other queries.
+    assert_eq!(names("search=o&status=active").await, Vec::<String>::new());
+    assert_eq!(names("search=o&status=expired").await, ["Short"]);
+    assert_eq!(
+        names("search=lasting&status=inactive").await,
+        ["Lasting off"]
+    );
+    // `is_active` does not depend on the expiry.
+    assert_eq!(names("is_active=true").await, ["Lasting", "Short"]);
+    assert_eq!(names("is_active=true&status=active").await, ["Lasting"]);
+    assert!(names("is_active=false&status=active").await.is_empty());
+}
