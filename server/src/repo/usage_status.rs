@@ -111,10 +111,11 @@ const QUOTAS: &str = "\
 /// read from the rollups. Rollups may include requests from before the quota was set, so the number in the ledger is a
 /// maximum.
 pub async fn quotas(tx: &mut TenantTx, is_metered: bool) -> Result<Vec<QuotaRow>, DbError> {
+    const CAN_BE_USED: &str = "k.is_active AND (k.expires_at IS NULL OR k.expires_at > now())";
     const CLOSEST: &str = "used::double precision / quota DESC, window_end DESC, key_id";
     let tenant = tx.tenant().0;
     let taken =
-        format!("SELECT * FROM ({QUOTAS} AND k.is_active) taken ORDER BY {CLOSEST} LIMIT $2");
+        format!("SELECT * FROM ({QUOTAS} AND {CAN_BE_USED}) taken ORDER BY {CLOSEST} LIMIT $2");
     let query = if is_metered {
         format!(
             "WITH taken AS MATERIALIZED ({taken}), \
@@ -175,8 +176,8 @@ pub async fn standings(tx: &mut TenantTx) -> Result<Vec<Standing>, DbError> {
              ORDER BY expires_at LIMIT $2) \
          UNION ALL \
          (SELECT 'grace_ending', id, name, previous_expires_at FROM api_keys \
-             WHERE tenant_id = $1 AND is_active AND previous_expires_at > now() \
-                 AND previous_expires_at < now() + interval '1 day' \
+             WHERE tenant_id = $1 AND is_active AND (expires_at IS NULL OR expires_at > now()) \
+                 AND previous_expires_at > now() AND previous_expires_at < now() + interval '1 day' \
              ORDER BY previous_expires_at LIMIT $2) \
          UNION ALL \
          (SELECT 'idle', id, name, coalesce(last_used_at, created_at) FROM api_keys \

@@ -340,6 +340,13 @@ async fn stats_show_what_needs_attention() {
         (&json!(it.key.id), &json!(100))
     );
     assert_eq!(closest["used"], 85);
+
+    // Expired keys need no attention, and their quotas cannot be used any longer.
+    let expire = "UPDATE api_keys SET expires_at = now() - interval '1 hour'";
+    client.batch_execute(expire).await.expect("an update");
+    let stats = it.get("/admin/stats").await.body;
+    assert_eq!(stats["closest_to_limit"], Value::Null);
+    assert_eq!(stats["attention"], json!([]));
 }
 
 /// Replicas hold tokens for later requests. These tokens have not been used yet.
