@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Checked, INNER, Program, ROOT, caddyfile, folder, nginx, write};
+use super::{Checked, INNER, Program, READY_ROUTER, ROOT, caddyfile, folder, nginx, write};
 use crate::redis::free_port;
 
 /// Replaces a string that must be present.
@@ -126,6 +126,7 @@ impl Program {
                 // Consumers connect without TLS.
                 let text = put(&text, "[\"websecure\"]", "[\"web\"]");
                 let text = put(&text, "      tls: {}\n", "");
+                let text = put(&text, "  routers:\n", READY_ROUTER);
                 write(dir, "traefik.yml", text)
             }
         }

@@ -12,7 +12,10 @@ use std::{
 };
 
 use tempfile::TempDir;
-use tokio::net::TcpStream;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 use crate::{Process, envoy, redis::free_port, traefik};
 
@@ -86,7 +89,7 @@ impl Program {
             let mut process = Process::start(&command, &output).expect("the program is installed");
             let began = Instant::now();
             while process.ended().expect("a child process").is_none() {
-                if TcpStream::connect(("127.0.0.1", port)).await.is_ok() {
+                if self.is_ready(port).await {
                     return Gateway {
                         addr: SocketAddr::from(([127, 0, 0, 1], port)),
                         process,
@@ -101,6 +104,23 @@ impl Program {
             }
         }
         panic!("{}", fs::read_to_string(output).unwrap_or_default());
+    }
+
+    /// Returns whether the gateway listens and has read its configuration.
+    async fn is_ready(self, port: u16) -> bool {
+        let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)).await else {
+            return false;
+        };
+        if self != Self::Traefik {
+            return true;
+        }
+        // Traefik listens before it reads its configuration. Until then, every path is unknown.
+        let request = format!("GET {READY} HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n");
+        let mut response = Vec::new();
+        let is_sent = stream.write_all(request.as_bytes()).await.is_ok();
+        is_sent
+            && stream.read_to_end(&mut response).await.is_ok()
+            && response.starts_with(b"HTTP/1.1 503 ")
     }
 
     /// Returns the command that runs the gateway with a configuration file, as a single process.
@@ -159,6 +179,15 @@ impl Program {
     }
 }
 
+/// A path without an upstream in Traefik's configuration, to which it responds with 503.
+const READY: &str = "/gateway-is-ready";
+/// The router for this path.
+const READY_ROUTER: &str = "  routers:
+    ready:
+      rule: \"Path(`/gateway-is-ready`)\"
+      entryPoints: [\"web\"]
+      service: unavailable
+";
 /// A file with the trusted certificate.
 const ROOT: &str = "root.crt";
 /// A file with the address of Traefik's second entry point.

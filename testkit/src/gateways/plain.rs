@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Program, caddyfile, nginx, write};
+use super::{Program, READY_ROUTER, caddyfile, nginx, write};
 
 impl Program {
     /// Writes the configuration, and returns its file.
@@ -40,9 +40,10 @@ impl Program {
             }
             Self::Traefik => {
                 let text = format!(
-                    "http:\n  routers:\n    api:\n      rule: \"PathPrefix(`/`)\"\n      \
+                    "http:\n{READY_ROUTER}    api:\n      rule: \"PathPrefix(`/`)\"\n      \
                      entryPoints: [\"web\"]\n      service: api\n  services:\n    api:\n      \
-                     loadBalancer:\n        servers:\n          - url: \"http://{api}\"\n"
+                     loadBalancer:\n        servers:\n          - url: \"http://{api}\"\n    unavailable:\n      \
+                     loadBalancer:\n        servers: []\n"
                 );
                 write(dir, "traefik.yml", text)
             }
