@@ -6,6 +6,7 @@
 
 mod caddy;
 mod load;
+mod memory;
 mod names;
 pub(crate) mod restarts;
 pub(crate) mod slow_clients;

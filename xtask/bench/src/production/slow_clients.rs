@@ -24,7 +24,10 @@ use tokio::{
     time::{Instant, MissedTickBehavior, interval, sleep},
 };
 
-use super::{Production, Shape};
+use super::{
+    Production, Shape,
+    memory::{Memory, Processes},
+};
 use crate::{
     postgres::Postgres,
     replicas::{
@@ -35,7 +38,7 @@ use crate::{
 
 /// The address of the other clients. slowhttptest uses 127.0.0.1.
 const ELSEWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 77));
-/// Between two requests of the other clients.
+/// The time between two requests of the other clients.
 const EVERY: Duration = Duration::from_millis(5);
 /// One in this many requests opens a new connection.
 const NEW_ONE_IN: u64 = 10;
@@ -52,7 +55,7 @@ pub(crate) struct Options {
     /// The directory of `initdb` and `postgres`
     #[arg(long)]
     programs: PathBuf,
-    /// The directory for a Caddy to download if there is no recent one
+    /// The directory to which Caddy is downloaded if no recent version is installed
     #[arg(long)]
     tools: PathBuf,
     /// The number of slow connections
@@ -121,15 +124,14 @@ impl Attack {
     }
 }
 
-/// Where slow and other clients connect to.
+/// The server that slow clients and other clients connect to.
 struct Target {
     name: &'static str,
     base: String,
     certificate: Option<Certificate>,
     key: String,
     /// The processes whose memory must not grow much.
-    replicas: Vec<Pid>,
-    caddy: Option<Pid>,
+    processes: Processes,
 }
 
 /// Response times.
@@ -140,7 +142,7 @@ struct Times {
     failed: u64,
 }
 
-/// What happened with one target and one attack.
+/// The result of one attack on one target.
 struct Outcome {
     target: &'static str,
     attack: Attack,
@@ -195,8 +197,10 @@ async fn slow_clients(options: &Options) -> Result<ExitCode> {
         base: format!("http://{}", first.addr),
         certificate: None,
         key: key.clone(),
-        replicas: pids[..1].to_vec(),
-        caddy: None,
+        processes: Processes {
+            replicas: pids[..1].to_vec(),
+            caddy: None,
+        },
     };
     let certificate = fs::read(production.caddy.certificate())?;
     let through_caddy = Target {
@@ -204,8 +208,10 @@ async fn slow_clients(options: &Options) -> Result<ExitCode> {
         base: production.caddy.base(),
         certificate: Some(Certificate::from_pem(&certificate)?),
         key,
-        replicas: pids,
-        caddy: production.caddy.pid(),
+        processes: Processes {
+            replicas: pids,
+            caddy: production.caddy.pid(),
+        },
     };
 
     let mut outcomes = Vec::new();
@@ -244,7 +250,7 @@ async fn measure(
     clients.send_for(Duration::from_secs(2)).await?;
     for round in 0..options.rounds {
         outcome.without.extend(clients.send_for(time).await?);
-        let before = Memory::of(target)?;
+        let before = Memory::of(&target.processes)?;
         let stop = Arc::new(AtomicBool::new(false));
         let attacking = tokio::spawn(attack_until(
             attack.arguments(&target.base),
@@ -258,7 +264,7 @@ async fn measure(
             u64::from(options.connections / options.rate / 2).min(5),
         ))
         .await;
-        let watched = Memory::watch(target, time);
+        let watched = Memory::watch(&target.processes, time);
         let (times, most) = tokio::join!(clients.send_for(time), watched);
         outcome.with.extend(times?);
         stop.store(true, Ordering::Relaxed);
@@ -401,61 +407,6 @@ impl Times {
         self.new.extend(other.new);
         self.failed += other.failed;
     }
-}
-
-/// Resident memory in bytes.
-#[derive(Clone, Default)]
-struct Memory {
-    replicas: Vec<u64>,
-    caddy: u64,
-}
-
-impl Memory {
-    fn of(target: &Target) -> Result<Self> {
-        Ok(Self {
-            replicas: target
-                .replicas
-                .iter()
-                .map(|it| resident(*it))
-                .collect::<Result<_>>()?,
-            caddy: target.caddy.map_or(Ok(0), resident)?,
-        })
-    }
-
-    /// Returns the most memory that each process has in this time.
-    async fn watch(target: &Target, time: Duration) -> Result<Self> {
-        let end = Instant::now() + time;
-        let mut most = Self::of(target)?;
-        while Instant::now() < end {
-            sleep(Duration::from_millis(100)).await;
-            let now = Self::of(target)?;
-            for (most, now) in most.replicas.iter_mut().zip(now.replicas) {
-                *most = (*most).max(now);
-            }
-            most.caddy = most.caddy.max(now.caddy);
-        }
-        Ok(most)
-    }
-
-    /// Returns by how much a replica's memory grew at most.
-    fn growth(&self, before: &Self) -> u64 {
-        let growth = self.replicas.iter().zip(&before.replicas);
-        growth
-            .map(|(most, before)| most.saturating_sub(*before))
-            .max()
-            .unwrap_or(0)
-    }
-}
-
-fn resident(pid: Pid) -> Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib: u64 = line
-        .context("the process has no memory")?
-        .trim()
-        .trim_end_matches(" kB")
-        .parse()?;
-    Ok(kib << 10)
 }
 
 /// Returns the time, in milliseconds, that 99% of requests did not exceed.
