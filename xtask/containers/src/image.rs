@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The maximum size, in MB.
-const SIZE: f64 = 35.0;
+const SIZE: f64 = 50.0;
 
 /// An image to build.
 pub struct Image<'a> {
@@ -65,7 +65,7 @@ pub fn put_binary(binary: &Path, source: &Path) -> Result<()> {
     fs::create_dir_all(&folder)?;
     succeed(
         Command::new("strip")
-            .args(["--strip-debug", "-o"])
+            .arg("-o")
             .arg(folder.join("quota"))
             .arg(binary),
     )
