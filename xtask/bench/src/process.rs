@@ -161,9 +161,13 @@ impl Server {
         Ok(bytes)
     }
 
+    pub(crate) fn pid(&self) -> Result<Pid> {
+        Ok(Pid::from_raw(i32::try_from(self.child.id())?))
+    }
+
     /// Returns the user and system time of all threads of the process so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
-        cpu(Pid::from_raw(i32::try_from(self.child.id())?))
+        cpu(self.pid()?)
     }
 }
 

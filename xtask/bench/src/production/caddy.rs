@@ -51,7 +51,8 @@ impl Caddy {
         command
             .args(["run", "--adapter", "caddyfile", "--config"])
             .arg(&file)
-            .env("QUOTA_SITE", "localhost")
+            // The address is for clients that send no server name.
+            .env("QUOTA_SITE", "localhost, 127.0.0.1")
             // The final period prevents the use of the machine's search domains.
             .env("QUOTA_UPSTREAM", "quota.internal.")
             .env("QUOTA_PORT", settings.upstream_port.to_string())

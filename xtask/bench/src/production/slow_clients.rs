@@ -1,9 +1,9 @@
-//! Thousands of slow clients, by slowhttptest, while other clients send requests: directly to a replica, and through
-//! Caddy. The other clients must not wait much longer than without them, and memory must stay bounded.
+//! Thousands of slow clients, by slowhttptest, while other clients send requests: directly to a server, and through
+//! Caddy to replicas. The other clients must not wait much longer than without them, and memory must stay bounded.
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     sync::{
@@ -15,7 +15,6 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::Args;
-use nix::unistd::Pid;
 use parking_lot::Mutex;
 use quota_testkit::{Process, caddy, redis::free_port};
 use reqwest::{Certificate, Client};
@@ -30,6 +29,8 @@ use super::{
 };
 use crate::{
     postgres::Postgres,
+    process::Server,
+    replica::Replica,
     replicas::{
         stage::quantile,
         tenant::{Plan, Tenant},
@@ -128,6 +129,8 @@ impl Attack {
 struct Target {
     name: &'static str,
     base: String,
+    /// The same server for slowhttptest, which tries only the first address of a name.
+    attacked: String,
     certificate: Option<Certificate>,
     key: String,
     /// The processes whose memory must not grow much.
@@ -154,20 +157,24 @@ struct Outcome {
     caddy_growth: u64,
 }
 
+const DIRECTIVES: &str = "info,quota_server::access=off,quota_server::denials=off";
+
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    // Trusts no proxy, unlike the replicas behind Caddy.
+    let alone = Server::quota(&options.quota, DIRECTIVES, None, &[])?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
     // Everything that was started ends with the future, even on Ctrl-C.
     runtime.block_on(async {
         tokio::select! {
-            done = slow_clients(options) => done,
+            done = slow_clients(options, &alone) => done,
             _ = tokio::signal::ctrl_c() => Ok(ExitCode::from(130)),
         }
     })
 }
 
-async fn slow_clients(options: &Options) -> Result<ExitCode> {
+async fn slow_clients(options: &Options, alone: &Server) -> Result<ExitCode> {
     let caddy = caddy::recent(&options.tools)?;
     let dir = tempfile::Builder::new()
         .prefix("quota-slow-")
@@ -180,36 +187,32 @@ async fn slow_clients(options: &Options) -> Result<ExitCode> {
         replicas: 2,
         https: free_port(),
         with_demo: false,
-        directives: "info,quota_server::access=off,quota_server::denials=off",
+        directives: DIRECTIVES,
         settings: Vec::new(),
     };
     let production = Production::start(&shape, postgres).await?;
-    let first = &production.replicas[0];
-    let tenant = Tenant::register(first.addr).await?;
-    let key = tenant
-        .key_on(first.addr, &Plan::new("ample", MOST, MOST))
-        .await?;
-    let key = key.text.to_str()?.to_owned();
-    let pids = production.replicas.iter().filter_map(|it| it.pid());
-    let pids: Vec<Pid> = pids.collect();
+    let pids = production.replicas.iter().filter_map(Replica::pid);
+    let base = format!("http://{}", alone.addr);
     let direct = Target {
         name: "directly",
-        base: format!("http://{}", first.addr),
+        attacked: base.clone(),
+        base,
         certificate: None,
-        key: key.clone(),
+        key: key(alone.addr).await?,
         processes: Processes {
-            replicas: pids[..1].to_vec(),
+            replicas: vec![alone.pid()?],
             caddy: None,
         },
     };
     let certificate = fs::read(production.caddy.certificate())?;
     let through_caddy = Target {
         name: "through Caddy",
+        attacked: format!("https://127.0.0.1:{}", production.caddy.port),
         base: production.caddy.base(),
         certificate: Some(Certificate::from_pem(&certificate)?),
-        key,
+        key: key(production.replicas[0].addr).await?,
         processes: Processes {
-            replicas: pids,
+            replicas: pids.collect(),
             caddy: production.caddy.pid(),
         },
     };
@@ -227,6 +230,14 @@ async fn slow_clients(options: &Options) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Creates a key whose limits are never reached.
+async fn key(server: SocketAddr) -> Result<String> {
+    let tenant = Tenant::register(server).await?;
+    let plan = Plan::new("ample", MOST, MOST);
+    let key = tenant.key_on(server, &plan).await?;
+    Ok(key.text.to_str()?.to_owned())
 }
 
 async fn measure(
@@ -253,7 +264,7 @@ async fn measure(
         let before = Memory::of(&target.processes)?;
         let stop = Arc::new(AtomicBool::new(false));
         let attacking = tokio::spawn(attack_until(
-            attack.arguments(&target.base),
+            attack.arguments(&target.attacked),
             options.connections,
             options.rate,
             dir.join(format!("slow-{}-{round}", attack.name())),
