@@ -20,12 +20,17 @@ const LENGTH_DIGITS: usize = 9;
 
 /// Responds to plain requests, exactly as the endpoint behind hyper would.
 pub trait DirectEndpoint: Send + Sync + 'static {
-    /// Returns whether to pass this request to [`answer`](Self::answer). The request's body may not have arrived yet.
-    fn accepts(&self, request: &PlainRequest<'_>) -> bool;
+    /// The kind of a request that is accepted.
+    type Route: Copy + Send;
+
+    /// Returns the route with which to pass this request to [`answer`](Self::answer), or `None` if the request is not
+    /// accepted. The request's body may not have arrived yet.
+    fn route(&self, request: &PlainRequest<'_>) -> Option<Self::Route>;
 
     /// Appends the response to `out`. `marks` is `None` if the connection has already authenticated.
     fn answer(
         &self,
+        route: Self::Route,
         request: &PlainRequest<'_>,
         peer: IpAddr,
         marks: Option<&ConnectionMarks>,
@@ -35,12 +40,15 @@ pub trait DirectEndpoint: Send + Sync + 'static {
 
 /// Never accepts a request.
 impl DirectEndpoint for Infallible {
-    fn accepts(&self, _: &PlainRequest<'_>) -> bool {
+    type Route = Self;
+
+    fn route(&self, _: &PlainRequest<'_>) -> Option<Self> {
         match *self {}
     }
 
     async fn answer(
         &self,
+        _: Self,
         _: &PlainRequest<'_>,
         _: IpAddr,
         _: Option<&ConnectionMarks>,
@@ -60,28 +68,37 @@ pub struct PlainRequest<'a> {
     pub body_length: usize,
     /// The part of the body that has arrived.
     pub body: &'a [u8],
-    known: [Option<&'a [u8]>; KNOWN.len()],
+    known: [Option<&'a [u8]>; KNOWN],
 }
 
-/// The header fields that endpoints can read. A plain request contains each of these fields at most once.
-const KNOWN: [&str; 10] = [
-    "x-api-key",
-    "authorization",
-    "x-service-token",
-    "x-request-id",
-    "x-forwarded-for",
-    "x-forwarded-uri",
-    "x-forwarded-method",
-    "content-type",
-    "origin",
-    "traceparent",
-];
+/// The number of header fields that endpoints can read. A plain request contains each of these fields
+/// at most once.
+const KNOWN: usize = 10;
+
+/// Returns the index of a field that endpoints can read.
+#[inline]
+fn place(name: &str) -> Option<usize> {
+    Some(match name {
+        "x-api-key" => 0,
+        "authorization" => 1,
+        "x-service-token" => 2,
+        "x-request-id" => 3,
+        "x-forwarded-for" => 4,
+        "x-forwarded-uri" => 5,
+        "x-forwarded-method" => 6,
+        "content-type" => 7,
+        "origin" => 8,
+        "traceparent" => 9,
+        _ => return None,
+    })
+}
 
 impl<'a> PlainRequest<'a> {
-    /// Returns the value of a field in [`KNOWN`]. `name` must be lowercase.
+    /// Returns the value of a field that endpoints can read. `name` must be lowercase.
+    #[inline]
     pub fn field(&self, name: &str) -> Option<&'a [u8]> {
-        let place = KNOWN.iter().position(|known| *known == name);
-        debug_assert!(place.is_some(), "{name} is not in KNOWN");
+        let place = place(name);
+        debug_assert!(place.is_some(), "{name} is not a known field");
         place.and_then(|place| self.known[place])
     }
 }
@@ -141,20 +158,22 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
 }
 
 /// Returns whether a head consists of visible ASCII characters and spaces, in lines that end with CRLF. httparse
-/// accepts more.
+/// accepts more. The head begins with a visible character.
 fn is_plain(head: &[u8]) -> bool {
-    let (mut odd, mut feeds) = (0_usize, 0_usize);
-    for byte in head {
-        odd += usize::from(!(b' '..0x7f).contains(byte));
-        feeds += usize::from(*byte == b'\n');
-    }
-    let pairs = head.windows(2).filter(|pair| pair == b"\r\n").count();
-    // Every non-printable byte must belong to such a pair.
-    odd == 2 * pairs && feeds == pairs
+    let next = head.get(1..).unwrap_or_default();
+    // Without branches, so that the compiler checks many bytes at once.
+    let odd = head.iter().zip(next).fold(0, |odd, (byte, next)| {
+        let is_visible = (b' '..0x7f).contains(next);
+        let ends_line = (*next == b'\r') | (*next == b'\n');
+        // A line feed follows every carriage return, and nothing else.
+        let is_split = (*byte == b'\r') != (*next == b'\n');
+        odd | u8::from(!(is_visible | ends_line)) | u8::from(is_split)
+    });
+    odd == 0 && head.ends_with(b"\n")
 }
 
 struct Known<'a> {
-    values: [Option<&'a [u8]>; KNOWN.len()],
+    values: [Option<&'a [u8]>; KNOWN],
     length: usize,
 }
 
@@ -162,7 +181,7 @@ impl<'a> Known<'a> {
     /// Reads the header fields. Returns `None` if the request is not plain because a field affects where the request
     /// ends or how to respond.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
-        let mut values = [None; KNOWN.len()];
+        let mut values = [None; KNOWN];
         let (mut length, mut host, mut connection) = (None, None, None);
         for field in fields {
             let is = |name: &str| field.name.eq_ignore_ascii_case(name);

@@ -175,7 +175,7 @@ async fn decide_in_span(
     endpoint: &str,
 ) -> Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError> {
     let state = &context.state;
-    let began = state.clock.monotonic();
+    let began = context.decision_begins();
     let refused = |rejection, record| {
         match rejection {
             Rejection::PaymentRequired => &state.metrics.payment_required,
@@ -356,12 +356,14 @@ async fn service_token(
     let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
     let token = state
         .keys
-        .service_token(&text, context.source(None))
+        .service_token(&text, context.decision_begins(), context.source(None))
         .await?;
     let token = token.ok_or_else(refused)?;
     context.has_authenticated();
     context.is_tenant(token.tenant);
-    state.last_used.service_token(token.id, state.clock.now());
+    if token.is_worth_noting(context.arrived) {
+        state.last_used.service_token(token.id, context.arrived);
+    }
     Ok(token)
 }
 

@@ -99,6 +99,6 @@ pub fn forwarded_endpoint(fields: &impl Fields) -> String {
     match (field("x-forwarded-method").unwrap_or(""), path) {
         ("", path) => path.to_owned(),
         (method, "") => method.to_owned(),
-        (method, path) => format!("{method} {path}"),
+        (method, path) => [method, " ", path].concat(),
     }
 }

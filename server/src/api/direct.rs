@@ -6,7 +6,7 @@
 
 mod response;
 
-use std::net::IpAddr;
+use std::{cell::RefCell, net::IpAddr};
 
 use poem::{
     IntoResponse as _, Response,
@@ -14,22 +14,22 @@ use poem::{
 };
 use quota_common::limit::Check;
 
-use self::response::ResponseWriter;
+use self::response::{CommonHeaders, ResponseWriter};
 use super::{
     admitted::{AdmittedKey, GatewayCaller, ServiceCaller},
     client_ip::client_of,
-    fast_path::FORWARD_AUTH,
+    fast_path::{CHECK, ECHO, FORWARD_AUTH},
     fields::text,
     json::{self, Json},
     limit::{self, Deny, StatusOnly},
     limit_headers::{self, HeaderSink as _},
     problem::ApiError,
-    request_context::RequestContext,
+    request_context::{RequestContext, RequestId},
     request_log::{self, REQUEST_ID},
     trace,
 };
 use crate::{
-    clock::UnixNanos,
+    clock::{Monotonic, UnixNanos},
     connection_marks::ConnectionMarks,
     plain_request::{DirectEndpoint, PlainRequest},
     spans::Span,
@@ -41,10 +41,11 @@ use crate::{
 pub struct DirectDecisions {
     state: AppState,
     ids: RequestIds,
+    common: CommonHeaders,
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Route {
+pub enum Route {
     Echo,
     Check,
     ForwardAuth(Option<Deny>),
@@ -53,8 +54,8 @@ enum Route {
 impl Route {
     fn of(request: &PlainRequest<'_>) -> Option<Self> {
         match (request.method, request.target) {
-            ("GET", "/v1/echo") => Some(Self::Echo),
-            ("POST", "/v1/check") => Some(Self::Check),
+            ("GET", ECHO) => Some(Self::Echo),
+            ("POST", CHECK) => Some(Self::Check),
             // HEAD is missing because only hyper omits the body of a response to HEAD.
             ("GET" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS", target) => {
                 let deny = match target.strip_prefix(FORWARD_AUTH)? {
@@ -68,13 +69,33 @@ impl Route {
             _ => None,
         }
     }
+
+    const fn path(self) -> &'static str {
+        match self {
+            Self::Echo => ECHO,
+            Self::Check => CHECK,
+            Self::ForwardAuth(_) => FORWARD_AUTH,
+        }
+    }
 }
 
 enum Success {
-    /// The body and the caller whose limits the headers report.
-    Echo(Vec<u8>, AdmittedKey),
+    /// The caller, whose limits the headers report, and the time in the body, as JSON.
+    Echo(AdmittedKey, [u8; limit::TIME]),
     Check(Response),
     ForwardAuth(StatusOnly),
+}
+
+thread_local! {
+    /// A body that is being written.
+    static BODY: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+fn with_empty_body<T>(write: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+    BODY.with_borrow_mut(|body| {
+        body.clear();
+        write(body)
+    })
 }
 
 impl DirectDecisions {
@@ -82,6 +103,7 @@ impl DirectDecisions {
         Self {
             state: state.clone(),
             ids: RequestIds::default(),
+            common: CommonHeaders::new(|headers| request_log::write_common(headers, state)),
         }
     }
 
@@ -90,6 +112,7 @@ impl DirectDecisions {
         request: &PlainRequest<'_>,
         peer: IpAddr,
         arrived: UnixNanos,
+        began: Monotonic,
         marks: Option<&ConnectionMarks>,
     ) -> RequestContext {
         let state = &self.state;
@@ -97,14 +120,17 @@ impl DirectDecisions {
             .field(REQUEST_ID.as_str())
             .filter(|id| request_log::is_id(id))
             .and_then(|id| HeaderValue::from_bytes(id).ok());
-        let client = client_of(peer.to_canonical(), request, &state.config.trusted_proxies);
         RequestContext::new(
             state,
-            id.unwrap_or_else(|| request_log::new_id(&self.ids, arrived)),
-            Some(client),
+            id.map_or_else(
+                || RequestId::Generated(self.ids.next(arrived)),
+                RequestId::Sent,
+            ),
+            Some(client_of(peer, request, &state.config.trusted_proxies)),
             arrived,
             marks.cloned(),
         )
+        .complete_at(began)
     }
 
     async fn decide(
@@ -116,8 +142,8 @@ impl DirectDecisions {
         Ok(match route {
             Route::Echo => {
                 let caller = AdmittedKey::of(context, request, None).await?;
-                let body = serde_json::to_vec(&limit::echo(&caller)?);
-                Success::Echo(body.map_err(ApiError::internal)?, caller)
+                let time = limit::echo_time_json(&caller.decision)?;
+                Success::Echo(caller, time)
             }
             Route::Check => {
                 let caller = ServiceCaller::of(context, request).await?;
@@ -134,34 +160,45 @@ impl DirectDecisions {
         })
     }
 
-    /// Writes a response and returns its status.
+    /// Writes a response that ends at `now`, and returns its status.
     async fn write(
         &self,
         context: &RequestContext,
         route: Route,
         result: Result<Success, ApiError>,
+        now: UnixNanos,
         out: &mut Vec<u8>,
     ) -> StatusCode {
         let (id, base) = (context.id(), &self.state.config.public_url);
         let response = match result {
             // These responses are frequent, so they are written without an intermediate [`Response`].
-            Ok(Success::Echo(body, caller)) => {
-                let mut response = ResponseWriter::begin(out, StatusCode::OK);
-                response.set_static(header::CONTENT_TYPE, json::MEDIA_TYPE);
-                limit_headers::write(&mut response, &caller.record, &caller.decision);
-                return self.finish(context, response, StatusCode::OK, &body);
+            Ok(Success::Echo(caller, time)) => {
+                return with_empty_body(|body| {
+                    let record = &caller.record;
+                    let written = limit::write_echo(record.id, &record.plan, &time, body);
+                    debug_assert!(written.is_ok(), "writing to memory does not fail");
+                    let mut response = ResponseWriter::begin(out, StatusCode::OK);
+                    response.set_static(header::CONTENT_TYPE, json::MEDIA_TYPE);
+                    limit_headers::write(&mut response, record, &caller.decision);
+                    self.finish(id, response, body, now);
+                    StatusCode::OK
+                });
             }
             Ok(Success::ForwardAuth(answer)) => {
                 let mut response = ResponseWriter::begin(out, answer.status);
                 answer.write_headers(&mut response);
-                return self.finish(context, response, answer.status, &[]);
+                self.finish(id, response, &[], now);
+                return answer.status;
             }
             Err(error) if error.denied.is_some() && matches!(route, Route::Echo) => {
-                let mut body = Vec::with_capacity(512);
-                error.write_body(id, base, &mut body);
-                let mut response = ResponseWriter::begin(out, error.status_code());
-                error.write_headers(&mut response);
-                return self.finish(context, response, error.status_code(), &body);
+                return with_empty_body(|body| {
+                    error.write_body(id, base, body);
+                    let status = error.status_code();
+                    let mut response = ResponseWriter::begin(out, status);
+                    error.write_headers(&mut response);
+                    self.finish(id, response, body, now);
+                    status
+                });
             }
             Ok(Success::Check(response)) => response,
             Err(error) => {
@@ -179,62 +216,56 @@ impl DirectDecisions {
         for (name, value) in &parts.headers {
             response.set(name.clone(), value);
         }
-        self.finish(context, response, status, &body)
+        self.finish(id, response, &body, now);
+        status
     }
 
     /// Writes the remaining headers and the body.
-    fn finish(
-        &self,
-        context: &RequestContext,
-        mut response: ResponseWriter<'_>,
-        status: StatusCode,
-        body: &[u8],
-    ) -> StatusCode {
-        response.set(REQUEST_ID, &context.id);
-        request_log::write_common(&mut response, &self.state);
-        response.finish(body, self.state.clock.now());
-        status
+    fn finish(&self, id: &str, mut response: ResponseWriter<'_>, body: &[u8], now: UnixNanos) {
+        response.set_text(REQUEST_ID, id.as_bytes());
+        response.finish(&self.common, body, now);
     }
 }
 
 impl DirectEndpoint for DirectDecisions {
-    fn accepts(&self, request: &PlainRequest<'_>) -> bool {
+    type Route = Route;
+
+    fn route(&self, request: &PlainRequest<'_>) -> Option<Route> {
         // While the server is stopping, each response must announce that its connection will be closed, as hyper does.
         if self.state.is_draining() {
-            return false;
+            return None;
         }
         let config = &self.state.config;
         let is_cross_origin = || {
             !config.allowed_origins.is_empty() && request.field(header::ORIGIN.as_str()).is_some()
         };
-        match Route::of(request) {
-            None => false,
-            Some(Route::Check) => request.body_length <= config.body_limit && !is_cross_origin(),
-            Some(Route::Echo) => request.body_length == 0 && !is_cross_origin(),
+        Route::of(request).filter(|route| match route {
+            Route::Check => request.body_length <= config.body_limit && !is_cross_origin(),
+            Route::Echo => request.body_length == 0 && !is_cross_origin(),
             // On forward-auth, `Origin` comes from the consumer, and CORS rules do not apply.
-            Some(Route::ForwardAuth(_)) => request.body_length == 0,
-        }
+            Route::ForwardAuth(_) => request.body_length == 0,
+        })
     }
 
     async fn answer(
         &self,
+        route: Route,
         request: &PlainRequest<'_>,
         peer: IpAddr,
         marks: Option<&ConnectionMarks>,
         out: &mut Vec<u8>,
     ) {
-        let Some(route) = Route::of(request) else {
-            return;
-        };
-        let state = &self.state;
+        let (state, path, peer) = (&self.state, route.path(), peer.to_canonical());
         let (arrived, began) = (state.clock.now(), state.clock.monotonic());
-        let path = request.target.split('?').next().unwrap_or_default();
-        let span = trace::begin(state, Some(peer.to_canonical()), request, path);
-        let context = self.context(request, peer, arrived, marks);
+        let span = trace::begin(state, Some(peer), request, path);
+        let context = self.context(request, peer, arrived, began, marks);
         let parent = span.as_ref().map(Span::as_parent);
         let result = request_log::run(state, parent, self.decide(&context, route, request)).await;
-        let status = self.write(&context, route, result.flatten(), out).await;
         let took = state.clock.monotonic().saturating_since(began);
+        let now = arrived.saturating_add(took);
+        let status = self
+            .write(&context, route, result.flatten(), now, out)
+            .await;
         state.metrics.answered(status.as_u16());
         state.metrics.direct_responses.inc();
         if let Some(span) = span {

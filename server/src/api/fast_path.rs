@@ -17,6 +17,8 @@ use super::{
     request_context::RequestContext,
 };
 
+pub const ECHO: &str = "/v1/echo";
+pub const CHECK: &str = "/v1/check";
 /// The path of forward-auth. It accepts every method.
 pub const FORWARD_AUTH: &str = "/v1/forward-auth";
 
@@ -33,8 +35,8 @@ impl FastRoute {
     fn of(request: &Request) -> Option<Self> {
         let (method, uri) = (request.method(), request.uri());
         match (uri.path(), uri.query()) {
-            ("/v1/echo", None) if method == Method::GET => Some(Self::Echo),
-            ("/v1/check", None) if method == Method::POST => Some(Self::Check),
+            (ECHO, None) if method == Method::GET => Some(Self::Echo),
+            (CHECK, None) if method == Method::POST => Some(Self::Check),
             (FORWARD_AUTH, query) => {
                 let deny = match query {
                     None => None,

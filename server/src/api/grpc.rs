@@ -25,7 +25,7 @@ use super::{
     client_ip::{client_of, peer_ip},
     json,
     problem::ApiError,
-    request_context::RequestContext,
+    request_context::{RequestContext, RequestId},
     request_log::{self, REQUEST_ID},
     trace,
 };
@@ -96,7 +96,10 @@ impl Endpoint for GrpcService {
         let span = trace::begin(state, peer, request.headers(), request.uri().path());
         let context = RequestContext::new(
             state,
-            id.unwrap_or_else(|| request_log::new_id(&self.ids, arrived)),
+            id.map_or_else(
+                || RequestId::Generated(self.ids.next(arrived)),
+                RequestId::Sent,
+            ),
             peer.map(|peer| client_of(peer, request.headers(), &state.config.trusted_proxies)),
             arrived,
             request.data::<ConnectionMarks>().cloned(),
@@ -121,7 +124,7 @@ impl Endpoint for GrpcService {
         };
         response
             .headers_mut()
-            .insert(REQUEST_ID, context.id.clone());
+            .insert(REQUEST_ID, context.id.clone().into());
         let took = state.clock.monotonic().saturating_since(began);
         state.metrics.answered(status.as_u16());
         if let Some(span) = span {

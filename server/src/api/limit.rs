@@ -1,6 +1,6 @@
 //! `/v1`: the endpoints that check rate limits. All of them use [`decide`].
 
-use std::{collections::BTreeMap, num::NonZeroU32, sync::Arc};
+use std::{cell::Cell, collections::BTreeMap, num::NonZeroU32, sync::Arc};
 
 use poem::{
     IntoResponse, Request, Response, Result,
@@ -13,7 +13,7 @@ use poem_openapi::{
     types::Type,
 };
 use quota_common::{
-    Timestamp,
+    ApiKeyId, Timestamp,
     limit::{Check, CheckCode, CheckResult, Echo, LimitState},
 };
 
@@ -22,7 +22,7 @@ use super::{
     admitted::{AdmittedKey, GatewayCaller, ServiceCaller, decide},
     credentials::{consumer_key, forwarded_endpoint},
     fields::Fields,
-    json::Json,
+    json::{self, Json},
     limit_headers::{self, GatewayDecision, HeaderSink},
     problem::{ApiError, challenge, wire_name},
     request_context::RequestContext,
@@ -193,14 +193,57 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
     show.collect()
 }
 
-pub fn echo(caller: &AdmittedKey) -> Result<Echo, ApiError> {
-    let time = Timestamp::from_unix_secs(caller.decision.at.secs())
-        .ok_or_else(|| ApiError::internal("the clock is past the year 9999"))?;
+fn echo(caller: &AdmittedKey) -> Result<Echo, ApiError> {
     Ok(Echo {
         key_id: caller.record.id,
         plan: caller.record.plan.clone(),
-        time,
+        time: echo_time(&caller.decision)?,
     })
+}
+
+fn echo_time(decision: &Decision) -> Result<Timestamp, ApiError> {
+    Timestamp::from_unix_secs(decision.at.secs())
+        .ok_or_else(|| ApiError::internal("the clock is past the year 9999"))
+}
+
+thread_local! {
+    /// The most recently formatted second, and its JSON.
+    static LAST_TIME: Cell<(u64, [u8; TIME])> = const { Cell::new((u64::MAX, [b' '; TIME])) };
+}
+
+/// The length of a [`Timestamp`] as JSON.
+pub const TIME: usize = "\"2026-11-24T09:18:42.000Z\"".len();
+
+/// Returns the time in an [`Echo`] as JSON. It is formatted once for the thousands of responses in the same second.
+pub fn echo_time_json(decision: &Decision) -> Result<[u8; TIME], ApiError> {
+    let (last, json) = LAST_TIME.get();
+    if last == decision.at.secs() {
+        return Ok(json);
+    }
+    let time = echo_time(decision)?;
+    let mut json = [b' '; TIME];
+    serde_json::to_writer(&mut json[..], &time).map_err(ApiError::internal)?;
+    LAST_TIME.set((decision.at.secs(), json));
+    Ok(json)
+}
+
+/// Appends the JSON of an [`Echo`]. It is formatted by hand, because this runs for every direct response.
+pub fn write_echo(
+    key_id: ApiKeyId,
+    plan: &str,
+    time: &[u8; TIME],
+    out: &mut Vec<u8>,
+) -> serde_json::Result<()> {
+    let mut id = [0; 36];
+    key_id.0.as_hyphenated().encode_lower(&mut id);
+    out.extend_from_slice(b"{\"key_id\":\"");
+    out.extend_from_slice(&id);
+    out.extend_from_slice(b"\",\"plan\":");
+    json::write_text(plan, out)?;
+    out.extend_from_slice(b",\"time\":");
+    out.extend_from_slice(time);
+    out.push(b'}');
+    Ok(())
 }
 
 pub async fn check(
@@ -335,5 +378,49 @@ impl LimitApi {
     ) -> Result<StatusOnly, ApiError> {
         let context = RequestContext::of(request)?;
         forward_auth(context, &caller, request.headers(), deny.0).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::limiter::{Outcome, Policy, PolicyState};
+
+    fn decision(secs: u64) -> Decision {
+        let at = UnixNanos::from_secs(secs);
+        Decision {
+            at,
+            outcome: Outcome::Allowed,
+            rpm: NonZeroU32::MIN,
+            rate: PolicyState {
+                policy: Policy::Rpm,
+                limit: 1,
+                remaining: 0,
+                reset_at: at,
+                shortened_to: None,
+            },
+            daily: None,
+            monthly: None,
+            tenant_monthly: None,
+            degraded: false,
+        }
+    }
+
+    #[test]
+    fn written_echo_is_the_same_json() {
+        let key_id = ApiKeyId(Uuid::from_u128(1));
+        for (plan, secs) in [("Starter", 0), ("\"odd\" \\ \n ä", 1_785_738_360), ("", 0)] {
+            let echo = Echo {
+                key_id,
+                plan: plan.into(),
+                time: echo_time(&decision(secs)).unwrap(),
+            };
+            let time = echo_time_json(&decision(secs)).unwrap();
+            let mut json = Vec::new();
+            write_echo(key_id, plan, &time, &mut json).unwrap();
+            assert_eq!(json, serde_json::to_vec(&echo).unwrap());
+        }
     }
 }

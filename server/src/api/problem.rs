@@ -17,7 +17,7 @@ use poem_openapi::{
 };
 use quota_common::{FieldError, ProblemCode, problem::MEDIA_TYPE};
 
-use self::body::{Body, Names};
+use self::body::Body;
 pub use self::{body::wire_name, example::example};
 use super::limit_headers::{self, HeaderSink};
 use crate::{
@@ -305,14 +305,13 @@ impl ApiError {
             detail,
             request_id,
             errors: &self.errors,
-            violated_policies: Names(
-                self.denied
-                    .as_ref()
-                    .map(|denied| denied.1.violated())
-                    .unwrap_or_default(),
-            ),
+            violated_policies: self
+                .denied
+                .as_ref()
+                .map(|denied| denied.1.violated())
+                .unwrap_or_default(),
         };
-        if let Err(error) = serde_json::to_writer(out, &problem) {
+        if let Err(error) = problem.write(out) {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "problem serialization failed"

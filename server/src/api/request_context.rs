@@ -13,7 +13,7 @@ use super::problem::ApiError;
 use crate::{
     auth::session::Origin,
     client_guard::ClientNetwork,
-    clock::{Nanos, UnixNanos},
+    clock::{Monotonic, Nanos, UnixNanos},
     connection_marks::{ConnectionMarks, EndlessResponse},
     keys::{KeyRecord, LookupCaller},
     spans::Span,
@@ -24,14 +24,44 @@ use crate::{
 /// Maximum length of the stored `User-Agent`, in characters. Longer values are truncated.
 const USER_AGENT_MAX: usize = 256;
 
+/// The ID of a request, in visible ASCII.
+#[derive(Debug, Clone)]
+pub enum RequestId {
+    /// Stored inline, because most requests have such an ID.
+    Generated([u8; 36]),
+    Sent(HeaderValue),
+}
+
+impl RequestId {
+    pub fn as_str(&self) -> &str {
+        match self {
+            Self::Generated(id) => str::from_utf8(id).unwrap_or_default(),
+            Self::Sent(id) => id.to_str().unwrap_or_default(),
+        }
+    }
+}
+
+impl From<RequestId> for HeaderValue {
+    fn from(id: RequestId) -> Self {
+        match id {
+            RequestId::Generated(id) => {
+                Self::from_bytes(&id).unwrap_or_else(|_| Self::from_static("unknown"))
+            }
+            RequestId::Sent(id) => id,
+        }
+    }
+}
+
 /// Details of a request, determined once when it arrives and stored with it.
 pub struct RequestContext {
     pub state: AppState,
-    /// The request's ID, in visible ASCII.
-    pub id: HeaderValue,
+    pub id: RequestId,
     /// The client's address. `None` for a peer without an address, such as a Unix socket.
     pub ip: Option<IpAddr>,
-    arrived: UnixNanos,
+    /// When the beginning of the request arrived.
+    pub arrived: UnixNanos,
+    /// When the request had arrived completely. `None` if its body may still be arriving.
+    complete_at: Option<Monotonic>,
     /// Reports to the listener about the request's connection. `None` if the listener no longer reads the reports.
     marks: Option<ConnectionMarks>,
     /// The authenticated caller, for the access log. Set during authentication.
@@ -46,7 +76,7 @@ enum Identity {
 impl RequestContext {
     pub fn new(
         state: &AppState,
-        id: HeaderValue,
+        id: RequestId,
         ip: Option<IpAddr>,
         arrived: UnixNanos,
         marks: Option<ConnectionMarks>,
@@ -56,9 +86,26 @@ impl RequestContext {
             id,
             ip,
             arrived,
+            complete_at: None,
             marks,
             caller: Mutex::default(),
         }
+    }
+
+    /// Sets the time at which the request had arrived completely.
+    #[must_use]
+    pub fn complete_at(self, time: Monotonic) -> Self {
+        Self {
+            complete_at: Some(time),
+            ..self
+        }
+    }
+
+    /// Returns the time at which work on a decision begins. Reads the clock only if the request may have taken long to
+    /// arrive.
+    pub fn decision_begins(&self) -> Monotonic {
+        self.complete_at
+            .unwrap_or_else(|| self.state.clock.monotonic())
     }
 
     /// Returns the context that `request_log` has stored with the request.
@@ -70,7 +117,7 @@ impl RequestContext {
     }
 
     pub fn id(&self) -> &str {
-        self.id.to_str().unwrap_or_default()
+        self.id.as_str()
     }
 
     pub fn is_tenant(&self, tenant: TenantId) {

@@ -26,7 +26,7 @@ use super::{
     large_response,
     limit_headers::{DECISION, GatewayDecision, HeaderSink},
     problem::ApiError,
-    request_context::RequestContext,
+    request_context::{RequestContext, RequestId},
     trace,
 };
 use crate::{
@@ -145,7 +145,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         // Avoids a copy, unless a spawned task still holds the context.
         let id = Arc::try_unwrap(context)
             .map_or_else(|context| context.id.clone(), |context| context.id);
-        headers.insert(REQUEST_ID, id);
+        headers.insert(REQUEST_ID, id.into());
         write_common(headers, state);
         // Proxies must not keep connections that the server is about to close: a request that they send at that moment
         // fails, unless it can be repeated safely.
@@ -229,16 +229,12 @@ impl Drop for InFlight<'_> {
 
 impl<E> RequestLogEndpoint<E> {
     /// Returns the ID in the request if it is valid, or a new one otherwise.
-    fn request_id(&self, request: &Request, now: UnixNanos) -> HeaderValue {
+    fn request_id(&self, request: &Request, now: UnixNanos) -> RequestId {
         match request.headers().get(REQUEST_ID) {
-            Some(id) if is_id(id.as_bytes()) => id.clone(),
-            _ => new_id(&self.ids, now),
+            Some(id) if is_id(id.as_bytes()) => RequestId::Sent(id.clone()),
+            _ => RequestId::Generated(self.ids.next(now)),
         }
     }
-}
-
-pub fn new_id(ids: &RequestIds, now: UnixNanos) -> HeaderValue {
-    HeaderValue::from_bytes(&ids.next(now)).unwrap_or_else(|_| HeaderValue::from_static("unknown"))
 }
 
 /// Returns whether this is a valid request ID: 1 to 128 letters, digits, and `-_.:`. None of these characters is

@@ -33,7 +33,7 @@ use super::{
     shared::SharedKeys,
 };
 
-/// The minimum time between two recorded uses of a key.
+/// The minimum time between two recorded uses of a key or token.
 const NOTE_EVERY: Nanos = Nanos::from_secs(1);
 
 /// An API key with its limits, and a handle to the state of the limits.
@@ -123,19 +123,31 @@ impl KeyRecord {
     /// Returns whether to record a use at `now`. Returns `true` at most once per second, so that busy keys do not cause
     /// more writes than other keys.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
-        let noted_at = self.noted_at.load(Ordering::Relaxed);
-        let worth = Nanos(now.0.abs_diff(noted_at)) >= NOTE_EVERY;
-        if worth {
-            self.noted_at.store(now.0, Ordering::Relaxed);
-        }
-        worth
+        is_worth_noting(&self.noted_at, now)
     }
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct ServiceRecord {
     pub tenant: TenantId,
     pub id: ServiceTokenId,
+    /// When a use of the token was last recorded.
+    noted_at: AtomicU64,
+}
+
+impl ServiceRecord {
+    /// Returns whether to record a use at `now`. Returns `true` at most once per second.
+    pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
+        is_worth_noting(&self.noted_at, now)
+    }
+}
+
+fn is_worth_noting(noted_at: &AtomicU64, now: UnixNanos) -> bool {
+    let worth = Nanos(now.0.abs_diff(noted_at.load(Ordering::Relaxed))) >= NOTE_EVERY;
+    if worth {
+        noted_at.store(now.0, Ordering::Relaxed);
+    }
+    worth
 }
 
 /// Finds API keys and service tokens by their secrets. Cloning is cheap.
@@ -187,6 +199,15 @@ impl KeyStore {
         if let Some(known) = self.keys.peek_at(&hash, now) {
             return Ok(known);
         }
+        // Boxed because it is large and rarely needed. Otherwise, every decision would reserve memory for it.
+        Box::pin(self.load_key(hash, caller)).await
+    }
+
+    async fn load_key(
+        &self,
+        hash: Hash,
+        caller: LookupCaller,
+    ) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
         let caller = (!self.keys.holds(&hash)).then_some(caller);
         let (lookups, limiter, shared) = (
             self.lookups.keys.clone(),
@@ -230,12 +251,21 @@ impl KeyStore {
     pub async fn service_token(
         &self,
         text: &SecretText,
+        now: Monotonic,
         caller: LookupCaller,
     ) -> Result<Option<Arc<ServiceRecord>>, Unconfirmed> {
         let hash = text.hash();
-        if let Some(known) = self.tokens.peek(&hash) {
+        if let Some(known) = self.tokens.peek_at(&hash, now) {
             return Ok(known);
         }
+        Box::pin(self.load_service_token(hash, caller)).await
+    }
+
+    async fn load_service_token(
+        &self,
+        hash: Hash,
+        caller: LookupCaller,
+    ) -> Result<Option<Arc<ServiceRecord>>, Unconfirmed> {
         let caller = (!self.tokens.holds(&hash)).then_some(caller);
         let lookups = self.lookups.tokens.clone();
         let span = spans::current();
@@ -244,7 +274,11 @@ impl KeyStore {
                 let lookups = lookups.clone();
                 spans::within(span.clone(), async move {
                     let owner = lookups.begin(caller)?.find(hash).await?;
-                    Ok(owner.map(|(tenant, id)| ServiceRecord { tenant, id }))
+                    Ok(owner.map(|(tenant, id)| ServiceRecord {
+                        tenant,
+                        id,
+                        noted_at: AtomicU64::new(0),
+                    }))
                 })
             })
             .await

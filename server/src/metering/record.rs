@@ -213,7 +213,11 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
     // PostgreSQL's `text` cannot contain NUL.
     let text = |bytes: &[u8]| {
         let text = std::str::from_utf8(bytes).ok()?;
-        Some(text.replace('\0', "\u{fffd}"))
+        Some(if bytes.contains(&0) {
+            text.replace('\0', "\u{fffd}")
+        } else {
+            text.to_owned()
+        })
     };
     let outcome = RecordedOutcome::of_code(outcome)?;
     let was_rejected = outcome != RecordedOutcome::Allowed;

@@ -37,6 +37,23 @@ impl UsageRecord {
             (true, None) => "reduced_capacity",
         }
     }
+
+    /// Returns the start of the quarter hour in which the decision was made, in seconds since 1970.
+    fn quarter(&self) -> i64 {
+        let at = self.at.timestamp();
+        at - at.rem_euclid(QUARTER)
+    }
+
+    /// Returns whether rollups count both decisions in the same row.
+    fn counts_in_row_of(&self, other: &Self) -> bool {
+        self.key_id == other.key_id
+            && self.plan_id == other.plan_id
+            && self.tenant_id == other.tenant_id
+            && self.was_rejected == other.was_rejected
+            && self.policy == other.policy
+            && self.endpoint == other.endpoint
+            && self.quarter() == other.quarter()
+    }
 }
 
 /// The endpoint of rows that cover all endpoints.
@@ -183,8 +200,10 @@ impl UsageBatch {
                 _ => tenants.push((record.tenant_id, 1)),
             }
         }
+        // Consecutive records often belong to the same row, so hash only where something changes.
         let endpoints = records
-            .iter()
+            .chunk_by(|one, next| one.endpoint == next.endpoint)
+            .filter_map(|run| run.first())
             .map(|it| it.endpoint.as_str())
             .collect::<HashSet<_>>()
             .into_iter()
@@ -200,17 +219,23 @@ impl UsageBatch {
             .collect::<HashMap<_, _>>();
         let mut counted = Rollup::default();
         let mut named = HashMap::<EndpointOf, DateTime<Utc>>::new();
-        for record in &records {
-            let at = record.at.timestamp();
+        for run in records.chunk_by(UsageRecord::counts_in_row_of) {
+            let Some((record, others)) = run.split_first() else {
+                continue;
+            };
+            let mut sums = Sums::of(record);
+            for other in others {
+                sums.add(&Sums::of(other));
+            }
             let key = RowKey {
                 tenant: record.tenant_id,
                 endpoint: ranks[record.endpoint.as_str()],
                 key: record.key_id,
                 plan: record.plan_id,
-                start: at - at.rem_euclid(QUARTER),
+                start: record.quarter(),
                 policy: record.counted_policy(),
             };
-            counted.add(key, &Sums::of(record));
+            counted.add(key, &sums);
         }
         let counts = counted.sorted();
         for (row, sums) in &counts {

@@ -224,6 +224,11 @@ impl Connection {
         }
     }
 
+    /// Returns the time at which the first byte of the request head that is arriving was read.
+    pub(super) fn head_began(&self) -> u64 {
+        self.head_began.load(Ordering::Relaxed)
+    }
+
     /// Returns the number of HTTP/1 requests so far.
     pub(super) fn requests(&self) -> u32 {
         self.requests.load(Ordering::Relaxed)
@@ -364,6 +369,7 @@ impl Connection {
         let request = RequestInFlight {
             connection: self.clone(),
             head,
+            ends_at: 0,
         };
         (is_first, request)
     }
@@ -385,6 +391,15 @@ pub(super) struct RequestInFlight {
     connection: Arc<Connection>,
     /// HTTP/2: the bytes of the request's head.
     head: usize,
+    /// HTTP/1: when the request ends, if that is known.
+    ends_at: u64,
+}
+
+impl RequestInFlight {
+    /// Sets the time at which an HTTP/1 request ends, so that the clock is not read when it does.
+    pub(super) fn ends_at(&mut self, time: u64) {
+        self.ends_at = time;
+    }
 }
 
 impl Drop for RequestInFlight {
@@ -394,7 +409,12 @@ impl Drop for RequestInFlight {
             it.heads.fetch_sub(self.head, Ordering::Relaxed);
             it.account();
         } else {
-            it.progressed.store(it.now(), Ordering::Relaxed);
+            let ended = match self.ends_at {
+                0 => it.now(),
+                // Sending the response may have taken longer.
+                known => known.max(it.progressed.load(Ordering::Relaxed)),
+            };
+            it.progressed.store(ended, Ordering::Relaxed);
             it.in_flight.fetch_sub(1, Ordering::Release);
         }
     }

@@ -92,8 +92,9 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             parts += 1;
             let mut start = 0;
             loop {
+                let is_whole = parts == 1;
                 let (length, next) = self
-                    .answer(&input[start..end], &mut stream, &mut output)
+                    .answer(&input[start..end], is_whole, &mut stream, &mut output)
                     .await?;
                 start += length;
                 if start > 0 {
@@ -181,15 +182,22 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
     }
 
     /// Responds to the complete requests in `bytes`. Returns the total length of these requests, and what follows them.
+    /// `is_whole` means that the bytes arrived together.
     async fn answer(
         &self,
         bytes: &[u8],
+        is_whole: bool,
         stream: &mut WatchedStream,
         output: &mut Vec<u8>,
     ) -> io::Result<(usize, Next)> {
+        let arrived = self.connection.head_began();
         let mut in_flight = None;
+        let mut has_waited = !is_whole;
         let mut answered = 0;
         let next = loop {
+            if answered == bytes.len() {
+                break Next::Incomplete;
+            }
             let (request, head) = match parse(&bytes[answered..]) {
                 Parsed::Plain(request, head) => (request, head),
                 Parsed::Incomplete => break Next::Incomplete,
@@ -198,9 +206,10 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             let length = head + request.body_length;
             // Requests with incomplete bodies are left to hyper, which may respond before the rest arrives.
             let is_complete = request.body.len() == request.body_length;
-            if !is_complete || !self.endpoint.accepts(&request) || self.is_stopping() {
+            let route = is_complete.then(|| self.endpoint.route(&request)).flatten();
+            let Some(route) = route.filter(|_| !self.is_stopping()) else {
                 break Next::Foreign(length);
-            }
+            };
             if in_flight.is_none() {
                 let (is_first, request) = self.connection.begin_request(0);
                 if is_first {
@@ -210,8 +219,14 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             }
             let marks = &self.connection.marks;
             let marks = (!marks.is_authenticated()).then_some(marks);
-            let answering = self.endpoint.answer(&request, self.peer, marks, output);
-            while_open(stream, answering).await?;
+            {
+                // Pinned here, because it is large: moving it would cost more than most of what it does.
+                let answering = pin!(
+                    self.endpoint
+                        .answer(route, &request, self.peer, marks, output)
+                );
+                has_waited |= while_open(stream, answering).await?;
+            }
             answered += length;
             if output.len() >= OUTPUT_MAX {
                 send(stream, output).await?;
@@ -220,20 +235,32 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         if !output.is_empty() {
             send(stream, output).await?;
         }
+        if let Some(request) = &mut in_flight
+            && !has_waited
+        {
+            // Only microseconds have passed.
+            request.ends_at(arrived);
+        }
         drop(in_flight);
         Ok((answered, next))
     }
 }
 
-/// Waits for a response. Returns an error if the client closes the connection first.
-async fn while_open(stream: &WatchedStream, answering: impl Future<Output = ()>) -> io::Result<()> {
-    let mut answering = pin!(answering);
+/// Waits for a response, unless the client closes the connection. Returns whether the response was not ready at once.
+async fn while_open(
+    stream: &WatchedStream,
+    mut answering: Pin<&mut impl Future<Output = ()>>,
+) -> io::Result<bool> {
+    let mut has_waited = false;
     poll_fn(|context| match answering.as_mut().poll(context) {
-        Poll::Ready(()) => Poll::Ready(Ok(())),
+        Poll::Ready(()) => Poll::Ready(Ok(has_waited)),
         Poll::Pending if stream.is_closed(context) => {
             Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()))
         }
-        Poll::Pending => Poll::Pending,
+        Poll::Pending => {
+            has_waited = true;
+            Poll::Pending
+        }
     })
     .await
 }

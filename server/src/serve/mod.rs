@@ -22,7 +22,7 @@ use std::{
     net::SocketAddr,
     pin::{Pin, pin},
     sync::Arc,
-    task::Poll,
+    task::{Poll, Waker},
     time::Duration,
 };
 
@@ -320,10 +320,21 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         // There is one timer for the lifetime of the connection. The timer is reset only when it fires, or when a
         // deadline becomes earlier: about once per deadline, instead of twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
+        // The waker that `marks` and the alarm have. Most requests end before the alarm, with the same waker.
+        let mut waker = None::<Waker>;
+        let mut is_armed = false;
         let mut is_finishing = false;
         let mut goodbye_until = None;
         poll_fn(|context| {
-            connection.marks.register(context.waker());
+            let is_known = waker
+                .as_ref()
+                .is_some_and(|waker| waker.will_wake(context.waker()));
+            // A shutdown is announced before the waker is woken, which removes it.
+            if !is_known || connection.shutdown() != Shutdown::None {
+                connection.marks.register(context.waker());
+                waker = Some(context.waker().clone());
+                is_armed = false;
+            }
             if connection.shutdown() == Shutdown::Immediate {
                 return Poll::Ready(Err(End::ShutDown));
             }
@@ -349,10 +360,18 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     && alarm.deadline() > deadline
                 {
                     alarm.as_mut().reset(deadline);
+                    is_armed = false;
                 }
-                if alarm.as_mut().poll(context).is_pending() {
+                if is_armed && !alarm.is_elapsed() {
                     return Poll::Pending;
                 }
+                // Without budget, the alarm does not remember the waker.
+                let has_budget = task::coop::has_budget_remaining();
+                if alarm.as_mut().poll(context).is_pending() {
+                    is_armed = has_budget;
+                    return Poll::Pending;
+                }
+                is_armed = false;
                 let Some(deadline) = deadline else {
                     alarm
                         .as_mut()

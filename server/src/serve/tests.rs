@@ -54,12 +54,15 @@ enum Way {
 struct Plain;
 
 impl DirectEndpoint for Plain {
-    fn accepts(&self, request: &PlainRequest<'_>) -> bool {
-        !matches!(request.target, "/foreign" | "/unread")
+    type Route = ();
+
+    fn route(&self, request: &PlainRequest<'_>) -> Option<()> {
+        (!matches!(request.target, "/foreign" | "/unread")).then_some(())
     }
 
     async fn answer(
         &self,
+        (): (),
         request: &PlainRequest<'_>,
         _: std::net::IpAddr,
         _: Option<&ConnectionMarks>,

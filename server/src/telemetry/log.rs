@@ -6,6 +6,7 @@
 
 use std::{
     borrow::Cow,
+    cell::RefCell,
     io::{self, Write},
     net::IpAddr,
     sync::Arc,
@@ -38,8 +39,8 @@ const MAX_PATH: usize = 256;
 /// The maximum length of a method in a line, in bytes. A method can be any token.
 const MAX_METHOD: usize = 32;
 
-/// The target of access log lines, for `RUST_LOG`.
-pub const ACCESS: &str = "quota_server::access";
+/// Most access log lines are shorter.
+const USUAL_LINE: usize = 512;
 
 /// A completed request.
 #[derive(Debug)]
@@ -74,48 +75,42 @@ impl AccessLine<'_> {
     /// without its fraction.
     fn json(&self, second: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let mut number = itoa::Buffer::new();
-        let mut text = |parts: &[&str]| {
-            for part in parts {
-                out.extend_from_slice(part.as_bytes());
-            }
-        };
-        text(&["{\"timestamp\":\"", second, "."]);
+        out.extend_from_slice(b"{\"timestamp\":\"");
+        out.extend_from_slice(second.as_bytes());
+        out.push(b'.');
         let millis = self.at.0 / 1_000_000 % 1000;
-        text(&[
-            &number.format(1000 + millis)[1..],
-            "Z\",\"level\":\"INFO\",\"target\":\"",
-            ACCESS,
-        ]);
+        out.extend_from_slice(&number.format(1000 + millis).as_bytes()[1..]);
         // IDs and methods are tokens, which do not need escaping. A path may contain quotes.
-        text(&[
-            "\",\"request_id\":\"",
-            self.request_id,
-            "\",\"method\":\"",
-            &shorten(self.method, MAX_METHOD),
-        ]);
-        text(&["\",\"path\":"]);
+        out.extend_from_slice(
+            b"Z\",\"level\":\"INFO\",\"target\":\"quota_server::access\",\"request_id\":\"",
+        );
+        out.extend_from_slice(self.request_id.as_bytes());
+        out.extend_from_slice(b"\",\"method\":\"");
+        out.extend_from_slice(shorten(self.method, MAX_METHOD).as_bytes());
+        out.extend_from_slice(b"\",\"path\":");
         let path = shorten(self.path, MAX_PATH);
         if path
             .bytes()
             .all(|byte| byte > b' ' && byte != b'"' && byte != b'\\')
         {
-            text(&["\"", &path, "\""]);
+            out.push(b'"');
+            out.extend_from_slice(path.as_bytes());
+            out.push(b'"');
         } else {
             serde_json::to_writer(&mut *out, &path)?;
         }
-        let mut text = |parts: &[&str]| {
-            for part in parts {
-                out.extend_from_slice(part.as_bytes());
-            }
-        };
-        text(&[",\"status\":", number.format(self.status)]);
-        text(&[",\"micros\":", number.format(self.micros)]);
+        out.extend_from_slice(b",\"status\":");
+        out.extend_from_slice(number.format(self.status).as_bytes());
+        out.extend_from_slice(b",\"micros\":");
+        out.extend_from_slice(number.format(self.micros).as_bytes());
         match self.ip {
             None => {}
             Some(IpAddr::V4(ip)) => {
                 out.extend_from_slice(b",\"ip\":\"");
                 for (n, part) in ip.octets().into_iter().enumerate() {
-                    out.extend_from_slice(if n == 0 { b"" } else { b"." });
+                    if n > 0 {
+                        out.push(b'.');
+                    }
                     out.extend_from_slice(number.format(part).as_bytes());
                 }
                 out.push(b'"');
@@ -124,8 +119,9 @@ impl AccessLine<'_> {
         }
         if let Some(tenant) = self.tenant {
             let mut id = [0; 36];
+            tenant.as_hyphenated().encode_lower(&mut id);
             out.extend_from_slice(b",\"tenant\":\"");
-            out.extend_from_slice(tenant.as_hyphenated().encode_lower(&mut id).as_bytes());
+            out.extend_from_slice(&id);
             out.push(b'"');
         }
         if let Some(key) = self.key {
@@ -149,6 +145,21 @@ impl AccessLine<'_> {
             self.request_id
         )
     }
+}
+
+/// A line that is being formatted. Formatting it outside the lock lets other threads append theirs.
+struct Line {
+    bytes: Vec<u8>,
+    second: Second,
+}
+
+thread_local! {
+    static LINE: RefCell<Line> = const {
+        RefCell::new(Line {
+            bytes: Vec::new(),
+            second: Second::NONE,
+        })
+    };
 }
 
 /// Buffered standard output. Cloning is cheap.
@@ -178,17 +189,21 @@ struct Buffer {
     unreported: u64,
     stopped: bool,
     all_written: bool,
-    second: Second,
 }
 
 /// The current time without its fraction, formatted once for the thousands of lines in the same second.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Second {
     secs: u64,
     text: String,
 }
 
 impl Second {
+    const NONE: Self = Self {
+        secs: 0,
+        text: String::new(),
+    };
+
     fn of(&mut self, at: UnixNanos) -> &str {
         if self.secs != at.secs() || self.text.is_empty() {
             let text = Timestamp::from_unix_secs(at.secs()).map(|it| it.to_string());
@@ -242,19 +257,30 @@ impl Log {
 
     /// Queues the access log line of a request. Does not wait for output.
     pub fn access(&self, line: &AccessLine<'_>) {
+        LINE.with_borrow_mut(|Line { bytes, second }| {
+            bytes.clear();
+            bytes.reserve(USUAL_LINE);
+            let second = second.of(line.at);
+            let written = match self.format {
+                LogFormat::Json => line.json(second, bytes),
+                LogFormat::Text => line.text(second, bytes),
+            };
+            debug_assert!(written.is_ok(), "writing to memory does not fail");
+            self.append(bytes);
+        });
+    }
+
+    /// Queues an access log line.
+    fn append(&self, line: &[u8]) {
         let mut buffer = self.state.buffer.lock();
-        if buffer.bytes.len() >= MAX_WAITING {
+        let waiting = buffer.bytes.len();
+        if waiting >= MAX_WAITING {
             self.state.drop_line(&mut buffer);
             return;
         }
-        let Buffer { bytes, second, .. } = &mut *buffer;
-        let second = second.of(line.at);
-        let written = match self.format {
-            LogFormat::Json => line.json(second, bytes),
-            LogFormat::Text => line.text(second, bytes),
-        };
-        debug_assert!(written.is_ok(), "writing to memory does not fail");
-        if buffer.bytes.len() >= FLUSH_AT {
+        buffer.bytes.extend_from_slice(line);
+        // The log thread is notified once. It takes the whole buffer.
+        if waiting < FLUSH_AT && buffer.bytes.len() >= FLUSH_AT {
             self.state.write.notify_one();
         }
     }

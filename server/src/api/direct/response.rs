@@ -26,7 +26,25 @@ pub(super) struct ResponseWriter<'a> {
     flags: u8,
 }
 
+/// The number of combinations of [`flag`]s.
+const COMBINATIONS: u8 = 8;
+
+/// The headers that every response has, as bytes, for each combination of headers that are already set.
+pub(super) struct CommonHeaders([Vec<u8>; COMBINATIONS as usize]);
+
+impl CommonHeaders {
+    /// Formats the headers that `write` sets.
+    pub(super) fn new(write: impl Fn(&mut ResponseWriter<'_>)) -> Self {
+        let mut combinations = [const { Vec::new() }; COMBINATIONS as usize];
+        for (out, flags) in combinations.iter_mut().zip(0..) {
+            write(&mut ResponseWriter { out, flags });
+        }
+        Self(combinations)
+    }
+}
+
 /// Returns the bit of a header whose presence matters.
+#[inline]
 fn flag(name: &HeaderName) -> u8 {
     if *name == header::CACHE_CONTROL {
         1
@@ -43,24 +61,30 @@ impl<'a> ResponseWriter<'a> {
     /// Appends the status line to `out`.
     pub(super) fn begin(out: &'a mut Vec<u8>, status: StatusCode) -> Self {
         out.reserve(USUAL);
-        out.extend_from_slice(b"HTTP/1.1 ");
-        out.extend_from_slice(status.as_str().as_bytes());
-        out.push(b' ');
-        out.extend_from_slice(status.canonical_reason().unwrap_or("<none>").as_bytes());
-        out.extend_from_slice(b"\r\n");
+        match status {
+            StatusCode::OK => out.extend_from_slice(b"HTTP/1.1 200 OK\r\n"),
+            _ => {
+                out.extend_from_slice(b"HTTP/1.1 ");
+                out.extend_from_slice(status.as_str().as_bytes());
+                out.push(b' ');
+                out.extend_from_slice(status.canonical_reason().unwrap_or("<none>").as_bytes());
+                out.extend_from_slice(b"\r\n");
+            }
+        }
         Self { out, flags: 0 }
     }
 
-    /// Writes the length, the date, and the body.
-    pub(super) fn finish(mut self, body: &[u8], now: UnixNanos) {
-        self.out.extend_from_slice(b"content-length: ");
+    /// Writes the common headers, the length, the date, and the body.
+    pub(super) fn finish(self, common: &CommonHeaders, body: &[u8], now: UnixNanos) {
+        let Self { out, flags } = self;
+        out.extend_from_slice(&common.0[usize::from(flags)]);
+        out.extend_from_slice(b"content-length: ");
         let mut length = itoa::Buffer::new();
-        self.out
-            .extend_from_slice(length.format(body.len()).as_bytes());
-        self.out.extend_from_slice(b"\r\n");
-        self.set_text(header::DATE, &date(now.secs()));
-        self.out.extend_from_slice(b"\r\n");
-        self.out.extend_from_slice(body);
+        out.extend_from_slice(length.format(body.len()).as_bytes());
+        out.extend_from_slice(b"\r\ndate: ");
+        out.extend_from_slice(&date(now.secs()));
+        out.extend_from_slice(b"\r\n\r\n");
+        out.extend_from_slice(body);
     }
 }
 
@@ -70,18 +94,22 @@ impl HeaderSink for ResponseWriter<'_> {
         self.flags & flag(name) > 0
     }
 
+    #[inline]
     fn set(&mut self, name: HeaderName, value: &HeaderValue) {
         self.set_text(name, value.as_bytes());
     }
 
+    #[inline]
     fn set_static(&mut self, name: HeaderName, value: &'static str) {
         self.set_text(name, value.as_bytes());
     }
 
+    #[inline]
     fn set_number(&mut self, name: HeaderName, value: u64) {
         self.set_text(name, itoa::Buffer::new().format(value).as_bytes());
     }
 
+    #[inline]
     fn set_text(&mut self, name: HeaderName, value: &[u8]) {
         // `finish` writes the length after all other headers, as hyper does.
         if name == header::CONTENT_LENGTH {
@@ -121,10 +149,18 @@ mod tests {
         response.set_number(header::RETRY_AFTER, 7);
         assert!(response.contains(&header::RETRY_AFTER));
         assert!(!response.contains(&header::CACHE_CONTROL));
-        response.finish(b"{}", UnixNanos::from_secs(1_785_738_337));
+        let common = CommonHeaders::new(|headers| {
+            for name in [header::RETRY_AFTER, header::CACHE_CONTROL] {
+                if !headers.contains(&name) {
+                    headers.set_static(name, "common");
+                }
+            }
+        });
+        response.finish(&common, b"{}", UnixNanos::from_secs(1_785_738_337));
         assert_eq!(
             String::from_utf8(out).unwrap(),
-            "beforeHTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncontent-length: 2\r\n\
+            "beforeHTTP/1.1 429 Too Many Requests\r\nretry-after: 7\r\ncache-control: common\r\n\
+             content-length: 2\r\n\
              date: Mon, 03 Aug 2026 06:25:37 GMT\r\n\r\n{}"
         );
     }
@@ -134,7 +170,8 @@ mod tests {
         let mut out = Vec::new();
         let mut response = ResponseWriter::begin(&mut out, StatusCode::OK);
         response.set_number(header::CONTENT_LENGTH, 0);
-        response.finish(b"", UnixNanos::from_secs(0));
+        let common = CommonHeaders::new(|_| {});
+        response.finish(&common, b"", UnixNanos::from_secs(0));
         let text = String::from_utf8(out).unwrap();
         assert_eq!(text.matches("content-length: 0\r\n").count(), 1, "{text}");
         assert!(
