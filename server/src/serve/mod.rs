@@ -73,9 +73,6 @@ const SEND_BUFFER: usize = 64 * 1024;
 /// The maximum number of connections that the kernel completes before they are accepted. The kernel may allow fewer
 /// (net.core.somaxconn).
 const BACKLOG: u32 = 4096;
-/// How many bytes of responses the kernel buffers per connection; Linux doubles this for its bookkeeping. By itself, the
-/// kernel would buffer megabytes for a client that does not read, and copying them would keep other clients waiting.
-const KERNEL_BUFFER: u32 = 64 * 1024;
 /// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 /// No connections are accepted while more than this number of sockets are being closed to make room.
@@ -109,8 +106,6 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     };
     // Allows binding while old connections are in TIME_WAIT, as most servers do.
     socket.set_reuseaddr(true)?;
-    // Accepted connections inherit this.
-    socket.set_send_buffer_size(KERNEL_BUFFER)?;
     socket.bind(addr)?;
     Ok(BoundSocket(socket))
 }

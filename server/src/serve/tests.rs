@@ -815,21 +815,3 @@ mod http2 {
         assert!(kinds.contains(&DATA), "events arrived: {kinds:?}");
     }
 }
-
-#[tokio::test]
-async fn kernel_buffers_little_for_a_client_that_does_not_read() {
-    let socket = bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port");
-    let addr = socket.local_addr().expect("it is bound");
-    let listener = socket.listen().expect("it listens");
-    let client = TcpSocket::new_v4().expect("a socket");
-    client.set_recv_buffer_size(4096).expect("it is possible");
-    let _client = client.connect(addr).await.expect("it listens");
-    let (server, _) = listener.accept().await.expect("there is a client");
-    let (response, mut written) = (vec![b'x'; MEDIUM], 0);
-    while let Ok(Ok(())) = timeout(Duration::from_millis(300), server.writable()).await {
-        written += server.try_write(&response).unwrap_or(0);
-        assert!(written < LARGE, "the kernel buffers everything");
-    }
-    assert!(written >= MEDIUM, "{written}");
-    assert!(written <= 256 * 1024, "{written}");
-}
