@@ -62,8 +62,9 @@ root_certificates() {
 
 connect_compose() {
   if docker compose version > /dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
-  compose+=(--file "$deploy/compose.prod.yml" --project-name "${PROJECT:-quota}")
   environment=${ENV_FILE:-$deploy/.env.prod}
+  local project=${PROJECT:-$(sed -n 's/^COMPOSE_PROJECT_NAME=//p' "$environment" 2> /dev/null | tail -1 || true)}
+  compose+=(--file "$deploy/compose.prod.yml" --project-name "${project:-quota}")
   if [ -f "$environment" ]; then compose+=(--env-file "$environment"); fi
   container=$("${compose[@]}" ps --quiet postgres)
   [ -n "$container" ] || fail "PostgreSQL is not running: start it with \`${compose[*]} up --detach postgres\`, or set DATABASE_URL"

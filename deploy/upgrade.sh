@@ -12,7 +12,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 environment=${ENV_FILE:-.env.prod}
 if docker compose version > /dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
-compose+=(--file compose.prod.yml --project-name "${PROJECT:-quota}")
+project=${PROJECT:-$(sed -n 's/^COMPOSE_PROJECT_NAME=//p' "$environment" 2> /dev/null | tail -1 || true)}
+compose+=(--file compose.prod.yml --project-name "${project:-quota}")
 if [ -f "$environment" ]; then compose+=(--env-file "$environment"); fi
 
 # A new version may need additional secrets. Existing secrets are kept.
@@ -26,7 +27,7 @@ fi
 
 # The file that contains the number of replicas and the IDs of the old replicas, in case this run is interrupted.
 # Without it, the next run would mistake this run's new replicas for old ones.
-progress=.upgrade.${PROJECT:-quota}
+progress=.upgrade.${project:-quota}
 if [ -f "$progress" ] && grep -qFf <(tail -n +2 "$progress") <<< "$old"; then
   replicas=$(head -1 "$progress")
   image=${QUOTA_IMAGE:-}

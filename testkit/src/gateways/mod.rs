@@ -171,7 +171,9 @@ impl Program {
                     // The trusted roots with which it verifies Quota's certificate.
                     .env("SSL_CERT_FILE", dir.join(ROOT));
                 if let Ok(inner) = fs::read_to_string(dir.join(INNER)) {
-                    traefik.arg(format!("--entryPoints.allowed.address={inner}"));
+                    traefik
+                        .arg(format!("--entryPoints.allowed.address={inner}"))
+                        .arg("--entryPoints.allowed.forwardedHeaders.trustedIPs=127.0.0.1/32");
                 }
                 traefik
             }
