@@ -18,7 +18,8 @@ fn line(path: &str) -> AccessLine<'_> {
 
 fn json(line: &AccessLine<'_>) -> Value {
     let mut out = Vec::new();
-    line.json(Second::NONE.of(line.at), &mut out).unwrap();
+    let mut second = Second::NONE;
+    line.json(second.of(line.at), &mut out).unwrap();
     assert_eq!(out.pop(), Some(b'\n'));
     assert!(!out.contains(&b'\n'));
     serde_json::from_slice(&out).expect("a line is JSON")
