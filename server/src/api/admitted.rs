@@ -175,7 +175,12 @@ async fn decide_in_span(
     endpoint: &str,
 ) -> Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError> {
     let state = &context.state;
-    let began = context.decision_begins();
+    let began = match tenant {
+        None => context.decision_begins(),
+        // The lookup of the service token may have waited for PostgreSQL, so an earlier time could make an outdated key
+        // record seem valid.
+        Some(_) => state.clock.monotonic(),
+    };
     let refused = |rejection, record| {
         match rejection {
             Rejection::PaymentRequired => &state.metrics.payment_required,

@@ -101,8 +101,8 @@ impl RequestContext {
         }
     }
 
-    /// Returns the time at which work on a decision begins. Reads the clock only if the request may have taken long to
-    /// arrive.
+    /// Returns the time at which work on a decision begins, if nothing has waited since the request arrived completely.
+    /// Reads the clock only if the request may have taken long to arrive.
     pub fn decision_begins(&self) -> Monotonic {
         self.complete_at
             .unwrap_or_else(|| self.state.clock.monotonic())
