@@ -46,8 +46,8 @@ pub struct LookupCaller {
 /// Batched lookups of API keys and service tokens. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct Lookups {
-    /// Lookups of keys. The result contains the key's data, and the number of the newest invalidation when the data was
-    /// read.
+    /// Lookups of keys. The result contains the key's data and the number of the newest invalidation at the time
+    /// when the data was read.
     pub keys: Batches<(KeyFacts, i64)>,
     pub tokens: Batches<(TenantId, ServiceTokenId)>,
 }

@@ -589,7 +589,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     let directory = TempDir::new().unwrap();
     let recorder = recorder(directory.path(), 2 * SIZE, Arc::default());
     recorder.create_spare();
-    // Takes many times the available space, with two requests at a time.
+    // In total, reserve many times the available space, two reservations at a time.
     for _ in 0..5_000 {
         let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
         for space in spaces {

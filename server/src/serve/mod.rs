@@ -315,7 +315,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         // There is one timer for the lifetime of the connection. The timer is reset only when it fires, or when a
         // deadline becomes earlier: about once per deadline, instead of twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
-        // The waker that `marks` and the alarm have. Most requests end before the alarm, with the same waker.
+        // The waker that `marks` and the alarm have. Most requests end before the alarm fires, and the task keeps its
+        // waker.
         let mut waker = None::<Waker>;
         let mut is_armed = false;
         let mut is_finishing = false;

@@ -309,7 +309,7 @@ impl Stripe {
         Ok(())
     }
 
-    /// Returns a customer's total usage in Stripe. `from` and `until` must be whole hours.
+    /// Returns a customer's total usage in Stripe. `from` and `until` must be Unix timestamps of full hours.
     pub async fn counted(&self, meter: &str, customer: &str, from: i64, until: i64) -> Result<i64> {
         let request = ListIdBillingMeterEventSummary::new(meter, customer, until, from).limit(100);
         let page: List<response::Summary> = send!(self, request);

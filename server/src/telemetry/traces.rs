@@ -353,7 +353,7 @@ mod tests {
         };
         assert_eq!(traced(0.0, None), 0);
         assert_eq!(traced(1.0, None), 10_000);
-        // The bounds are 7.5 standard deviations from the mean, so a count outside them has a probability below 1e-12.
+        // The bounds are 7.5 standard deviations from the mean, so a count outside them has a probability below 1e-11.
         assert!((25..=175).contains(&traced(0.01, None)));
         assert_eq!(traced(0.0, Some(&format!("{PARENT}01"))), 10_000);
         assert_eq!(traced(1.0, Some(&format!("{PARENT}00"))), 0);

@@ -403,7 +403,7 @@ async fn admits_only_what_quota_admits(program: Program) {
     // Some gateways respond with Quota's denial even if the status of Quota's response is 200.
     let follows_decision = matches!(program, Program::Nginx | Program::Envoy);
     let limited = if follows_decision { 429 } else { 503 };
-    // Traefik passes on everything but a 2xx, and does not tell one 2xx from another.
+    // Traefik forwards every response except 2xx responses to the consumer, and treats all 2xx responses alike.
     let passes_on = program == Program::Traefik;
     let mut answers: Vec<(&str, Answer, u16)> = vec![
         ("empty 200", empty_200, 503),

@@ -338,7 +338,7 @@ async fn failed_renewals_run_their_course() {
             .await
             .expect("a list");
         assert_eq!(open.data.len(), 1);
-        // A payment succeeds in between.
+        // A payment succeeds between the two failures.
         shop.fake.set_card(&shop.customer, Card::Good);
         shop.fake.advance(3 * DAY);
         assert_eq!(shop.status(&id).await, "active");

@@ -6,8 +6,8 @@
 //! call. The next call starts when the current call ends, is late, or has taken a small fraction of the time in which
 //! the bucket fills ([`Terms::pause`]).
 //!
-//! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits for at
-//! most two deadlines.
+//! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits
+//! until at most two deadlines have passed.
 //!
 //! Tokens from a late response are used like tokens from a timely response: for requests, and as a lease if the plan
 //! allows leases. However, if none of the call's requests is waiting any longer and other tokens are available locally,

@@ -253,7 +253,7 @@ mod tests {
             beyond: Nanos::ZERO,
         };
         let later = NOW.saturating_add(Nanos::from_secs(5));
-        // The result is the same in both directions: 5 s at 12 per minute.
+        // Whether the rate is raised or lowered, one token is refilled in 5 s, as at 12 per minute.
         let Level { tat, beyond } = slow.carry_over(fast, drained(fast), NOW, later);
         assert_eq!((slow.remaining(tat, later), beyond), (1, Nanos::ZERO));
         let Level { tat, beyond } = fast.carry_over(slow, drained(slow), NOW, later);
