@@ -137,7 +137,7 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys in the order given by `sort`, by default newest first, without their secrets. A cursor is valid
+    /// Returns keys, without their secrets, in the order given by `sort`, by default newest first. A cursor is valid
     /// only with the `sort` for which it was issued. When sorting by last use, a key that is used while you page
     /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]

@@ -53,7 +53,7 @@ impl From<AuditEntry> for AuditEvent {
 impl AuditApi {
     /// List audit events
     ///
-    /// Returns configuration changes, newest first: who changed what, when and from which address.
+    /// Returns audit events, newest first: who did what, when, and from which IP address.
     #[oai(path = "/audit", method = "get", operation_id = "list_audit_events")]
     #[expect(
         clippy::too_many_arguments,

@@ -163,7 +163,7 @@ impl PlanApi {
 
     /// Get a plan
     ///
-    /// Returns the plan with its number of keys.
+    /// Returns the plan and the number of keys on it.
     #[oai(path = "/plans/:plan_id", method = "get", operation_id = "get_plan")]
     async fn get(
         &self,

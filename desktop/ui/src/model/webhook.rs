@@ -168,7 +168,7 @@ fn detail(label: &str, content: &[Markup]) -> Markup {
 fn notice(it: &Webhook, now: i64) -> Markup {
     let text = match (WebhookStatus::of(it), &it.disabled_reason, it.failing_since) {
         (WebhookStatus::DisabledByQuota, Some(reason), _) => format!(
-            "Quota disabled this webhook. {reason} Events aren't sent. Fix the endpoint, then enable the webhook."
+            "Quota disabled this webhook. {reason} Events are not being sent. Fix the endpoint, then enable the webhook again."
         ),
         (WebhookStatus::Failing, _, Some(since)) => format!(
             "Deliveries started failing {}. Quota disables a webhook if all deliveries fail for 3 days.",

@@ -71,7 +71,7 @@ pub fn Alerts() -> impl IntoView {
         .into_any()
     };
     view! {
-        <PageHeader title="Alerts" about="Notices that 50, 80 or 100% of a daily or monthly quota has been used."/>
+        <PageHeader title="Alerts" about="You get an alert when 50, 80 or 100% of a daily or monthly quota has been used."/>
         {move || session.can_read().then(|| view! { <Notifications/> })}
         <StaleNote loader/>
         <Async loader what="alerts" show/>
