@@ -159,9 +159,12 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
 
 /// Returns whether a head consists of visible ASCII characters and spaces, in lines that end with CRLF. httparse
 /// accepts more. The head begins with a visible character.
+#[expect(
+    clippy::needless_bitwise_bool,
+    reason = "without branches, the compiler checks many bytes at once"
+)]
 fn is_plain(head: &[u8]) -> bool {
     let next = head.get(1..).unwrap_or_default();
-    // Without branches, so that the compiler checks many bytes at once.
     let odd = head.iter().zip(next).fold(0, |odd, (byte, next)| {
         let is_visible = (b' '..0x7f).contains(next);
         let ends_line = (*next == b'\r') | (*next == b'\n');

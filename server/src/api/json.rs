@@ -67,8 +67,11 @@ impl IntoResponse for NoContent {
 }
 
 /// Appends a text as JSON. Most texts do not need escaping.
+#[expect(
+    clippy::needless_bitwise_bool,
+    reason = "without branches, the compiler checks many bytes at once"
+)]
 pub fn write_text(text: &str, out: &mut Vec<u8>) -> serde_json::Result<()> {
-    // Without branches, so that the compiler checks many bytes at once.
     let needs_escaping = text.bytes().fold(false, |odd, byte| {
         odd | (byte < b' ') | (byte == b'"') | (byte == b'\\')
     });

@@ -78,7 +78,7 @@ fn performance() -> String {
         match line.strip_prefix("| ").and_then(|it| it.strip_suffix(" |")) {
             Some(row) => rows.push(row.split(" | ").map(marked).collect::<Vec<_>>()),
             None if line.is_empty() || line.starts_with(['#', '|']) => {}
-            None => paragraphs.push_str(&format!("<p>{}</p>\n", marked(line))),
+            None => paragraphs.push_str(&["<p>", &marked(line), "</p>\n"].concat()),
         }
     }
     let row = |(number, cells): (usize, &Vec<String>)| {
