@@ -24,9 +24,8 @@ use crate::{
 
 const WARM_UP: Duration = Duration::from_millis(500);
 const MOST: u32 = 60_000_000;
-/// What nginx must reach with Quota on a machine where it reaches [`REFERENCE`] alone.
-const TARGET: f64 = 25_000.0;
-const REFERENCE: f64 = 38_000.0;
+/// The requests per second that nginx must reach with Quota on an otherwise idle machine.
+const TARGET: u32 = 25_000;
 
 const PROGRAMS: [(&str, Program); 6] = [
     ("nginx", Program::Nginx),
@@ -254,8 +253,8 @@ fn print(cases: &[Case], rounds: u32, time: Duration, cores: Option<Cores>) {
     println!();
     println!(
         "Medians of {rounds} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections. {} Quota \
-         responds directly, and is called over plain HTTP. Target: nginx at {:.2} of its rate alone, which is {TARGET:.0} \
-         requests/s where it reaches {REFERENCE:.0}.",
+         responds directly, and is called over plain HTTP. Target: nginx with at most {} CPU µs per allowed \
+         request, which is {TARGET} requests/s on its core.",
         time.as_millis(),
         match cores {
             Some(Cores { servers, load }) => format!(
@@ -264,6 +263,6 @@ fn print(cases: &[Case], rounds: u32, time: Duration, cores: Option<Cores>) {
             None => "Nothing is pinned to a core on this machine, so the figures are less precise."
                 .to_owned(),
         },
-        TARGET / REFERENCE,
+        1_000_000 / TARGET,
     );
 }

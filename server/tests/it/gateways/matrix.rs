@@ -201,8 +201,10 @@ async fn cases(program: Program, with_redis: &Tenant, without_redis: &Tenant) ->
     ]
 }
 
+type IsIn = fn(&Response) -> bool;
+
 /// The rows of the second table: the name, and whether a response has it.
-const HEADERS: [(&str, fn(&Response) -> bool); 7] = [
+const HEADERS: [(&str, IsIn); 7] = [
     ("`X-RateLimit-*`, `RateLimit-Policy`, `RateLimit`", |it| {
         let names = LIMITS.map(|name| it.headers().contains_key(name));
         assert!(names.iter().all(|is_there| *is_there == names[0]), "{it:?}");
@@ -241,9 +243,12 @@ fn tables(seen: &[Vec<Seen>]) -> String {
     let rule = "---|".repeat(PROGRAMS.len());
     let _ = writeln!(text, "{rule}");
     for (row, case) in CASES.iter().enumerate() {
-        let statuses = seen.iter().map(|it| it[row].response.status().as_u16());
-        let cells: String = statuses.map(|it| format!(" {it} |")).collect();
-        let _ = writeln!(text, "| {case} |{cells}");
+        let _ = write!(text, "| {case} |");
+        for cases in seen {
+            let status = cases[row].response.status().as_u16();
+            let _ = write!(text, " {status} |");
+        }
+        text.push('\n');
     }
     let names = PROGRAMS.map(|(_, name)| format!(" {name} |")).concat();
     let _ = writeln!(text, "\n| in the responses |{names}\n|---|{rule}");

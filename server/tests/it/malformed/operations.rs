@@ -1,6 +1,8 @@
 //! Requests to the documented operations, with valid credentials, whose paths, queries, headers and bodies follow the
 //! schemas in most parts.
 
+use std::fmt::Write as _;
+
 use fastrand::Rng;
 use serde_json::{Value, json};
 
@@ -203,7 +205,10 @@ fn encoded(random: &mut Rng, text: &str) -> String {
         1 => format!("{text}%"),
         2 => "%c0%ae%c0%ae%2f".into(),
         3 => "%ff%fe".into(),
-        4 => text.bytes().map(|it| format!("%{it:02X}")).collect(),
+        4 => text.bytes().fold(String::new(), |mut encoded, it| {
+            let _ = write!(encoded, "%{it:02X}");
+            encoded
+        }),
         _ => text
             .bytes()
             .map(|it| {
@@ -325,9 +330,9 @@ impl Request {
     pub(super) fn http1(&self) -> Vec<u8> {
         let mut bytes = format!("{} {} HTTP/1.1\r\nHost: q\r\n", self.method, self.target);
         for (name, value) in &self.fields {
-            bytes += &format!("{name}: {value}\r\n");
+            let _ = write!(bytes, "{name}: {value}\r\n");
         }
-        bytes += &format!("Content-Length: {}\r\n\r\n", self.body.len());
+        let _ = write!(bytes, "Content-Length: {}\r\n\r\n", self.body.len());
         [bytes.as_bytes(), &self.body].concat()
     }
 }
