@@ -16,6 +16,12 @@ project=${PROJECT:-$(sed -n 's/^COMPOSE_PROJECT_NAME=//p' "$environment" 2> /dev
 compose+=(--file compose.prod.yml --project-name "${project:-quota}")
 if [ -f "$environment" ]; then compose+=(--env-file "$environment"); fi
 
+# Earlier versions turned billing on with this setting. Without the new settings, billing would be off.
+if grep -qs '^QUOTA_BILLING=.' "$environment"; then
+  echo "$environment: replace QUOTA_BILLING with STRIPE_SECRET_KEY_FILE and STRIPE_WEBHOOK_SECRET_FILE (see .env.prod.example)" >&2
+  exit 1
+fi
+
 # A new version may need additional secrets. Existing secrets are kept.
 ./secrets.sh > /dev/null
 old=$("${compose[@]}" ps --quiet quota)
