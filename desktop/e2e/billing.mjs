@@ -264,7 +264,7 @@ export async function subscription(world) {
   await portal("Use a card that is declined", "Let a month pass");
   await shows("Your last payment failed.");
   await my.inspect("subscription-past-due");
-  await portal("Use a working card, and pay what is open");
+  await portal("Use a working card, and pay open invoices");
   await shows("Renews");
   await becomes(200);
   await portal("Cancel now");
