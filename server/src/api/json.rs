@@ -66,24 +66,6 @@ impl IntoResponse for NoContent {
     }
 }
 
-/// Appends a text as JSON. Most texts do not need escaping.
-#[expect(
-    clippy::needless_bitwise_bool,
-    reason = "without branches, the compiler checks many bytes at once"
-)]
-pub fn write_text(text: &str, out: &mut Vec<u8>) -> serde_json::Result<()> {
-    let needs_escaping = text.bytes().fold(false, |odd, byte| {
-        odd | (byte < b' ') | (byte == b'"') | (byte == b'\\')
-    });
-    if needs_escaping {
-        return serde_json::to_writer(out, text);
-    }
-    out.push(b'"');
-    out.extend_from_slice(text.as_bytes());
-    out.push(b'"');
-    Ok(())
-}
-
 fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
     match serde_json::to_vec(value) {
         Ok(body) => {

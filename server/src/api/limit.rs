@@ -22,7 +22,8 @@ use super::{
     admitted::{AdmittedKey, GatewayCaller, ServiceCaller, decide},
     credentials::{consumer_key, forwarded_endpoint},
     fields::Fields,
-    json::{self, Json},
+    json::Json,
+    json_text,
     limit_headers::{self, GatewayDecision, HeaderSink},
     problem::{ApiError, challenge, wire_name},
     request_context::RequestContext,
@@ -239,7 +240,7 @@ pub fn write_echo(
     out.extend_from_slice(b"{\"key_id\":\"");
     out.extend_from_slice(&id);
     out.extend_from_slice(b"\",\"plan\":");
-    json::write_text(plan, out)?;
+    json_text::write_text(plan, out)?;
     out.extend_from_slice(b",\"time\":");
     out.extend_from_slice(time);
     out.push(b'}');

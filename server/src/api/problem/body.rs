@@ -1,7 +1,7 @@
 use quota_common::{FieldError, limit::PolicyName};
 
 use crate::{
-    api::json::write_text,
+    api::json_text::write_text,
     limiter::{Policy, PolicySet},
 };
 

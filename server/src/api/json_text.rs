@@ -1,0 +1,19 @@
+//! Texts in JSON that is formatted by hand.
+
+/// Appends a text as JSON. Most texts do not need escaping.
+#[expect(
+    clippy::needless_bitwise_bool,
+    reason = "without branches, the compiler checks many bytes at once"
+)]
+pub fn write_text(text: &str, out: &mut Vec<u8>) -> serde_json::Result<()> {
+    let needs_escaping = text.bytes().fold(false, |odd, byte| {
+        odd | (byte < b' ') | (byte == b'"') | (byte == b'\\')
+    });
+    if needs_escaping {
+        return serde_json::to_writer(out, text);
+    }
+    out.push(b'"');
+    out.extend_from_slice(text.as_bytes());
+    out.push(b'"');
+    Ok(())
+}
