@@ -229,7 +229,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
             {move || {
                 if is_known() {
                     view! {
-                        <p class="muted">"The full key is available until you close this tab."</p>
+                        <p class="muted">"The full key is available until you close or reload this page, or sign out."</p>
                         <p class="known-key"><CopyButton text=secret what="key"/></p>
                     }
                         .into_any()
