@@ -257,7 +257,7 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     let mut note = |text: &str| all.push(with_text("p", &[("class", "muted small-text")], text));
     if it.not_charged > 0 {
         note(&format!(
-            "{} in this period won't be charged because Stripe didn't accept them in time.",
+            "{} in this period won't be charged because they couldn't be reported to Stripe.",
             count(it.not_charged, "request", "requests")
         ));
     }

@@ -165,7 +165,7 @@ fn usage_shows_charge_projection_and_reporting() {
     assert!(!text(&usage(&of_period, &rejected)).contains("Projected"));
     of_period.not_charged = 7;
     assert!(text(&usage(&of_period, &state)).ends_with(
-        "7 requests in this period won't be charged because Stripe didn't accept them in time."
+        "7 requests in this period won't be charged because they couldn't be reported to Stripe."
     ));
     of_period.charge = None;
     of_period.projected_total = None;
