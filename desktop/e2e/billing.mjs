@@ -146,7 +146,7 @@ export async function billing(world) {
   await page.locator(".toast").getByText("Checkout canceled. You weren't charged.").waitFor();
   await my.button("Upgrade").waitFor();
 
-  // The plans page says what will happen, and then what happens, to keys on paid plans.
+  // The plans page says what happens to keys on paid plans, and a plan's form says what will happen to the plan's keys.
   const plan = await my.api("POST", "/admin/plans", { name: "Gold", default_rpm: 60 });
   await my.api("POST", "/admin/api-keys", { name: "App", plan_id: plan.id });
   await my.navigate("Plans").click();
