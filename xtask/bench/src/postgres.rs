@@ -151,8 +151,8 @@ impl Postgres {
         Ok(client)
     }
 
-    /// Kills the postmaster with `kill -9`. The kernel keeps the data it has written, since `fsync` matters only if the
-    /// machine fails.
+    /// Kills the postmaster with `kill -9`. The kernel keeps the data that PostgreSQL has written, since `fsync`
+    /// matters only if the machine fails.
     pub(crate) async fn kill(&mut self) -> Result<()> {
         if let Some(mut process) = self.running.take() {
             process.signal(Signal::SIGKILL)?;
