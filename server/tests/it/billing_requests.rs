@@ -1,4 +1,4 @@
-//! Compares every kind of request that Quota sends to Stripe with Stripe's description of its API.
+//! Checks every kind of request that Quota sends to Stripe against Stripe's description of its API.
 //!
 //! The fake checks every request in all tests. This test sends each kind of request at least once.
 
