@@ -126,7 +126,7 @@ fn script(text: &str) -> Result<String> {
     ) else {
         anyhow::bail!("a step has another number of commands");
     };
-    // The image was built elsewhere, which is the second way in the runbook.
+    // The image was built elsewhere, which is the alternative in the runbook.
     let (clone, _) = build
         .split_once("\nDOCKER_BUILDKIT=1 docker build")
         .context("the second command of step 2 builds the image")?;
