@@ -188,7 +188,7 @@ impl Postgres {
             .args(["-p", &self.port.to_string()]);
         for setting in [
             "listen_addresses=127.0.0.1",
-            // No socket: its path may be too long.
+            // Don't create a Unix socket: its path may be too long.
             "unix_socket_directories=",
             "max_connections=120",
             "timezone=UTC",

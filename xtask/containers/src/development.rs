@@ -1,4 +1,4 @@
-//! `compose.yml` from a fresh clone, as someone who tries Quota out starts it.
+//! Tests `compose.yml`, started from a fresh clone as by someone who tries Quota out.
 
 use std::{
     io::{BufRead as _, BufReader},

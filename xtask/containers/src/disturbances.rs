@@ -1,4 +1,4 @@
-//! What an operator does to a running installation, and what can happen to it, under load.
+//! Upgrades, kills and scales the replicas of an installation under load.
 
 use std::{
     process::{Command, Stdio},

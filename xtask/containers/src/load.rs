@@ -1,6 +1,6 @@
 //! Requests at a steady rate, and the outcome of each.
 //!
-//! Half of them are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other one.
+//! Half of the requests are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other one.
 
 use std::{
     sync::{

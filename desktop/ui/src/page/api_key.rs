@@ -33,8 +33,8 @@ use crate::{
     session::session,
 };
 
-/// The dialogs, which are outside the key details. The details are rendered again after each load, which would discard
-/// typed text or a new key in a dialog.
+/// The dialogs. They are outside the key details, which are rendered again after each load. Otherwise, each load would
+/// discard typed text or a new key in a dialog.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
