@@ -73,7 +73,7 @@ connect_compose() {
 # Prints the ID of one replica.
 first_replica() {
   local replicas
-  # Not through `head`: it ends after the first line, and Compose then fails.
+  # Don't use `head` here: it exits after the first line, and Compose then fails.
   replicas=$("${compose[@]}" ps "$@" --quiet quota)
   echo "${replicas%%$'\n'*}"
 }
@@ -120,9 +120,9 @@ as_owner() {
   fi
 }
 
-# Unpacks an archive that archive_usage wrote. Adds its segments to the existing ones, to which their servers have
-# written since. The database contains the ID of each segment and the position up to which it was read, so no record is
-# counted twice. Can be repeated after an interruption.
+# Unpacks an archive that archive_usage wrote. Adds its segments to the existing ones, to which servers may have written
+# since the backup. The database contains the ID of each segment and the position up to which it was read, so no record
+# is counted twice. Can be repeated after an interruption.
 restore_usage() {
   if [ -z "$database" ]; then
     "${compose[@]}" up --no-start quota

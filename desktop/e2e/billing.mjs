@@ -55,11 +55,11 @@ export const states = {
       refreshed_at: null,
       limits: { ...active().limits, plans: { used: 3, maximum: 3 }, api_keys: { used: 8, maximum: 10 }, requests: { used: 52_000, maximum: 100_000 } },
     },
-    "Until you subscribe, requests with 4 keys on paid plans are rejected (402).",
+    "Until you subscribe, requests that use one of your 4 keys on paid plans are rejected (402).",
   ],
   trial: [{ ...active(), access: "trialing", trial_ends_at: hours(200) }, "First payment"],
   "past-due": [{ ...active(), access: "past_due", access_ends_at: hours(100) }, "Your last payment failed. Update your card by"],
-  unpaid: [{ ...active(), access: "unpaid", paid_plans_work: false }, "Until the invoice is paid, requests with 4 keys on paid plans are rejected (402)."],
+  unpaid: [{ ...active(), access: "unpaid", paid_plans_work: false }, "Until the invoice is paid, requests that use one of your 4 keys on paid plans are rejected (402)."],
   canceling: [{ ...active(), cancels_at: hours(480), access_ends_at: hours(480) }, "Your subscription ends on"],
   canceled: [{ ...active(), ...none, access: "canceled", cancels_at: hours(-24) }, "Your subscription has ended"],
   paused: [{ ...active(), access: "paused", paid_plans_work: false }, "Your subscription is paused"],
@@ -146,15 +146,15 @@ export async function billing(world) {
   await page.locator(".toast").getByText("Checkout canceled. You weren't charged.").waitFor();
   await my.button("Upgrade").waitFor();
 
-  // The plans page says what will happen, and then what happens, to keys on paid plans.
+  // The plans page says what happens to keys on paid plans, and a plan's form says what will happen to the plan's keys.
   const plan = await my.api("POST", "/admin/plans", { name: "Gold", default_rpm: 60 });
   await my.api("POST", "/admin/api-keys", { name: "App", plan_id: plan.id });
   await my.navigate("Plans").click();
-  await page.getByText("Requests with 4 keys are rejected (402) until your organization subscribes.").waitFor();
+  await page.getByText("Until your organization subscribes, requests that use one of your 4 keys on paid plans are rejected (402).").waitFor();
   await my.button("Edit Gold").click();
   await page.getByText("Advanced").click();
   await page.getByLabel("Paid: keys work only while your organization has a subscription").check();
-  await page.locator("dialog[open]").getByText("Requests with 1 key will be rejected (402) until your organization subscribes.").waitFor();
+  await page.locator("dialog[open]").getByText("Until your organization subscribes, requests that use the key on this plan will be rejected (402).").waitFor();
   await my.inspect("plan-paid");
   await my.button("Save changes").click();
   await page.getByRole("row", { name: /Gold.*Paid/ }).waitFor();
@@ -226,7 +226,7 @@ export async function subscription(world) {
   };
   await becomes(402);
   await my.navigate("Billing").click();
-  await page.getByText("Until you subscribe, requests with 1 key on a paid plan are rejected (402).").waitFor();
+  await page.getByText("Until you subscribe, requests that use your key on a paid plan are rejected (402).").waitFor();
   await my.inspect("subscription-none");
   await my.button("Upgrade").click();
   await page.getByRole("heading", { name: "Checkout" }).waitFor();

@@ -19,7 +19,7 @@ export async function keyboard(world) {
       const style = getComputedStyle(it);
       const outline = style.outlineStyle !== "none" && Number.parseFloat(style.outlineWidth) >= 2;
       const label = it.getAttribute("aria-label") ?? it.labels?.[0]?.textContent ?? it.textContent;
-      // After navigating, the page's content has the focus, which needs no outline.
+      // The page's content, which has the focus after navigation, needs no outline.
       return { tag: it.tagName, id: it.id, name: label.trim(), visible: outline || it.id === "content" || it.tagName === "DIALOG" };
     });
   /** Presses Tab, or another key, until an element with this name has the focus. */

@@ -86,7 +86,7 @@ export async function once(world) {
   await save();
   assert.equal((await my.api("GET", "/admin/api-keys")).total, 1);
 
-  // The key can be copied again until the tab is closed.
+  // The key can be copied again until the page is closed or reloaded.
   await page.getByRole("link", { name: "App" }).click();
   await my.heading("App").waitFor();
   await page.evaluate(() => {

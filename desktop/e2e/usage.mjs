@@ -148,7 +148,7 @@ async function home(my, log, quota) {
   const attention = page.locator("section", { has: page.getByRole("heading", { name: "Needs attention" }) });
   assert.ok(used >= quota * 0.8, `${used}`);
   await attention.getByRole("link", { name: "Counted" }).waitFor();
-  // More than 5% of the requests were rejected, which the page also lists as needing attention.
+  // More than 5% of the requests were rejected, so the page also lists rejected requests under *Needs attention*.
   assert.ok(all.rejected * 20 >= all.total, JSON.stringify(all));
   await attention.getByText(`${percent(all.rejected, all.total)} (${number(all.rejected)} of ${number(all.total)}) in the last 24 hours`).waitFor();
   const top = page.locator("section", { has: page.getByRole("heading", { name: "Top keys, last 24 hours" }) });
@@ -250,7 +250,7 @@ async function usagePage(my, log, app) {
   await page.keyboard.press("Home");
   assert.match(await readout(), /0 allowed · 0 rejected$/);
   await my.inspect("usage-selected");
-  // A series can be hidden, which the address remembers.
+  // A series can be hidden, and the address contains this choice.
   await page.locator(".legend.rejected").focus();
   await page.keyboard.press("Space");
   await page.waitForFunction(() => location.search.includes("hide=rejected"));

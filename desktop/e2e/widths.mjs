@@ -86,7 +86,7 @@ export async function widths(world) {
     await my.button("Filters (1)").click();
     await filter.waitFor({ state: "hidden" });
   }
-  // The buttons that end a key's use come last, and its limits first.
+  // The limits are the key page's first card. The buttons that stop the key from working come last.
   await page.goto(`${base}/console/api-keys/${keys[1].id}`);
   await my.button("Delete").waitFor();
   const cards = await page.locator("main .card h2").allTextContents();

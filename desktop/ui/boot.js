@@ -1,5 +1,5 @@
-// The page's content security policy forbids inline scripts, so this is a separate file. It shows an error if the
-// console fails to load. During a rollout, the page of one server can refer to files that another server does not have.
+// The page's content security policy forbids inline scripts, so this script is a separate file. It loads the console, and
+// shows an error if loading fails: during a rollout, one server's page can refer to files that another does not have.
 try {
   const { default: init } = await import("/console/{{glue}}");
   await init({ module_or_path: "/console/{{wasm}}" });

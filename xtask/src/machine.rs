@@ -295,7 +295,7 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     }
 }
 
-/// Prevents Debian's package from creating a cluster and starting it on port 5432, which is not needed. Call before the
+/// Prevents Debian's package from creating a cluster, which no task needs, and starting it on port 5432. Call before the
 /// installation.
 fn no_system_cluster() -> Result<()> {
     const CONFIG: &str = "/etc/postgresql-common/createcluster.conf";

@@ -267,8 +267,8 @@ fn as_user(mut command: Command, user: Option<(u32, u32)>) -> Command {
 
 fn temporary_dir() -> Result<PathBuf> {
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH)?.subsec_nanos();
-    // Not `env::temp_dir()`: its path may be too long for a socket, or not accessible to the user that PostgreSQL runs
-    // as.
+    // Don't use `env::temp_dir()`: its path may be too long for a socket, or not accessible to the user that PostgreSQL
+    // runs as.
     let dir = PathBuf::from(format!("/tmp/quota-test-{}-{nanos}", std::process::id()));
     // Fails if the directory exists, so that it cannot belong to another user.
     fs::DirBuilder::new()

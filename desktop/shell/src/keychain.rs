@@ -8,7 +8,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 /// The app's name in the keychain.
 pub const SERVICE: &str = "rs.quota.desktop";
 
-/// The time limit for a keychain operation, which leaves the user enough time to unlock the keychain.
+/// The time limit for a keychain operation: long enough for the user to unlock the keychain.
 const TIMEOUT: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

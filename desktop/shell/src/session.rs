@@ -1,9 +1,9 @@
 //! A session with one server: its tokens, and calls that use them. Does not depend on Tauri.
 //!
 //! The access token is kept in memory. The refresh token is kept in the keychain, or in memory if no keychain is
-//! available. The first call that finds that the access token has expired refreshes the token, while other calls wait.
-//! The new refresh token is stored before the new access token is used, so that the session survives if the app exits
-//! between the two steps.
+//! available. The first call that finds that the access token has expired or expires soon refreshes the session; other
+//! calls wait. The new refresh token is stored before the new access token is used, so that the session survives if the
+//! app exits between the two steps.
 //!
 //! Several processes of the same user share the keychain entry. A file lock ensures that only one process refreshes at
 //! a time, so that each process finds the token that the previous process stored.

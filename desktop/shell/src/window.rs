@@ -118,7 +118,7 @@ fn run_in(window: &WebviewWindow, script: &str) {
 /// A script that checks for an open locked dialog. Closing or reloading the page would discard its content.
 const IS_LOCKED: &str = "!!document.querySelector('dialog[open][data-locked]')";
 
-/// A script that checks whether a new secret has not been saved, or is still being created. If the secret has not been
+/// A script that checks for a new secret that has not been saved or is still being created. If the secret has not been
 /// saved, the script also makes the page show a warning.
 const WARNS: &str = "document.querySelector('[data-unsaved]') ? (dispatchEvent(new Event('quota-quit')), true) : \
                      !!document.querySelector('dialog[open][data-locked]:not(:has(#secret))')";

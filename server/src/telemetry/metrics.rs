@@ -133,7 +133,7 @@ metrics! {
     counter_partitions_unavailable: Gauge, "counter_partitions_unavailable",
         "Unavailable partitions of the shared counters; a single Redis server is one partition";
     replicas: Gauge, "replicas", "Replicas, as counted by this replica; 0 without Redis";
-    guard_rejections: Counter, "guard_rejections", "Requests rejected by a per-address or per-account limit";
+    guard_rejections: Counter, "guard_rejections", "Requests rejected by a limit per address, account or tenant";
     logins_failed: Counter, "logins_failed", "Sign-ins with an incorrect email or password";
     password_queue_full: Counter, "password_queue_full",
         "Requests that got 503 because too many passwords were being hashed";

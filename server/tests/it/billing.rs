@@ -218,7 +218,7 @@ async fn grace_period_ends_on_its_date() {
     // The fake's clock is a month ahead of the server's clock, so by the server's clock, the date has not been reached.
     assert_eq!(state["paid_plans_work"], true);
     let client = app.database.connect().await;
-    // Repeat the update, because the worker may still be processing the last event, which sets the date again.
+    // Repeat the update, because the worker sets the date again if it is still processing the last event.
     for _ in 0..50 {
         client
             .batch_execute(

@@ -235,7 +235,7 @@ async fn customer_that_stripe_does_not_know_keeps_its_access() {
     }
     world.expect_unchanged(&app).await;
     assert_eq!(world.own.fake.all("customer").len(), 1);
-    // Deleting a customer that Stripe knows ends access.
+    // If a customer is deleted in Stripe, access ends.
     let customer = world.own.customer_of(&world.account);
     world
         .sql(&format!(

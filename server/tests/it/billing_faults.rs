@@ -441,7 +441,7 @@ async fn tenants_are_charged_once_by_a_server_that_is_killed() {
         world.spend(&mut customer, &mut rng).await;
         drop(server);
 
-        // Kill the server while it processes events and reports usage, which it starts to do immediately.
+        // A server starts to process events and report usage immediately. Kill the server while it does so.
         world.time_passes().await;
         let server = start();
         tokio::time::sleep(Duration::from_micros(rng.u64(0..300_000))).await;

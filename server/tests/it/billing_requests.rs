@@ -1,4 +1,4 @@
-//! Compares every kind of request that Quota sends to Stripe with Stripe's description of its API.
+//! Checks every kind of request that Quota sends to Stripe against Stripe's description of its API.
 //!
 //! The fake checks every request in all tests. This test sends each kind of request at least once.
 
@@ -112,7 +112,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     assert_eq!(portal.status, 201, "{}", portal.text);
     billing.read_offer().await.expect("the offer is complete");
 
-    // Report usage of yesterday, and later usage that Stripe accepts but cannot assign to a customer.
+    // Report yesterday's usage, and later usage that Stripe accepts but cannot assign to a customer.
     stripe.fake.advance(4 * DAY);
     let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
     billing.read(tenant).await.expect("read");

@@ -1,5 +1,5 @@
-//! Replicas whose clocks are two minutes wrong, as real processes under faketime, admit what they would with right
-//! clocks. The simulation in `limiter_shared` covers such clocks in many more schedules.
+//! Tests that limits hold for replicas whose clocks are wrong by two minutes, as real processes under faketime. The
+//! simulation in `limiter_shared` covers such clocks in many more schedules.
 
 use std::{
     path::PathBuf,
@@ -172,7 +172,7 @@ async fn replicas_with_wrong_clocks_admit_what_the_limits_allow() {
         admitted.len()
     );
 
-    // The clocks were wrong.
+    // Make sure that the clocks were actually wrong.
     let key = world
         .key(json!({"name": "free", "default_rpm": 60_000}))
         .await;

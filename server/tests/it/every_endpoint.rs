@@ -338,8 +338,8 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
     let mut denied = 0;
     for role in ROLES {
         let member = app.register().await;
-        // The user joins the owner's tenant instead of the tenant that was created with the account, and signs in there
-        // below.
+        // Move the user from the tenant that was created at registration to the owner's tenant. The user's sessions
+        // belong to the old tenant, so delete them. The user signs in again below.
         client
             .execute(
                 "DELETE FROM sessions WHERE user_id = $1::text::uuid",

@@ -36,7 +36,7 @@ fn adds_limits(program: Program) -> bool {
     program != Program::Traefik
 }
 
-/// Returns the gateway's own response if Quota does not respond, or not as Quota does.
+/// Returns the status of the gateway's own response if there is no response, or one that is not Quota's.
 fn failed(program: Program) -> u16 {
     if program == Program::Traefik {
         500
@@ -211,7 +211,7 @@ async fn enforces_decisions(program: Program) {
     if adds_limits(program) {
         has_limits(&admitted, "2");
     } else {
-        // None of the API's own.
+        // The API's own headers with these names are removed too.
         for name in LIMITS {
             assert_eq!(field(&admitted, name), None);
         }

@@ -1,4 +1,5 @@
-//! Tests of long lists of keys: pages and searches return the right keys, however many there are, and use the indexes.
+//! Tests of long lists of keys: pages and searches return the right keys, no matter how many there are, and use the
+//! indexes.
 
 use std::{
     collections::BTreeSet,

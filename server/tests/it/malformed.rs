@@ -405,7 +405,8 @@ async fn caller(app: &TestApp) -> Caller {
     }
 }
 
-/// Returns the seeds of the requests to send. `MALFORMED_REQUESTS=100000` sends more, `MALFORMED_FIRST=7` others.
+/// Returns the seeds of the requests to send. `MALFORMED_REQUESTS=100000` sends more requests, and `MALFORMED_FIRST=7`
+/// starts with seed 7.
 #[expect(
     clippy::disallowed_methods,
     reason = "the length of a test is not a setting of the server"
@@ -460,7 +461,8 @@ fn count(
     found
 }
 
-/// h2 0.4.20 asserts, in debug builds only, that a connection that ends has no streams, which malformed frames refute.
+/// In debug builds only, h2 0.4.20 asserts that a connection has no streams when it ends. Malformed frames can violate
+/// this assertion.
 fn is_debug_assertion_of_h2(panic: &PanicHookInfo<'_>) -> bool {
     let file = panic.location().map_or("", |it| it.file());
     file.contains("/h2-0.") && file.ends_with("/counts.rs")
@@ -483,7 +485,7 @@ async fn malformed_requests_are_refused_and_nothing_fails() {
         .flag("--idle-timeout=1s")
         .flag("--connections-per-address=0")
         .flag("--connections-per-network=0")
-        // The machine may be busy, and so many requests at a time wait for connections.
+        // On a busy machine, this many concurrent requests have to wait for connections.
         .flag("--database-wait=10s")
         .flag("--database-pool=30")
         // Nothing is sent to webhooks.

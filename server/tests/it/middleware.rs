@@ -156,7 +156,7 @@ async fn enforces_decisions(program: Program) {
     assert!(ids.contains(denied_id), "{denied_id} {ids:?}");
 }
 
-/// Tests that exactly as many requests are admitted as the quota allows, however many are sent at once.
+/// Tests that exactly as many requests are admitted as the quota allows, no matter how many are sent at the same time.
 async fn admits_exactly_the_quota(program: Program) {
     const QUOTA: usize = 50;
     let app = TestApp::start().await;

@@ -163,7 +163,7 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
         .collect::<Vec<_>>();
     assert!(silent.is_empty(), "without a comment: {silent:?}");
 
-    // Without an index on a foreign key, every delete of a referenced row reads the whole table.
+    // Without an index on a foreign key, every delete of a referenced row reads the whole table with the foreign key.
     let sql = "SELECT conname::text FROM pg_constraint f WHERE contype = 'f' \
         AND connamespace = 'public'::regnamespace AND NOT EXISTS (SELECT FROM pg_index i \
             WHERE i.indrelid = f.conrelid AND f.conkey @> (i.indkey::int2[])[0:cardinality(f.conkey) - 1] \

@@ -141,8 +141,8 @@ async fn replica_is_counted_before_it_uses_redis() {
     assert_eq!(seen.expect("a count").count.get(), 2);
 }
 
-/// Only a deployment that has never used Redis starts with full buckets, whether or not its first start reached Redis.
-/// After that, buckets that Redis has lost are empty.
+/// Only the first start of a deployment can begin with full buckets. After that, buckets that Redis has lost are empty,
+/// even if the first start did not reach Redis.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_buckets_are_empty_even_if_the_first_start_did_not_reach_redis() {
     for is_reached in [true, false] {

@@ -17,7 +17,7 @@ struct Session {
     suite: String,
 }
 
-/// Connects with these options. Returns nothing if the server refuses.
+/// Connects with these options. If the server refuses the connection, returns OpenSSL's output as the error.
 fn connect(port: u16, options: &[&str]) -> Result<Session, String> {
     let output = Command::new("openssl")
         .args(["s_client", "-brief", "-servername", "localhost", "-connect"])
@@ -91,7 +91,7 @@ async fn caddy_speaks_only_tls_1_2_and_1_3() {
     }
     for (option, version) in [("-tls1", "TLSv1"), ("-tls1_1", "TLSv1.1")] {
         let options = [&[option][..], &ALL].concat();
-        // The client can do it, so it is Caddy that refuses.
+        // The client supports this version, so the refusal below comes from Caddy.
         assert_eq!(connect(lax, &options).expect("it is lax").version, version);
         let refused = connect(caddy.https, &options).expect_err("obsolete");
         assert!(refused.contains("alert protocol version"), "{refused}");
@@ -111,7 +111,7 @@ async fn caddy_uses_only_forward_secrecy_and_authenticated_encryption() {
         let session = connect(caddy.https, &["-tls1_2", "-cipher", suite]);
         assert_eq!(session.expect("it is supported").suite, suite);
     }
-    // Without authenticated encryption; without forward secrecy.
+    // Suites without authenticated encryption, and suites without forward secrecy.
     for suites in ["ECDHE+SHA1:ECDHE+SHA256:ECDHE+SHA384", "kRSA"] {
         let weak = format!("{suites}:@SECLEVEL=0");
         let options = ["-tls1_2", "-cipher", &weak];

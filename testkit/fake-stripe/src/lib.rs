@@ -5,7 +5,7 @@
 //! that can be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can
 //! fail before or after their effect. The fake also serves its own Checkout page and customer portal.
 //!
-//! Every request is compared with Stripe's own description of its parameters.
+//! Every request is validated against Stripe's own description of its parameters.
 //!
 //! The fake shares no code with Quota, so that the two cannot have the same mistakes.
 #![recursion_limit = "512"]

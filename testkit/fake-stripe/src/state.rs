@@ -20,7 +20,7 @@ pub enum Card {
     Good,
     /// Every payment is declined.
     Declines,
-    /// Every payment requires the customer to confirm it with the bank, which never happens.
+    /// Every payment requires the customer to confirm it with the bank, and the customer never does.
     RequiresAction,
 }
 

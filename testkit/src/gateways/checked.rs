@@ -8,13 +8,14 @@ use std::{
 use super::{Checked, INNER, Program, READY_ROUTER, ROOT, caddyfile, folder, nginx, write};
 use crate::redis::free_port;
 
-/// Replaces a string that must be present.
+/// Replaces all occurrences of `from`. Panics if there are none.
 fn put(text: &str, from: &str, to: &str) -> String {
     assert!(text.contains(from), "{from:?} is not in\n{text}");
     text.replace(from, to)
 }
 
-/// Removes everything from a string, which must be present, to the end of its line, or of the text.
+/// Removes the text from the first occurrence of `from` to the end of its line or, if `to_the_end` is set, to the end of
+/// the text. Panics if `from` does not occur.
 fn cut(text: &str, from: &str, to_the_end: bool) -> String {
     let start = text.find(from);
     let start = start.unwrap_or_else(|| panic!("{from:?} is not in\n{text}"));

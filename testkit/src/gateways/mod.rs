@@ -131,7 +131,7 @@ impl Program {
                 caddy
                     .args(["run", "--adapter", "caddyfile", "--config"])
                     .arg(file)
-                    // The trusted roots with which it verifies Quota's certificate.
+                    // The trusted roots with which the gateway verifies Quota's certificate.
                     .env("SSL_CERT_FILE", dir.join(ROOT))
                     .env("HOME", dir)
                     .env("XDG_DATA_HOME", dir)
@@ -168,7 +168,7 @@ impl Program {
                         "--global.checkNewVersion=false",
                         "--global.sendAnonymousUsage=false",
                     ])
-                    // The trusted roots with which it verifies Quota's certificate.
+                    // The trusted roots with which the gateway verifies Quota's certificate.
                     .env("SSL_CERT_FILE", dir.join(ROOT));
                 if let Ok(inner) = fs::read_to_string(dir.join(INNER)) {
                     traefik
@@ -212,8 +212,8 @@ fn write(dir: &Path, name: &str, text: impl AsRef<str>) -> PathBuf {
     file
 }
 
-/// Returns the parts of a configuration for nginx that are outside of any server. nginx runs as a single process, so
-/// that nothing is left running when it ends.
+/// Returns an nginx configuration with these servers. nginx runs as a single process, so that nothing is left running
+/// when it ends.
 fn nginx(dir: &Path, servers: &str) -> String {
     let temporary: String = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
         .map(|name| format!("{name}_temp_path {};\n", dir.join(name).display()))

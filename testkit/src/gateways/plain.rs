@@ -1,4 +1,4 @@
-//! The same gateways as plain proxies: the least that forwards every request to an API over kept connections.
+//! The same gateways as plain proxies: minimal configurations that forward every request over persistent connections.
 
 use std::{
     net::SocketAddr,

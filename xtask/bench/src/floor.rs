@@ -29,7 +29,7 @@ const ECHO: Echo = Echo {
     time: "2026-08-03T09:46:00Z",
 };
 
-/// Serves on a free port, which it prints, with the same runtime as `quota`.
+/// Serves on a free port, and prints the port. Uses the same runtime as `quota`.
 pub(crate) fn serve<F: Future<Output = Result<()>>>(serve: fn(TcpListener) -> F) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

@@ -213,7 +213,7 @@ impl Bench {
         self.quota.empty_log()?;
         let total = statuses.values().sum::<u64>();
         let right = statuses.get(&status).copied().unwrap_or(0);
-        // A plan of one request per minute admits a few.
+        // A plan of one request per minute admits a few requests.
         if total == 0 || right + u64::from(status == 429) * 2 < total {
             bail!("unexpected responses: {statuses:?}");
         }

@@ -151,8 +151,8 @@ impl Postgres {
         Ok(client)
     }
 
-    /// Kills the postmaster with `kill -9`. The kernel keeps the data it has written, since `fsync` matters only if the
-    /// machine fails.
+    /// Kills the postmaster with `kill -9`. The kernel keeps the data that PostgreSQL has written, since `fsync`
+    /// matters only if the machine fails.
     pub(crate) async fn kill(&mut self) -> Result<()> {
         if let Some(mut process) = self.running.take() {
             process.signal(Signal::SIGKILL)?;
@@ -188,7 +188,7 @@ impl Postgres {
             .args(["-p", &self.port.to_string()]);
         for setting in [
             "listen_addresses=127.0.0.1",
-            // No socket: its path may be too long.
+            // Don't create a Unix socket: its path may be too long.
             "unix_socket_directories=",
             "max_connections=120",
             "timezone=UTC",

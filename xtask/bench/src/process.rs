@@ -135,7 +135,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Returns the log line that reports readiness, which has the addresses.
+    /// Returns the log line that reports readiness. The line contains the addresses.
     fn ready(&mut self, log: &Path) -> Result<Value> {
         let deadline = Instant::now() + STARTED_WITHIN;
         loop {

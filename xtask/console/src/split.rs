@@ -15,7 +15,8 @@ pub const GLUE: &str = "quota-ui.js";
 /// The prefix of the other modules' published names.
 pub const PREFIX: &str = "pages-";
 
-/// Writes the main module to `main`, and the loader and the other modules, which it returns, to `folder`.
+/// Writes the main module to `main`, and the loader and the other modules to `folder`. Returns the file names of the
+/// other modules.
 pub fn split(wasm: &Path, folder: &Path, main: &Path) -> Result<Vec<String>> {
     let input = fs::read(wasm).with_context(|| format!("cannot read {}", wasm.display()))?;
     fs::create_dir_all(folder)?;

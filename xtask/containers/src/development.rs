@@ -1,4 +1,4 @@
-//! `compose.yml` from a fresh clone, as someone who tries Quota out starts it.
+//! Tests `compose.yml`, started from a fresh clone as by someone who tries Quota out.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -23,7 +23,7 @@ use crate::{
     production::free_port,
 };
 
-/// Includes compiling the server, if no earlier run has.
+/// Includes the time to compile the server, if no earlier run has compiled it.
 const STARTED_WITHIN: Duration = Duration::from_secs(30 * 60);
 
 /// A running `docker-compose up`. Everything is removed on drop.
@@ -47,7 +47,7 @@ impl Development<'_> {
         command
     }
 
-    /// Interrupts it, as Ctrl-C does.
+    /// Interrupts `docker-compose up`, as Ctrl-C does.
     fn interrupt(&mut self) -> Result<()> {
         if let Some(mut up) = self.up.take() {
             kill(Pid::from_raw(i32::try_from(up.id())?), Signal::SIGINT)?;
@@ -84,7 +84,7 @@ pub async fn test(engine: &Engine, binary: Option<&Path>) -> Result<()> {
     };
     let began = Instant::now();
     let mut up = development.compose();
-    // The image is built from the clone, whatever image has its name.
+    // Build the image from the clone, even if an image with this name exists.
     up.args(["up", "--build"]);
     if let Some(binary) = binary {
         image::put_binary(binary, &clone)?;
@@ -142,7 +142,7 @@ pub async fn test(engine: &Engine, binary: Option<&Path>) -> Result<()> {
     let client = Client::builder().tls_certs_only([certificate]).build()?;
     let page = client.get(&console).send().await?.error_for_status()?;
     ensure!(page.text().await?.contains("<html"), "no page");
-    // The printed command, with this client: `URL -H 'X-API-Key: KEY'`.
+    // Send the printed command's request with this client. The command ends with `URL -H 'X-API-Key: KEY'`.
     let parts = command.split_once(" -H 'X-API-Key: ");
     let (url, key) = parts.context("another form of command")?;
     let key = key.trim_end_matches('\'');

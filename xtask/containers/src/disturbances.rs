@@ -1,4 +1,4 @@
-//! What an operator does to a running installation, and what can happen to it, under load.
+//! Upgrades, kills and scales the replicas of an installation under load.
 
 use std::{
     process::{Command, Stdio},
@@ -66,7 +66,7 @@ impl Production<'_> {
     }
 
     /// Stops the script while it waits for the new replicas, so that the old ones keep running for a while. Returns how
-    /// many decisions each of the old and of the new replicas made meanwhile.
+    /// many decisions each old replica and each new replica made during this time.
     async fn mixed(
         &self,
         old: &[String],

@@ -75,7 +75,7 @@ impl Engine {
         status.is_ok_and(|status| status.success())
     }
 
-    /// Returns a command that uses the engine, or calls the client.
+    /// Returns a command in whose environment the client is in `PATH` and uses this engine.
     fn with_host(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.env("DOCKER_BUILDKIT", "1").stdin(Stdio::null());

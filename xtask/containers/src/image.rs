@@ -1,4 +1,4 @@
-//! The server's image: building it, and what it must be like.
+//! Builds and checks the server's image.
 
 use std::{
     env, fs,
@@ -24,7 +24,7 @@ pub struct Image<'a> {
     pub source: &'a Path,
     /// A binary to copy into the image instead of compiling one inside.
     pub binary: Option<&'a Path>,
-    /// The value of its label. Different labels make different images.
+    /// The value of the image's label. A different label results in a different image.
     pub revision: &'a str,
 }
 
@@ -94,7 +94,7 @@ pub fn check(engine: &Engine, image: &Image<'_>) -> Result<()> {
         .stderr(Stdio::null())
         .status()?;
     ensure!(!shell.success(), "{tag} has a shell");
-    // Without a network and with no writable file, it still runs.
+    // The program also runs without a network and on a read-only file system.
     let run = ["run", "--rm", "--network", "none", "--read-only"];
     let limits = ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"];
     let mut program = engine.docker(&run);
@@ -150,7 +150,7 @@ pub fn upgrade(
         let checkout = ["checkout", "--quiet", &commit];
         succeed(Command::new("git").arg("-C").arg(&clone).args(checkout))?;
     }
-    // Not inside the image, where all dependencies would be compiled again.
+    // Compile outside the image. Inside the image, all dependencies would be compiled again.
     let target =
         env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
     succeed(

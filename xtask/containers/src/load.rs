@@ -1,6 +1,6 @@
-//! Requests at a steady rate, and what became of each.
+//! Requests at a steady rate, and the outcome of each.
 //!
-//! Half of them are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other one.
+//! Half of the requests are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other one.
 
 use std::{
     sync::{
@@ -18,7 +18,7 @@ use tokio::{task::JoinSet, time};
 
 /// Requests per second.
 const RATE: u32 = 180;
-/// The limited key's rate per minute and its burst. Half of the requests use this key, so the rate must be lower.
+/// The limited key's rate per minute, and its burst. Half of the requests use this key, and they must exceed its rate.
 pub const RPM: u32 = 3000;
 pub const BURST: u32 = 50;
 /// The default `QUOTA_LEASE_TTL`, and the resolution of Redis's clock.
@@ -41,7 +41,7 @@ pub struct Target {
 pub enum Outcome {
     Allowed,
     Denied,
-    /// Anything but a decision.
+    /// Any response other than a decision, or no response.
     Failed(String),
 }
 

@@ -159,8 +159,8 @@ impl<'a> Production<'a> {
         engine::read(self.engine.docker(&psql).args(form).args(database))
     }
 
-    /// Returns how many decisions a replica has made, from its metrics. Asks from Caddy's container, which is in the same
-    /// network.
+    /// Returns how many decisions a replica has made, from its metrics. Reads the metrics from Caddy's container, which
+    /// is in the same network.
     pub fn decisions(&self, replica: &str) -> Result<u64> {
         let networks =
             "{{range $name, $it := .NetworkSettings.Networks}}{{$name}} {{$it.IPAddress}}\n{{end}}";

@@ -20,7 +20,8 @@ const MINUTES: f64 = 15.0;
 const DOMAIN: &str = "quota.localhost";
 const IMAGES: [&str; 3] = ["postgres:17", "redis:8", "caddy:2.11"];
 
-/// What its engine needs. Not `--privileged`, because that fails where root itself lacks a capability.
+/// The rights that the machine's own engine needs. `--privileged` is not used, because it fails if root itself lacks a
+/// capability.
 const RIGHTS: [&str; 12] = [
     "--cap-add",
     "ALL",
@@ -36,7 +37,7 @@ const RIGHTS: [&str; 12] = [
     "a *:* rwm",
 ];
 
-/// The machine. Deleted on drop.
+/// The container that takes the place of the machine. Deleted on drop.
 struct Machine<'a> {
     engine: &'a Engine,
     name: String,
@@ -74,7 +75,7 @@ pub fn test(engine: &Engine) -> Result<()> {
     };
     let mut run = engine.docker(&["run", "--detach", "--name", &machine.name]);
     run.args(RIGHTS);
-    // Its engine cannot store layers on layers.
+    // The engine inside the container cannot store its layers on a layered file system, so its data is on a volume.
     run.args(["--volume", "/var/lib/docker", "--volume"])
         .arg(format!("{}:/mnt:ro", folder.path().display()));
     succeed(run.args(["debian:bookworm-slim", "sleep", "infinity"]))?;
@@ -125,7 +126,7 @@ fn script(text: &str) -> Result<String> {
     ) else {
         anyhow::bail!("a step has another number of commands");
     };
-    // The image was built elsewhere, which is the second way in the runbook.
+    // The image was built elsewhere, which is the alternative in the runbook.
     let (clone, _) = build
         .split_once("\nDOCKER_BUILDKIT=1 docker build")
         .context("the second command of step 2 builds the image")?;

@@ -25,8 +25,8 @@ struct Recorded {
 }
 
 impl Production<'_> {
-    /// Checks that the decision about each request is in the usage log exactly once. If a replica was killed meanwhile,
-    /// Caddy may have repeated the requests in flight, which were then decided again.
+    /// Checks that the decision about each request is in the usage log exactly once. If a replica was killed under
+    /// load, Caddy may have repeated the requests in flight, which were then decided again.
     pub async fn recount(
         &self,
         results: &Results,

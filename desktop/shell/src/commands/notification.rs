@@ -21,7 +21,7 @@ use crate::window;
 /// The name of the service, which is also the name of its interface.
 const SERVICE: &str = "org.freedesktop.Notifications";
 const PATH: &str = "/org/freedesktop/Notifications";
-/// The time limit for a call to the service, which may have to start first.
+/// The time limit for a call to the service. The call may have to wait until the service has started.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
 const TITLE: &str = "Quota alert";

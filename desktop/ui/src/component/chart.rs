@@ -119,9 +119,9 @@ pub fn Chart(
             let (plotted, measured) = (bars.clone(), bars.clone());
             let (title, summary) = (title.clone(), summary.clone());
             let label = if on_zoom.is_some() {
-                "Bar. Use the arrow keys to move. Press Enter to show hours."
+                "Selected day. Use the arrow keys to select another day. Press Enter to show its hours."
             } else {
-                "Bar. Use the arrow keys to move."
+                "Selected bar. Use the arrow keys to select another bar."
             };
             view! {
                 <p class="readout" aria-hidden="true">

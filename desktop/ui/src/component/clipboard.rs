@@ -9,7 +9,7 @@ pub fn copy_and_report(text: String, what: &'static str, toasts: Toasts) {
         if api::copy(&text).await {
             toasts.succeed(format!("{what} copied"));
         } else {
-            toasts.fail_with(format!("Couldn't copy: {text}"));
+            toasts.fail_with(format!("Couldn't copy. {what}: {text}"));
         }
     });
 }

@@ -74,8 +74,8 @@ impl Commands {
     }
 
     fn on_keydown(self, ev: &KeyboardEvent, keys: StoredValue<Keys>) {
-        // Ignores keys while a dialog is open, which handles its own keys, and while an input method editor is
-        // composing text.
+        // Ignores keys while a dialog is open, because the dialog handles its own keys, and while an input method
+        // editor is composing text.
         let dialog = document().query_selector("dialog[open]").ok().flatten();
         if dialog.is_some() || ev.default_prevented() || ev.is_composing() {
             return;

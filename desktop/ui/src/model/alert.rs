@@ -98,7 +98,7 @@ fn alert_row(alert: &QuotaAlert, is_new: bool, now: i64) -> Markup {
     element("tr", &[], &cells)
 }
 
-/// Returns the alerts created after this one.
+/// Returns the alerts created after `than`.
 pub fn newer(alerts: &[QuotaAlert], than: QuotaAlertId) -> impl Iterator<Item = &QuotaAlert> {
     alerts.iter().filter(move |it| it.id > than)
 }

@@ -28,8 +28,11 @@ fn date(at: Timestamp) -> String {
 fn paid_requests(keys: u64) -> String {
     match keys {
         0 => "requests with keys on paid plans".to_owned(),
-        1 => "requests with 1 key on a paid plan".to_owned(),
-        n => format!("requests with {} keys on paid plans", number(n)),
+        1 => "requests that use your key on a paid plan".to_owned(),
+        n => format!(
+            "requests that use one of your {} keys on paid plans",
+            number(n)
+        ),
     }
 }
 
@@ -254,13 +257,13 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     let mut note = |text: &str| all.push(with_text("p", &[("class", "muted small-text")], text));
     if it.not_charged > 0 {
         note(&format!(
-            "{} in this period won't be charged because Stripe didn't accept them in time.",
+            "{} in this period won't be charged because they couldn't be reported to Stripe.",
             count(it.not_charged, "request", "requests")
         ));
     }
     if let Some(error) = &it.last_error {
         note(&format!(
-            "Stripe reported a problem with this usage on {}: {}.",
+            "On {}, Stripe reported a problem with this usage: {}.",
             date(error.at),
             error.code
         ));
@@ -316,9 +319,21 @@ pub fn limits(it: &BillingLimits, now: i64) -> Markup {
 /// `None` if the keys work.
 pub fn paid_warning(it: &BillingState, keys: u64, is_saved: bool) -> Option<String> {
     (!it.paid_plans_work && keys > 0).then(|| {
-        let keys = count(keys, "key", "keys");
-        let verb = if is_saved { "are" } else { "will be" };
-        format!("Requests with {keys} {verb} rejected (402) until your organization subscribes.")
+        let (requests, verb) = match (is_saved, keys) {
+            (true, _) => (paid_requests(keys), "are"),
+            (false, 1) => (
+                "requests that use the key on this plan".to_owned(),
+                "will be",
+            ),
+            (false, n) => (
+                format!(
+                    "requests that use one of the {} keys on this plan",
+                    number(n)
+                ),
+                "will be",
+            ),
+        };
+        format!("Until your organization subscribes, {requests} {verb} rejected (402).")
     })
 }
 

@@ -55,10 +55,12 @@ impl BulkAction {
             [one] => one.clone(),
             [most @ .., last] => format!("{} and {last}", most.join(", ")),
         };
-        let usage = match recently_used {
-            0 => "None were used in the last 24 hours.".to_owned(),
-            1 => "1 was used in the last 24 hours.".to_owned(),
-            n => format!("{n} were used in the last 24 hours."),
+        let usage = match (names.len(), recently_used) {
+            (1, 0) => "It was not used in the last 24 hours.".to_owned(),
+            (1, _) => "It was used in the last 24 hours.".to_owned(),
+            (_, 0) => "None were used in the last 24 hours.".to_owned(),
+            (_, 1) => "1 was used in the last 24 hours.".to_owned(),
+            (_, n) => format!("{n} were used in the last 24 hours."),
         };
         let keys = if names.len() == 1 {
             "this key"

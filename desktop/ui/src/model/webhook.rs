@@ -329,6 +329,11 @@ pub fn delivery_details(it: &WebhookDelivery, now: i64) -> Markup {
         (None, None) => with_text("span", &[("class", "muted")], "–"),
         (None, Some(_)) => with_text("span", &[("class", "muted")], "None"),
     };
+    let no_attempt = if matches!(it.status, WebhookDeliveryStatus::Pending) {
+        "Not sent yet"
+    } else {
+        "Never"
+    };
     let rows = [
         detail("Status", &[badge_of(it)]),
         detail("Response status", &[Markup::text(&response(it))]),
@@ -336,7 +341,7 @@ pub fn delivery_details(it: &WebhookDelivery, now: i64) -> Markup {
         detail("Attempts", &[Markup::text(&number(it.attempts.into()))]),
         detail(
             "Last attempt",
-            &[time_or(it.last_attempt_at, "Not sent yet", now)],
+            &[time_or(it.last_attempt_at, no_attempt, now)],
         ),
         detail("Next attempt", &[next_attempt(it, now)]),
         detail(

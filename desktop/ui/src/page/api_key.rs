@@ -33,8 +33,8 @@ use crate::{
     session::session,
 };
 
-/// The dialogs, which are outside the key details. The details are rendered again after each load, which would discard
-/// typed text or a new key in a dialog.
+/// The dialogs. They are outside the key details, which are rendered again after each load. Otherwise, each load would
+/// discard typed text or a new key in a dialog.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
@@ -229,7 +229,7 @@ fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> im
             {move || {
                 if is_known() {
                     view! {
-                        <p class="muted">"The full key is available until you close this tab."</p>
+                        <p class="muted">"The full key is available until you close or reload this page, or sign out."</p>
                         <p class="known-key"><CopyButton text=secret what="key"/></p>
                     }
                         .into_any()

@@ -113,7 +113,7 @@ pub fn AuditLog() -> impl IntoView {
         {input_filter("to", "To (UTC)", "date", "")}
     };
     view! {
-        <PageHeader title="Audit log" about="All changes: what changed, who changed it, when, and from where.">
+        <PageHeader title="Audit log" about="Sign-ins and changes: what happened, who did it, when, and from where.">
             <ExportButton export/>
         </PageHeader>
         {filter_bar("filters audit", &FIELDS, input_filter("search", "Resource name", "search", "Name"), others.into_any())}

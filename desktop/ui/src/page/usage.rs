@@ -95,7 +95,7 @@ pub fn UsagePage() -> impl IntoView {
         }) as PendingCall<(String, String)>
     });
     view! {
-        <PageHeader title="Usage" about="Allowed and rejected requests over time, and why requests were rejected.">
+        <PageHeader title="Usage" about="Allowed requests, and requests rejected by rate limits and quotas, over time.">
             <button type="button" class="button" on:click=move |_| live.set(true)>"Open live tail"</button>
             <ExportButton export disabled=Signal::derive(move || !has_data.get())/>
         </PageHeader>

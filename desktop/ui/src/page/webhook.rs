@@ -27,8 +27,8 @@ use crate::{
     session::session,
 };
 
-/// The dialogs, which are outside the webhook details. The details are rendered again after each load, which would
-/// discard typed text or a new secret in a dialog.
+/// The dialogs. They are outside the webhook details, which are rendered again after each load. Otherwise, each load
+/// would discard typed text or a new secret in a dialog.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
@@ -66,7 +66,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         editing: RwSignal::new(false),
         rotating: RwSignal::new(false),
         disabling,
-        // This dialog also offers to disable the webhook instead.
+        // This dialog shares `busy`, because it also offers to disable the webhook.
         deleting: Confirmation {
             busy,
             ..Confirmation::new()

@@ -1,5 +1,5 @@
-//! Every gateway with every decision of Quota and with forged ones, compared with the tables in `docs/GATEWAYS.md`.
-//! `GATEWAY_TABLES=write` writes the tables.
+//! Compares what consumers get from each gateway, for every decision of Quota and for forged decisions, with the tables
+//! in `docs/GATEWAYS.md`. `GATEWAY_TABLES=write` writes the tables.
 
 use std::{convert::Infallible, fmt::Write as _, fs, path::Path, time::Duration};
 
@@ -255,7 +255,7 @@ fn tables(seen: &[Vec<Seen>]) -> String {
     for (name, is_in) in HEADERS {
         let _ = write!(text, "| {name} |");
         for cases in seen {
-            // Only Quota's decisions.
+            // Only the cases with a response from Quota that is not forged.
             let mut statuses: Vec<String> = cases[..6]
                 .iter()
                 .filter(|it| is_in(&it.response))

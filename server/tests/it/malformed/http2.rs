@@ -1,4 +1,4 @@
-//! Connections with HTTP/2, of which most frames are valid.
+//! HTTP/2 connections on which most frames are valid.
 
 use fastrand::Rng;
 

@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 
 use crate::support::app::DOCUMENT;
 
-/// What a caller has.
+/// A caller's credentials and resources.
 pub(super) struct Caller {
     pub(super) access_token: String,
     pub(super) service_token: String,
     pub(super) key: String,
-    /// IDs of existing things.
+    /// IDs of existing resources.
     pub(super) ids: Vec<String>,
 }
 

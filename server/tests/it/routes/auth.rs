@@ -160,7 +160,8 @@ async fn refresh_token_works_once_and_its_predecessor_gets_the_same_successor() 
     let third = refresh(&app, &second.text("refresh_token")).await;
     assert_eq!(third.status, 200);
 
-    // The token is no longer the predecessor, so someone must have copied it, and the whole family ends.
+    // This token is no longer the predecessor of the current one, so someone must have copied it, and the whole family
+    // ends.
     assert_eq!(refresh(&app, &account.refresh_token).await.status, 401);
     assert_eq!(
         refresh(&app, &third.text("refresh_token")).await.status,

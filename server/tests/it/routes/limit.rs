@@ -1057,7 +1057,7 @@ async fn grace_period_is_for_one_secret_and_does_not_outlive_the_key() {
         assert_eq!(app.echo(text).await.status, 200);
     }
 
-    // The key expires before the grace period ends, which ends both secrets.
+    // The key expires before the grace period ends. From then on, neither secret works.
     let end = i64::try_from(clock.now().secs()).unwrap() + 60;
     let end = chrono::DateTime::from_timestamp(end, 0).unwrap();
     let until = json!({"expires_at": end.to_rfc3339()});

@@ -16,14 +16,14 @@ const STARTED_WITHIN: Duration = Duration::from_secs(60);
 
 pub(crate) struct Caddy {
     pub(crate) https: u16,
-    /// Trusts its certificate authority.
+    /// Trusts Caddy's certificate authority.
     pub(crate) client: Client,
     _process: Process,
     _dir: TempDir,
 }
 
 impl Caddy {
-    /// Starts it in front of the server on this port, with these variables.
+    /// Starts Caddy in front of the server on the port `upstream`, with additional environment variables.
     pub(crate) async fn start(upstream: u16, variables: &[(&str, &str)]) -> Self {
         let program =
             caddy::recent(Path::new(env!("CARGO_TARGET_TMPDIR"))).expect("there is a Caddy");
@@ -54,7 +54,8 @@ impl Caddy {
                         .tls_certs_only([certificate.clone()])
                         .no_proxy()
                 };
-                // Caddy responds to this by itself. With HTTP/2, the header does not replace the name in the URL.
+                // Caddy itself responds to requests for an unknown host, without the server. Over HTTP/2, the header
+                // would not replace the name in the URL.
                 let stranger = client().http1_only().build().expect("a client");
                 let stranger = stranger
                     .get(format!("https://localhost:{https}/"))

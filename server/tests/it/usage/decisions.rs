@@ -408,7 +408,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
     assert_eq!(multiplexed.decisions(2).await.0, names(0..2));
 }
 
-/// The client reads a byte occasionally, which no deadline can distinguish from a slow network.
+/// The client occasionally reads a byte. No deadline can distinguish this client from one on a slow network.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stream_that_is_read_byte_by_byte_ends_with_its_session() {
     let app = TestApp::setup()

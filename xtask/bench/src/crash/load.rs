@@ -22,7 +22,7 @@ use crate::http1;
 /// The time limit for a request.
 const PATIENCE: Duration = Duration::from_secs(15);
 
-/// The state of one request, by its number on its connection.
+/// What happened to a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Fate {
     /// 200 or 429: a decision.

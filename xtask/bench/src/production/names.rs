@@ -17,7 +17,7 @@ pub(super) struct NameServer {
 }
 
 impl NameServer {
-    /// Every name has these addresses.
+    /// Starts the server. Every name resolves to these addresses.
     pub(super) async fn start(addresses: Vec<Ipv4Addr>) -> Result<Self> {
         let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await?;
         let addr = socket.local_addr()?;

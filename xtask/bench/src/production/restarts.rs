@@ -31,7 +31,7 @@ use crate::{
     replicas::tenant::{Plan, Tenant},
 };
 
-/// The limited key's rate per minute, and its burst. Half of the requests use this key, so their rate must be higher.
+/// The limited key's rate per minute, and its burst. Half of the requests use this key, and they must exceed its rate.
 const RPM: u32 = 6000;
 const BURST: u32 = 100;
 /// The default `QUOTA_LEASE_TTL`, and the resolution of Redis's clock.

@@ -62,13 +62,13 @@ pub(crate) struct Options {
     /// The number of slow connections
     #[arg(default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     connections: u32,
-    /// How many of them are opened per second
+    /// The number of slow connections to open per second
     #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rate: u32,
-    /// The number of rounds per attack. Each is a time without slow clients, and the same time with them
+    /// The number of rounds per attack. Each has a part without slow clients and a part with them, equally long
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     rounds: u32,
-    /// The length of each of the two, in seconds
+    /// The length of each part of a round, in seconds
     #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u64).range(5..=120))]
     seconds: u64,
 }
@@ -165,7 +165,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()?;
-    // Everything that was started ends with the future, even on Ctrl-C.
+    // Dropping the future stops everything that was started, even on Ctrl-C.
     runtime.block_on(async {
         tokio::select! {
             done = slow_clients(options, &alone) => done,
@@ -257,7 +257,7 @@ async fn measure(
         caddy_growth: 0,
     };
     let clients = Clients::new(target)?;
-    // Opens the kept connections.
+    // Open the persistent connections.
     clients.send_for(Duration::from_secs(2)).await?;
     for round in 0..options.rounds {
         outcome.without.extend(clients.send_for(time).await?);
@@ -270,7 +270,7 @@ async fn measure(
             dir.join(format!("slow-{}-{round}", attack.name())),
             Arc::clone(&stop),
         ));
-        // Until half of the connections are open.
+        // Wait until half of the slow connections are open.
         sleep(Duration::from_secs(
             u64::from(options.connections / options.rate / 2).min(5),
         ))
@@ -285,14 +285,14 @@ async fn measure(
         outcome.caddy_growth = outcome
             .caddy_growth
             .max(most.caddy.saturating_sub(before.caddy));
-        // The deadlines of the last connections end.
+        // Wait until the deadlines of the last connections have passed.
         sleep(Duration::from_secs(2)).await;
     }
     eprintln!("{}, slow {}: done", target.name, attack.name());
     Ok(outcome)
 }
 
-/// Runs slowhttptest again and again. Returns the most connections at the same time.
+/// Runs slowhttptest repeatedly until `stop` is set. Returns the maximum number of concurrent connections.
 async fn attack_until(
     arguments: Vec<String>,
     connections: u32,
@@ -320,7 +320,7 @@ async fn attack_until(
             sleep(Duration::from_millis(50)).await;
         }
         if process.ended()?.is_none() {
-            // It writes its statistics.
+            // slowhttptest then writes its statistics.
             process.signal(nix::sys::signal::Signal::SIGINT)?;
             process.ends_within(Duration::from_secs(10)).await?;
         }
@@ -345,7 +345,7 @@ fn connected(prefix: &Path) -> Result<u32> {
     Ok(cells.max().unwrap_or(0))
 }
 
-/// The clients that do nothing wrong.
+/// The clients that are not slow.
 struct Clients {
     kept: Client,
     new: Client,
@@ -425,7 +425,7 @@ fn p99(times: &[Duration]) -> f64 {
     quantile(times.to_vec(), 0.99).as_secs_f64() * 1e3
 }
 
-/// Prints the table. Returns whether everything is as it must be.
+/// Prints the table. Returns whether all requirements are met.
 fn report(options: &Options, outcomes: &[Outcome]) -> bool {
     println!(
         "| {} slow clients | most connections | p99 without, ms | with | ratio | p99 of new connections without, ms | \

@@ -22,7 +22,7 @@ use tokio::{
 use super::{Production, Programs, Shape, is_free};
 use crate::postgres::Postgres;
 
-/// The port for HTTPS, if it is free and no other is given.
+/// The default port for HTTPS. If this port is not free, another one is used.
 const HTTPS: u16 = 8443;
 /// The shortest time between two starts of the same replica.
 const BETWEEN_STARTS: Duration = Duration::from_secs(1);

@@ -41,7 +41,7 @@ const AT_ONCE: usize = 5000;
 pub(crate) async fn run(options: &Options) -> Result<Table> {
     let mut table = Table::new("A clean stop with many keys", COLUMNS);
     let count = if options.quick { 300 } else { options.keys };
-    // Few plans are enough, since all keys are in the key cache.
+    // The key cache must have room for all keys.
     let cache = ("QUOTA_KEY_CACHE", (count * 2).max(100_000).to_string());
     let mut stage = Stage::set(options, REPLICAS, &[cache]).await?;
     if !options.no_redis {

@@ -268,7 +268,7 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
             }
             sleep_until(over).await;
             for proxy in &proxies[..silent] {
-                // These TCP streams have lost bytes, which a real network never causes, so they are closed.
+                // Bytes are missing from these TCP streams. A real network never causes this, so close the streams.
                 proxy.cut();
                 proxy.set(Fault::Pass);
             }

@@ -53,7 +53,7 @@ pub(crate) struct Options {
     /// Smaller loads and fewer cells, to check that everything works
     #[arg(long)]
     quick: bool,
-    /// Run replicas without Redis: each has its own limits, which the tables must show
+    /// Run replicas without Redis. Each replica then has its own limits, and the tables must show the excess
     #[arg(long)]
     no_redis: bool,
     /// The lease TTL, in milliseconds

@@ -59,7 +59,7 @@ fn failed_payment_names_the_date_and_the_keys() {
     let end = json!({"access": "past_due", "access_ends_at": "2026-12-03T12:00:00Z"});
     let failed = shown(end.clone());
     assert!(failed.starts_with(
-        "Your last payment failed. Update your card by 3 Dec 2026, 12:00 UTC. After that, requests with 4 keys on paid plans will be rejected (402). Subscription Past due"
+        "Your last payment failed. Update your card by 3 Dec 2026, 12:00 UTC. After that, requests that use one of your 4 keys on paid plans will be rejected (402). Subscription Past due"
     ), "{failed}");
     let labels: Vec<_> = buttons(&state(end)).iter().map(|it| it.label).collect();
     assert_eq!(labels, ["Update card"]);
@@ -69,7 +69,7 @@ fn failed_payment_names_the_date_and_the_keys() {
         );
         assert!(
             over.contains(
-                "Until the invoice is paid, requests with 4 keys on paid plans are rejected (402)."
+                "Until the invoice is paid, requests that use one of your 4 keys on paid plans are rejected (402)."
             ),
             "{over}"
         );
@@ -80,14 +80,14 @@ fn failed_payment_names_the_date_and_the_keys() {
 fn ending_subscription_says_when() {
     let at = "2026-12-20T12:00:00Z";
     let ending = shown(json!({"cancels_at": at, "access_ends_at": at}));
-    assert!(ending.starts_with("Your subscription ends on 20 Dec 2026, 12:00 UTC. After that, requests with 4 keys on paid plans will be rejected (402)."), "{ending}");
+    assert!(ending.starts_with("Your subscription ends on 20 Dec 2026, 12:00 UTC. After that, requests that use one of your 4 keys on paid plans will be rejected (402)."), "{ending}");
     assert!(
         ending.contains("Canceling") && ending.ends_with("Ends 20 Dec 2026, 12:00 UTC"),
         "{ending}"
     );
     let ended = json!({"access": "canceled", "paid_plans_work": false, "cancels_at": "2026-11-25T12:00:00Z"});
     assert!(shown(ended.clone()).starts_with(
-        "Your subscription has ended, so requests with 4 keys on paid plans are rejected (402). No subscription Canceled"
+        "Your subscription has ended, so requests that use one of your 4 keys on paid plans are rejected (402). No subscription Canceled"
     ));
     assert_eq!(buttons(&state(ended))[0].label, "Subscribe again");
 }
@@ -130,7 +130,7 @@ fn free_organization_is_offered_an_upgrade() {
     });
     assert_eq!(
         shown(free.clone()),
-        "Until you subscribe, requests with 1 key on a paid plan are rejected (402). No subscription Free Available plan Pro Price $29.00 per month + $0.50 per 1,000 requests"
+        "Until you subscribe, requests that use your key on a paid plan are rejected (402). No subscription Free Available plan Pro Price $29.00 per month + $0.50 per 1,000 requests"
     );
     assert!(is_action_needed(&state(free.clone())));
     assert_eq!(buttons(&state(free)).len(), 1);
@@ -165,7 +165,7 @@ fn usage_shows_charge_projection_and_reporting() {
     assert!(!text(&usage(&of_period, &rejected)).contains("Projected"));
     of_period.not_charged = 7;
     assert!(text(&usage(&of_period, &state)).ends_with(
-        "7 requests in this period won't be charged because Stripe didn't accept them in time."
+        "7 requests in this period won't be charged because they couldn't be reported to Stripe."
     ));
     of_period.charge = None;
     of_period.projected_total = None;
@@ -195,11 +195,15 @@ fn keys_of_paid_plans_work_only_with_access() {
     let none = state(json!({"access": "free", "paid_plans_work": false}));
     assert_eq!(
         paid_warning(&none, 4, true).as_deref(),
-        Some("Requests with 4 keys are rejected (402) until your organization subscribes.")
+        Some(
+            "Until your organization subscribes, requests that use one of your 4 keys on paid plans are rejected (402)."
+        )
     );
     assert_eq!(
         paid_warning(&none, 1, false).as_deref(),
-        Some("Requests with 1 key will be rejected (402) until your organization subscribes.")
+        Some(
+            "Until your organization subscribes, requests that use the key on this plan will be rejected (402)."
+        )
     );
     assert_eq!(paid_warning(&none, 0, true), None);
     assert_eq!(paid_warning(&state(json!({})), 4, true), None);

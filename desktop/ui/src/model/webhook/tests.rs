@@ -181,6 +181,10 @@ fn delivery_shows_the_response_and_the_next_attempt() {
         &delivery_details(&delivery(json!({})), NOW),
         &[">Not sent yet<", ">Now<"],
     );
+    let canceled = delivery(json!({
+        "status": "failed", "error": "The webhook was disabled.", "next_attempt_at": null,
+    }));
+    contains(&delivery_details(&canceled, NOW), &[">Never<"]);
     let sending = delivery(json!({"attempts": 1, "next_attempt_at": "2026-08-03T06:27:30.000Z"}));
     contains(&delivery_details(&sending, NOW), &[">Sending…<"]);
 }

@@ -421,7 +421,7 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<S
     worst(&plans, &all, &beside)
 }
 
-/// Checks `open`, which without the counters is a separate limit of each replica. In that case, no tokens are leased.
+/// Checks `open`. Without the counters, this setting is a separate limit of each replica, and no tokens are leased.
 fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -> Option<String> {
     (0..scene.replica_bounds().1).find_map(|replica| {
         let of = entries.iter().filter(|it| it.replica == replica);

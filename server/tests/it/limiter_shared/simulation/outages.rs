@@ -217,7 +217,7 @@ fn a_late_response_is_no_denial() {
     }
 }
 
-/// A look at a key's limits takes no tokens, so a late response is of no use to it.
+/// Inspecting a key's limits takes no tokens, so there is no reason to wait for a late response.
 #[test]
 fn a_key_is_inspected_within_one_deadline() {
     for (reach, late) in [(Reach::Deaf, 0), (Reach::Up, 55)] {

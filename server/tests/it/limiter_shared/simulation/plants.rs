@@ -375,7 +375,7 @@ impl LimitStore for Planted {
         self.store.peek(handle, policies)
     }
 
-    /// Prevents a denial cache in front of the store, which could hide the error.
+    /// Prevents the use of a denial cache in front of the store, because the cache could hide the error.
     fn is_local(&self) -> bool {
         true
     }

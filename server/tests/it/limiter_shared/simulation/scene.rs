@@ -254,8 +254,8 @@ impl Scene {
         });
     }
 
-    /// Sends requests to one replica whose responses arrive too late, so that granted tokens are returned, and then to
-    /// all other replicas: the returned tokens must not be available twice.
+    /// Sends requests to one replica, to which Redis responds too late, so that granted tokens are returned. Then sends
+    /// requests to all other replicas: the returned tokens must not be available twice.
     fn late_returns(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let plan = Plan {
