@@ -215,7 +215,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .arg(target().join("tools"))
             .args(&arguments[1..]);
         None
-    } else if is("metering") || is("tracing") {
+    } else if is("metering") || is("tracing") || is("latency") {
         command.arg(&arguments[0]).arg(quota).args(&arguments[1..]);
         None
     } else {

@@ -12,6 +12,7 @@ mod crash;
 mod floor;
 mod gateways;
 mod http1;
+mod latency;
 mod load;
 mod metering;
 mod outage;
@@ -59,6 +60,17 @@ enum Command {
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=300))]
         millis: u64,
     },
+    /// Measure response times at a constant rate, and print a table
+    Latency {
+        /// The `quota` binary, a release build
+        quota: PathBuf,
+        /// The number of rounds per case
+        #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=200))]
+        rounds: u32,
+        /// The length of a round in milliseconds
+        #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(200..=5000))]
+        millis: u64,
+    },
     /// Measure the cost of traces, and print a table
     Tracing {
         /// The `quota` binary, a release build
@@ -102,6 +114,11 @@ fn main() -> Result<ExitCode> {
             rounds,
             millis,
         } => metering::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
+        Command::Latency {
+            quota,
+            rounds,
+            millis,
+        } => latency::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
         Command::Tracing {
             quota,
             rounds,
