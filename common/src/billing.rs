@@ -81,7 +81,7 @@ response! {
         /// Price per month, as a decimal number in the smallest unit of the currency: `2900` is $29.00. `null` if the
         /// price is not a fixed amount.
         pub monthly: Option<String>,
-        /// Price per request on plans marked `paid`, in addition to the monthly price, in the currency's smallest unit.
+        /// Price per unit of `usage.used`, in addition to the monthly price, in the smallest unit of the currency.
         /// `null` if usage is not charged.
         pub per_request: Option<String>,
     }

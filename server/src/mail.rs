@@ -155,7 +155,7 @@ impl Mailer {
             }
             Transport::Files(dir) => {
                 let path = dir.join(format!("{}.eml", mail.id));
-                // The write blocks, but it is short and happens at most a few times per minute.
+                // The write blocks, but only for a short time, and files are meant for small installations and tests.
                 write(dir, &path, &message.formatted())?;
                 tracing::info!(
                     path = %path.display(),

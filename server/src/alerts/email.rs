@@ -1,5 +1,5 @@
-//! Emails about alerts. One email covers all of a tenant's alerts that have not been sent yet. Each tenant is sent at
-//! most a few emails per hour, even if many of its keys reach their quotas.
+//! Emails about alerts. One email covers all of a tenant's alerts that have not been sent yet. Each recipient is sent
+//! at most six emails per hour about a tenant, even if many of its keys reach their quotas.
 //!
 //! One email per recipient is stored in the transaction that marks the alerts as sent. The emails are sent after that
 //! transaction, each at least once. Tenants take turns, so that one tenant's emails do not delay other tenants' emails.

@@ -6,7 +6,7 @@
 //!
 //! A token contains a random ID, the time it was issued, and a tag derived from the account's password. A MAC covers
 //! the token and the account's email address. Changing the password makes all devices unknown. The server stores
-//! nothing. A stored value may contain tokens for several accounts, newest first.
+//! nothing. The value that a device stores may contain tokens for several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
 

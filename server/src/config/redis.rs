@@ -32,7 +32,7 @@ pub struct RedisSettings {
     pub prefix: String,
     /// The number of connections for decisions. Each connection is multiplexed.
     pub connections: usize,
-    /// How long a decision waits for one call, including the wait for a connection.
+    /// How long a decision waits for one call.
     pub timeout: Duration,
     /// How long connecting may take, including TLS and authentication.
     pub connect_timeout: Duration,

@@ -25,8 +25,9 @@
 //! | `time.rs` | the time of events |
 //! | `denials.rs` | the log line of a denial, and how many denials of a tenant are recorded while the backlog is long |
 //!
-//! This module does not depend on HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`.
-//! While the disk is full or read-only, decisions cannot be recorded, so no decisions are made.
+//! This module does not depend on HTTP. While PostgreSQL is unreachable, the backlog grows up to
+//! `QUOTA_USAGE_BACKLOG_MAX`. While the disk is full or read-only, decisions cannot be recorded, so no decisions are
+//! made.
 //!
 //! Denied requests do not cost their sender anything. While the backlog is more than half full, only a limited number
 //! of each tenant's denials per second are recorded, so that one tenant's denials cannot fill the backlog for everyone.

@@ -109,7 +109,7 @@ impl Webhooks {
             .await?;
         if is_disabled {
             // Cancel the other deliveries in a separate transaction, so that the result is recorded even if canceling
-            // fails. In that case, the next attempt cancels them.
+            // fails. In that case, the deliveries stay pending until another attempt fails in the same way.
             if let Err(error) = self.cancel(due).await {
                 let error = db::chain(&error);
                 tracing::warn!(webhook = %due.webhook_id, error, "cannot cancel deliveries");

@@ -78,7 +78,7 @@ impl Webhooks {
     ///
     /// # Errors
     ///
-    /// Fails if the operating system's certificates cannot be read.
+    /// Fails if an HTTP client cannot be created.
     pub fn new(
         db: Db,
         encryption: Encryption,
@@ -127,7 +127,7 @@ impl Webhooks {
         self.0.stored.notify_one();
     }
 
-    /// Completes when deliveries have been stored on this replica.
+    /// Completes when this replica has stored deliveries.
     pub async fn woken(&self) {
         self.0.stored.notified().await;
     }

@@ -29,7 +29,7 @@ pub struct Attempt {
     /// response is unknown.
     pub(super) counted_in_redis: Option<u64>,
     pub(super) judgment: Judgment,
-    /// Whether the caller's network has had recent failures.
+    /// Whether the caller's network has had several recent failures.
     pub is_suspect: bool,
 }
 

@@ -1,9 +1,10 @@
 //! Calendar days and months in a time zone, and the quota windows derived from them.
 //!
 //! This module decides when days and months begin, and what happens to a quota's window when the time zone changes. A
-//! day has 23 or 25 hours when clocks change, begins at 00:30 or 01:00 if midnight is skipped, and does not exist where
-//! a country moved across the date line. Computing a window takes about a microsecond, so callers keep the window until
-//! it ends. The time zone database is compiled in, so that all replicas use the same rules.
+//! day is usually 23 or 25 hours long when clocks change, and begins later than 00:00 if midnight is skipped. A date
+//! does not exist if a country skipped it to move across the date line. Computing a window takes about a microsecond,
+//! so callers keep the window until it ends. The time zone database is compiled in, so that all replicas use the same
+//! rules.
 
 use std::{
     hash::{Hash, Hasher},

@@ -1,6 +1,7 @@
 //! Leases: tokens that a replica has taken from a key's bucket in advance.
 //!
-//! Decides how many tokens to take, how long they may be spent, what to return, and which requests wait. Does no I/O.
+//! Decides how many tokens to take, until when they may be spent, which tokens to return, and which requests wait. Does
+//! no I/O.
 //!
 //! **Guarantee.** A token is spent only after the counters have granted it. The token goes to a request that was waiting
 //! when the call began, or is spent at most `ttl` after the call began. So the tokens of all requests that arrive and
@@ -47,7 +48,7 @@ pub(in crate::limiter) struct Lease {
     size: u64,
     /// When `size` was last updated. 0 if never.
     sized_at: Monotonic,
-    /// The number of tokens that requests have needed since then.
+    /// The number of tokens that requests have needed since `sized_at`.
     needed: u64,
     /// The number of calls in flight that are not late yet.
     fetching: u32,
