@@ -19,9 +19,10 @@
 //! | `scan.rs` | reading a segment, including one that a crash left behind |
 //! | `directory.rs` | a replica's directory and the lock on it |
 //! | `recorder.rs` | which segment is in use, and what to do when there is no space |
-//! | `reusable.rs` | space that the denials of a tenant share because they are not recorded |
+//! | `reusable.rs` | space that requests share while denials of their tenant are not recorded |
 //! | `sync.rs` | `fdatasync` for groups of records |
-//! | `shipper.rs` | batches, cursors, and directories of replicas that have exited |
+//! | `source.rs` | one segment that is being shipped: its batches and its cursor |
+//! | `shipper.rs` | which segments to ship, and in which order, including those of replicas that have exited |
 //! | `time.rs` | the time of events |
 //! | `denials.rs` | the log line of a denial, and how many denials of a tenant are recorded while the backlog is long |
 //!
