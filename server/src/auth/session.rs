@@ -320,7 +320,7 @@ impl Sessions {
         self.live.forget(|_, _| true);
     }
 
-    /// Removes sessions that have been invalidated from the cache.
+    /// Removes invalidated sessions from the cache.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_session() {
             self.live
@@ -328,7 +328,8 @@ impl Sessions {
         }
     }
 
-    /// Removes sessions from the cache that a committed transaction has revoked, and notifies other replicas.
+    /// Removes revoked sessions from the cache, and notifies other replicas. Call after committing the transaction that
+    /// revoked the sessions.
     pub fn ended(&self, invalidations: &[Invalidation]) {
         self.revoke(&invalidations.iter().collect());
         for invalidation in invalidations {

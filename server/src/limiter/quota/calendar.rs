@@ -428,7 +428,8 @@ mod tests {
     fn windows_cover_ten_years_of_every_zone() {
         let zones = zones();
         assert!(zones.len() > 400, "only {} zones compiled in", zones.len());
-        // Each zone covers a different decade, so that every year from 1971 on is covered by some zone.
+        // The decades of the zones start in 50 different years, so that every year from 1971 to 2029 is covered by some
+        // zones.
         for (i, name) in zones.iter().enumerate() {
             let zone = zone(name);
             let from = Date::new(1971 + i16::try_from(i % 50).unwrap(), 1, 1).unwrap();
