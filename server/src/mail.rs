@@ -107,7 +107,7 @@ impl Mailer {
     ///
     /// # Errors
     ///
-    /// Fails if the operating system's certificates cannot be read.
+    /// Fails if TLS cannot be set up.
     pub fn new(config: &Config) -> Result<Self, MailError> {
         let MailSettings { smtp: server, from } = &config.mail;
         let transport = match server {

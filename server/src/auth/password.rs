@@ -34,7 +34,7 @@ use crate::config::PasswordCost;
 
 /// The maximum number of concurrent hashes. Each takes about 50 ms and 46 MiB of memory.
 const THREADS: usize = 2;
-/// The maximum number of waiters in each class. If all classes are full, a new waiter waits for slightly more than a
+/// The maximum number of waiters in each class. If all classes are full, serving all waiters takes slightly more than a
 /// second.
 const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);

@@ -115,7 +115,8 @@ struct LocalBucket {
     denied: Option<Denied>,
 }
 
-/// The maximum time for which a denial by a quota is cached. After that, other replicas may have returned tokens.
+/// The maximum time for which a denial by a quota is cached. The time is short, because other replicas may return
+/// tokens.
 const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
 
 /// A denial by the store, to be repeated for requests with the same cost.

@@ -72,8 +72,8 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// Returns whether the buckets are in this process. If so, the limiter does not use the denial cache.
     fn is_local(&self) -> bool;
 
-    /// Returns the maximum time for which a denial by the rate limit may be cached. After that, other replicas may have
-    /// returned tokens. `None` means that the denial may be cached until its `retry_after` has passed.
+    /// Returns the maximum time for which a denial by the rate limit may be cached. The time is limited if other
+    /// replicas may return tokens. `None` means that the denial may be cached until its `retry_after` has passed.
     fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None
     }

@@ -232,7 +232,8 @@ fn random() -> f64 {
     getrandom::u32().map_or(0.0, |it| f64::from(it) / (f64::from(u32::MAX) + 1.0))
 }
 
-/// How long a stopping server waits for attempts in progress. After that, another replica repeats these attempts.
+/// How long a stopping server waits for attempts in progress. Deliveries whose attempts are still in progress after
+/// that are retried later.
 pub const FINISH: Duration = Duration::from_secs(3);
 
 #[cfg(test)]
