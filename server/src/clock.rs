@@ -143,7 +143,7 @@ pub trait Clock: Debug + Send + Sync + 'static {
     fn monotonic(&self) -> Monotonic;
 }
 
-/// A [`Clock`] for the `governor` crate, which uses monotonic time.
+/// A [`Clock`] for the `governor` crate, based on monotonic time.
 #[derive(Debug, Clone)]
 pub struct GovernorClock(pub Arc<dyn Clock>);
 

@@ -65,8 +65,8 @@ const OF_PROXIES: [&str; 5] = [
 ];
 
 /// Returns whether cookies require TLS. They do, unless a browser uses plain HTTP to connect to a server on its own
-/// machine. There, some browsers, such as Safari, would reject such cookies, and the connection cannot be
-/// intercepted.
+/// machine. Such a connection cannot be intercepted, and some browsers, such as Safari, would reject cookies that
+/// require TLS.
 ///
 /// `Host` alone does not prove that the server is local: a proxy may send the name of its upstream, such as
 /// `localhost`. Therefore, the peer must be on this machine, the request must not have a proxy's headers, and `Origin`,

@@ -56,8 +56,8 @@ const TURNS: [CallerClass; 8] = [
 const JUDGED: usize = 64;
 /// The maximum number of ways to read symbols as letters.
 const READINGS: usize = 32;
-/// The maximum cost of an estimate, which takes about 4 ms. The cost is the square of the number of characters, times
-/// the number of readings.
+/// The maximum cost of an estimate. An estimate of this cost takes about 4 ms. The cost is the square of the number of
+/// characters, times the number of readings.
 const EFFORT: usize = 16 * 1024;
 /// A repetition of at least this length does not make a password harder to guess.
 const REPEATED: usize = 4;

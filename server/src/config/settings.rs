@@ -272,16 +272,16 @@ settings! {
     /// How many days usage rollups (totals per 15 minutes and per day) are kept: 2 to 3650.
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
-    /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. If the key is set, plans marked `paid`
-    /// require a subscription. `quota billing setup` creates the required objects in Stripe. Unset: billing is off, and
-    /// plans marked `paid` work like other plans.
+    /// Your Stripe secret key, which starts with `sk_` or `rk_`. If the key is set, plans marked `paid` require a
+    /// subscription. `quota billing setup` creates the required objects in Stripe. Unset: billing is off, and plans
+    /// marked `paid` work like other plans.
     stripe_secret_key: "STRIPE_SECRET_KEY", "", "SECRET", hide_env_values = true;
 
     /// A file that contains the value of STRIPE_SECRET_KEY. Set either this variable or STRIPE_SECRET_KEY.
     stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
 
-    /// The signing secret of the Stripe webhook endpoint, which starts with `whsec_`. During a rotation, set both
-    /// secrets, separated by a comma. If STRIPE_SECRET_KEY is set, `quota serve` requires this setting.
+    /// The Stripe webhook endpoint's signing secret, which starts with `whsec_`. During a rotation, set both secrets,
+    /// separated by a comma. If STRIPE_SECRET_KEY is set, `quota serve` requires this setting.
     stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains the value of STRIPE_WEBHOOK_SECRET. Set either this variable or STRIPE_WEBHOOK_SECRET.

@@ -147,7 +147,8 @@ impl AccessLine<'_> {
     }
 }
 
-/// A line that is being formatted. Formatting it outside the lock lets other threads append theirs.
+/// A line that is being formatted. The line is formatted outside the lock, so that other threads can append lines in
+/// the meantime.
 struct Line {
     bytes: Vec<u8>,
     second: Second,

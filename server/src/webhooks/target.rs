@@ -1,8 +1,8 @@
 //! Determines where webhooks may be sent.
 //!
-//! Tenants choose the URLs. Without checks, they could reach services that are accessible only from this machine or its
-//! network. For each connection, the host is resolved once, all of its addresses are checked, and one of the checked
-//! addresses is used. Therefore, changing a host's address between the check and the connection has no effect.
+//! Tenants choose the URLs. Without checks, tenants could reach services that are accessible only from this machine or
+//! its network. For each connection, the host is resolved once, all of its addresses are checked, and one of the
+//! checked addresses is used. Therefore, changing a host's address between the check and the connection has no effect.
 //! Redirects are not followed.
 //!
 //! This machine's addresses are not allowed either. The same applies to the addresses of the host in

@@ -74,7 +74,7 @@ pub(in crate::limiter) struct ReservedTokens {
     tokens: u64,
 }
 
-/// A ledger call for a block, which first returns tokens and then takes tokens.
+/// A ledger call for a block. The call first returns tokens and then takes tokens.
 #[derive(Debug)]
 pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
@@ -118,7 +118,8 @@ enum Next {
 struct Pace {
     /// Tokens spent since `since`.
     spent: u64,
-    /// Tokens spent in the period before `since`, which lasted for at least [`PACED`]. `u64::MAX` if unknown.
+    /// Tokens spent in the previous period, which ended at `since` and lasted for at least [`PACED`]. `u64::MAX` if
+    /// unknown.
     before: u64,
     since: UnixNanos,
 }
