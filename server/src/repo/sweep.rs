@@ -18,7 +18,7 @@ pub enum Expired {
     IdempotencyKeys,
     /// Rows that every replica read long ago. The newest row is kept, because its number is needed for comparisons.
     Invalidations,
-    /// Windows of quotas that ended long ago. In any time zone, a month ends within 31 days of its start.
+    /// Windows of quotas that began more than 40 days ago. By then, they have ended in every time zone.
     QuotaUsage,
     /// Tenant quotas of months that ended long ago.
     TenantQuotaUsage,
