@@ -306,8 +306,8 @@ settings! {
     /// The sender of emails, such as Quota <quota@example.com>. Required with SMTP_URL.
     mail_from: "QUOTA_MAIL_FROM", "", "ADDRESS";
 
-    /// The maximum number of alert emails per hour, to all tenants together. When this limit is reached, further alerts
-    /// wait, and are combined in later emails. 0 for no limit.
+    /// The number of alert emails within an hour, to all tenants together, after which further alerts wait. These
+    /// alerts are combined in later emails. 0 for no limit.
     alert_emails_per_hour: "QUOTA_ALERT_EMAILS_PER_HOUR", "1000", "N";
 
     /// Private networks to which tenants may send webhooks, separated by commas, such as 10.1.0.0/16. URLs that start

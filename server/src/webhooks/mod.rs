@@ -73,8 +73,8 @@ fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
 }
 
 impl Webhooks {
-    /// Creates the sender. `private` contains the non-public networks that webhooks may be sent to. The host of
-    /// `public_url` never receives webhooks.
+    /// Creates the sender. `private` contains the non-public networks that webhooks may be sent to. Outside these
+    /// networks, the host of `public_url` receives no webhooks.
     ///
     /// # Errors
     ///
