@@ -8,13 +8,13 @@
 //! not allow more guesses. Successful sign-ins from known devices are counted too, with a much higher limit, because
 //! verifying correct passwords also takes time.
 //!
-//! Every counter allows a number of attempts without waiting (`QUOTA_LOGIN_FREE_FAILURES` or a multiple of it). After
-//! that, the wait doubles with each attempt, and one attempt is forgiven at a fixed interval (for an account and
-//! network, every five minutes). Therefore, a lockout lasts only slightly longer than this interval, and an attacker
-//! gets about one guess per interval. An attempt is counted before its password is verified, so parallel attempts have
-//! no advantage. If the password is correct, the attempt is taken back from all counters that count only failures. If
-//! the password was never verified, because too many requests were waiting or the client disconnected, the attempt is
-//! taken back from all counters.
+//! Each of these counters allows a number of attempts without waiting (`QUOTA_LOGIN_FREE_FAILURES` or a multiple of
+//! it). After that, the wait doubles with each attempt, and one attempt is forgiven at a fixed interval (for an account
+//! and network, every five minutes). Therefore, a lockout lasts only slightly longer than this interval, and an
+//! attacker gets about one guess per interval. An attempt is counted before its password is verified, so parallel
+//! attempts have no advantage. If the password is correct, the attempt is taken back from all counters that count only
+//! failures. If the password was never verified, because too many requests were waiting or the client disconnected, the
+//! attempt is taken back from all counters.
 //!
 //! Registrations are also counted, by network only. A network can create `QUOTA_REGISTRATIONS_PER_DAY` accounts without
 //! waiting, and then the same number per day. Without this limit, a person could raise all other limits by creating

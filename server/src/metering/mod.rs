@@ -1,4 +1,4 @@
-//! Metering: writes one record for each decision on a known key, and ships each record to PostgreSQL exactly once.
+//! Metering: records decisions on known keys, and ships each record to PostgreSQL exactly once.
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
 //! for the network. Space is reserved before the decision; without space, no decision is made. A *shipper* moves
