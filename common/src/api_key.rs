@@ -9,8 +9,8 @@ use crate::{
 };
 
 text_enum! {
-    /// Status of an API key. `active`: requests with it are allowed, within its limits. `expired`: its expiry has
-    /// passed. `inactive`: it was deactivated, whether or not it has also expired.
+    /// Status of an API key. `active`: the key was not deactivated and has not expired. `expired`: the key has expired.
+    /// `inactive`: the key was deactivated, whether or not it has also expired.
     pub enum ApiKeyStatus {
         Active = "active",
         Expired = "expired",

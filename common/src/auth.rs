@@ -193,7 +193,8 @@ response! {
         pub current: bool,
         /// The client's `User-Agent`.
         pub user_agent: Option<String>,
-        /// The IP address from which the session was last refreshed.
+        /// The IP address from which the session was last refreshed or, before the first refresh, from which the user
+        /// signed in.
         pub ip: Option<String>,
         pub created_at: Timestamp,
         pub last_used_at: Timestamp,

@@ -52,7 +52,7 @@ response! {
         /// subscription.
         pub has_customer: bool,
         /// When this information was last retrieved from Stripe. For a tenant with a subscription, the information is
-        /// retrieved about every 10 minutes. If the last retrieval was more than half an hour ago, Stripe could not be
+        /// retrieved about every 10 minutes: if the last retrieval was more than half an hour ago, Stripe could not be
         /// reached, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is
@@ -64,8 +64,8 @@ response! {
         pub limits: BillingLimits,
         /// Number of plans marked `paid`.
         pub paid_plans: u64,
-        /// Number of active API keys on plans marked `paid`. While `paid_plans_work` is `false`, requests with these
-        /// keys get 402.
+        /// Number of API keys on plans marked `paid` that are active and have not expired. While `paid_plans_work` is
+        /// `false`, requests with these keys get 402.
         pub paid_keys: u64,
     }
 }
@@ -81,8 +81,8 @@ response! {
         /// Price per month, as a decimal number in the smallest unit of the currency: `2900` is $29.00. `null` if the
         /// price is not a fixed amount.
         pub monthly: Option<String>,
-        /// Price per request on plans marked `paid`, in addition to the monthly price, in the currency's smallest unit.
-        /// `null` if usage is not charged.
+        /// Price per unit of `usage.used`, in addition to the monthly price, in the smallest unit of the currency.
+        /// `null` if usage is not charged, or not at a fixed price per unit.
         pub per_request: Option<String>,
     }
 }
@@ -96,12 +96,13 @@ response! {
         pub used: u64,
         /// The projected value of `used` at the end of the period, at the average pace since the period began.
         pub projected: u64,
-        /// The charge for `used`, in the currency's smallest unit. `null` if usage is not charged.
+        /// The charge for `used`, in the smallest unit of the currency. `null` if usage is not charged, or not at a
+        /// fixed price per unit.
         pub charge: Option<u64>,
         /// The sum of the monthly price and the charge for `projected`, before taxes and discounts. `null` if the
-        /// monthly price is not a fixed amount.
+        /// monthly price, or the price per unit of usage, is not a fixed amount.
         pub projected_total: Option<u64>,
-        /// Stripe has received all usage before this time.
+        /// Stripe has received all usage before this time. `null` if usage is not charged.
         pub reported_until: Option<Timestamp>,
         /// Usage in this period that should have been charged but cannot be.
         pub not_charged: u64,
@@ -130,7 +131,7 @@ response! {
         /// Requests in the current calendar month (UTC), across all API keys. Once the limit is reached, requests are
         /// denied by the `tenant_monthly` policy.
         pub requests: BillingLimit,
-        /// When `requests` is reset to zero.
+        /// When `requests.used` is reset to zero.
         pub requests_reset_at: Timestamp,
         /// Maximum rate and burst of plans that are not marked `paid`. `null` for no limit.
         pub free_plan_rpm: Option<u32>,

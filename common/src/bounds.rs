@@ -69,8 +69,8 @@ pub(crate) fn name(value: &str, _: &()) -> garde::Result {
     Ok(())
 }
 
-/// Requires at most 254 characters, exactly one `@` with text on both sides, and no whitespace or control characters.
-/// Does not check whether the address exists.
+/// Requires at most 254 characters, exactly one `@` after 1 to 64 characters, a domain without empty labels, and no
+/// whitespace or control characters. Does not check whether the address exists.
 pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     if value.chars().count() > EMAIL_MAX {
         return Err(garde::Error::new(format!(
@@ -188,7 +188,7 @@ fn printable(value: &str, max: usize) -> garde::Result {
 }
 
 /// Requires at most 20 entries. A name must have 1 to 40 letters, digits, or `_-.`; a value must have at most 100
-/// characters.
+/// characters, none of them control characters.
 pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
     if entries.len() > METADATA_ENTRIES_MAX {
         return Err(garde::Error::new(format!(

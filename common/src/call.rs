@@ -32,7 +32,7 @@ pub struct PageOf {
 pub struct KeyFilter {
     pub plan_id: Option<PlanId>,
     pub status: Option<ApiKeyStatus>,
-    /// Part of the name, or a prefix of the key.
+    /// Part of the name, or a prefix of the key or external ID.
     pub search: Option<String>,
     pub sort: Option<ApiKeyOrder>,
 }

@@ -226,7 +226,7 @@ fn float(text: &str) -> f64 {
     if text.starts_with('-') { -value } else { value }
 }
 
-/// Limits the depth of nested values, so that parsing cannot overflow the stack.
+/// The maximum depth of nested values, so that parsing cannot overflow the stack.
 const MAX_DEPTH: u32 = 100;
 
 fn parse(text: &str) -> Result<Json, Invalid> {

@@ -23,12 +23,12 @@ text_enum! {
     /// Behavior while Redis is unreachable.
     #[derive(PartialOrd, Ord, Default)]
     pub enum OnRedisFailure {
-        /// Keep limiting: each replica allows its share of the limit.
+        /// Each replica enforces its share of the limit.
         #[default]
         Share = "share",
-        /// Allow all requests.
+        /// Each replica enforces the full limit on its own.
         Open = "open",
-        /// Reject all requests with 503.
+        /// Reject requests with 503.
         Closed = "closed",
     }
 }

@@ -160,9 +160,9 @@ problems! {
     Invalid = "invalid", 422, "Validation failed";
     /// This `Idempotency-Key` was already used with a different request body. Use a new key for a new request.
     IdempotencyMismatch = "idempotency-mismatch", 422, "Idempotency-Key already used";
-    /// The API key has reached a rate limit or quota; `violated-policies` says which one. The request does not count
-    /// against any limit. Retry after the number of seconds in `Retry-After`. If the `Retry-After` header is absent, the
-    /// request costs more than the limit and can never be allowed.
+    /// The API key or its tenant has reached a rate limit or quota; `violated-policies` says which one. The request
+    /// does not count against any limit. Retry after the number of seconds in `Retry-After`. If the `Retry-After`
+    /// header is absent, the request costs more than the limit and can never be allowed.
     QuotaExceeded = "quota-exceeded", 429, "Rate limit or quota exceeded";
     /// Too many requests came from this address, for this account or from this tenant; `detail` contains the reason.
     /// Retry after the number of seconds in `Retry-After`.

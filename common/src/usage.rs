@@ -50,7 +50,8 @@ response! {
     /// Requests in one hour or day, in total or for one group.
     #[derive(Debug, Eq)]
     pub struct UsageBucket {
-        /// The start of the bucket. A bucket ends where the next bucket starts; the last bucket ends at `to`.
+        /// The start of the bucket. The bucket ends when the next hour or day starts in `time_zone`, or at `to` if that
+        /// is earlier.
         pub start: Timestamp,
         /// The key, if grouped by `key`. Otherwise `null`.
         pub key_id: Option<ApiKeyId>,

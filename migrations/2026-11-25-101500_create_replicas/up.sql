@@ -1,5 +1,5 @@
--- Each replica updates its row while it runs. While Redis is unreachable, each replica enforces its share of the
--- limits, which depends on the number of replicas in this table.
+-- Each replica updates its row while it runs. While Redis is unreachable, a replica may enforce its share of the
+-- limits. The share depends on the number of replicas in this table.
 CREATE TABLE replicas (
     id uuid NOT NULL,
     joined_at timestamptz NOT NULL DEFAULT now(),

@@ -53,9 +53,9 @@ COMMENT ON COLUMN usage_tenants.last_seq IS
 -- Rollups ----------------------------------------------------------------------------------------------
 -- Each row counts requests with one key or all keys, to one endpoint or all endpoints, and on one plan or all plans, so
 -- several rows with the same start count the same request. The zero UUID stands for all keys or plans, E'\x01' for all
--- endpoints, and E'\x02' for the endpoints above the limit: names of endpoints have no control characters. All rows of
--- a key have the same plan. The endpoint comes first in the primary key, so that all keys are next to each other. The
--- endpoints of a key are in usage_endpoints.
+-- endpoints, and E'\x02' for the endpoints above the limit: names of endpoints have no control characters. Each row of
+-- a key has one plan: a key has no rows for all plans together. The endpoint comes first in the primary key, so that
+-- all keys are next to each other. The endpoints of a key are in usage_endpoints.
 
 CREATE TABLE usage_quarters (
     tenant_id uuid NOT NULL,
@@ -155,7 +155,7 @@ BEGIN
             EXECUTE format('CREATE TABLE %I (LIKE %I INCLUDING DEFAULTS INCLUDING CONSTRAINTS) WITH (fillfactor = %s)',
                 name, parent, CASE parent WHEN 'usage_log' THEN 100 ELSE 80 END);
             EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
-            -- Rows that arrived before their partition existed. The lock prevents others from adding more.
+            -- Move the rows that arrived before their partition existed. The lock prevents others from adding more.
             EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', parent || '_default');
             EXECUTE format(
                 'WITH moved AS (DELETE FROM %I WHERE %I >= %L AND %I < %L RETURNING *) INSERT INTO %I SELECT * FROM moved',

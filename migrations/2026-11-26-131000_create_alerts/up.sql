@@ -66,7 +66,7 @@ CREATE TABLE webhooks (
     CONSTRAINT webhooks_previous_together CHECK ((previous_secret IS NULL) = (previous_secret_expires_at IS NULL)),
     CONSTRAINT webhooks_reason_while_disabled CHECK (disabled_reason IS NULL OR NOT is_active)
 );
--- Only edits change updated_at; the results of deliveries do not.
+-- Recording the result of a delivery does not change updated_at, unless it disables the webhook.
 CREATE TRIGGER webhooks_touch BEFORE UPDATE OF name, url, is_active, previous_secret_expires_at ON webhooks
     FOR EACH ROW EXECUTE FUNCTION touch_updated_at();
 COMMENT ON TABLE webhooks IS 'Endpoints to which a tenant''s events are sent';

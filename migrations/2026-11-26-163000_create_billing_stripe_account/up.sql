@@ -1,4 +1,4 @@
--- The Stripe account of the customers, so that a secret key of another account does not end any access.
+-- The Stripe account of the customers, so that a secret key of another account does not end any tenant's access.
 
 CREATE TABLE billing_stripe_account (
     is_only boolean NOT NULL DEFAULT true,

@@ -1,5 +1,5 @@
 -- Partitions of usage are created one by one, each in its own transaction, and rows without a partition are deleted in
--- limited numbers, so that a table that is busy or has many rows to move does not delay the others.
+-- limited numbers, so that a table that is busy or has many rows to move does not delay the other tables.
 
 CREATE FUNCTION usage_create_partition(parent text, day date) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -22,7 +22,7 @@ BEGIN
     EXECUTE format('CREATE TABLE %I (LIKE %I INCLUDING DEFAULTS INCLUDING CONSTRAINTS) WITH (fillfactor = %s)',
         name, parent, CASE parent WHEN 'usage_log' THEN 100 ELSE 80 END);
     EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
-    -- Rows that arrived before their partition existed. The lock keeps others from adding more.
+    -- Move the rows that arrived before their partition existed. The lock prevents others from adding more.
     EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', parent || '_default');
     EXECUTE format(
         'WITH moved AS (DELETE FROM %I WHERE %I >= %L AND %I < %L RETURNING *) INSERT INTO %I SELECT * FROM moved',

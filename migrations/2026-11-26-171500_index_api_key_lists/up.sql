@@ -1,13 +1,13 @@
--- Indexes for listing and searching an organization's keys. Decisions read keys by their hash and do not write to this
--- table, so they continue while the indexes are built; changes to keys wait, for a few seconds per million keys.
+-- Indexes for listing and searching a tenant's keys. While the indexes are built, changes to keys wait, for a few
+-- seconds per million keys. Decisions continue, because they read keys by their hash and do not write to this table.
 
 CREATE INDEX api_keys_name_idx ON api_keys (tenant_id, lower(name) COLLATE "C", id);
 CREATE INDEX api_keys_prefix_idx ON api_keys (tenant_id, prefix text_pattern_ops);
 COMMENT ON INDEX api_keys_name_idx IS 'Lists keys by name';
 COMMENT ON INDEX api_keys_prefix_idx IS 'Finds keys by the beginning of their prefix';
 
--- Searches find substrings of names. Without the extension, which is part of PostgreSQL but not always installed or
--- allowed, they read all keys of the organization.
+-- Searches find substrings of names. Without this extension, a search reads all keys of the tenant. The extension is
+-- part of PostgreSQL, but is not always installed or allowed.
 DO $$
 DECLARE
     extension_schema text;

@@ -1,8 +1,8 @@
 //! Clocks, which are passed as dependencies so that tests can control them.
 //!
 //! [`Clock::now`] is calendar time, which jumps when an operator or NTP sets the clock. [`Clock::monotonic`] measures
-//! durations and never goes backward. Limits in memory use calendar time, in nanoseconds since the Unix epoch.
-//! Deadlines and the ages of cache entries use monotonic time.
+//! durations and never goes backward. The buckets and quotas of keys use calendar time, in nanoseconds since the Unix
+//! epoch. Deadlines and the ages of cache entries use monotonic time.
 
 use std::{
     fmt::Debug,
@@ -143,7 +143,7 @@ pub trait Clock: Debug + Send + Sync + 'static {
     fn monotonic(&self) -> Monotonic;
 }
 
-/// A [`Clock`] for the `governor` crate, which uses monotonic time.
+/// A [`Clock`] for the `governor` crate, based on monotonic time.
 #[derive(Debug, Clone)]
 pub struct GovernorClock(pub Arc<dyn Clock>);
 

@@ -107,7 +107,7 @@ async fn create(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
     let token = SecretText::generate(Kind::ServiceToken)?;
     let demo = Demo {
         email: format!("demo-{:08x}@example.com", number & 0xffff_ffff),
-        // Part of a generated secret is random, too.
+        // A part of a generated secret is random enough for a password.
         password: SecretText::generate(Kind::Refresh)?.reveal()[3..23].to_owned(),
         key: key.reveal(),
         service_token: token.reveal(),

@@ -1,7 +1,6 @@
 //! `quota doctor`: checks the settings and dependencies of a server, and prints one line for each finding.
 //!
-//! Does not change anything. An unreachable dependency is a finding too. No check takes longer than the configured
-//! timeouts.
+//! Does not change anything. An unreachable dependency is a finding too. Every check has a time limit.
 
 use std::fmt::Write as _;
 

@@ -107,7 +107,7 @@ impl Mailer {
     ///
     /// # Errors
     ///
-    /// Fails if the operating system's certificates cannot be read.
+    /// Fails if TLS cannot be set up.
     pub fn new(config: &Config) -> Result<Self, MailError> {
         let MailSettings { smtp: server, from } = &config.mail;
         let transport = match server {
@@ -155,7 +155,7 @@ impl Mailer {
             }
             Transport::Files(dir) => {
                 let path = dir.join(format!("{}.eml", mail.id));
-                // The write blocks, but it is short and happens at most a few times per minute.
+                // The write blocks, but only for a short time, and files are meant for small installations and tests.
                 write(dir, &path, &message.formatted())?;
                 tracing::info!(
                     path = %path.display(),

@@ -92,7 +92,7 @@ pub struct Services {
     pub sessions: Sessions,
     pub accounts: Accounts,
     pub freshness: Arc<Freshness>,
-    /// `None` if there is only one replica.
+    /// `None` means a single replica.
     pub redis: Option<Redis>,
     pub publisher: Publisher,
     pub recent: Arc<Recent>,
@@ -429,7 +429,8 @@ async fn initialize_counters(
 }
 
 /// Returns whether to accept sessions from earlier versions, which do not record the secret that they were issued with.
-/// These sessions were issued with the secret that was configured when the first replica of this version started.
+/// These sessions are assumed to have been issued with the secret that was in use when sessions started to record their
+/// secret.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;
     let first = repo::secret::first_of_sessions(&mut tx, &secrets.current.id).await?;

@@ -74,7 +74,7 @@ impl Status {
         Self::ALL.into_iter().find(|status| status.name() == name)
     }
 
-    /// Returns whether the subscription has ended permanently, so that the customer can start a new one.
+    /// Returns whether the subscription has ended permanently. If so, the customer can start a new one.
     pub const fn is_final(self) -> bool {
         matches!(self, Self::IncompleteExpired | Self::Canceled)
     }

@@ -1,5 +1,5 @@
-//! Emails about alerts. One email covers all of a tenant's alerts that have not been sent yet. Each tenant is sent at
-//! most a few emails per hour, even if many of its keys reach their quotas.
+//! Emails about alerts. One email covers up to 1,000 of a tenant's alerts that have not been sent yet. Each recipient
+//! is sent at most six emails per hour about a tenant, even if many of its keys reach their quotas.
 //!
 //! One email per recipient is stored in the transaction that marks the alerts as sent. The emails are sent after that
 //! transaction, each at least once. Tenants take turns, so that one tenant's emails do not delay other tenants' emails.
@@ -21,7 +21,7 @@ use crate::{
     },
 };
 
-/// The maximum number of emails per recipient and hour.
+/// The maximum number of emails about one tenant that each recipient is sent per hour.
 const PER_HOUR: i64 = 6;
 /// The maximum number of alerts that one email covers.
 const ALERTS_MAX: i64 = 1000;
@@ -64,8 +64,8 @@ pub struct Written {
 }
 
 impl Alerts {
-    /// Stores emails about alerts that have not been sent, at most `per_hour` emails per hour for all tenants combined.
-    /// Further alerts wait. If `per_hour` is 0, there is no limit.
+    /// Stores emails about alerts that have not been sent. Once `per_hour` emails have been stored within an hour, for
+    /// all tenants combined, further alerts wait. If `per_hour` is 0, there is no limit.
     pub async fn write_emails(&self, public_url: &str, per_hour: u32) -> Result<Written, DbError> {
         let tenants = self
             .db

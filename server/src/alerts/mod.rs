@@ -1,10 +1,11 @@
 //! Quota alerts: detects when the usage of a quota reaches a threshold, and stores an alert with its deliveries.
 //!
-//! Checks run in the background, based on the quota ledger and the usage rollups. A tenant is checked when its usage
-//! log has grown. Only one replica at a time checks a tenant. Each step checks a limited number of keys, and commits
-//! the alerts, their deliveries, and the tenant's progress together, so a crash neither loses nor repeats an alert. In
-//! the database, alerts are unique by quota, window, and threshold. Therefore, an alert is not created again after a
-//! restart, by another replica, or after a change of the plan or time zone.
+//! Checks run in the background, based on the quota ledger and the usage rollups. With metering, a tenant is checked
+//! when its usage log has grown. Without metering, each round checks all tenants with quotas. Only one replica at a
+//! time checks a tenant. Each step checks a limited number of keys, and commits the alerts, their deliveries, and the
+//! tenant's progress together, so a crash neither loses nor repeats an alert. In the database, alerts are unique by
+//! quota, window, and threshold. Therefore, an alert is not created again after a restart, by another replica, or after
+//! a change of the plan or time zone.
 //!
 //! **Used amounts.** The rollups contain the exact cost of allowed requests. The ledger counts the tokens that replicas
 //! have taken, which can exceed the cost by up to 1% of the quota, and by more after a crash. Therefore, the ledger is

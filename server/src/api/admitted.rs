@@ -310,7 +310,8 @@ impl AdmittedKey {
         query: Option<&str>,
     ) -> Result<Self, ApiError> {
         let text = api_key(fields, query)?.ok_or_else(ApiError::key_missing)?;
-        // This is the only endpoint of Quota itself that consumes a key's limits.
+        // Checks are recorded for the tenant's endpoints. This is the only endpoint of Quota itself that appears in
+        // usage.
         let endpoint = "GET /v1/echo";
         Self::decide(context, text, NonZeroU32::MIN, None, endpoint).await
     }
@@ -330,7 +331,7 @@ impl AdmittedKey {
                 rejection: Rejection::PaymentRequired,
                 ..
             }) => Err(ApiError::subscription_needed()),
-            // Use the same detail for all other reasons, so that it does not help attackers guess keys.
+            // Use the same detail for all other reasons, so that the response does not help attackers guess keys.
             Err(_) => Err(ApiError::unauthorized(
                 true,
                 "This API key is invalid, inactive or expired.",

@@ -1,9 +1,9 @@
 //! The operator's limits on what tenants can create.
 //!
 //! Every tenant has a maximum number of plans, API keys, service tokens, and webhooks. For plans and API keys, the
-//! operator can set lower limits for tenants without a subscription. All plans that are not marked `paid` have a
-//! maximum rate and quota, with or without a subscription. If billing is off, there are no subscriptions, and the
-//! limits apply to all plans.
+//! operator can set lower limits for tenants without a subscription. The operator can also limit the rates and quotas
+//! of all plans that are not marked `paid`, with or without a subscription. If billing is off, there are no
+//! subscriptions, and the limits apply to all plans.
 
 use quota_common::{
     FieldError, ProblemCode,

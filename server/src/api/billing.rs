@@ -28,7 +28,7 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// The maximum size of a webhook: half of the memory that a connection without valid credentials may use, and far
+/// The maximum size of a webhook: well below the memory that a connection without valid credentials may use, and far
 /// larger than any webhook from Stripe.
 const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";

@@ -1,9 +1,10 @@
 //! Browser sessions. They use the same tokens as other sessions, but in cookies that scripts cannot read.
 //!
 //! A client requests cookies with `X-Quota-Session: cookie`. Both tokens are then set as cookies and omitted from the
-//! body. The cookies are `HttpOnly`, `SameSite=Lax`, and bound to this host (`__Host-`, RFC 6265bis 4.1.3.2). A request
-//! that uses them to make a change must come from this server's own pages, according to the browser, and must have a
-//! CSRF header derived from the session. Only pages of this origin can read the header's value from its cookie.
+//! body. These cookies are `HttpOnly` and `SameSite=Lax`. Over HTTPS, the prefix `__Host-` binds the cookies to this
+//! host (RFC 6265bis 4.1.3.2). A request that uses them to make a change must come from this server's own pages,
+//! according to the browser, and must have a CSRF header derived from the session. Only pages of this origin can read
+//! the header's value from its cookie.
 
 use poem::{
     Addr, IntoResponse, Request, Response,
@@ -65,8 +66,8 @@ const OF_PROXIES: [&str; 5] = [
 ];
 
 /// Returns whether cookies require TLS. They do, unless a browser uses plain HTTP to connect to a server on its own
-/// machine. There, some browsers, such as Safari, would reject such cookies, and the connection cannot be
-/// intercepted.
+/// machine. Such a connection cannot be intercepted, and some browsers, such as Safari, would reject cookies that
+/// require TLS.
 ///
 /// `Host` alone does not prove that the server is local: a proxy may send the name of its upstream, such as
 /// `localhost`. Therefore, the peer must be on this machine, the request must not have a proxy's headers, and `Origin`,

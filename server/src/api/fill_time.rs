@@ -1,7 +1,8 @@
 //! The maximum time that a key's bucket takes to fill.
 //!
-//! The shared counters keep a bucket until it is full. A longer fill time would not be useful, because a month is the
-//! longest period of a quota. Plans and keys that exceed the maximum keep working until their rate or burst is changed.
+//! The shared counters keep a bucket at least until it is full. A longer fill time would not be useful, because a month
+//! is the longest period of a quota. Plans and keys that exceed the maximum keep working until their rate or burst is
+//! changed.
 
 use quota_common::{api_key::ApiKey, bounds::FILL_MINUTES_MAX, number::grouped, plan::Plan};
 

@@ -1,4 +1,5 @@
-//! `Idempotency-Key`: a request that is sent twice is processed only once, and both responses are the same.
+//! `Idempotency-Key`: a request that is sent twice is processed only once. The second response is the same as the
+//! first, but without secrets.
 
 use poem::http::{HeaderMap, StatusCode};
 use quota_common::ProblemCode;

@@ -1,4 +1,4 @@
-//! Limits requests to `/auth` and `/admin` per client address.
+//! Limits requests to `/auth`, `/admin` and `/billing` per client address.
 
 use poem::{Endpoint, Middleware, Request, Result};
 

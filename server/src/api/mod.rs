@@ -1,9 +1,9 @@
 //! The HTTP API: authentication, requests, and responses. Each kind of resource has its own file.
 //!
-//! Contains no SQL: handlers call `repo` and the modules between the two. Only [`problem`] converts errors to a
-//! [`Problem`](quota_common::Problem). In every handler, the caller is the first argument and the body is the last.
-//! poem extracts arguments in order, so the body of an anonymous request is never parsed. The type of the caller
-//! determines which permission the handler requires; see [`tenant_rights`].
+//! Contains no SQL: handlers call `repo`, directly or through other modules. Only [`problem`] converts errors to a
+//! [`Problem`](quota_common::Problem). If a handler requires a caller, the caller is its first argument, and the body
+//! is its last. poem extracts arguments in order, so these handlers never parse the body of an anonymous request. The
+//! type of the caller determines which permission the handler requires; see [`tenant_rights`].
 
 pub mod admitted;
 pub mod alert;

@@ -1,7 +1,7 @@
 //! The spans of requests.
 //!
-//! Attributes are named after the OpenTelemetry conventions for HTTP, where they exist. Spans contain neither URLs nor
-//! headers, because these may contain secrets, except for the request ID, which is also in the log.
+//! Attributes are named after the OpenTelemetry conventions for HTTP, where they exist. Except for the request ID,
+//! which is also in the log, spans contain neither URLs nor headers, because these may contain secrets.
 
 use std::net::IpAddr;
 

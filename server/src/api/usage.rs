@@ -262,7 +262,6 @@ fn usage_group(
     }
 }
 
-/// Converts a time to the calendar's unit, nanoseconds since the Unix epoch.
 /// Returns the tenant's time zone. If this version does not support it, returns UTC.
 pub(super) async fn tenant_zone(tx: &mut TenantTx) -> Result<Zone, ApiError> {
     let name = account::time_zone(tx).await.or_not_found()?;

@@ -77,7 +77,7 @@ fn known_turn(email: &str) -> Turn {
 
 impl Accounts {
     /// Registers a user with their own tenant. The registration counts toward the limit for the caller's network if an
-    /// account was created or the email is already in use.
+    /// account may have been created, or if the email is already in use.
     pub async fn register(
         &self,
         email: &str,

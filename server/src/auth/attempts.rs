@@ -8,20 +8,21 @@
 //! not allow more guesses. Successful sign-ins from known devices are counted too, with a much higher limit, because
 //! verifying correct passwords also takes time.
 //!
-//! Every counter allows a number of attempts without waiting (`QUOTA_LOGIN_FREE_FAILURES` or a multiple of it). After
-//! that, the wait doubles with each attempt, and one attempt is forgiven every few minutes. Therefore, a lockout lasts
-//! only slightly longer than a few minutes, and an attacker gets about one guess in that time. An attempt is counted
-//! before its password is verified, so parallel attempts have no advantage. The attempt is taken back if the password
-//! is correct. It is also taken back if the password was never verified, because too many requests were waiting or the
-//! client disconnected.
+//! Each of these counters allows a number of attempts without waiting (`QUOTA_LOGIN_FREE_FAILURES` or a multiple of
+//! it). After that, the wait doubles with each attempt, and one attempt is forgiven at a fixed interval (for an account
+//! and network, every five minutes). Therefore, a lockout lasts only slightly longer than this interval, and an
+//! attacker gets about one guess per interval. An attempt is counted before its password is verified, so parallel
+//! attempts have no advantage. If the password is correct, the attempt is taken back from all counters that count only
+//! failures. If the password was never verified, because too many requests were waiting or the client disconnected, the
+//! attempt is taken back from all counters.
 //!
 //! Registrations are also counted, by network only. A network can create `QUOTA_REGISTRATIONS_PER_DAY` accounts without
 //! waiting, and then the same number per day. Without this limit, a person could raise all other limits by creating
 //! many accounts, because each account has its own limits.
 //!
-//! With Redis, a script counts the attempts on all replicas. Each replica also counts attempts locally. While Redis is
-//! unreachable, the local counters decide, and allow half as many attempts. No response reveals whether an account
-//! exists, because unknown accounts are counted too.
+//! With Redis, a script in Redis counts the attempts of all replicas together. Each replica also counts attempts
+//! locally. While Redis is unreachable, the local counters decide, and allow half as many attempts. No response to a
+//! sign-in reveals whether an account exists, because unknown accounts are counted too.
 
 mod attempt;
 mod counter;
@@ -85,7 +86,8 @@ return 0";
 struct Taken {
     /// How long the caller must wait. Zero if the attempt was counted.
     wait: Duration,
-    /// The number of earlier attempts from the widest network.
+    /// The number of earlier attempts on the last counter. For an attempt from a network, this is the counter of the
+    /// widest network across all accounts.
     crowd: u64,
     /// When the attempt was counted, according to the clock of the counters: the local monotonic clock, or Redis's
     /// clock.
@@ -229,8 +231,7 @@ impl Attempts {
         name
     }
 
-    /// Returns the keys of the counters in Redis. All keys are in the hash slot of the last counter, which counts the
-    /// widest network.
+    /// Returns the keys of the counters in Redis. All keys are in the hash slot of the last counter.
     fn keys(redis: &Redis, counters: &[Counter]) -> Vec<String> {
         let text = |counter: &Counter| URL_SAFE_NO_PAD.encode(counter.name);
         let slot = counters.last().map(text).unwrap_or_default();

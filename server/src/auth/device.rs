@@ -6,7 +6,7 @@
 //!
 //! A token contains a random ID, the time it was issued, and a tag derived from the account's password. A MAC covers
 //! the token and the account's email address. Changing the password makes all devices unknown. The server stores
-//! nothing. A stored value may contain tokens for several accounts, newest first.
+//! nothing. The value that a device stores may contain tokens for several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,11 +20,11 @@ use crate::clock::UnixNanos;
 
 /// How long a device remains known after its last sign-in.
 pub const LIFETIME: Duration = Duration::from_hours(180 * 24);
-/// The maximum number of accounts per value.
+/// The maximum number of accounts for which a device stores tokens.
 const ACCOUNTS: usize = 4;
 /// The length of a device token, in characters.
 const TOKEN: usize = 86;
-/// The maximum length of a value, in characters.
+/// The maximum length of the value that a device stores, in characters.
 pub const LENGTH_MAX: usize = ACCOUNTS * (TOKEN + 1) - 1;
 const ID: usize = 16;
 const MARK: usize = 8;

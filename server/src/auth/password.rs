@@ -1,7 +1,7 @@
 //! Passwords: their strength, and their hashes (argon2id).
 //!
 //! Hashing uses at most two threads and 92 MiB of memory, regardless of load. Callers that wait for a thread belong to
-//! one of three classes: known devices and signed-in users; networks with few recent attempts; and all other callers,
+//! one of three classes: known devices and signed-in users; networks with few recent failures; and all other callers,
 //! including registrations. So a flood of sign-ins does not lock out other users. The number of waiters in each class
 //! is limited, and each class gets a share of the threads. Within a class, accounts or networks take turns. When a
 //! class is full, the account or network with the most waiters loses one of them.
@@ -34,7 +34,7 @@ use crate::config::PasswordCost;
 
 /// The maximum number of concurrent hashes. Each takes about 50 ms and 46 MiB of memory.
 const THREADS: usize = 2;
-/// The maximum number of waiters in each class. If all classes are full, a new waiter waits for slightly more than a
+/// The maximum number of waiters in each class. If all classes are full, serving all waiters takes slightly more than a
 /// second.
 const WAITING: [usize; CLASSES] = [16, 24, 8];
 const WAIT: Duration = Duration::from_secs(5);
@@ -56,8 +56,8 @@ const TURNS: [CallerClass; 8] = [
 const JUDGED: usize = 64;
 /// The maximum number of ways to read symbols as letters.
 const READINGS: usize = 32;
-/// The maximum cost of an estimate, which takes about 4 ms. The cost is the square of the number of characters, times
-/// the number of readings.
+/// The maximum cost of an estimate. An estimate of this cost takes about 4 ms. The cost is the square of the number of
+/// characters, times the number of readings.
 const EFFORT: usize = 16 * 1024;
 /// A repetition of at least this length does not make a password harder to guess.
 const REPEATED: usize = 4;
@@ -73,13 +73,13 @@ const EMAIL_PARTS: usize = 16;
 pub enum CallerClass {
     /// A known device or a signed-in user.
     Known,
-    /// A network without recent failures.
+    /// A network with few or no recent failures.
     Ordinary,
-    /// A network with recent failures, or a registration.
+    /// A network with several recent failures, or a registration.
     Suspect,
 }
 
-/// A caller's position in the queue.
+/// What determines a caller's position in the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub class: CallerClass,
@@ -185,7 +185,7 @@ type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
 struct Waiter<T> {
     party: u64,
-    /// How many other waiters the party had when this one arrived.
+    /// The round of the party's previous waiter in the queue plus one, or 0 if the party had no waiters.
     round: u64,
     waiter: T,
 }

@@ -1,5 +1,5 @@
-//! Derives all signing keys from one secret. The operator sets this secret; otherwise, it is stored in the database.
-//! Each purpose has its own key (HKDF-SHA-256), so no key reveals another one.
+//! Derives all keys from one secret. The operator sets this secret; otherwise, it is stored in the database. Each
+//! purpose has its own key (HKDF-SHA-256), so no key reveals another one.
 //!
 //! While the operator rotates `QUOTA_SECRET`, new signatures use the current secret, and signatures made with
 //! `QUOTA_SECRET_PREVIOUS` are still accepted. Therefore, browser sessions, access tokens, and known devices remain

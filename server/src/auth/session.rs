@@ -129,9 +129,10 @@ impl Sessions {
         })
     }
 
-    /// Exchanges a refresh token for the next pair of tokens. Revokes the session if the token has already been used.
-    /// Also revokes the session if it belongs to a secret that is no longer accepted: anyone who knows that secret can
-    /// compute tokens.
+    /// Exchanges a refresh token for the next pair of tokens. A token that was used a few seconds ago gets the same
+    /// refresh token again, unless that token has also been used. Any other token that has already been used revokes
+    /// the session. Also revokes the session if it belongs to a secret that is no longer accepted: anyone who knows
+    /// that secret can compute tokens.
     pub async fn refresh(&self, token: &str, origin: &Origin) -> Result<Tokens, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;
@@ -319,7 +320,7 @@ impl Sessions {
         self.live.forget(|_, _| true);
     }
 
-    /// Removes sessions that have been invalidated from the cache.
+    /// Removes invalidated sessions from the cache.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_session() {
             self.live
@@ -327,7 +328,8 @@ impl Sessions {
         }
     }
 
-    /// Removes sessions from the cache that a committed transaction has revoked, and notifies other replicas.
+    /// Removes revoked sessions from the cache, and notifies other replicas. Call after committing the transaction that
+    /// revoked the sessions.
     pub fn ended(&self, invalidations: &[Invalidation]) {
         self.revoke(&invalidations.iter().collect());
         for invalidation in invalidations {
@@ -348,7 +350,7 @@ async fn load(db: &Db, id: SessionId) -> Result<Option<LiveSession>, db::DbError
             id,
             user: UserId(row.user_id),
             tenant: TenantId(row.tenant_id),
-            // A role that this version does not recognize has no permissions.
+            // A session whose role this version does not recognize is not accepted.
             role: Role::of(&member.role)?,
             expires_at: UnixNanos(
                 row.expires_at

@@ -146,8 +146,8 @@ impl Billing {
         }
     }
 
-    /// Returns whether any of the stored customers exists in the secret key's account. Also returns `true` if no
-    /// customers are stored.
+    /// Returns whether any of the [`SAMPLE`] most recently read customers exists in the secret key's account. Also
+    /// returns `true` if no customers are stored.
     async fn has_own_customers(&self) -> Result<bool, BillingError> {
         let customers = async |tx: &mut SystemTx| stripe_account::customers(tx, SAMPLE).await;
         let customers = self.db.in_system(customers).await?;
@@ -166,8 +166,8 @@ impl Billing {
     }
 
     /// Switches billing to the secret key's account and mode. Customers and subscriptions of the previous account are
-    /// forgotten, so tenants have no access until they subscribe again. Does nothing if any of the stored customers
-    /// exists in the secret key's account, or if no customers are stored.
+    /// forgotten, so tenants have no access until they subscribe again. Does nothing if the customers already belong to
+    /// the secret key's account, or if no customers are stored.
     pub async fn switch_account(&self) -> Result<Switch, BillingError> {
         match self.verify_account().await {
             // If a sandbox's data was deleted, the account is still the same, but has none of the customers.

@@ -200,7 +200,8 @@ impl Billing {
         Ok(())
     }
 
-    /// Returns the name of a product. Returns `None` if the name cannot be read, because access does not depend on it.
+    /// Returns the name of a product. If the name cannot be read, returns `None` instead of an error, because access
+    /// does not depend on the name.
     pub(super) async fn product_name(&self, product: &str) -> Option<String> {
         if let Some(name) = self.prices.names.lock().get(product) {
             return Some(name.clone());

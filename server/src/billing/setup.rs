@@ -18,7 +18,7 @@ pub struct Offer {
     pub currency: stripe_types::Currency,
     /// The price per month.
     pub price: String,
-    /// The price per request, in addition to the monthly price.
+    /// The price per unit of usage (the cost of a request, 1 by default), in addition to the monthly price.
     pub usage_price: Option<String>,
 }
 

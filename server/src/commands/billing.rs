@@ -26,7 +26,8 @@ pub enum BillingCommand {
         /// The price per month, in the smallest unit of the currency, such as 2900 for $29.00
         #[arg(long, value_name = "AMOUNT", value_parser = amount)]
         price: String,
-        /// The additional price per request, in the same unit, such as 0.05 for $0.50 per 1,000 requests
+        /// The additional price per unit of usage (a request with a cost of 1), in the same unit, such as 0.05 for
+        /// $0.50 per 1,000 requests
         #[arg(long, value_name = "AMOUNT", value_parser = amount)]
         usage_price: Option<String>,
         /// The currency

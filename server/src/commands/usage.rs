@@ -22,7 +22,7 @@ use super::{apply_migrations, with_database};
 pub enum UsageCommand {
     /// Recover the usage that a replica left behind, and write it to PostgreSQL. Use this for a replica that will not
     /// return; a replica that starts with the same QUOTA_DATA_DIR ships this usage automatically. Nothing is counted
-    /// twice if you run the command repeatedly or while the replica is running
+    /// twice, even if you run the command repeatedly or while the replica is running
     Replay {
         #[command(flatten)]
         settings: Box<Settings>,

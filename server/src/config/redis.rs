@@ -30,9 +30,9 @@ pub struct RedisSettings {
     pub servers: RedisServers,
     /// The prefix of every key and channel, so that several installations can share a Redis.
     pub prefix: String,
-    /// The number of connections for decisions. Each connection is multiplexed.
+    /// The number of connections for calls, not counting the connection for messages. Each connection is multiplexed.
     pub connections: usize,
-    /// How long a decision waits for one call, including the wait for a connection.
+    /// How long a decision waits for one call.
     pub timeout: Duration,
     /// How long connecting may take, including TLS and authentication.
     pub connect_timeout: Duration,

@@ -86,8 +86,8 @@ settings! {
     /// on every replica. If several installations share a Redis server, each needs a different prefix.
     redis_prefix: "QUOTA_REDIS_PREFIX", "quota", "TEXT";
 
-    /// The number of Redis connections per replica for decisions: 1 to 64. Each connection can carry many concurrent
-    /// calls.
+    /// The number of Redis connections per replica, not counting the one for messages: 1 to 64. Each connection can
+    /// carry many concurrent calls.
     redis_connections: "QUOTA_REDIS_CONNECTIONS", "2", "N";
 
     /// How long a call to Redis may take before it counts as failed: 1ms to 5s. A decision waits for at most twice this
@@ -147,8 +147,8 @@ settings! {
     /// A file that contains the value of QUOTA_SECRET_PREVIOUS. Set either this variable or QUOTA_SECRET_PREVIOUS.
     secret_previous_file: "QUOTA_SECRET_PREVIOUS_FILE", "", "PATH";
 
-    /// Origins whose web pages may call the API (CORS), separated by commas, such as https://app.example.com, or `*`.
-    /// These pages may read the rate-limit headers, but their requests cannot use cookies.
+    /// Origins whose web pages may call the API (CORS), separated by commas, such as https://app.example.com. `*` means
+    /// all origins. These pages may read the rate-limit headers, but their requests cannot use cookies.
     allowed_origins: "ALLOWED_ORIGINS", "", "ORIGINS";
 
     /// Networks of proxies whose X-Forwarded-For and traceparent headers are trusted, separated by commas, such as
@@ -211,19 +211,19 @@ settings! {
     /// The maximum size of a request body, in bytes: 1024 to 16777216.
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";
 
-    /// How long the headers of a request may take to arrive, and then how long its body may take, such as 5s. For the
-    /// first request on a connection, the time starts when the connection is accepted.
+    /// How long the headers of a request may take to arrive, and then how long its body may take. For the first request
+    /// on a connection, the time starts when the connection is accepted.
     header_timeout: "QUOTA_HEADER_TIMEOUT", "5s", "DURATION";
 
-    /// How long a request may take from the end of its headers to its response, such as 10s.
+    /// How long a request may take from the end of its headers to its response.
     request_timeout: "QUOTA_REQUEST_TIMEOUT", "10s", "DURATION";
 
-    /// How long a client connection may be idle between two requests, such as 75s. Must be longer than the idle timeout
-    /// of proxies in front of Quota.
+    /// How long a client connection may be idle between two requests. Must be longer than the idle timeout of proxies
+    /// in front of Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
-    /// How long a client may go without reading any part of a response that is being sent, such as 30s. On HTTP/2,
-    /// reading less than 1 KiB does not count.
+    /// How long a client may go without reading any part of a response that is being sent. On HTTP/2, reading less than
+    /// 1 KiB does not count.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
     /// Whether to respond to simple check requests directly, without the general HTTP server: on or off. Direct
@@ -250,14 +250,14 @@ settings! {
     /// lookups get 503. Requests with cached keys are not affected.
     key_lookups: "QUOTA_KEY_LOOKUPS", "1000", "N";
 
-    /// How long the server waits for requests in flight when it stops, such as 20s; at most 25s.
+    /// How long the server waits for requests in flight when it stops: at most 25s.
     drain_timeout: "QUOTA_DRAIN_TIMEOUT", "20s", "DURATION";
 
     /// How long the server continues to accept requests after SIGTERM, although it already reports that it is not
-    /// ready, such as 5s. This delay gives load balancers time to stop sending requests.
+    /// ready. This delay gives load balancers time to stop sending requests.
     drain_delay: "QUOTA_DRAIN_DELAY", "0s", "DURATION";
 
-    /// How long cached keys keep working while PostgreSQL is unreachable, such as 60s.
+    /// How long cached keys keep working while PostgreSQL is unreachable.
     stale_grace: "QUOTA_STALE_GRACE", "60s", "DURATION";
 
     /// The number of API keys cached in memory: 1000 to 10000000. Each cached key takes about 1 kB.
@@ -272,16 +272,16 @@ settings! {
     /// How many days usage rollups (totals per 15 minutes and per day) are kept: 2 to 3650.
     usage_rollup_retention: "QUOTA_USAGE_ROLLUP_RETENTION", "400", "DAYS";
 
-    /// The secret key of your Stripe account, which starts with `sk_` or `rk_`. If the key is set, plans marked `paid`
-    /// require a subscription. `quota billing setup` creates the required objects in Stripe. Unset: billing is off, and
-    /// plans marked `paid` work like other plans.
+    /// Your Stripe secret key, which starts with `sk_` or `rk_`. If the key is set, plans marked `paid` require a
+    /// subscription. `quota billing setup` creates the required objects in Stripe. Unset: billing is off, and plans
+    /// marked `paid` work like other plans.
     stripe_secret_key: "STRIPE_SECRET_KEY", "", "SECRET", hide_env_values = true;
 
     /// A file that contains the value of STRIPE_SECRET_KEY. Set either this variable or STRIPE_SECRET_KEY.
     stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
 
-    /// The signing secret of the Stripe webhook endpoint, which starts with `whsec_`. During a rotation, set both
-    /// secrets, separated by a comma. If STRIPE_SECRET_KEY is set, `quota serve` requires this setting.
+    /// The Stripe webhook endpoint's signing secret, which starts with `whsec_`. During a rotation, set both secrets,
+    /// separated by a comma. If STRIPE_SECRET_KEY is set, `quota serve` requires this setting.
     stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains the value of STRIPE_WEBHOOK_SECRET. Set either this variable or STRIPE_WEBHOOK_SECRET.
@@ -306,8 +306,8 @@ settings! {
     /// The sender of emails, such as Quota <quota@example.com>. Required with SMTP_URL.
     mail_from: "QUOTA_MAIL_FROM", "", "ADDRESS";
 
-    /// The maximum number of alert emails per hour, to all tenants together. When this limit is reached, further alerts
-    /// wait, and are combined in later emails. 0 for no limit.
+    /// The number of alert emails within an hour, to all tenants together, after which further alerts wait. These
+    /// alerts are combined in later emails. 0 for no limit.
     alert_emails_per_hour: "QUOTA_ALERT_EMAILS_PER_HOUR", "1000", "N";
 
     /// Private networks to which tenants may send webhooks, separated by commas, such as 10.1.0.0/16. URLs that start

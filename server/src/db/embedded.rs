@@ -6,9 +6,9 @@
 //! * `initdb` creates the cluster at the first startup, in a temporary directory that is renamed when it is complete.
 //! * PostgreSQL listens only on a Unix socket, in a directory that only its user can access.
 //! * PostgreSQL stops when this process exits for any reason. It runs under a small shell script, the guard, which
-//!   reads from a pipe whose other end only this process holds. When this process exits, even after `kill -9`, the read
-//!   ends, and the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when a process
-//!   changes its user, and fires when the *thread* that forked exits.)
+//!   reads from a pipe whose other end only this process holds. When this process exits, even after `kill -9`, the pipe
+//!   is closed, and the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when a
+//!   process changes its user, and fires when the *thread* that forked exits.)
 //! * If PostgreSQL crashes, it is restarted, with backoff. Until PostgreSQL runs again, connections fail as with any
 //!   database that is down.
 //! * If this process runs as root, PostgreSQL runs as the `postgres` user, or as `nobody` if there is no such user,

@@ -146,9 +146,9 @@ impl Db {
         self.lanes
     }
 
-    /// Cancels work that takes longer than a statement may take. Without this limit, up to a minute could pass until
-    /// the server detects that a connection has stopped responding in the middle of a transaction. Meant for background
-    /// work; requests have a separate limit.
+    /// Cancels work that takes longer than the statement timeout and the time limit of the first response together.
+    /// Without this limit, up to a minute could pass until the server detects that a connection has stopped responding
+    /// in the middle of a transaction. Meant for background work; requests have a separate limit.
     pub async fn within_limit<T>(
         &self,
         work: impl Future<Output = Result<T, DbError>>,

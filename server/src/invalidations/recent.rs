@@ -12,8 +12,8 @@
 //!   outdated. An announcement never causes the poll to skip a number, raises the floor, or displaces a polled change.
 //!
 //! A copy with a number below the floor is never confirmed, because PostgreSQL may have already deleted later changes.
-//! A copy with a number higher than all polled and announced changes is not confirmed either, because that number has
-//! not been assigned to a change yet.
+//! A copy with a number higher than all polled and announced changes is not confirmed either, because this replica does
+//! not know of a change with that number.
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -58,7 +58,7 @@ pub(super) async fn read_customers(state: AppState) {
     }
 }
 
-/// Reads the prices of new subscriptions, which the console shows.
+/// Reads the prices that the console shows for new subscriptions.
 pub(super) async fn read_offer(state: AppState) {
     let Some(billing) = state.billing.clone() else {
         return;

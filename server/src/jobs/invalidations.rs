@@ -1,5 +1,5 @@
-//! Learns of changes made on other replicas in two ways. Polling PostgreSQL provides the guarantees. Messages only
-//! arrive earlier.
+//! Learns of changes made on other replicas in two ways: by polling PostgreSQL, which finds every change, and from
+//! messages, which arrive earlier but may be lost.
 
 use std::{pin::pin, time::Duration};
 

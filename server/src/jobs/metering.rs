@@ -16,7 +16,7 @@ const MEASURE: Duration = Duration::from_secs(10);
 /// How long to wait after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long a stopping server continues to ship usage, including the batch in flight. The remaining records are shipped
-/// after the next start.
+/// after the next start, or by a replica that adopts them.
 const FINISH: Duration = Duration::from_secs(3);
 
 pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {

@@ -1,4 +1,4 @@
-//! Deletes expired rows.
+//! Deletes expired rows, and clears expired secrets.
 //!
 //! Each batch is a short transaction. Its size depends on how long the previous batch took, and may be as small as a
 //! single row. The kinds of rows take turns, so that a kind whose rows are slow to delete or locked does not block the

@@ -23,8 +23,8 @@
 //! are too old or from the future, count as misses. Entries from a different database history are also ignored: after
 //! PostgreSQL has been restored from a backup, the same numbers are assigned a second time.
 //!
-//! While Redis is unreachable, every lookup is an immediate miss. If Redis is slow, one lookup waits for
-//! `QUOTA_REDIS_TIMEOUT`, and lookups during the next second skip Redis.
+//! While Redis is unreachable, every lookup is an immediate miss. If Redis does not respond, lookups in progress wait
+//! for up to `QUOTA_REDIS_TIMEOUT`, and lookups during the next second skip Redis.
 
 use std::{
     sync::{

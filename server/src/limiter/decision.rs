@@ -10,7 +10,8 @@ use crate::clock::UnixNanos;
 /// Whether the request was allowed. A denial consumes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// The cost was taken from every policy.
+    /// The cost was taken from every policy. If the decision is degraded, this replica's share or its own bucket was
+    /// used instead of the shared bucket.
     Allowed,
     Denied {
         /// The violated policies. Empty only if the decision is degraded: this replica's share has too few tokens, but
@@ -30,7 +31,7 @@ pub struct PolicyState {
     pub limit: u64,
     /// The number of requests with a cost of 1 that can be made now.
     pub remaining: u64,
-    /// When all of `limit` is available again: when the bucket is full, or when the next day or month begins.
+    /// When all of `limit` is available again: when the bucket is full, or when the quota's window ends.
     pub reset_at: UnixNanos,
     /// The window's length in seconds, if a change of time zone shortened it.
     pub shortened_to: Option<NonZeroU32>,

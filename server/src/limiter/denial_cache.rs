@@ -6,8 +6,8 @@
 //! `governor` gets a state store that reports what would happen without changing anything, and the limiter is charged
 //! only for requests that the store has allowed. (Charging first and refunding denied requests is not equivalent: the
 //! bucket may have been full between the two steps, and the refund would then credit tokens that were never taken.)
-//! Degraded decisions are not recorded, because they do not show what the store would decide: a request that the store
-//! would allow must not be denied.
+//! Degraded decisions are not recorded, because they do not show what the shared counters would decide: a request that
+//! the counters would allow must not be denied.
 //!
 //! The local store keeps its state in the same handle, so a cache in front of the local store would only add cost. The
 //! limiter skips the cache if [`LimitStore::is_local`].
@@ -115,7 +115,8 @@ struct LocalBucket {
     denied: Option<Denied>,
 }
 
-/// The maximum time for which a denial by a quota is cached. After that, other replicas may have returned tokens.
+/// The maximum time for which a denial by a quota is cached. The time is short, because other replicas may return
+/// tokens.
 const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
 
 /// A denial by the store, to be repeated for requests with the same cost.
@@ -195,8 +196,8 @@ impl LocalBucket {
 
     /// Applies edited policies and discards the cached decisions. If the rate was edited, the local bucket starts full.
     /// The local bucket never allows a request, since the store decides every request that is not denied here. The
-    /// store keeps the usage, but its bucket may have refilled by any amount, because the cache does not know when the
-    /// store learned of the edit. A request that the store would allow must not be denied here.
+    /// store keeps the usage, but the cache does not know when the store learned of the edit, and therefore does not
+    /// know how far the store's bucket has refilled. A request that the store would allow must not be denied here.
     fn apply_edit(&mut self, policies: &Policies, clock: &Arc<dyn Clock>) {
         if self.gcra == policies.gcra() {
             self.fingerprint = policies.fingerprint();

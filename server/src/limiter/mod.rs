@@ -3,8 +3,8 @@
 //! This module owns rates, calendar quotas and their usage. It does not depend on HTTP, SQL or secrets: the caller
 //! passes a key's handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger
 //! fails, only keys with calendar quotas (their own or their tenant's) are affected: these keys spend the tokens that
-//! are available locally, and then their requests get an error. No request is ever allowed unless its cost has been
-//! taken from each policy.
+//! are available locally, and then their requests get an error. A request is allowed only if its cost has been taken
+//! from each policy, except in degraded decisions, for which the plan's fallback setting determines the rate limit.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -103,8 +103,8 @@ impl Limiter {
         self.store.handle(tenant, key)
     }
 
-    /// Decides on a request from memory, without blocking or allocating. Returns `None` if the decision may require
-    /// waiting. In that case, call [`admit`](Self::admit).
+    /// Decides on a request from memory, without blocking. Returns `None` if the decision may require waiting. In that
+    /// case, call [`admit`](Self::admit).
     #[inline]
     pub fn try_admit(
         &self,

@@ -20,7 +20,7 @@ use crate::{
 /// The maximum number of lines per second.
 const LINES: u64 = 10;
 /// The maximum number of denials per second that are recorded for a tenant while the backlog is long. A record takes
-/// about 150 bytes, so a gigabyte lasts for 18 hours.
+/// about 150 bytes, so a gigabyte holds 18 hours of one tenant's denials.
 const RECORDED: u32 = 100;
 const SECOND: Nanos = Nanos::from_secs(1);
 

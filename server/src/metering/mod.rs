@@ -1,4 +1,4 @@
-//! Metering: writes one record for each decision on a known key, and ships each record to PostgreSQL exactly once.
+//! Metering: records decisions on known keys, and ships each record to PostgreSQL exactly once.
 //!
 //! A record is written to a *segment*, a file on this machine, before the response is sent, so recording does not wait
 //! for the network. Space is reserved before the decision; without space, no decision is made. A *shipper* moves
@@ -19,14 +19,16 @@
 //! | `scan.rs` | reading a segment, including one that a crash left behind |
 //! | `directory.rs` | a replica's directory and the lock on it |
 //! | `recorder.rs` | which segment is in use, and what to do when there is no space |
-//! | `reusable.rs` | space that the denials of a tenant share because they are not recorded |
+//! | `reusable.rs` | space that requests share while denials of their tenant are not recorded |
 //! | `sync.rs` | `fdatasync` for groups of records |
-//! | `shipper.rs` | batches, cursors, and directories of replicas that have exited |
+//! | `source.rs` | one segment that is being shipped: its batches and its cursor |
+//! | `shipper.rs` | which segments to ship, and in which order, including those of replicas that have exited |
 //! | `time.rs` | the time of events |
 //! | `denials.rs` | the log line of a denial, and how many denials of a tenant are recorded while the backlog is long |
 //!
-//! This module does not depend on HTTP. While PostgreSQL is unreachable, segments grow up to `QUOTA_USAGE_BACKLOG_MAX`.
-//! While the disk is full or read-only, decisions cannot be recorded, so no decisions are made.
+//! This module does not depend on HTTP. While PostgreSQL is unreachable, the backlog grows up to
+//! `QUOTA_USAGE_BACKLOG_MAX`. While the disk is full or read-only, decisions cannot be recorded, so no decisions are
+//! made.
 //!
 //! Denied requests do not cost their sender anything. While the backlog is more than half full, only a limited number
 //! of each tenant's denials per second are recorded, so that one tenant's denials cannot fill the backlog for everyone.

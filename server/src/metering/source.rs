@@ -2,7 +2,7 @@
 //!
 //! A batch is one transaction, which moves the segment's cursor from the start of the batch to its end and inserts the
 //! records. If the cursor was at another position, or it is unknown whether the COMMIT succeeded, the cursor is read
-//! again. While PostgreSQL is unreachable, the segments grow.
+//! again. While PostgreSQL is unreachable, the backlog grows.
 
 use std::{
     fs::File,

@@ -1,4 +1,4 @@
-//! The error responses of operations. Most of them follow from an operation's arguments. Some operations have
+//! The error responses of operations. Most of them follow from an operation's path and arguments. Some operations have
 //! additional errors.
 
 use quota_common::ProblemCode;
@@ -17,7 +17,7 @@ const STRIPE_UNAVAILABLE: &str =
 const NO_REFRESH_TOKEN: &str =
     "No refresh token was sent, or it is invalid, expired or already used.";
 
-/// Errors of individual operations, in addition to those that follow from their arguments.
+/// Errors of individual operations, in addition to those that follow from their paths and arguments.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     use ProblemCode as P;
     &[
@@ -202,7 +202,7 @@ const ERRORS: &[(ProblemCode, &str)] = {
     ]
 };
 
-/// Returns the errors that follow from the arguments of an operation.
+/// Returns the errors that follow from the path and the arguments of an operation.
 fn derived_errors(operation: &Operation<'_>) -> Vec<ProblemCode> {
     use ProblemCode as P;
     if operation.id() == "live" {

@@ -57,7 +57,7 @@ pub(super) async fn send(connection: &mut Connection, cmd: &Cmd) -> Result<Value
     }
 }
 
-/// Returns whether a node reported that it does not have the key.
+/// Returns whether a node did not execute the command because the key has moved, or is being moved, to another node.
 fn is_elsewhere(error: &RedisError) -> bool {
     matches!(
         error.kind(),

@@ -45,7 +45,8 @@ impl Link {
     }
 
     /// Runs a script by its hash or, if the server does not have the script, by its source. Waits for the response for
-    /// at most `QUOTA_REDIS_TIMEOUT`, or `patience` if that is longer. All keys must have the same hash tag.
+    /// at most `QUOTA_REDIS_TIMEOUT`, or `patience` if that is longer. In a cluster, all keys must have the same hash
+    /// tag.
     pub async fn eval(
         &self,
         script: &Script,
@@ -119,7 +120,8 @@ impl Link {
         }
     }
 
-    /// Prevents further calls on this connection. The supervisor replaces the connection.
+    /// Causes the supervisor to replace this connection. A cluster connection is used until it is replaced; other
+    /// connections are not used for further calls.
     fn discard(&self) {
         let slot = &self.shared.slots[self.at];
         let mut live = slot.live.write();

@@ -5,13 +5,13 @@
 //!
 //! There are `QUOTA_REDIS_CONNECTIONS` connections. Each one is multiplexed and has a [`supervisor`]. A call never
 //! waits for a connection: without a connection, the call fails immediately with [`CallError::NotConnected`]. A failed
-//! call is not retried, since it may have been executed. The only exception is a call that a cluster node did not
-//! execute because the key is on another node: that call is resent.
+//! call is not retried, since it may have been executed. There are two exceptions, in which a server reports that it
+//! did not execute the call: a script that is not loaded is sent again with its source, and a call to a cluster node
+//! that does not have the key is resent.
 //!
 //! While Redis is unreachable, every call fails within `QUOTA_REDIS_TIMEOUT`, or within the longer time that a caller
-//! allows for late responses. Calls are not queued. Callers can tell that Redis may have lost data from
-//! [`Link::generation`], which changes with every connection, and from [`Link::run_id`], which changes with every
-//! restart of the server.
+//! allows for late responses. Callers can tell that Redis may have lost data from [`Link::generation`], which changes
+//! with every connection, and from [`Link::run_id`], which changes with every restart of the server.
 
 mod connection;
 pub mod inspect;
@@ -94,7 +94,7 @@ impl Redis {
         &self.shared.settings.prefix
     }
 
-    /// Returns whether keys are distributed over several nodes, so that all keys of a call must have the same hash tag.
+    /// Returns whether keys are distributed over several nodes. If so, all keys of a call must have the same hash tag.
     pub fn is_cluster(&self) -> bool {
         self.shared.is_cluster()
     }
@@ -121,8 +121,8 @@ impl Redis {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// Returns the connection for a key. A key uses the same connection for as long as that connection lasts, so that
-    /// the key's calls arrive in order.
+    /// Returns the connection for a key. A key always uses the same connection while that connection works, so that the
+    /// key's calls arrive in order.
     pub fn link(&self, key: &str) -> Result<Link, CallError> {
         let slots = &self.shared.slots;
         let first = if slots.len() == 1 {

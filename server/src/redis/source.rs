@@ -15,7 +15,7 @@ use crate::config::{RedisServers, RedisSettings, redis::tcp_settings};
 
 /// The maximum number of calls in flight per connection. Further calls wait, within their own deadlines.
 const CONCURRENT: usize = 1024;
-/// How long a cluster node may take to respond. Longer than any caller waits.
+/// How long a cluster node may take to respond, unless one of the configured timeouts is longer.
 const UNANSWERED: Duration = Duration::from_secs(2);
 /// The time limit for querying Sentinel, as a multiple of the connect timeout. A query takes several round trips,
 /// including a check of the master that Sentinel reports.
@@ -80,7 +80,7 @@ impl ServerSource {
         })
     }
 
-    /// Returns a client for the current server, which can open other kinds of connections. `None` for a cluster.
+    /// Returns a client that can open other kinds of connections to the current server. `None` for a cluster.
     pub(super) async fn client(&mut self, limit: Duration) -> Result<Option<Client>, ConnectError> {
         match self {
             Self::One(client) => Ok(Some((**client).clone())),

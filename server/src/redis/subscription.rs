@@ -28,7 +28,7 @@ const PROBE: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// From now on, all published messages arrive.
+    /// From now on, all published messages arrive, until messages are [`Lost`](Self::Lost).
     Subscribed,
     Message(Vec<u8>),
     /// Messages may have been lost. More may be lost until the next `Subscribed`.

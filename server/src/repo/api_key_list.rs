@@ -96,7 +96,7 @@ pub async fn search(
     tenant: TenantId,
     filter: &Filter<'_>,
 ) -> Result<Matches, DbError> {
-    // A generic plan would not use the indexes, because it has to work for any pattern.
+    // A generic query plan would not use the indexes, because such a plan has to work for any pattern.
     tx.batch_execute("SET LOCAL plan_cache_mode = force_custom_plan")
         .await?;
     let ids = searched(tenant.0, filter)

@@ -139,7 +139,7 @@ pub async fn set_customer(
     Ok(recorded.get_result(&mut **tx).await?)
 }
 
-/// Records that creating a customer has failed permanently, so that the next attempt uses a different idempotency key.
+/// Records that an attempt to create a customer has failed, so that the next attempt uses a different idempotency key.
 pub async fn next_customer_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -350,7 +350,7 @@ struct Due {
 /// Returns customers whose next read is due, and schedules the read after that in about `seconds`. This also keeps
 /// other replicas from reading the same customers. The interval varies randomly by up to 10% in either direction, so
 /// that reads are spread out. If a customer has no subscription that can still change, the interval is twice the time
-/// since the last read, up to a day.
+/// since the last read, but at least `seconds` and at most a day.
 pub async fn claim_due_reads(
     tx: &mut SystemTx,
     seconds: f64,

@@ -441,7 +441,7 @@ pub struct Uncharged {
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
     /// The age in seconds of the oldest report that Stripe has not received, or the time since the end of the oldest
-    /// hour that is not in a report. 0 if Stripe has received everything.
+    /// hour with usage that is not in a report, whichever is longer. 0 if Stripe has received everything.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]

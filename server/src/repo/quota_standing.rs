@@ -62,7 +62,7 @@ impl Lateness {
         }
     }
 
-    /// Determines how long ago the usage in this part of the log occurred.
+    /// Returns the time of each key's oldest usage in this part of the log.
     pub async fn of_records(
         tx: &mut SystemTx,
         tenant: TenantId,

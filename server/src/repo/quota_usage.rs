@@ -83,8 +83,8 @@ fn columns<T>(items: &[T], quota: impl Fn(&T) -> KeyQuota) -> Columns {
 }
 
 impl Ask {
-    /// Returns the second argument of the advisory lock. If the arguments of two keys are equal, their transactions
-    /// only wait for each other.
+    /// Returns the second argument of the advisory lock. If the arguments of two keys are equal, the only effect is
+    /// that their transactions wait for each other.
     fn lock(&self) -> i32 {
         let (high, low) = self.quota.key.as_u64_pair();
         let mixed =

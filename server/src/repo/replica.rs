@@ -24,7 +24,7 @@ struct Place {
 /// Replicas with recent heartbeats.
 #[derive(Debug, Clone, Copy)]
 pub struct Seen {
-    /// This replica's rank among these replicas, starting at 0. Ranks follow IDs, which follow start times.
+    /// This replica's rank among these replicas, starting at 0. Replicas are ranked by ID, and therefore by start time.
     pub rank: u64,
     pub count: NonZeroU64,
     /// The time since the first heartbeat of the oldest other replica. Replicas that stopped recently also count.

@@ -63,7 +63,7 @@ pub enum Rotation {
     /// This was the session's previous token, used moments ago. Its successor is the same as before. Contains the
     /// successor's index.
     Repeated(SessionRow, usize),
-    /// The token was used before, so someone has copied it. The session must be revoked.
+    /// The token was used before, so someone may have copied it. The session must be revoked.
     Reused(SessionRow),
     /// The session belongs to a secret that is not accepted. The session must be revoked.
     Foreign(SessionRow),

@@ -16,9 +16,9 @@ pub enum Expired {
     /// Sessions that were revoked more than a day ago, with their refresh tokens.
     RevokedSessions,
     IdempotencyKeys,
-    /// Rows that every replica read long ago. The newest row is kept, because its number is needed for comparisons.
+    /// Rows that are more than a day old. The newest row is kept, because its number is needed for comparisons.
     Invalidations,
-    /// Windows of quotas that ended long ago. In any time zone, a month ends within 31 days of its start.
+    /// Windows of quotas that began more than 40 days ago. By then, they have ended in every time zone.
     QuotaUsage,
     /// Tenant quotas of months that ended long ago.
     TenantQuotaUsage,

@@ -149,7 +149,7 @@ impl Filter {
         };
         let _ = match (self.plan, group) {
             (Some(_), _) => write!(sql, " AND u.plan_id = $3"),
-            // All rows of a key have the same plan.
+            // Each row of a key has one plan: a key has no rows for all plans together.
             _ if has_key => Ok(()),
             (None, Some(GroupBy::Plan)) => write!(sql, " AND u.plan_id <> {ALL}"),
             (None, _) => write!(sql, " AND u.plan_id = {ALL}"),

@@ -307,7 +307,7 @@ impl UsageBatch {
             if of_key == further {
                 requests += sums.requests;
             }
-            // All rows of a key have the same plan.
+            // Each row of a key has one plan: a key has no rows for all plans together.
             for (endpoint, key, plan) in [
                 (all, Uuid::nil(), Uuid::nil()),
                 (all, Uuid::nil(), row.plan),

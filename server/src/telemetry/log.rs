@@ -1,8 +1,8 @@
 //! The log: lines on standard output, as JSON or text.
 //!
-//! Only the log thread writes to standard output. Everything else appends to a bounded buffer, so a blocked reader (a
-//! paused terminal or a stuck log collector) does not delay requests. Lines that do not fit are dropped. When output is
-//! possible again, a line reports how many lines were dropped.
+//! Only the log thread writes log lines to standard output. Everything else appends to a bounded buffer, so a blocked
+//! reader (a paused terminal or a stuck log collector) does not delay requests. Lines that do not fit are dropped. When
+//! output is possible again, a line reports how many lines were dropped.
 
 use std::{
     borrow::Cow,
@@ -147,7 +147,8 @@ impl AccessLine<'_> {
     }
 }
 
-/// A line that is being formatted. Formatting it outside the lock lets other threads append theirs.
+/// A line that is being formatted. The line is formatted outside the lock, so that other threads can append lines in
+/// the meantime.
 struct Line {
     bytes: Vec<u8>,
     second: Second,

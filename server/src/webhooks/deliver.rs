@@ -109,7 +109,7 @@ impl Webhooks {
             .await?;
         if is_disabled {
             // Cancel the other deliveries in a separate transaction, so that the result is recorded even if canceling
-            // fails. In that case, the next attempt cancels them.
+            // fails. In that case, the deliveries stay pending until another attempt fails in the same way.
             if let Err(error) = self.cancel(due).await {
                 let error = db::chain(&error);
                 tracing::warn!(webhook = %due.webhook_id, error, "cannot cancel deliveries");
@@ -232,7 +232,8 @@ fn random() -> f64 {
     getrandom::u32().map_or(0.0, |it| f64::from(it) / (f64::from(u32::MAX) + 1.0))
 }
 
-/// How long a stopping server waits for attempts in progress. After that, another replica repeats these attempts.
+/// How long a stopping server waits for attempts in progress. Deliveries whose attempts are still in progress after
+/// that are retried later.
 pub const FINISH: Duration = Duration::from_secs(3);
 
 #[cfg(test)]

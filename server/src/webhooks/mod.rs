@@ -73,12 +73,12 @@ fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
 }
 
 impl Webhooks {
-    /// Creates the sender. `private` contains the non-public networks that webhooks may be sent to. The host of
-    /// `public_url` never receives webhooks.
+    /// Creates the sender. `private` contains the non-public networks that webhooks may be sent to. Outside these
+    /// networks, the host of `public_url` receives no webhooks.
     ///
     /// # Errors
     ///
-    /// Fails if the operating system's certificates cannot be read.
+    /// Fails if an HTTP client cannot be created.
     pub fn new(
         db: Db,
         encryption: Encryption,
@@ -127,7 +127,7 @@ impl Webhooks {
         self.0.stored.notify_one();
     }
 
-    /// Completes when deliveries have been stored on this replica.
+    /// Completes when this replica has stored deliveries.
     pub async fn woken(&self) {
         self.0.stored.notified().await;
     }

@@ -1,17 +1,17 @@
 //! Determines where webhooks may be sent.
 //!
-//! Tenants choose the URLs. Without checks, they could reach services that are accessible only from this machine or its
-//! network. For each connection, the host is resolved once, all of its addresses are checked, and one of the checked
-//! addresses is used. Therefore, changing a host's address between the check and the connection has no effect.
+//! Tenants choose the URLs. Without checks, tenants could reach services that are accessible only from this machine or
+//! its network. For each connection, the host is resolved once, all of its addresses are checked, and one of the
+//! checked addresses is used. Therefore, changing a host's address between the check and the connection has no effect.
 //! Redirects are not followed.
 //!
-//! This machine's addresses are not allowed either. The same applies to the addresses of the host in
-//! `QUOTA_PUBLIC_URL`, because in a container, no interface has the machine's public address. If that host cannot be
-//! looked up, its addresses cannot be excluded. Tenants do not learn whether a host is unknown or has an address that
-//! is not allowed, since that would reveal the names in a private network.
+//! Public addresses are allowed, except those of this machine and those of the host in `QUOTA_PUBLIC_URL`. That host is
+//! excluded because in a container, no interface has the machine's public address. If that host cannot be looked up,
+//! its addresses cannot be excluded. Tenants do not learn whether a host is unknown or has an address that is not
+//! allowed, since that would reveal the names in a private network.
 //!
-//! The operator can allow networks that are not public (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). Only hosts in these networks
-//! may have `http://` URLs.
+//! The operator can allow more networks (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). In these networks, every address is
+//! allowed, even this machine's. Only hosts in these networks may have `http://` URLs.
 
 use std::{
     fmt, io,
@@ -71,7 +71,7 @@ impl Targets {
         }
     }
 
-    /// Excludes the addresses of this URL's host, too.
+    /// Also excludes the addresses of this URL's host, except those in the operator's networks.
     #[must_use]
     pub fn without_host_of(self, public_url: &str) -> Self {
         let url = Url::parse(public_url).ok();

@@ -24,7 +24,7 @@ use super::{
     target::{Lookup, Targets},
 };
 
-/// Returns the responses one after another, and then repeats the last one.
+/// A resolver that returns one answer after another, and then repeats the last one.
 #[derive(Debug)]
 struct Answers {
     left: Mutex<VecDeque<Vec<IpAddr>>>,

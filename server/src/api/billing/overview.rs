@@ -190,7 +190,7 @@ fn billing_usage(row: &SubscriptionRow, usage: PeriodUsage, times: Times) -> Bil
     let reported_until = usage
         .unreported_from
         .map_or(times.complete_until, |from| from.min(times.complete_until));
-    // If usage is charged at a price that is not a fixed amount per request, the total is unknown.
+    // If usage is charged at a price that is not a fixed amount per unit, the total is unknown.
     let total = match &row.monthly_price {
         Some(monthly) if per_unit.is_some() || !row.is_metered => {
             price::total(monthly, per_unit, projected)

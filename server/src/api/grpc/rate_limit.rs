@@ -38,7 +38,7 @@ use crate::{
 
 /// The maximum number of descriptors in a request. Each descriptor is checked separately.
 const DESCRIPTORS_MAX: usize = 16;
-/// The maximum number of entries in a descriptor. An entry takes up many times more memory than bytes in the message.
+/// The maximum number of entries in a descriptor. An entry takes many times as much space in memory as in the message.
 const ENTRIES_MAX: usize = 32;
 /// The value that Envoy sends for a missing header.
 const MISSING: &[u8] = b"-";

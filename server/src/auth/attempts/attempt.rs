@@ -29,7 +29,7 @@ pub struct Attempt {
     /// response is unknown.
     pub(super) counted_in_redis: Option<u64>,
     pub(super) judgment: Judgment,
-    /// Whether the caller's network has had recent failures.
+    /// Whether the caller's network has had several recent failures.
     pub is_suspect: bool,
 }
 
@@ -106,7 +106,7 @@ impl Drop for Attempt {
         let kept = match self.judgment {
             Judgment::Missing => 0,
             Judgment::Wrong => return,
-            // Verification took CPU time, so only the `Keep` counters still count the attempt.
+            // The `Keep` counters still count the attempt, because verifying the password took CPU time.
             Judgment::Correct => self.count(OnSuccess::Keep),
         };
         // Nothing waits for this task.

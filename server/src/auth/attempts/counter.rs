@@ -40,7 +40,7 @@ pub(super) enum OnSuccess {
 }
 
 impl Counter {
-    /// Returns the first wait. Waits that double begin with the interval between attempts at a rate of `free` per minute.
+    /// Returns the first wait. If waits double, the first one is a minute divided by `free`.
     pub(super) fn first_wait(&self) -> Duration {
         match self.waits {
             Waits::Doubling => Duration::from_mins(1) / self.free.max(1),

@@ -194,7 +194,7 @@ async fn attempt_whose_password_was_never_verified_is_not_counted() {
         let attempt = attempts.of_network("a@example.com", ip).await;
         attempt.expect("no wait").set_judgment(Judgment::Correct);
     }
-    // The upper bound has not changed.
+    // The number of allowed failures has not changed.
     fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
     assert!(fail(&attempts, "a@example.com", "192.0.2.1").await.is_err());
 }

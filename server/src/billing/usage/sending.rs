@@ -191,8 +191,8 @@ impl Billing {
         }
     }
 
-    /// Returns whether Stripe has counted a report whose identifier it no longer recognizes. Returns `None` if the
-    /// total in Stripe matches neither case.
+    /// Returns whether Stripe has counted a report, according to the total of the report's hour in Stripe. Returns
+    /// `None` if the total matches neither case.
     async fn has_arrived(
         &self,
         tenant: TenantId,

@@ -1,8 +1,9 @@
 //! Blocks of quota tokens that the ledger grants.
 //!
 //! When the ledger grants a block, it counts the block's tokens as used, so spending the tokens does not need another
-//! call. A crash can strand a block, but its tokens are never spent twice. Tokens that requests are waiting for are
-//! fetched in one call, regardless of the block size, since they are spent immediately.
+//! call. A crash can strand a block, but its tokens are never spent twice. Once the ledger has responded in a window,
+//! all tokens that requests are waiting for are fetched in one call, regardless of the block size, since they are spent
+//! immediately.
 //!
 //! This module contains the rules for one key's block of one policy: its size, when to fetch more tokens, which window
 //! the block belongs to, and which tokens to return when the plan or the time zone changes. This module does not depend
@@ -20,7 +21,7 @@ use super::{
 };
 use crate::clock::{Nanos, UnixNanos};
 
-/// The maximum size of a block, which is also limited to one hundredth of the quota.
+/// The maximum size of the blocks of all replicas together. They are also limited to one hundredth of the quota.
 const BLOCK_MAX: u64 = 10_000;
 
 /// How long to wait before querying the ledger again about an exhausted quota. By then, other replicas may have
@@ -31,8 +32,8 @@ const PATIENCE_MAX: Nanos = PATIENCE.saturating_mul(8);
 /// How long a block may be unused before it is returned, if other replicas may need it.
 const IDLE: Nanos = Nanos::from_secs(10);
 
-/// If other replicas may need the rest of the quota, a block is sized to last for `PACED_FOR` times `PACED` at the pace
-/// of the last `PACED`.
+/// If other replicas may need the rest of the quota, a block lasts for at most `PACED_FOR` times `PACED` at the recent
+/// pace.
 const PACED: Nanos = Nanos::from_secs(10);
 const PACED_FOR: u64 = 6;
 
@@ -60,9 +61,9 @@ pub(in crate::limiter) enum BlockStatus {
     Short,
     /// The ledger has not responded yet in this window.
     Unknown,
-    /// The quota is exhausted for the rest of the window.
+    /// Too few tokens of the quota are left, until the window ends or other replicas return tokens.
     Exhausted,
-    /// The cost exceeds the quota.
+    /// The cost exceeds the limit for a full day or month.
     NeverFits,
 }
 
@@ -73,7 +74,7 @@ pub(in crate::limiter) struct ReservedTokens {
     tokens: u64,
 }
 
-/// A ledger call for a block, which first returns tokens and then takes tokens.
+/// A ledger call for a block. The call first returns tokens and then takes tokens.
 #[derive(Debug)]
 pub(in crate::limiter) struct LedgerOrder {
     pub(in crate::limiter) give_back: Vec<(UnixNanos, u64)>,
@@ -117,7 +118,8 @@ enum Next {
 struct Pace {
     /// Tokens spent since `since`.
     spent: u64,
-    /// Tokens spent in the [`PACED`] before `since`, or `u64::MAX` if that is unknown.
+    /// Tokens spent in the previous period, which ended at `since` and lasted for at least [`PACED`]. `u64::MAX` if
+    /// unknown.
     before: u64,
     since: UnixNanos,
 }
@@ -160,8 +162,8 @@ pub(in crate::limiter) struct Block {
     /// Whether the ledger has responded in this window.
     known: bool,
     held: u64,
-    /// Tokens reserved for requests whose rate limit is still being checked. They are not part of `held`, and count as
-    /// consumed.
+    /// Tokens reserved for requests whose other policies are still being checked. These tokens are not part of `held`,
+    /// and count as consumed.
     reserved: u64,
     /// The ledger's count of used tokens. Includes `held`, but not the tokens that are owed.
     used: u64,
@@ -384,7 +386,7 @@ impl Block {
     }
 
     /// Marks tokens as owed if they exceed both the block size and what waiting requests need. Such tokens were fetched
-    /// for a request that was then denied or canceled.
+    /// at a higher pace, or for a request that was then denied or canceled.
     pub(in crate::limiter) fn tidy(&mut self, waited_for: u64) {
         let size = self.size().max(waited_for);
         if self.held > size {

@@ -1,9 +1,10 @@
 //! Calendar days and months in a time zone, and the quota windows derived from them.
 //!
 //! This module decides when days and months begin, and what happens to a quota's window when the time zone changes. A
-//! day has 23 or 25 hours when clocks change, begins at 00:30 or 01:00 if midnight is skipped, and does not exist where
-//! a country moved across the date line. Computing a window takes about a microsecond, so callers keep the window until
-//! it ends. The time zone database is compiled in, so that all replicas use the same rules.
+//! day is usually 23 or 25 hours long when clocks change, and begins later than 00:00 if midnight is skipped. A date
+//! does not exist if a country skipped it to move across the date line. Computing a window takes about a microsecond,
+//! so callers keep the window until it ends. The time zone database is compiled in, so that all replicas use the same
+//! rules.
 
 use std::{
     hash::{Hash, Hasher},
@@ -427,7 +428,8 @@ mod tests {
     fn windows_cover_ten_years_of_every_zone() {
         let zones = zones();
         assert!(zones.len() > 400, "only {} zones compiled in", zones.len());
-        // Each zone covers a different decade, so that every year from 1971 on is covered by some zone.
+        // The decades of the zones start in 50 different years, so that every year from 1971 to 2029 is covered by some
+        // zones.
         for (i, name) in zones.iter().enumerate() {
             let zone = zone(name);
             let from = Date::new(1971 + i16::try_from(i % 50).unwrap(), 1, 1).unwrap();

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::calendar::{QuotaWindow, Window};
 use crate::{clock::UnixNanos, limiter::policy::Policy};
 
-/// A row of the ledger: the usage of one key and policy in one window.
+/// Identifies a row of the ledger, which contains the usage of one key and policy in one window.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LedgerRow {
     pub tenant: TenantId,

@@ -52,7 +52,7 @@ pub struct TakeCall {
     /// them. If the bucket holds fewer tokens, all of them are granted.
     pub waiting: u64,
     /// The total number of tokens to take, at least `waiting`. Tokens in excess of `waiting` are for later. A grant
-    /// that includes such tokens is at most half of what the bucket holds. If zero, no tokens are taken.
+    /// that includes such tokens is at most half of what the bucket holds. If `want` is zero, no tokens are taken.
     pub want: u64,
     /// The number of unspent tokens to return.
     pub back: u64,

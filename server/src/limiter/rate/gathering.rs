@@ -20,10 +20,10 @@ impl Gathering {
     /// Records a call that got `grant` and left `left` in the bucket. Returns how long to wait before the next call if
     /// there are too few tokens, so that tokens are not fetched one by one.
     ///
-    /// The wait is half the lease TTL or, if other replicas take most of the tokens, up to nearly the whole TTL: then
-    /// the calls of all replicas together still empty the bucket about twice per TTL. The wait varies, because replicas
-    /// that always call at the same time would leave no tokens for each other. The wait is never so long that the
-    /// bucket could fill up, since a full bucket stops refilling.
+    /// The wait is half the lease TTL. The more of the tokens other replicas take, the longer the wait, up to nearly
+    /// the whole TTL. The calls of all replicas together then still empty the bucket about twice per TTL. The longest
+    /// wait varies, because replicas that always call at the same time would leave no tokens for each other. The wait
+    /// is never so long that the bucket could fill up, since a full bucket stops refilling.
     pub(in crate::limiter) fn pause(
         &mut self,
         gcra: Gcra,

@@ -1,6 +1,7 @@
 //! Leases: tokens that a replica has taken from a key's bucket in advance.
 //!
-//! Decides how many tokens to take, how long they may be spent, what to return, and which requests wait. Does no I/O.
+//! Decides how many tokens to take, until when they may be spent, which tokens to return, and which requests wait. Does
+//! no I/O.
 //!
 //! **Guarantee.** A token is spent only after the counters have granted it. The token goes to a request that was waiting
 //! when the call began, or is spent at most `ttl` after the call began. So the tokens of all requests that arrive and
@@ -47,7 +48,7 @@ pub(in crate::limiter) struct Lease {
     size: u64,
     /// When `size` was last updated. 0 if never.
     sized_at: Monotonic,
-    /// The number of tokens that requests have needed since then.
+    /// The number of tokens that requests have needed since `sized_at`.
     needed: u64,
     /// The number of calls in flight that are not late yet.
     fetching: u32,
@@ -348,9 +349,9 @@ impl Lease {
         (back.tokens > 0).then_some(back)
     }
 
-    /// Returns whether to start a task that returns unspent tokens, because no call that is in flight or still to come
-    /// will return them, or because there are more than a lease contains, which other replicas may need before the next
-    /// call. If so, counts the task as started.
+    /// Returns whether to start a task that returns unspent tokens. The task is needed if no current or later call is
+    /// expected to return the tokens, or if there are more of them than a lease contains, because other replicas may
+    /// need them before the next call. If the result is `true`, counts the task as started.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
         let most = self.terms.map_or(0, |terms| self.to_hold(terms));
         let begins = self.back.tokens > 0

@@ -8,7 +8,8 @@ use std::{
 
 use crate::clock::Nanos;
 
-/// A histogram whose buckets are atomics. The bounds of the buckets double from 1 µs to about 8 s.
+/// A histogram whose buckets are atomics. The bounds of the buckets double from 1 µs to about 8 s. The last bucket also
+/// contains longer times.
 #[derive(Debug, Default)]
 pub struct Latency {
     buckets: [AtomicU64; 24],

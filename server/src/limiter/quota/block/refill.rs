@@ -52,7 +52,7 @@ impl Block {
             .map(Arc::clone)
     }
 
-    /// Returns how often the ledger has failed for this block.
+    /// Returns the number of ledger calls for this block that have failed.
     pub(in crate::limiter) fn failures(&self) -> u64 {
         self.failures
     }
