@@ -25,7 +25,7 @@ fail() {
   exit 1
 }
 random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; }
-# Replaces a file atomically, and keeps its owner and mode.
+# Writes a file atomically, with the owner and mode of quota_secret.
 write() {
   local new
   new=$(mktemp "$folder/.quota_secret.XXXXXX")

@@ -9,8 +9,8 @@ use crate::{
 };
 
 text_enum! {
-    /// Status of an API key. `active`: the key was not deactivated and has not expired. `expired`: the key has expired.
-    /// `inactive`: the key was deactivated, whether or not it has also expired.
+    /// Status of an API key. `active`: the key is neither deactivated nor expired. `expired`: the key has expired.
+    /// `inactive`: the key is deactivated, whether or not it has also expired.
     pub enum ApiKeyStatus {
         Active = "active",
         Expired = "expired",
@@ -35,7 +35,7 @@ response! {
         /// expires.
         pub expires_at: Option<Timestamp>,
         /// Requests per minute for this key, overriding the plan's rate. `null` if the key uses the plan's rate. If the
-        /// plan's burst equals its rate, the key's burst equals this rate.
+        /// plan's burst equals the plan's rate, the key's burst equals this override.
         pub rpm_override: Option<u32>,
         /// The key's identifier in your own system, such as a customer ID. Multiple keys can share the same external
         /// ID.

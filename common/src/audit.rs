@@ -61,7 +61,7 @@ response! {
         pub user_id: Option<UserId>,
         /// The user's current email.
         pub user_email: Option<String>,
-        /// The action, in the form `resource.verb`, such as `plan.create`, `api_key.rotate` or
+        /// The action, in the form `resource.action`, such as `plan.create`, `api_key.rotate` or
         /// `session.reuse_detected`.
         pub action: String,
         /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session`, `tenant`,

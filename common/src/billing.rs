@@ -26,7 +26,7 @@ text_enum! {
 }
 
 response! {
-    /// Response of `GET /billing`.
+    /// Response to `GET /billing`.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct BillingState {
@@ -58,13 +58,13 @@ response! {
         /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is
         /// unknown.
         pub price: Option<BillingPrice>,
-        /// Charged usage in the current billing period. `null` without a subscription.
+        /// Usage on plans marked `paid` in the current billing period. `null` without a subscription.
         pub usage: Option<BillingUsage>,
         /// The limits that the operator has set for the tenant. Limits may be lower without a subscription.
         pub limits: BillingLimits,
         /// Number of plans marked `paid`.
         pub paid_plans: u64,
-        /// Number of API keys on plans marked `paid` that are active and have not expired. While `paid_plans_work` is
+        /// Number of active, unexpired API keys on plans marked `paid`. While `paid_plans_work` is
         /// `false`, requests with these keys get 402.
         pub paid_keys: u64,
     }
@@ -88,7 +88,7 @@ response! {
 }
 
 response! {
-    /// Charged usage in the current billing period.
+    /// Usage on plans marked `paid` in the current billing period, and the charge for it.
     #[derive(Debug, Eq)]
     pub struct BillingUsage {
         /// Total cost of the requests allowed on plans marked `paid` since the period began. A request costs 1 unless

@@ -102,7 +102,7 @@ response! {
 }
 
 response! {
-    /// Response of `GET /v1/echo`.
+    /// Response to `GET /v1/echo`.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Echo {

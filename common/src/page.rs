@@ -18,7 +18,7 @@ pub struct Page<
     #[cfg(not(feature = "openapi"))] T,
     #[cfg(feature = "openapi")] T: poem_openapi::types::ParseFromJSON + poem_openapi::types::ToJSON,
 > {
-    /// The items of this page.
+    /// The items on this page.
     pub items: Vec<T>,
     /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
     #[cfg_attr(feature = "openapi", oai(nullable))]

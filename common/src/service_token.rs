@@ -1,4 +1,4 @@
-//! Service tokens: the credentials that a tenant's gateways use to call the check endpoints.
+//! Service tokens: the credentials with which a tenant's gateways and middleware check requests.
 
 use crate::{
     field::Name,

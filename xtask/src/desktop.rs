@@ -20,7 +20,7 @@ const RUNNING: &str = "http://localhost:8080";
 /// The programs and libraries required to compile the app.
 pub(crate) const NEEDS: [machine::Need; 1] = [machine::WEBKIT];
 
-/// The programs that the desktop app's end-to-end test needs.
+/// The programs and libraries that the desktop app's end-to-end test needs.
 pub(crate) const JOURNEY_NEEDS: [machine::Need; 5] = [
     machine::WEBKIT,
     machine::WEBKIT_DRIVER,

@@ -87,7 +87,7 @@ enum Success {
 }
 
 thread_local! {
-    /// A body that is being written.
+    /// The buffer for response bodies, which the thread reuses.
     static BODY: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 

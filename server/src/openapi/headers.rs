@@ -84,7 +84,7 @@ fn limit_headers() -> Map<String, Value> {
         (
             "X-Quota-Degraded".to_owned(),
             text(
-                "Sent only while Redis is unreachable and this replica makes decisions without Redis.",
+                "Sent only if the decision was made without Redis because Redis is unreachable.",
                 "redis-away",
             ),
         ),

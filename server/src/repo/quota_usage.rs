@@ -176,7 +176,8 @@ pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     Ok(())
 }
 
-/// For each request, returns the windows that have usage and end after the request's time in `since`.
+/// For each request, returns the windows that have usage and end after the request's time in `since`, and those with
+/// usage but without a stored end.
 pub async fn used_windows(
     tx: &mut SystemTx,
     asks: &[Ask],

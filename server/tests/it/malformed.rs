@@ -34,7 +34,7 @@ const AT_A_TIME: usize = 64;
 const PER_CALLER: u64 = 5000;
 /// How long an HTTP/2 connection stays open after the last frame.
 const QUIET: Duration = Duration::from_millis(300);
-/// The maximum duration of a connection: every deadline is a second, and the machine may be busy.
+/// The maximum duration of a connection. The header and idle timeouts are a second each, but the machine may be busy.
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
 const METHODS: &[&str] = &[

@@ -2,9 +2,10 @@
 //!
 //! Called by `cargo xtask console` with the compiled wasm, the folder of the console's sources and the output folder.
 //! Every file except `index.html` has a hash of its content in its name, so that browsers can cache it for a year.
-//! Every file has two compressed copies: brotli for browsers, and gzip for clients that do not accept brotli, such as
-//! browsers over plain HTTP. The desktop app compresses files itself and looks them up by their full path. So for the
-//! desktop app, the files are in `console/`, next to `index.html`, which the app serves for any path.
+//! For the server, every file also has two compressed copies: brotli for browsers, and gzip for clients that do not
+//! accept brotli, such as browsers over plain HTTP. The desktop app compresses files itself and looks them up by their
+//! full path. So for the desktop app, the files are in `console/`, next to `index.html`, which the app serves for any
+//! path.
 
 mod split;
 

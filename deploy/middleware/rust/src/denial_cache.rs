@@ -52,8 +52,8 @@ impl DenialCache {
         (cost >= denial.cost).then(|| denial.decision.clone())
     }
 
-    /// Remembers a denial by a limit of the key, unless the request might be allowed within a second. `asked_at` is the
-    /// time at which the check was sent.
+    /// Remembers a denial by a rate limit or quota, unless the request might be allowed within a second. `asked_at` is
+    /// the time at which the check was sent.
     pub(crate) fn insert(&self, key: &str, cost: u32, asked_at: Instant, decision: &Decision) {
         let is_long = decision.retry_after.is_none_or(|secs| secs >= 2);
         if decision.code != Code::QuotaExceeded || !is_long {

@@ -86,7 +86,7 @@ impl PlanForm {
 const ON_REDIS_FAILURE: [(&str, &str); 4] = [
     ("", "Server default"),
     ("share", "Keep limiting (per-server share)"),
-    ("open", "Keep limiting (full limit per server)"),
+    ("open", "Keep limiting (full limit on each server)"),
     ("closed", "Reject all (503)"),
 ];
 

@@ -227,7 +227,7 @@ fn CreateForm(
     };
     view! {
         <DialogForm form open action="Create token" locked=true submit>
-            <Field form name="name" id="token_name" label="Name" value=name required=true hint="Which gateway uses this token?"/>
+            <Field form name="name" id="token_name" label="Name" value=name required=true hint="What uses this token, such as a gateway"/>
         </DialogForm>
     }
 }

@@ -320,7 +320,7 @@ async fn attack_until(
             sleep(Duration::from_millis(50)).await;
         }
         if process.ended()?.is_none() {
-            // slowhttptest then writes its statistics.
+            // At SIGINT, slowhttptest writes its statistics.
             process.signal(nix::sys::signal::Signal::SIGINT)?;
             process.ends_within(Duration::from_secs(10)).await?;
         }
