@@ -3,7 +3,8 @@
 set -euo pipefail
 folder=${1:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 
-# Containers read these files as different users, so the files are world-readable and the directory is not.
+# Containers read these files as different users, so the files are world-readable. The directory is private, so that
+# other users of this machine cannot read the files.
 mkdir -p "$folder"
 chmod 700 "$folder"
 random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; }

@@ -85,8 +85,8 @@ impl PlanForm {
 
 const ON_REDIS_FAILURE: [(&str, &str); 4] = [
     ("", "Server default"),
-    ("share", "Keep limiting (per-server share)"),
-    ("open", "Keep limiting (full limit on each server)"),
+    ("share", "Keep limiting (each replica enforces its share)"),
+    ("open", "Keep limiting (each replica enforces the full limit)"),
     ("closed", "Reject all (503)"),
 ];
 
