@@ -8,7 +8,7 @@
 //!   only once within 24 hours. So for 20 hours, a report whose response was lost can be sent again. After that, the
 //!   hour's total in Stripe shows whether the report arrived.
 //! - Usage that arrives after its hour was planned becomes another revision, which contains only the difference.
-//! - If a billing period starts or ends within an hour, the hour is divided at that time, based on the log. The part
+//! - If a billing period starts or ends during an hour, the hour is divided at that time, based on the log. The part
 //!   before that time is planned as soon as it is complete, and the rest when the hour has ended.
 //! - Usage that Stripe would not charge is not sent. It is recorded with the reason.
 

@@ -111,7 +111,7 @@ impl Action {
             ChangePassword => "user.change_password",
             SignIn => "session.begin",
             EndSession => "session.end",
-            // Signing out of a session that has ended also succeeds, and changes nothing.
+            // A refresh is never audited, and neither is signing out of a session that has already ended.
             Refresh | Logout => return None,
         })
     }
