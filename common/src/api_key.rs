@@ -28,11 +28,10 @@ response! {
         pub plan_id: PlanId,
         /// The first characters of the key, which identify it without revealing it.
         pub prefix: String,
-        /// Whether the key is active: `false` if it was deactivated. Requests with an inactive key are rejected with 401 and
-        /// do not count against any limit. Does not depend on the expiry: for an expired key, this can be `true`.
+        /// Whether the key is active: `false` if it is deactivated. Requests with an inactive key are rejected and do
+        /// not count against any limit. Does not depend on the expiry: for an expired key, this can be `true`.
         pub is_active: bool,
-        /// When the key expires. After that time, requests with the key are rejected with 401. `null` if the key never
-        /// expires.
+        /// When the key expires. After that time, requests with the key are rejected. `null` if the key never expires.
         pub expires_at: Option<Timestamp>,
         /// Requests per minute for this key, overriding the plan's rate. `null` if the key uses the plan's rate. If the
         /// plan's burst equals the plan's rate, the key's burst equals this override.

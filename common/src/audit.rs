@@ -51,30 +51,32 @@ text_enum! {
 }
 
 response! {
-    /// A change to one of the tenant's resources.
+    /// A change or sign-in, as recorded in the audit log.
     #[derive(Debug)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct AuditEvent {
         pub id: AuditEventId,
         pub at: Timestamp,
-        /// The user who made the change. `null` if Quota or its operator made the change.
+        /// The user who performed the action. `null` if Quota or its operator performed it.
         pub user_id: Option<UserId>,
         /// The user's current email.
         pub user_email: Option<String>,
         /// The action, in the form `resource.action`, such as `plan.create`, `api_key.rotate` or
         /// `session.reuse_detected`.
         pub action: String,
-        /// The type of the changed resource: `plan`, `api_key`, `service_token`, `user`, `session`, `tenant`,
-        /// `subscription` or `webhook`.
+        /// The type of the resource: `plan`, `api_key`, `service_token`, `user`, `session`, `tenant`, `subscription` or
+        /// `webhook`.
         pub target_type: String,
         pub target_id: Option<String>,
         /// The resource's name after the change, or before its deletion. `null` if the resource has no name.
         pub target_name: Option<String>,
         /// The client's IP address.
         pub ip: Option<String>,
-        /// The values of the changed fields before the change. `null` on creation.
+        /// The values of the changed fields before the change. `null` on creation, or if the event does not record any
+        /// fields.
         pub before: Option<serde_json::Value>,
-        /// The values of the changed fields after the change. `null` on deletion.
+        /// The values of the changed fields after the change. `null` on deletion, or if the event does not record any
+        /// fields.
         pub after: Option<serde_json::Value>,
     }
 }

@@ -64,8 +64,8 @@ response! {
         pub limits: BillingLimits,
         /// Number of plans marked `paid`.
         pub paid_plans: u64,
-        /// Number of active, unexpired API keys on plans marked `paid`. While `paid_plans_work` is
-        /// `false`, requests with these keys get 402.
+        /// Number of active, unexpired API keys on plans marked `paid`. While `paid_plans_work` is `false`, requests
+        /// with these keys are rejected.
         pub paid_keys: u64,
     }
 }
@@ -106,7 +106,7 @@ response! {
         pub reported_until: Option<Timestamp>,
         /// Usage in this period that should have been charged but cannot be.
         pub not_charged: u64,
-        /// The most recent problem that Stripe found in the tenant's usage for this period.
+        /// The most recent problem with the tenant's usage that Stripe has reported in this period.
         pub last_error: Option<BillingUsageError>,
     }
 }
@@ -133,9 +133,11 @@ response! {
         pub requests: BillingLimit,
         /// When `requests.used` is reset to zero.
         pub requests_reset_at: Timestamp,
-        /// Maximum rate and burst of plans that are not marked `paid`. `null` for no limit.
+        /// Maximum rate and burst of plans that are not marked `paid` or, if billing is not set up, of all plans.
+        /// `null` for no limit.
         pub free_plan_rpm: Option<u32>,
-        /// Maximum daily and monthly quota of plans that are not marked `paid`. `null` for no limit.
+        /// Maximum daily and monthly quota of plans that are not marked `paid` or, if billing is not set up, of all
+        /// plans. `null` for no limit.
         pub free_plan_quota: Option<u64>,
     }
 }

@@ -34,7 +34,7 @@ impl std::fmt::Debug for Check {
 }
 
 text_enum! {
-    /// Why a request was allowed or denied.
+    /// Whether a request was allowed and, if not, why.
     pub enum CheckCode {
         /// Allowed; `cost` was consumed from every limit.
         Allowed = "allowed",
@@ -94,9 +94,10 @@ response! {
         /// Name of the key's plan.
         pub plan: Option<String>,
         pub limits: Vec<LimitState>,
-        /// Seconds to wait before retrying, rounded up. `null` if the request was allowed or can never be allowed.
+        /// Seconds to wait before retrying, rounded up. `null` if the request was allowed, or if waiting would not
+        /// help.
         pub retry_after: Option<u64>,
-        /// Headers for the gateway to pass on to the consumer, whether the request was allowed or denied.
+        /// Headers to pass on to the consumer, whether or not the request was allowed.
         pub headers: BTreeMap<String, String>,
     }
 }

@@ -9,8 +9,8 @@ use crate::{
 };
 
 text_enum! {
-    /// Whether a plan requires a subscription. Keys on a `paid` plan work only while the tenant has an active
-    /// subscription.
+    /// Whether a plan requires a subscription. If billing is set up on the server, keys on a `paid` plan work only
+    /// while the tenant has an active subscription.
     #[derive(Default)]
     pub enum Billing {
         #[default]

@@ -100,7 +100,8 @@ response! {
         pub allowed_cost: u64,
         /// Total cost of the denied requests, which are not counted against any limit.
         pub rejected_cost: u64,
-        /// Time of the latest request in the range. `null` for `other`, or if the group also has requests after `to`.
+        /// Time of the latest request in the range. `null` for `other`, or if the group also has requests after `to` on
+        /// the same day (UTC).
         pub last_seen_at: Option<Timestamp>,
     }
 }
@@ -159,9 +160,10 @@ response! {
         pub time_zone: String,
         /// All requests before this time are counted.
         pub complete_until: Timestamp,
-        /// The quota that is closest to its limit. `null` if no quota has been used.
+        /// Of the quotas of active, unexpired keys, the one that is closest to its limit. `null` if none of them has
+        /// been used.
         pub closest_to_limit: Option<QuotaStatus>,
-        /// Keys and quotas that need attention, most urgent first, at most 20 of each kind.
+        /// Keys and quotas that need attention: at most 20 of each kind, the most urgent of a kind first.
         pub attention: Vec<Attention>,
     }
 }

@@ -120,9 +120,9 @@ response! {
         pub status: WebhookDeliveryStatus,
         /// The number of attempts since the delivery was created or last redelivered.
         pub attempts: u32,
-        /// The status code of the last response. `null` if no response was received.
+        /// The status code of the response to the last attempt. `null` if no response was received.
         pub response_status: Option<u32>,
-        /// Why the last attempt failed, or why the delivery was canceled. Otherwise `null`.
+        /// Why the last attempt failed, or why the delivery was canceled or not attempted. Otherwise `null`.
         pub error: Option<String>,
         pub last_attempt_at: Option<Timestamp>,
         /// When the next attempt is due. During an attempt, the time at which the attempt will be repeated if the

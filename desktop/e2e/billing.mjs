@@ -116,7 +116,7 @@ export async function billing(world) {
       body: JSON.stringify({ type: `${base}/problems/unavailable`, title: "Unavailable", status: 503, detail: "Temporarily unavailable.", request_id: id }),
     }));
   await my.button("Upgrade").click();
-  await page.getByRole("alert").getByText("Can't reach Stripe. Nothing was charged.").waitFor();
+  await page.getByRole("alert").getByText("Couldn't open Stripe. Nothing was charged.").waitFor();
   await page.getByRole("alert").getByText(id).waitFor();
   await my.inspect("billing-unreachable");
   await page.unroute("**/billing/checkout");
@@ -153,7 +153,7 @@ export async function billing(world) {
   await page.getByText("Until your organization subscribes, requests that use one of your 4 keys on paid plans are rejected (402).").waitFor();
   await my.button("Edit Gold").click();
   await page.getByText("Advanced").click();
-  await page.getByLabel("Paid: keys work only while your organization has a subscription").check();
+  await page.getByLabel("Paid: if billing is on, keys work only while your organization has a subscription").check();
   await page.locator("dialog[open]").getByText("Until your organization subscribes, requests that use the key on this plan will be rejected (402).").waitFor();
   await my.inspect("plan-paid");
   await my.button("Save changes").click();

@@ -91,7 +91,7 @@ export async function keyboard(world) {
   await keys("np");
   await my.heading("Create plan").waitFor();
   await hasFocus("Name");
-  // Shortcuts are off while typing in a field.
+  // Single-key shortcuts are off while typing in a field.
   await type("gk n? Keyboard");
   await press("Tab");
   await press("Control+a");

@@ -107,10 +107,10 @@ export async function once(world) {
   await tryToLeave("a rotated key");
   assert.equal(await page.locator("#secret").textContent(), second);
   await save();
-  await page.getByText("Previous key").waitFor();
-  // Rotating again revokes the previous key.
+  await page.getByText("Previous secret").waitFor();
+  // Rotating again revokes the previous secret.
   await my.button("Rotate").click();
-  await page.getByText("This key was rotated recently. If you rotate it again, the previous key is revoked immediately instead of expiring in 23 hours.").waitFor();
+  await page.getByText("This key was rotated recently. If you rotate it again, the previous secret is revoked immediately instead of expiring in 23 hours.").waitFor();
   await my.inspect("key-rotate-again");
   await my.button("Rotate key").click();
   await my.heading(`Save your key for ${quoted("App")}`).waitFor();

@@ -136,7 +136,7 @@ export async function tour(world) {
   assert.notEqual(await page.locator("#secret").textContent(), key);
   await page.getByLabel(/^I've saved this/).check();
   await my.button("Done").click();
-  await page.getByText("Previous key").waitFor();
+  await page.getByText("Previous secret").waitFor();
 
   // A plan that is in use cannot be deleted; the dialog says why.
   await my.navigate("Plans").click();

@@ -63,7 +63,8 @@ Self-hosted API keys, plans, rate limits and quotas.\n\n\
 Requests and responses are JSON. Timestamps are RFC 3339 in UTC. Lists are paginated: pass `limit` and `cursor`; each \
 page returns `{items, next_cursor, total}`. Errors are `application/problem+json` (RFC 9457); each `type` links to a \
 page that explains the error. Every response includes `X-Request-Id`.\n\n\
-Unknown fields are rejected. Requests that create or rotate a resource accept an `Idempotency-Key`.";
+Unknown fields are rejected. Requests that create a plan, API key, service token or webhook, rotate a secret, or start a \
+subscription accept an `Idempotency-Key`.";
 
 /// The order of the groups of operations in the document.
 const TAGS: &[&str] = &[

@@ -155,13 +155,13 @@ impl ApiKeyApi {
         /// Include only keys whose `is_active` has this value, whether or not they have expired. `true` includes expired
         /// keys; use `status=active` to exclude them.
         is_active: Query<Option<bool>>,
-        /// Include only expired keys (`true`) or only keys that have not expired (`false`), whether or not they were
+        /// Include only expired keys (`true`) or only keys that have not expired (`false`), whether or not they are
         /// deactivated.
         is_expired: Query<Option<bool>>,
         /// Include only keys with this external ID.
         #[oai(validator(min_length = 1, max_length = 200))]
         external_id: Query<Option<String>>,
-        /// Include only keys that start with this string, whose name contains it, or whose external ID starts with it.
+        /// Include only keys whose `prefix` or external ID starts with this string, or whose name contains it.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
         /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that have never been

@@ -64,15 +64,15 @@ impl AuditApi {
         caller: ReadingTenant,
         /// Include only events with this action.
         action: Query<Option<AuditAction>>,
-        /// Include only changes to resources of this type.
+        /// Include only events about resources of this type.
         target_type: Query<Option<AuditTarget>>,
-        /// Include only changes to the resource with this ID.
+        /// Include only events about the resource with this ID.
         #[oai(validator(max_length = 64))]
         target_id: Query<Option<String>>,
-        /// Include only changes by users whose email contains this string.
+        /// Include only events of users whose email contains this string.
         #[oai(validator(max_length = 200))]
         actor: Query<Option<String>>,
-        /// Include only changes to resources whose name contains this string.
+        /// Include only events about resources whose name contains this string.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
         /// Include only events at or after this time.

@@ -158,9 +158,12 @@ impl ApiResponse for StatusOnly {
                 bare(200, "Allowed. The body is empty."),
                 bare(
                     402,
-                    "The key is on a paid plan, and its tenant has no active subscription. The body is empty.",
+                    "The key is on a paid plan, and its tenant has no active subscription. With `deny=403`, the status is 403 instead. The body is empty.",
                 ),
-                bare(403, "Denied, with `deny=403`. The body is empty."),
+                bare(
+                    403,
+                    "With `deny=403`: denied, or the key is on a paid plan whose tenant has no active subscription. The body is empty.",
+                ),
                 bare(429, "Denied. The body is empty."),
             ],
         }
@@ -347,9 +350,9 @@ impl LimitApi {
 
     /// Check a request
     ///
-    /// Call this from your own services for each request they receive. Returns 200 whether the request is allowed or
-    /// denied; see `allowed`. An allowed request consumes `cost` from each of the key's limits; a denied request
-    /// consumes nothing.
+    /// Call this from your own services for each request they receive. Returns 200 whether or not the request is
+    /// allowed, even if the key is unknown; see `allowed` and `code`. An allowed request consumes `cost` from each of
+    /// the key's limits; any other request consumes nothing.
     #[oai(path = "/check", method = "post", operation_id = "check")]
     pub async fn check(
         &self,
@@ -374,7 +377,7 @@ impl LimitApi {
         caller: GatewayCaller,
         request: &Request,
         /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which accepts only
-        /// 2xx, 401 and 403.
+        /// 2xx, 401 and 403; requests that would get 402 then also get 403.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
         let context = RequestContext::of(request)?;

@@ -58,7 +58,7 @@ pub enum Tag {
     ApiKeys,
     /// Rate limits and quotas that apply to each key in a group.
     Plans,
-    /// Credentials your gateways use to call the check endpoints.
+    /// Credentials your gateways and middleware use to call the check endpoints.
     #[oai(rename = "Service tokens")]
     ServiceTokens,
     /// The number of allowed and denied requests, and the reasons for denials.
@@ -69,7 +69,7 @@ pub enum Tag {
     Webhooks,
     /// Subscribe, and see the access that your subscription provides.
     Billing,
-    /// Audit log of configuration changes.
+    /// Audit log of configuration changes and sign-ins.
     Audit,
     /// Sign in, and manage your account and sessions.
     Auth,

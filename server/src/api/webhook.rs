@@ -119,8 +119,8 @@ impl WebhookApi {
 
     /// Create a webhook
     ///
-    /// Returns the webhook and its signing secret. This is the only time the secret is available: a replay with the same
-    /// `Idempotency-Key` returns everything except the secret. All events that occur after the webhook is created are
+    /// Returns the webhook and its signing secret. This is the only time the secret is available: a replay with the
+    /// same `Idempotency-Key` returns everything except the secret. Events that occur after the webhook is created are
     /// sent to its URL.
     #[oai(path = "/webhooks", method = "post", operation_id = "create_webhook")]
     async fn create(

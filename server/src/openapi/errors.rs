@@ -16,6 +16,9 @@ const STRIPE_UNAVAILABLE: &str =
     "Stripe or the database is unavailable. Retry after `Retry-After` seconds.";
 const NO_REFRESH_TOKEN: &str =
     "No refresh token was sent, or it is invalid, expired or already used.";
+const INVALID_OR_MISMATCH: &str = "Validation failed (see `errors`), or the `Idempotency-Key` was already used with a different request body.";
+const UNCHECKED: &str =
+    "A dependency is unavailable, or usage can't be recorded. Retry after `Retry-After` seconds.";
 
 /// Errors of individual operations, in addition to those that follow from their paths and arguments.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
@@ -48,7 +51,10 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
         (
             "logout",
             &[
-                (P::Unauthorized, NO_REFRESH_TOKEN),
+                (
+                    P::Unauthorized,
+                    "No refresh token was sent, or it is malformed.",
+                ),
                 (P::Forbidden, BY_COOKIE),
             ],
         ),
@@ -60,6 +66,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
                     P::NameTaken,
                     "A plan with this name already exists, or a request with this `Idempotency-Key` is still in progress.",
                 ),
+                (P::Invalid, INVALID_OR_MISMATCH),
             ],
         ),
         (
@@ -76,6 +83,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
                     "The plan does not exist, or it belongs to another tenant.",
                 ),
                 (P::RequestInProgress, IN_PROGRESS),
+                (P::Invalid, INVALID_OR_MISMATCH),
             ],
         ),
         (
@@ -87,16 +95,20 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
         ),
         (
             "rotate_api_key",
-            &[(
-                P::PreviousKeyActive,
-                "The grace period of an earlier rotation has not ended and `replace_previous` is not true, or a request with this `Idempotency-Key` is still in progress.",
-            )],
+            &[
+                (
+                    P::PreviousKeyActive,
+                    "The grace period of an earlier rotation has not ended and `replace_previous` is not true, or a request with this `Idempotency-Key` is still in progress.",
+                ),
+                (P::Invalid, INVALID_OR_MISMATCH),
+            ],
         ),
         (
             "create_service_token",
             &[
                 (P::Forbidden, BY_ROLE_OR_LIMIT),
                 (P::RequestInProgress, IN_PROGRESS),
+                (P::Invalid, INVALID_OR_MISMATCH),
             ],
         ),
         (
@@ -104,15 +116,25 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (P::Forbidden, BY_ROLE_OR_LIMIT),
                 (P::RequestInProgress, IN_PROGRESS),
+                (P::Invalid, INVALID_OR_MISMATCH),
             ],
         ),
         (
             "rotate_webhook_secret",
-            &[(P::RequestInProgress, IN_PROGRESS)],
+            &[
+                (P::RequestInProgress, IN_PROGRESS),
+                (P::Invalid, INVALID_OR_MISMATCH),
+            ],
         ),
         ("update_me", &[(P::Forbidden, BY_ROLE)]),
         ("change_password", &[(P::Forbidden, BY_COOKIE)]),
-        ("end_session", &[(P::Forbidden, BY_COOKIE)]),
+        (
+            "end_session",
+            &[
+                (P::Forbidden, BY_COOKIE),
+                (P::NotFound, "You have no active session with this ID."),
+            ],
+        ),
         (
             "start_checkout",
             &[
@@ -160,7 +182,18 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
                     P::QuotaExceeded,
                     "Rate limit or quota exceeded, or limits can't be checked right now. Retry after `Retry-After` seconds.",
                 ),
+                (P::Unavailable, UNCHECKED),
             ],
+        ),
+        ("check", &[(P::Unavailable, UNCHECKED)]),
+        ("forward_auth", &[(P::Unavailable, UNCHECKED)]),
+        ("serving", &[(P::Unavailable, "The server is stopping.")]),
+        (
+            "ready",
+            &[(
+                P::Unavailable,
+                "PostgreSQL is unreachable, migrations are pending, or the server is stopping.",
+            )],
         ),
     ]
 };

@@ -43,7 +43,7 @@ fn headers_of_status(status: &str) -> Map<String, Value> {
 
 fn decision_header() -> Value {
     json!({
-        "description": "The decision. Forward a request only if the status is 200 and this header is `allowed`.",
+        "description": "The decision, or why no decision was made. Forward a request only if the status is 200 and this header is `allowed`.",
         "schema": {
             "type": "string",
             "enum": ["allowed", "limited", "unauthorized", "payment_required", "unavailable"],
@@ -70,7 +70,7 @@ fn limit_headers() -> Map<String, Value> {
         (
             "RateLimit-Policy".to_owned(),
             text(
-                "The key's limits: `q` requests per `w` seconds (draft-ietf-httpapi-ratelimit-headers-11).",
+                "The limits that apply: `q` requests per `w` seconds or, without `w`, per calendar month (draft-ietf-httpapi-ratelimit-headers-11).",
                 "\"rpm\";q=600;w=60, \"daily\";q=50000;w=86400, \"monthly\";q=1000000",
             ),
         ),
@@ -84,7 +84,7 @@ fn limit_headers() -> Map<String, Value> {
         (
             "X-Quota-Degraded".to_owned(),
             text(
-                "Sent only if the decision was made without Redis because Redis is unreachable.",
+                "Sent only if Redis was unavailable, so the decision was made without it.",
                 "redis-away",
             ),
         ),

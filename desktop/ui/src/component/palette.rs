@@ -368,6 +368,6 @@ fn Help(commands: Commands) -> impl IntoView {
             />
             <span>"Single-key shortcuts"</span>
         </label>
-        <p class="muted small-text">"Shortcuts are off while you type in a field."</p>
+        <p class="muted small-text">"Single-key shortcuts are off while you type in a field."</p>
     }
 }

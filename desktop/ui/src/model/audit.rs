@@ -118,10 +118,10 @@ fn change(
 ) -> Option<String> {
     let text = |value: &Value| value_text(name, value, plan_name);
     Some(match (name, after) {
-        ("previous_expires_at", Value::Null) => "previous key revoked".to_owned(),
-        ("previous_expires_at", at) => format!("previous key works until {}", text(at)),
-        ("previous_secret_expires_at", Value::Null) => "previous secret revoked".to_owned(),
-        ("previous_secret_expires_at", at) => {
+        ("previous_expires_at" | "previous_secret_expires_at", Value::Null) => {
+            "previous secret revoked".to_owned()
+        }
+        ("previous_expires_at" | "previous_secret_expires_at", at) => {
             format!("previous secret works until {}", text(at))
         }
         ("prefix", _) => format!("now {}…", text(after)),
@@ -157,8 +157,9 @@ fn field_label(name: &str) -> String {
         "plan_id" => "Plan".to_owned(),
         "is_active" => "Active".to_owned(),
         "expires_at" => "Expires".to_owned(),
-        "previous_expires_at" => "Previous key expires".to_owned(),
-        "previous_secret_expires_at" => "Previous secret expires".to_owned(),
+        "previous_expires_at" | "previous_secret_expires_at" => {
+            "Previous secret expires".to_owned()
+        }
         "url" => "URL".to_owned(),
         "email_roles" => "Email recipients".to_owned(),
         "prefix" => "Key".to_owned(),

@@ -2,7 +2,7 @@
 
 use quota_common::{
     Timestamp,
-    billing::{BillingAccess, BillingLimits, BillingPrice, BillingState, BillingUsage},
+    billing::{BillingAccess, BillingPrice, BillingState, BillingUsage},
     ipc::BillingPage,
 };
 
@@ -230,11 +230,14 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     let mut facts = Vec::new();
     match it.charge {
         Some(charge) => facts.push(row("Usage so far", &amount(charge), &requests(it.used))),
-        None => facts.push(row(
-            "Usage so far",
-            &number(it.used),
-            "requests on paid plans; not charged",
-        )),
+        None => {
+            let note = if it.reported_until.is_some() {
+                "requests on paid plans; charged at a variable price"
+            } else {
+                "requests on paid plans; not charged"
+            };
+            facts.push(row("Usage so far", &number(it.used), note));
+        }
     }
     // A projection would be wrong while requests are rejected.
     if let Some(total) = it.projected_total.filter(|_| state.paid_plans_work) {
@@ -263,7 +266,7 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     }
     if let Some(error) = &it.last_error {
         note(&format!(
-            "On {}, Stripe reported a problem with this usage: {}.",
+            "On {}, Stripe reported a problem with your usage: {}.",
             date(error.at),
             error.code
         ));
@@ -272,7 +275,8 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
 }
 
 /// Returns meters for the operator's limits. Empty if there are no limits.
-pub fn limits(it: &BillingLimits, now: i64) -> Markup {
+pub fn limits(state: &BillingState, now: i64) -> Markup {
+    let it = &state.limits;
     let resets = format!("Resets {}", relative(millis(it.requests_reset_at), now));
     let meters = [
         ("Requests this month", &it.requests, &*resets),
@@ -306,10 +310,13 @@ pub fn limits(it: &BillingLimits, now: i64) -> Markup {
         .map(|n| format!("a daily and monthly quota of {}", number(n)));
     let bounds: Vec<String> = rate.into_iter().chain(quota).collect();
     if !bounds.is_empty() {
-        let text = format!(
-            "Plans not marked Paid are limited to {}.",
-            bounds.join(", and ")
-        );
+        // Without billing, plans marked `paid` work like other plans.
+        let plans = if state.enabled {
+            "Plans not marked Paid"
+        } else {
+            "Plans"
+        };
+        let text = format!("{plans} are limited to {}.", bounds.join(", and "));
         all.push(with_text("p", &[("class", "muted small-text")], &text));
     }
     all

@@ -69,7 +69,14 @@ impl BulkAction {
         };
         match self {
             Self::Activate => {
-                format!("{list}: Within a second, requests with {keys} will be accepted again.")
+                let they = if names.len() == 1 {
+                    "it has"
+                } else {
+                    "they have"
+                };
+                format!(
+                    "{list}: Within a second, requests with {keys} will be accepted again, unless {they} expired."
+                )
             }
             Self::Deactivate => format!(
                 "{list}: Within a second, requests with {keys} will be rejected (401). You can activate {keys} again later. {usage}"

@@ -57,7 +57,7 @@ pub fn key_details(key: &ApiKey, plan: Option<&Plan>, now: i64) -> Markup {
     let previous = key.previous_expires_at;
     if let Some(at) = previous.filter(|at| at.inner().timestamp_millis() > now) {
         rows.push(row(
-            "Previous key",
+            "Previous secret",
             &[Markup::text("Expires "), time_markup(at, now)],
         ));
     }

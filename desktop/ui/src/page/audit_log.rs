@@ -123,7 +123,7 @@ pub fn AuditLog() -> impl IntoView {
                 .map(|id| {
                     view! {
                         <p class="filter-note">
-                            "Changes to " <code>{id}</code> " only. "
+                            "Events about " <code>{id}</code> " only. "
                             <button type="button" class="link" on:click=move |_| set_filter(route, "target_id", "")>"Show all events"</button>
                         </p>
                     }
@@ -154,7 +154,7 @@ fn NoEvents(is_filtered: bool) -> impl IntoView {
         .into_any()
     } else {
         view! {
-            <EmptyState shape=Shape::Audit title="No events yet" about="Changes to plans, keys, tokens and sessions appear here."/>
+            <EmptyState shape=Shape::Audit title="No events yet" about="Sign-ins, and changes to your organization and its resources, appear here."/>
         }
         .into_any()
     }

@@ -126,7 +126,7 @@ fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyVie
     if !it.enabled {
         return view! {
             <EmptyState shape=Shape::Billing title="Billing is off on this server" about="Plans marked Paid work like other plans. The server's operator can turn on billing."/>
-            <Limits limits=billing::limits(&it.limits, now()).to_string()/>
+            <Limits limits=billing::limits(it, now()).to_string()/>
         }
             .into_any();
     }
@@ -164,7 +164,7 @@ fn show(it: &BillingState, loader: Loader<BillingState>, visit: Visit) -> AnyVie
                     </Card>
                 }
             })}
-        <Limits limits=billing::limits(&it.limits, now()).to_string()/>
+        <Limits limits=billing::limits(it, now()).to_string()/>
     }
     .into_any()
 }
@@ -252,12 +252,12 @@ fn stripe_button(
     .into_any()
 }
 
-/// Explains that Stripe is unreachable. For calls that open Stripe pages, an unavailable dependency is always Stripe.
+/// Explains that a Stripe page could not be opened, because Stripe or the database is unavailable.
 fn explained(mut error: CallError) -> CallError {
     if error.is(ProblemCode::Unavailable)
         && let CallError::Problem(problem) = &mut error
     {
-        "Can't reach Stripe. Nothing was charged. Try again in a few minutes."
+        "Couldn't open Stripe. Nothing was charged. Try again in a few minutes."
             .clone_into(&mut problem.detail);
     }
     error

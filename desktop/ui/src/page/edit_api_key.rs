@@ -107,7 +107,7 @@ fn EditForm(
                 <Field form=state name="expires_at" id="edit_expires" label="Expires (optional)" kind="datetime-local" value=expires hint=local_time::expiry_hint()/>
             </div>
             <Field form=state name="external_id" id="edit_external_id" label="External ID (optional)" value=external_id hint="The key's ID in your own system, such as a customer ID."/>
-            <Field form=state name="metadata" id="edit_metadata" label="Metadata (optional)" value=metadata multiline=true check=check_metadata placeholder="region=eu" hint="One name=value per line."/>
+            <Field form=state name="metadata" id="edit_metadata" label="Metadata (optional)" value=metadata multiline=true check=check_metadata placeholder="region=eu" hint="One name=value pair per line."/>
         </DialogForm>
     }
 }

@@ -254,7 +254,7 @@ fn attention_text(it: &Attention) -> String {
             format!("{share}% of the {policy} used, resets {at}")
         }
         AttentionKind::Expiring => format!("Expires {at}"),
-        AttentionKind::GraceEnding => format!("Previous key stops working {at}"),
+        AttentionKind::GraceEnding => format!("Previous secret stops working {at}"),
         // `at` is the key's last use or, if it was never used, its creation.
         AttentionKind::Idle => "No requests in the last 30 days".to_owned(),
     }
@@ -445,7 +445,7 @@ fn first_steps(it: &Overview) -> Option<Steps> {
             has_gateway,
             has_key,
             "Put Quota in front of your API",
-            "Create a service token and let your gateway check each request.",
+            "Create a service token and let your gateway or middleware check each request.",
             "/console/service-tokens?new=1",
             "Create token",
         ),

@@ -86,7 +86,10 @@ impl PlanForm {
 const ON_REDIS_FAILURE: [(&str, &str); 4] = [
     ("", "Server default"),
     ("share", "Keep limiting (each replica enforces its share)"),
-    ("open", "Keep limiting (each replica enforces the full limit)"),
+    (
+        "open",
+        "Keep limiting (each replica enforces the full limit)",
+    ),
     ("closed", "Reject all (503)"),
 ];
 
@@ -113,7 +116,7 @@ pub fn PlanFields(plan: PlanForm) -> impl IntoView {
             <summary>"Advanced"</summary>
             <label class="check">
                 <input type="checkbox" name="billing" bind:checked=plan.paid/>
-                <span>"Paid: keys work only while your organization has a subscription"</span>
+                <span>"Paid: if billing is on, keys work only while your organization has a subscription"</span>
             </label>
             <label class="check">
                 <input type="checkbox" name="strict" bind:checked=plan.strict/>

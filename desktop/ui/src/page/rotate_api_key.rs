@@ -79,18 +79,18 @@ fn RotateForm(
     };
     view! {
         <DialogForm form open action="Rotate key" locked=true submit>
-            <p>"Creates a new key with the same settings."</p>
+            <p>"Creates a new secret for this key. The key's name, plan and other settings don't change."</p>
             {move || {
                 previous_expiry()
                     .map(|at| {
                         view! {
                             <p class="alert warn" role="alert">
-                                "This key was rotated recently. If you rotate it again, the previous key is revoked immediately instead of expiring " <RelativeTime at/> "."
+                                "This key was rotated recently. If you rotate it again, the previous secret is revoked immediately instead of expiring " <RelativeTime at/> "."
                             </p>
                         }
                     })
             }}
-            <SelectField form name="grace_seconds" id="grace" label="Old key" value=grace options/>
+            <SelectField form name="grace_seconds" id="grace" label="Current secret" value=grace options/>
         </DialogForm>
     }
 }

@@ -30,7 +30,7 @@ pub fn ServiceTokens() -> impl IntoView {
     let form = FormState::new();
     let deletion = Deletion::new();
     view! {
-        <PageHeader title="Service tokens" about="Let your gateways check requests.">
+        <PageHeader title="Service tokens" about="Let your gateways and middleware check requests.">
             <CreateButton open=creating label="Create token"/>
         </PageHeader>
         <Async
@@ -39,7 +39,7 @@ pub fn ServiceTokens() -> impl IntoView {
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
-                        <EmptyState shape=Shape::Token title="No service tokens yet" about="Create a token for each gateway. Configurations for Caddy, nginx, HAProxy, Traefik and Envoy are included.">
+                        <EmptyState shape=Shape::Token title="No service tokens yet" about="Create a token for each gateway or service that checks requests. Configurations for Caddy, nginx, HAProxy, Traefik and Envoy are included.">
                             <CreateButton open=creating label="Create your first token"/>
                         </EmptyState>
                     }

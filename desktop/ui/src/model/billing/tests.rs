@@ -169,6 +169,14 @@ fn usage_shows_charge_projection_and_reporting() {
     ));
     of_period.charge = None;
     of_period.projected_total = None;
+    let tiered = text(&usage(&of_period, &state));
+    assert!(
+        tiered.starts_with(
+            "Usage so far 40,000 requests on paid plans; charged at a variable price Period"
+        ),
+        "{tiered}"
+    );
+    of_period.reported_until = None;
     let flat = text(&usage(&of_period, &state));
     assert!(
         flat.starts_with("Usage so far 40,000 requests on paid plans; not charged Period"),
@@ -179,14 +187,22 @@ fn usage_shows_charge_projection_and_reporting() {
 #[test]
 fn only_limits_that_exist_are_shown() {
     let mut state = state(json!({}));
-    assert_eq!(limits(&state.limits, NOW), Markup::default());
+    assert_eq!(limits(&state, NOW), Markup::default());
     state.limits.requests.maximum = Some(100_000);
     state.limits.free_plan_rpm = Some(60);
     state.limits.free_plan_quota = Some(10_000);
     assert_eq!(
-        text(&limits(&state.limits, NOW)),
+        text(&limits(&state, NOW)),
         "Requests this month 61,500 of 100,000 used Resets in 4 days \
          Plans not marked Paid are limited to 60 requests per minute, and a daily and monthly quota of 10,000."
+    );
+    state.enabled = false;
+    let off = text(&limits(&state, NOW));
+    assert!(
+        off.ends_with(
+            "Plans are limited to 60 requests per minute, and a daily and monthly quota of 10,000."
+        ),
+        "{off}"
     );
 }
 
