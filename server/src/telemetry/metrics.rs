@@ -178,9 +178,9 @@ metrics! {
     usage_log_rollup_difference: Gauge, "usage_log_rollup_difference",
         "Difference between yesterday's requests (UTC) in the usage log and in the rollups, summed over tenants";
     usage_ledger_excess: Gauge, "usage_ledger_excess",
-        "Cost in the quota ledger that exceeds recorded usage, for windows that ended yesterday";
+        "Cost in the quota ledger that exceeds recorded usage, for windows that ended 1 to 25 hours before the comparison";
     usage_rollup_excess: Gauge, "usage_rollup_excess",
-        "Recorded cost that exceeds the quota ledger, for windows that ended yesterday";
+        "Recorded cost that exceeds the quota ledger, for windows that ended 1 to 25 hours before the comparison";
     usage_reconciled_at: Gauge, "usage_reconciled_at_seconds",
         "Unix time of this replica's last comparison of the usage log, the rollups and the quota ledger";
     usage_partition_errors: Counter, "usage_partition_errors",
@@ -198,7 +198,7 @@ metrics! {
         "Denials not recorded because the usage backlog was more than half full and the tenant had too many denials";
     usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that could not be written to PostgreSQL";
     usage_sync_errors: Counter, "usage_sync_errors",
-        "Usage records that could not be written to disk before the response was sent";
+        "Usage segments that could not be written to disk (`QUOTA_DURABILITY=machine`)";
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
         "Usage records counted under `other` because the endpoint limit was reached";
     usage_backlog_records: Gauge, "usage_backlog_records",
