@@ -106,10 +106,10 @@ metrics! {
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
     key_cache_negative_hits: Counter, "key_cache_negative_hits",
-        "Lookups of nonexistent keys served from memory";
+        "Key lookups that found in memory that the key does not exist";
     key_shared_hits: Counter, "key_shared_hits", "Key lookups served from Redis";
     key_shared_negative_hits: Counter, "key_shared_negative_hits",
-        "Lookups of nonexistent keys served from Redis";
+        "Key lookups that found in Redis that the key does not exist";
     key_shared_misses: Counter, "key_shared_misses", "Key lookups that found nothing in Redis";
     key_shared_outdated: Counter, "key_shared_outdated",
         "Key lookups that found an outdated record in Redis";
@@ -135,7 +135,8 @@ metrics! {
     counter_partitions_unavailable: Gauge, "counter_partitions_unavailable",
         "Unavailable partitions of the shared counters; a single Redis server is one partition";
     replicas: Gauge, "replicas", "Replicas, as counted by this replica; 0 without Redis";
-    guard_rejections: Counter, "guard_rejections", "Requests rejected by a limit per address, account or tenant";
+    guard_rejections: Counter, "guard_rejections",
+        "Requests rejected by a limit per address, network, account or tenant";
     logins_failed: Counter, "logins_failed", "Sign-ins with an incorrect email or password";
     password_queue_full: Counter, "password_queue_full",
         "Requests that got 503 because too many passwords were being hashed";
