@@ -210,7 +210,7 @@ metrics! {
     usage_backlog_bytes: Gauge, "usage_backlog_bytes",
         "Bytes of usage records that this replica has not written to PostgreSQL yet";
     usage_adopted_segments: Gauge, "usage_adopted_segments",
-        "Usage segments taken over from stopped replicas that have not been shipped completely";
+        "Usage segments that were taken over from stopped replicas and have not been shipped completely";
     usage_unrecordable: Gauge, "usage_unrecordable",
         "1 while usage cannot be recorded and check requests get 503, otherwise 0";
     usage_oldest_seconds: Gauge, "usage_oldest_record_timestamp_seconds",
