@@ -63,11 +63,12 @@ metrics! {
     limiter_errors: Counter, "decision_errors", "Requests that got 503 because no decision could be made";
     keys_rejected: Counter, "keys_rejected", "Requests with an invalid, inactive or expired key";
     payment_required: Counter, "payment_required",
-        "Requests with a key on a paid plan whose tenant has no active subscription";
+        "Requests with a key that is on a paid plan, and whose tenant has no active subscription";
     billing_events: Counter, "billing_events", "Stripe webhooks stored";
     billing_signatures_bad: Counter, "billing_signatures_bad",
         "Stripe webhooks rejected because of an invalid signature";
-    billing_errors: Counter, "billing_errors", "Failed attempts to read subscriptions from Stripe; they are retried";
+    billing_errors: Counter, "billing_errors",
+        "Failed attempts to read from Stripe, to report usage or to compare totals; they are retried";
     billing_events_failed: Counter, "billing_events_failed",
         "Stripe webhooks that could not be processed and were abandoned";
     billing_account_mismatch: Gauge, "billing_account_mismatch",
@@ -105,10 +106,10 @@ metrics! {
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
     key_cache_negative_hits: Counter, "key_cache_negative_hits",
-        "Lookups of nonexistent keys served from memory";
+        "Key lookups that found in memory that the key does not exist";
     key_shared_hits: Counter, "key_shared_hits", "Key lookups served from Redis";
     key_shared_negative_hits: Counter, "key_shared_negative_hits",
-        "Lookups of nonexistent keys served from Redis";
+        "Key lookups that found in Redis that the key does not exist";
     key_shared_misses: Counter, "key_shared_misses", "Key lookups that found nothing in Redis";
     key_shared_outdated: Counter, "key_shared_outdated",
         "Key lookups that found an outdated record in Redis";
@@ -124,16 +125,18 @@ metrics! {
     counter_errors: Counter, "counter_errors", "Calls to the shared counters that failed or timed out";
     counter_outages: Counter, "counter_outages", "Outages of the shared counters";
     lease_tokens_taken: Counter, "lease_tokens_taken", "Tokens taken from the shared counters";
-    lease_tokens_spent: Counter, "lease_tokens_spent", "Leased tokens spent by requests";
+    lease_tokens_spent: Counter, "lease_tokens_spent",
+        "Tokens from the shared counters that requests have spent";
     lease_tokens_returned: Counter, "lease_tokens_returned",
-        "Leased tokens that were returned unspent; late returns may not be credited";
+        "Tokens returned to the shared counters unspent; late returns may not be credited";
     lease_tokens_lost: Counter, "lease_tokens_lost",
-        "Leased tokens that could not be returned to the shared counters";
+        "Unspent tokens that could not be returned to the shared counters";
     allowed_degraded: Counter, "decisions_allowed_degraded", "Requests allowed without the shared counters";
     counter_partitions_unavailable: Gauge, "counter_partitions_unavailable",
         "Unavailable partitions of the shared counters; a single Redis server is one partition";
     replicas: Gauge, "replicas", "Replicas, as counted by this replica; 0 without Redis";
-    guard_rejections: Counter, "guard_rejections", "Requests rejected by a limit per address, account or tenant";
+    guard_rejections: Counter, "guard_rejections",
+        "Requests rejected by a limit per address, network, account or tenant";
     logins_failed: Counter, "logins_failed", "Sign-ins with an incorrect email or password";
     password_queue_full: Counter, "password_queue_full",
         "Requests that got 503 because too many passwords were being hashed";
@@ -146,7 +149,8 @@ metrics! {
     spans_sent: Counter, "spans_sent", "Spans sent to the OpenTelemetry collector";
     spans_dropped: Counter, "spans_dropped",
         "Spans dropped because too many were waiting or the OpenTelemetry collector did not accept them";
-    invalidation_polls: Counter, "invalidation_polls", "Polls for changes to keys, plans, tokens and sessions";
+    invalidation_polls: Counter, "invalidation_polls",
+        "Polls for changes to tenants, plans, keys, service tokens and sessions";
     invalidation_poll_errors: Counter, "invalidation_poll_errors", "Failed polls for changes";
     invalidations_published: Counter, "invalidations_published", "Changes published to other replicas";
     invalidation_publish_errors: Counter, "invalidation_publish_errors",
@@ -172,15 +176,15 @@ metrics! {
         "Lookups of keys and tokens that got 503 because too many lookups were in progress";
     database_suspected: Counter, "database_suspected", "Number of times PostgreSQL was suspected to be unreachable";
     readiness_checks: Counter, "readiness_checks", "Readiness checks that queried PostgreSQL";
-    sweep_errors: Counter, "sweep_errors", "Batches of expired rows that could not be deleted";
+    sweep_errors: Counter, "sweep_errors", "Batches of expired rows that could not be deleted or cleared";
     decisions_not_streamed: Counter, "decisions_not_streamed",
         "Decisions that streams skipped because they could not be sent fast enough";
     usage_log_rollup_difference: Gauge, "usage_log_rollup_difference",
         "Difference between yesterday's requests (UTC) in the usage log and in the rollups, summed over tenants";
     usage_ledger_excess: Gauge, "usage_ledger_excess",
-        "Cost in the quota ledger that exceeds recorded usage, for windows that ended yesterday";
+        "Cost in the quota ledger that exceeds recorded usage, for windows that ended 1 to 25 hours before the comparison";
     usage_rollup_excess: Gauge, "usage_rollup_excess",
-        "Recorded cost that exceeds the quota ledger, for windows that ended yesterday";
+        "Recorded cost that exceeds the quota ledger, for windows that ended 1 to 25 hours before the comparison";
     usage_reconciled_at: Gauge, "usage_reconciled_at_seconds",
         "Unix time of this replica's last comparison of the usage log, the rollups and the quota ledger";
     usage_partition_errors: Counter, "usage_partition_errors",
@@ -198,15 +202,15 @@ metrics! {
         "Denials not recorded because the usage backlog was more than half full and the tenant had too many denials";
     usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that could not be written to PostgreSQL";
     usage_sync_errors: Counter, "usage_sync_errors",
-        "Usage records that could not be written to disk before the response was sent";
+        "Usage segments that could not be written to disk (`QUOTA_DURABILITY=machine`)";
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
-        "Usage records counted under `other` because the endpoint limit was reached";
+        "Usage records counted under `other` because an endpoint limit was reached";
     usage_backlog_records: Gauge, "usage_backlog_records",
         "Usage records that this replica has not written to PostgreSQL yet";
     usage_backlog_bytes: Gauge, "usage_backlog_bytes",
         "Bytes of usage records that this replica has not written to PostgreSQL yet";
     usage_adopted_segments: Gauge, "usage_adopted_segments",
-        "Usage segments taken over from stopped replicas that have not been shipped completely";
+        "Usage segments that were taken over from stopped replicas and have not been shipped completely";
     usage_unrecordable: Gauge, "usage_unrecordable",
         "1 while usage cannot be recorded and check requests get 503, otherwise 0";
     usage_oldest_seconds: Gauge, "usage_oldest_record_timestamp_seconds",
