@@ -201,7 +201,9 @@ if tonumber(b[6]) ~= start then
   beyond = math.max(0, missing - debt)
   gathered = (now - start) * 1000
   new_generation = true
-  changed = changed or at ~= nil
+  -- Unless the bucket is full, it is stored even if nothing is granted. Otherwise, if the rate is raised later, the
+  -- bucket would count as having refilled at the higher rate since the start.
+  changed = changed or at ~= nil or debt > 0
 end
 if gathered and gathered >= LARGEST then
   gathered = nil

@@ -5,9 +5,16 @@ mod grammar;
 mod pair;
 mod smuggling;
 
-use std::time::Duration;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use quota_server::clock::{Clock as _, SystemClock, TestClock};
+use serde_json::json;
 
 use self::{grammar::case, pair::Pair};
+use crate::support::app::TestApp;
 
 const CASES: u64 = 1000;
 /// The number of cases after which records are compared.
@@ -52,4 +59,58 @@ async fn direct_responses_are_those_of_hyper() {
     // Most cases get direct responses and are recorded.
     assert!(direct >= cases / 2, "{direct}");
     assert!(records as u64 >= cases / 2, "{records}");
+}
+
+/// While the lookup of a request's service token waits for PostgreSQL, the cached record of the request's key becomes
+/// outdated. The record must not be judged by the time at which the request arrived.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_is_revoked_while_a_service_token_is_looked_up_is_rejected() {
+    let clock = TestClock::at(SystemClock::new().now());
+    // Without jobs, nothing invalidates the record.
+    let app = TestApp::setup()
+        .clock(Arc::new(clock.clone()))
+        .without_jobs()
+        .flag("--direct-responses=on")
+        .flag("--database-lock-timeout=60s")
+        .flag("--database-statement-timeout=60s")
+        .start()
+        .await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let key = app.key(&account, &plan).await;
+    let forward = async |token: &str| {
+        let call = app.get("/v1/forward-auth");
+        let call = call.header("X-Service-Token", token);
+        call.header("X-API-Key", &key.text).send().await.status
+    };
+    assert_eq!(forward(&app.service_token(&account).await).await, 200);
+    let token = app.service_token(&account).await;
+    let before = app.state.metrics.direct_responses.get();
+
+    let (holder, observer) = (app.database.connect().await, app.database.connect().await);
+    let lock = "BEGIN; LOCK TABLE service_tokens IN ACCESS EXCLUSIVE MODE";
+    holder.batch_execute(lock).await.expect("a lock");
+    let revoke = async {
+        let began = Instant::now();
+        let waiting =
+            "SELECT FROM pg_locks WHERE NOT granted AND relation = 'service_tokens'::regclass";
+        while observer
+            .query(waiting, &[])
+            .await
+            .expect("locks")
+            .is_empty()
+        {
+            assert!(began.elapsed() < Duration::from_secs(30), "no lookup waits");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let revoke = "UPDATE api_keys SET is_active = false WHERE id = $1::text::uuid";
+        let revoked = observer.execute(revoke, &[&key.id]).await;
+        assert_eq!(revoked.expect("the key is revoked"), 1);
+        clock.advance(Duration::from_secs(2));
+        holder.batch_execute("COMMIT").await.expect("released");
+    };
+    let (status, ()) = tokio::join!(forward(&token), revoke);
+    assert_eq!(status, 401);
+    let direct = app.state.metrics.direct_responses.get() - before;
+    assert_eq!(direct, 1);
 }

@@ -333,17 +333,18 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                     remembered: exists,
                     wrote: granted > 0 || back > 0,
                 });
-                exists |= granted > 0 || back > 0;
+                // A missing bucket is stored by any call that finds it less than full.
+                exists |= back > 0 || debt.0 > 0;
                 let allowed = debt_without_returned(&history, &grants);
                 let price = u128::from(granted) * u128::from(known.emission);
-                let real = u128::from(debt.0) - price;
-                if real < allowed && sum.fuller.is_none() {
+                if u128::from(debt.0) < allowed + price && sum.fuller.is_none() {
                     sum.fuller = Some(format!(
-                        "seed {seed}, at {now}: {real} ns from full, {allowed} had the tokens never been taken; \
-                         {call:?} {parts:?} {grants:?} {history:?}"
+                        "seed {seed}, at {now}: {debt:?} from full, {allowed} ns and the {price} ns of this grant \
+                         had the tokens never been taken; {call:?} {parts:?} {grants:?} {history:?}"
                     ));
                     return;
                 }
+                let real = u128::from(debt.0) - price;
                 sum.returned += back;
                 if back > 0 && calm {
                     let before = last.1.saturating_sub(u128::from(now - last.0) * 1000);
@@ -411,9 +412,9 @@ async fn the_script_never_makes_a_bucket_fuller_than_without_the_take() {
     check(&run(&mut Counters::Redis(counters, redis), &clock, schedules).await);
 }
 
-/// Scripts that credit too much, each in a different way, are detected.
+/// Scripts that make a bucket too full, each in a different way, are detected.
 #[tokio::test]
-async fn planted_errors_in_the_credit_are_found() {
+async fn planted_errors_in_the_script_are_found() {
     let lowered = "m = math.max(0, m - credit)\n  n = math.max(0, n - credit)";
     let planted = [
         // The same minimum is spent again for every return.
@@ -427,6 +428,8 @@ async fn planted_errors_in_the_credit_are_found() {
         ),
         // A minimum also counts for grants from before it was recorded.
         ("taken_at >= nt", "true"),
+        // A request that is denied in a new epoch does not store the bucket.
+        ("at ~= nil or debt > 0", "at ~= nil"),
     ];
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);

@@ -216,10 +216,10 @@ impl State {
         }
         if in_epoch != Some(start) {
             new_generation = true;
-            changed |= was_there;
             let missing = debt + beyond;
             let refill = u128::from(now - start) * 1000;
             debt = debt.max(tau.saturating_sub(refill));
+            changed |= was_there || debt > 0;
             beyond = missing.saturating_sub(debt);
             gathered = Some(refill);
         }

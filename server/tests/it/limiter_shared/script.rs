@@ -390,6 +390,54 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(slow(8, 600)).await, 180 - 90);
 }
 
+/// After a loss of state, a denied request is enough for the counters to know the key's plan: if the rate is raised
+/// later, the bucket has refilled at the earlier rate until then. Without such a request, the counters know only the
+/// later plan, and the bucket has refilled at its rate since the epoch started.
+#[tokio::test]
+async fn a_denial_in_a_new_epoch_counts_as_a_use_of_the_plan() {
+    let (_server, redis) = started().await;
+    let clock = TestClock::at(START);
+    let counters = ClockedCounters::new(&redis, &clock);
+    counters.begin().await;
+    let plan = |key: u128, version: u64, seconds: u64| TakeCall {
+        bucket: BucketName::Key(
+            TenantId(uuid::Uuid::nil()),
+            ApiKeyId(uuid::Uuid::from_u128(key)),
+        ),
+        emission: Nanos::from_secs(seconds),
+        tau: Nanos::from_secs(seconds),
+        version,
+        need: 1,
+        waiting: 1,
+        want: 1,
+        back: 0,
+        outage_since: CounterMicros::NONE,
+        ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
+    };
+    let take = async |call| counters.take(call).await.unwrap().state;
+    let granted = async |call| match take(call).await {
+        BucketState::Active { granted, .. } => granted,
+        state @ BucketState::Initializing { .. } => panic!("{state:?}"),
+    };
+    let (slow, fast) = (|key| plan(key, 1, 60), |key| plan(key, 2, 6));
+    let flush = redis::cmd("FLUSHALL");
+    redis.query("", &flush).await.expect("Redis responds");
+    let BucketState::Initializing { wait } = take(slow(1)).await else {
+        panic!("Redis has lost the bucket's state");
+    };
+    clock.advance(Duration::from_micros(wait) + Duration::from_secs(1));
+    assert_eq!(granted(slow(1)).await, 0);
+    // In 3 s at the lower rate, a twentieth of a token has refilled. The rest takes 5.7 s at the higher rate.
+    clock.advance(Duration::from_secs(2));
+    assert_eq!(granted(fast(1)).await, 0);
+    clock.advance(Duration::from_secs(3));
+    assert_eq!(granted(fast(2)).await, 1, "6 s after the epoch started");
+    clock.advance(Duration::from_micros(2_699_999));
+    assert_eq!(granted(fast(1)).await, 0);
+    clock.advance(Duration::from_micros(1));
+    assert_eq!(granted(fast(1)).await, 1);
+}
+
 /// Without edits, a bucket that expires behaves like a bucket that is kept, because it expires only after it is full.
 /// The model of the kept bucket has no rule for expiry.
 #[tokio::test]

@@ -215,7 +215,8 @@ fn shares_are_allowed_in_addition_only_while_replicas_return() {
     }
 }
 
-/// A bucket learns of a higher rate with the first request after the edit, unless Redis has lost its state since then.
+/// A bucket learns of a higher rate with the first request after the edit. If Redis has lost its state, the higher rate
+/// counts from the start of the new epoch, unless a request under the earlier plan, even a denied one, followed it.
 #[test]
 fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     let mut scene = scene(vec![plan(0, 60, 200, true), plan(3000, 6000, 100, true)]);
@@ -234,6 +235,15 @@ fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     scene.faults.push(restart);
     // The epoch starts at 5.5 s. From then on, 100 tokens per second refill.
     assert!(!is_over(&scene, 54, &[4900 * MS]) && is_over(&scene, 55, &[4900 * MS]));
+    // A request under the earlier plan is denied at `at`.
+    let is_over = |at: u64, later: usize| {
+        let later = requests(6000, later, 400).map(|it| Entry { plan: 1, ..it });
+        let early = requests(1000, 200, 400).chain(requests(at, 0, 1));
+        let log: Vec<_> = early.chain(later).collect();
+        over(&scene, &scene.keys[0], &log, &[4900 * MS]).is_some()
+    };
+    assert!(!is_over(5400, 54) && is_over(5400, 55));
+    assert!(!is_over(5750, 5) && is_over(5750, 6));
 }
 
 /// A request that waits for Redis when an outage begins is decided later than it was sent. A full bucket does not
