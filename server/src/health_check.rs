@@ -24,7 +24,7 @@ const MAX_BODY: usize = 16 << 10;
 pub enum Probe {
     /// Whether the process responds.
     Live,
-    /// Whether all features work, including those that need the database.
+    /// Whether the features that need the database work.
     Ready,
     /// Whether the server serves requests.
     Serving,
