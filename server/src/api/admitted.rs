@@ -213,8 +213,8 @@ async fn decide_in_span(
         .map_err(|_| ApiError::unrecordable())?;
     let (limiter, handle, policies) = (&state.limiter, &record.handle, &record.policies);
     let decided = match record.tenant_quota(state.billing.is_some(), || state.clock.now()) {
-        None => limiter.admit(handle, policies, cost).await,
-        Some(quota) => limiter.admit_within(quota, handle, policies, cost).await,
+        None => pin!(limiter.admit(handle, policies, cost)).await,
+        Some(quota) => pin!(limiter.admit_within(quota, handle, policies, cost)).await,
     };
     let decision = decided.inspect_err(|_| {
         state.metrics.limiter_errors.inc();
@@ -313,7 +313,7 @@ impl AdmittedKey {
         // Checks are recorded for the tenant's endpoints. This is the only endpoint of Quota itself that appears in
         // usage.
         let endpoint = "GET /v1/echo";
-        Self::decide(context, text, NonZeroU32::MIN, None, endpoint).await
+        pin!(Self::decide(context, text, NonZeroU32::MIN, None, endpoint)).await
     }
 
     /// Calls [`decide`]. Returns a 401, 402 or 429 error if the request is not allowed.
@@ -324,7 +324,7 @@ impl AdmittedKey {
         tenant: Option<TenantId>,
         endpoint: &str,
     ) -> Result<Self, ApiError> {
-        match decide(context, text, cost, tenant, endpoint).await? {
+        match pin!(decide(context, text, cost, tenant, endpoint)).await? {
             Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
             Ok((record, decision)) => Err(ApiError::denied(record, decision)),
             Err(RejectedKey {

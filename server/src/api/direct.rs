@@ -6,7 +6,7 @@
 
 mod response;
 
-use std::{cell::RefCell, net::IpAddr};
+use std::{cell::RefCell, net::IpAddr, pin::pin};
 
 use poem::{
     IntoResponse as _, Response,
@@ -141,21 +141,22 @@ impl DirectDecisions {
     ) -> Result<Success, ApiError> {
         Ok(match route {
             Route::Echo => {
-                let caller = AdmittedKey::of(context, request, None).await?;
+                let caller = pin!(AdmittedKey::of(context, request, None)).await?;
                 let time = limit::echo_time_json(&caller.decision)?;
                 Success::Echo(caller, time)
             }
             Route::Check => {
-                let caller = ServiceCaller::of(context, request).await?;
+                let caller = pin!(ServiceCaller::of(context, request)).await?;
                 let media_type = request.field(header::CONTENT_TYPE.as_str()).and_then(text);
                 json::check_media_type(media_type)?;
                 let body = json::parse_body::<Check>(media_type, request.body)?;
-                let result = limit::check(context, &caller, &body).await?;
+                let result = pin!(limit::check(context, &caller, &body)).await?;
                 Success::Check(Json(result).into_response())
             }
             Route::ForwardAuth(deny) => {
-                let caller = GatewayCaller::of(context, request).await?;
-                Success::ForwardAuth(limit::forward_auth(context, &caller, request, deny).await?)
+                let caller = pin!(GatewayCaller::of(context, request)).await?;
+                let answer = pin!(limit::forward_auth(context, &caller, request, deny));
+                Success::ForwardAuth(answer.await?)
             }
         })
     }
@@ -260,7 +261,8 @@ impl DirectEndpoint for DirectDecisions {
         let span = trace::begin(state, Some(peer), request, path);
         let context = self.context(request, peer, arrived, began, marks);
         let parent = span.as_ref().map(Span::as_parent);
-        let result = request_log::run(state, parent, self.decide(&context, route, request)).await;
+        let decision = pin!(self.decide(&context, route, request));
+        let result = request_log::run(state, parent, decision).await;
         let took = state.clock.monotonic().saturating_since(began);
         let now = arrived.saturating_add(took);
         let status = self

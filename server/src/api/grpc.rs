@@ -7,7 +7,7 @@
 pub mod message;
 mod rate_limit;
 
-use std::future::ready;
+use std::{future::ready, pin::pin};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
@@ -107,10 +107,8 @@ impl Endpoint for GrpcService {
         let body = request.take_body();
         let parent = span.as_ref().map(Span::as_parent);
         let (status, mut response) = if is_grpc(&request) {
-            match request_log::run(state, parent, call(&context, &request, body))
-                .await
-                .flatten()
-            {
+            let handler = pin!(call(&context, &request, body));
+            match request_log::run(state, parent, handler).await.flatten() {
                 Ok(message) => (StatusCode::OK, success(&message)),
                 Err(error) => (error.status_code(), failure(&error, context.id())),
             }

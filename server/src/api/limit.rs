@@ -1,6 +1,6 @@
 //! `/v1`: the endpoints that check rate limits. All of them use [`decide`].
 
-use std::{cell::Cell, collections::BTreeMap, num::NonZeroU32, sync::Arc};
+use std::{cell::Cell, collections::BTreeMap, num::NonZeroU32, pin::pin, sync::Arc};
 
 use poem::{
     IntoResponse, Request, Response, Result,
@@ -261,7 +261,7 @@ pub async fn check(
         .unwrap_or(NonZeroU32::MIN);
     let tenant = Some(caller.token.tenant);
     let endpoint: &str = body.endpoint.as_ref().map_or("", |it| it);
-    let decided = decide(context, &body.key, cost, tenant, endpoint).await?;
+    let decided = pin!(decide(context, &body.key, cost, tenant, endpoint)).await?;
     Ok(match decided {
         Ok((record, decision)) => CheckResult {
             allowed: decision.is_allowed(),
@@ -323,7 +323,7 @@ pub async fn forward_auth(
     let tenant = Some(caller.token.tenant);
     let endpoint = forwarded_endpoint(fields);
     Ok(
-        match decide(context, key, NonZeroU32::MIN, tenant, &endpoint).await? {
+        match pin!(decide(context, key, NonZeroU32::MIN, tenant, &endpoint)).await? {
             Ok((record, decision)) => StatusOnly::decided(record, decision, denied),
             Err(refused) if refused.rejection == Rejection::PaymentRequired => {
                 StatusOnly::payment_required(denied)

@@ -18,7 +18,7 @@ use crate::{
     keys::{KeyRecord, LookupCaller},
     spans::Span,
     state::AppState,
-    telemetry::log::AccessLine,
+    telemetry::{log::AccessLine, request_id::GeneratedId},
 };
 
 /// Maximum length of the stored `User-Agent`, in characters. Longer values are truncated.
@@ -28,14 +28,14 @@ const USER_AGENT_MAX: usize = 256;
 #[derive(Debug, Clone)]
 pub enum RequestId {
     /// Stored inline, because most requests have such an ID.
-    Generated([u8; 36]),
+    Generated(GeneratedId),
     Sent(HeaderValue),
 }
 
 impl RequestId {
     pub fn as_str(&self) -> &str {
         match self {
-            Self::Generated(id) => str::from_utf8(id).unwrap_or_default(),
+            Self::Generated(id) => id.as_str(),
             Self::Sent(id) => id.to_str().unwrap_or_default(),
         }
     }
@@ -45,7 +45,7 @@ impl From<RequestId> for HeaderValue {
     fn from(id: RequestId) -> Self {
         match id {
             RequestId::Generated(id) => {
-                Self::from_bytes(&id).unwrap_or_else(|_| Self::from_static("unknown"))
+                Self::from_str(id.as_str()).unwrap_or_else(|_| Self::from_static("unknown"))
             }
             RequestId::Sent(id) => id,
         }

@@ -105,7 +105,8 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         request.set_data(context.clone());
 
         let parent = span.as_ref().map(Span::as_parent);
-        let answer = match run(state, parent, self.inner.call(request)).await {
+        let handler = pin!(self.inner.call(request));
+        let answer = match run(state, parent, handler).await {
             Ok(Ok(response)) => {
                 large_response::hold(&self.large, &context, response.into_response())
             }
@@ -157,10 +158,12 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
 }
 
 /// Runs a handler, inside the request's span if it has one. Converts a panic to an error, and enforces the time limit.
+///
+/// The handler is pinned by the caller, because it is large: each move would copy several kilobytes.
 pub async fn run<T>(
     state: &AppState,
     span: Option<&Parent>,
-    handler: impl Future<Output = T>,
+    handler: Pin<&mut impl Future<Output = T>>,
 ) -> Result<T, ApiError> {
     state.metrics.requests_in_flight.inc();
     let _flight = InFlight(state);

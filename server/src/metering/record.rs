@@ -12,6 +12,8 @@
 //! A header word of zero means that nothing has been written there yet. The CRC covers the segment's random ID, so that
 //! no text from a client can pass for a record.
 
+use std::borrow::Cow;
+
 use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
 use uuid::{Builder, Uuid};
 
@@ -200,9 +202,13 @@ impl Body {
     }
 }
 
+/// A record that was read from a segment. It borrows the segment's bytes.
+pub(super) type RecordRead<'a> = UsageRecord<Cow<'a, str>>;
+
 /// Parses the body of a record at `position`. Returns `None` if its format is unknown. PostgreSQL must accept every row
 /// that is returned: a single rejected row would block all later records.
-pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageRecord> {
+#[inline]
+pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<RecordRead<'_>> {
     let uuid = |at: usize| Uuid::from_slice(body.get(at..at + 16)?).ok();
     let half = |at: usize| Some(u32::from_le_bytes(body.get(at..at + 4)?.try_into().ok()?));
     let [outcome, is_paid, endpoint, request_id] = *body.get(60..64)?.first_chunk()?;
@@ -210,15 +216,6 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
         .get(TEXTS_AT..)?
         .split_at_checked(usize::from(endpoint))?;
     let request_id = texts.get(..usize::from(request_id))?;
-    // PostgreSQL's `text` cannot contain NUL.
-    let text = |bytes: &[u8]| {
-        let text = std::str::from_utf8(bytes).ok()?;
-        Some(if bytes.contains(&0) {
-            text.replace('\0', "\u{fffd}")
-        } else {
-            text.to_owned()
-        })
-    };
     let outcome = RecordedOutcome::of_code(outcome)?;
     let was_rejected = outcome != RecordedOutcome::Allowed;
     let at = UnixNanos(u64::from_le_bytes(body.get(48..56)?.try_into().ok()?));
@@ -239,6 +236,16 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<UsageR
         retry_after_seconds: (was_rejected && retry_after > 0).then_some(retry_after),
         cost: half(56)?.max(1).into(),
         request_id: text(request_id)?,
+    })
+}
+
+/// Returns the text of a field. PostgreSQL's `text` cannot contain NUL.
+fn text(bytes: &[u8]) -> Option<Cow<'_, str>> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    Some(if bytes.contains(&0) {
+        Cow::Owned(text.replace('\0', "\u{fffd}"))
+    } else {
+        Cow::Borrowed(text)
     })
 }
 
@@ -275,7 +282,8 @@ mod tests {
             endpoint: "GET /a\0b",
             request_id: "\0",
         };
-        let row = read(id, 64, Body::of(&record).bytes()).expect("a known format");
+        let body = Body::of(&record);
+        let row = read(id, 64, body.bytes()).expect("a known format");
         assert_eq!((row.cost, row.retry_after_seconds), (1, Some(i32::MAX)));
         assert_eq!(row.endpoint, "GET /a\u{fffd}b");
         assert_eq!(row.request_id, "\u{fffd}");
@@ -283,7 +291,8 @@ mod tests {
             outcome: RecordedOutcome::Allowed,
             ..record
         };
-        let row = read(id, 64, Body::of(&allowed).bytes()).expect("a known format");
+        let body = Body::of(&allowed);
+        let row = read(id, 64, body.bytes()).expect("a known format");
         assert_eq!(row.retry_after_seconds, None);
         assert!(row.at < chrono::DateTime::<chrono::Utc>::MAX_UTC);
     }

@@ -6,10 +6,9 @@
 use std::{fs::File, io, os::unix::fs::FileExt};
 
 use super::{
-    record::{self, Header, RECORD_WORDS_MAX, RecordState, WORD, header_word},
+    record::{self, Header, RECORD_WORDS_MAX, RecordRead, RecordState, WORD, header_word},
     segment::SegmentHead,
 };
-use crate::repo::usage_batch::UsageRecord;
 
 /// Whether the process that writes the segment may still be running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,21 +19,14 @@ pub enum Writer {
     Ended,
 }
 
-/// Consecutive records of a segment.
-#[derive(Debug, Default)]
-pub(super) struct Batch {
-    pub rows: Vec<UsageRecord>,
-    pub span: Span,
-}
-
-/// The end of a batch, and why it ends there.
+/// The end of consecutive records, and why they end there.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
     /// The byte offset after the last record, including void records. The offset does not move past unused space: in
     /// the segment of a process that has exited, that space may be part of a copy of a segment that is still being
     /// written.
     pub end: u64,
-    /// Whether the batch ends at the end of the segment.
+    /// Whether the records end at the end of the segment.
     pub is_complete: bool,
     /// Whether reading stopped at a record that is still being written. Finished records may follow that record.
     pub is_blocked: bool,
@@ -46,36 +38,40 @@ pub(super) struct Span {
 const CHUNK: usize = 1 << 20;
 const _: () = assert!(RECORD_WORDS_MAX * WORD * 100 < CHUNK);
 
-/// Reads at most `max` records, starting at `position`.
+/// Passes at most `max` records to `take`, starting at `position`.
 pub(super) fn read(
     file: &File,
     head: &SegmentHead,
     position: u64,
     writer: Writer,
     max: usize,
-) -> io::Result<Batch> {
-    let mut batch = Batch::default();
-    batch.span.end = position;
+    mut take: impl FnMut(&RecordRead<'_>),
+) -> io::Result<Span> {
+    let mut span = Span {
+        end: position,
+        ..Span::default()
+    };
+    let mut left = max;
     let mut bytes = vec![0; CHUNK];
     let mut at = position;
-    while batch.rows.len() < max && !batch.span.is_complete {
-        let left = head.size.saturating_sub(at);
-        let wanted = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+    while left > 0 && !span.is_complete {
+        let rest = head.size.saturating_sub(at);
+        let wanted = usize::try_from(rest).unwrap_or(CHUNK).min(CHUNK);
         let read = read_at(file, &mut bytes[..wanted], at)?;
-        let is_last = read as u64 == left || read < wanted;
-        let mut scan = Scan {
+        let is_last = read as u64 == rest || read < wanted;
+        let scan = Scan {
             head,
             base: at,
             bytes: &bytes[..read],
             is_last,
             writer,
         };
-        match scan.collect(max, &mut batch) {
+        match scan.collect(&mut left, &mut span, &mut take) {
             Some(length) => at += length as u64,
             None => break,
         }
     }
-    Ok(batch)
+    Ok(span)
 }
 
 /// Reads until `bytes` is full or the file ends.
@@ -93,9 +89,9 @@ fn read_at(file: &File, bytes: &mut [u8], position: u64) -> io::Result<usize> {
 }
 
 /// The content at a position in a segment.
-enum Found {
+enum Found<'a> {
     Record {
-        row: Box<UsageRecord>,
+        record: RecordRead<'a>,
         len: usize,
     },
     /// An open or void record.
@@ -121,13 +117,14 @@ struct Scan<'a> {
     writer: Writer,
 }
 
-impl Scan<'_> {
+impl<'a> Scan<'a> {
     fn word(&self, at: usize) -> Option<u64> {
         let bytes = self.bytes.get(at..at + WORD)?;
         Some(u64::from_le_bytes(bytes.try_into().ok()?))
     }
 
-    fn at(&self, at: usize) -> Found {
+    #[inline]
+    fn at(&self, at: usize) -> Found<'a> {
         let Some(word) = self.word(at) else {
             return Found::Cut;
         };
@@ -151,10 +148,7 @@ impl Scan<'_> {
         }
         match header.state {
             RecordState::Done => match record::read(self.head.id, position, body) {
-                Some(row) => Found::Record {
-                    row: Box::new(row),
-                    len,
-                },
+                Some(record) => Found::Record { record, len },
                 None => Found::Damaged,
             },
             RecordState::Sealed => Found::Sealed,
@@ -162,41 +156,48 @@ impl Scan<'_> {
         }
     }
 
-    /// Adds the records in `bytes` to the batch. Returns the number of bytes processed, or `None` to stop reading.
-    fn collect(&mut self, max: usize, batch: &mut Batch) -> Option<usize> {
+    /// Passes at most `left` of the records in `bytes` to `take`, and counts them down. Returns the number of bytes
+    /// processed, or `None` to stop reading.
+    fn collect(
+        &self,
+        left: &mut usize,
+        span: &mut Span,
+        take: &mut impl FnMut(&RecordRead<'_>),
+    ) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
         // Whether the previous position was unreadable. Used to count each gap only once.
         let mut is_lost = false;
         let goes_on = loop {
-            if batch.rows.len() >= max {
+            if *left == 0 {
                 break false;
             }
             match self.at(at) {
-                Found::Record { row, len } => {
-                    batch.rows.push(*row);
+                Found::Record { record, len } => {
+                    take(&record);
+                    *left -= 1;
                     at += len;
-                    batch.span.end = self.base + at as u64;
+                    span.end = self.base + at as u64;
                     is_lost = false;
                 }
                 Found::Nothing { state, len } => {
                     if is_running && state == RecordState::Open {
-                        batch.span.is_blocked = true;
+                        span.is_blocked = true;
                         break false;
                     }
                     at += len;
                     if state == RecordState::Void {
-                        batch.span.end = self.base + at as u64;
+                        span.end = self.base + at as u64;
                     }
                     is_lost = false;
                 }
                 Found::Sealed => {
-                    batch.span.is_complete = true;
+                    span.is_complete = true;
                     break false;
                 }
                 Found::Cut if self.is_last => {
                     // The rest of the segment was too small for another record.
-                    batch.span.is_complete = true;
+                    span.is_complete = true;
                     break false;
                 }
                 Found::Cut => {
@@ -205,14 +206,14 @@ impl Scan<'_> {
                 }
                 // A record that is being written can look damaged for a moment.
                 found @ (Found::Empty | Found::Damaged) if is_running => {
-                    batch.span.is_blocked = matches!(found, Found::Damaged);
+                    span.is_blocked = matches!(found, Found::Damaged);
                     break false;
                 }
                 found @ (Found::Empty | Found::Damaged) => {
                     // The machine may have lost this page and kept later pages. The search ends only at a record with a
                     // matching CRC.
                     if matches!(found, Found::Damaged) && !is_lost {
-                        batch.span.damaged += 1;
+                        span.damaged += 1;
                         is_lost = true;
                     }
                     at = self.next_record(at + WORD);

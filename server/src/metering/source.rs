@@ -26,7 +26,7 @@ use crate::{
     db::{Db, DbError, Lane},
     repo::{
         usage_append,
-        usage_batch::UsageBatch,
+        usage_batch::{UsageBatch, UsageBatchBuilder},
         usage_shipping::{self, Pending},
     },
     telemetry::metrics::Metrics,
@@ -97,10 +97,11 @@ impl Source {
         let (file, head, writer) = (self.file.clone(), self.head, self.writer);
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
-            let batch = scan::read(&file, &head, position, writer, max)?;
+            let mut batch = UsageBatchBuilder::default();
+            let span = scan::read(&file, &head, position, writer, max, |it| batch.push(it))?;
             // The batch is also prepared on this thread, because the preparation takes milliseconds and would delay
             // requests on other threads.
-            Ok((UsageBatch::new(batch.rows), batch.span))
+            Ok((batch.build(), span))
         };
         tokio::task::spawn_blocking(read)
             .await
@@ -267,7 +268,14 @@ pub(super) async fn ship(
                 return Ok(shipped);
             }
             match context.open_cursor(&source.head).await? {
-                Some(cursor) => (source.cursor, source.position) = (cursor, Some(cursor)),
+                Some(cursor) => {
+                    let is_read = cursor == source.cursor;
+                    (source.cursor, source.position) = (cursor, Some(cursor));
+                    if !is_read {
+                        // The batch begins at another position.
+                        continue;
+                    }
+                }
                 None => {
                     source.state = SourceState::Rejected;
                     context.metrics.usage_segments_rejected.inc();
@@ -279,7 +287,6 @@ pub(super) async fn ship(
                     return Ok(shipped);
                 }
             }
-            continue;
         }
         if batch.is_empty() {
             source.position = Some(span.end);

@@ -21,7 +21,7 @@ use super::{
     directory::{self, Directory},
     record::{DecisionRecord, RecordedOutcome, cut},
     recorder::Recorder,
-    scan::{self, Batch, Writer},
+    scan::{self, Span, Writer},
     segment::{RECORDS_AT, ReservedRecord, Segment, SegmentHead},
     sync::Syncer,
     time::EventClock,
@@ -29,6 +29,7 @@ use super::{
 use crate::{
     clock::{Clock, Monotonic, UnixNanos},
     limiter::Policy,
+    repo::usage_batch::UsageRecord,
     telemetry::metrics::Metrics,
 };
 
@@ -64,11 +65,53 @@ fn write(segment: &Arc<Segment>, request_id: &str) {
     reserved.fill(&record(request_id));
 }
 
+/// Consecutive records of a segment.
+#[derive(Debug)]
+struct Batch {
+    rows: Vec<UsageRecord>,
+    span: Span,
+}
+
 fn read(file: &File, writer: Writer) -> Batch {
+    read_from(file, RECORDS_AT as u64, writer, usize::MAX)
+}
+
+fn read_from(file: &File, position: u64, writer: Writer, max: usize) -> Batch {
     let head = SegmentHead::read(file)
         .expect("the file is readable")
         .expect("the file is a segment");
-    scan::read(file, &head, RECORDS_AT as u64, writer, usize::MAX).expect("the file is readable")
+    let mut rows = Vec::new();
+    let span = scan::read(file, &head, position, writer, max, |it| {
+        let UsageRecord {
+            event_id,
+            tenant_id,
+            key_id,
+            plan_id,
+            at,
+            billing,
+            was_rejected,
+            policy,
+            retry_after_seconds,
+            cost,
+            ..
+        } = *it;
+        rows.push(UsageRecord {
+            event_id,
+            tenant_id,
+            key_id,
+            plan_id,
+            at,
+            billing,
+            endpoint: it.endpoint.to_string(),
+            was_rejected,
+            policy,
+            retry_after_seconds,
+            cost,
+            request_id: it.request_id.to_string(),
+        });
+    })
+    .expect("the file is readable");
+    Batch { rows, span }
 }
 
 fn request_ids(batch: &Batch) -> Vec<&str> {
@@ -181,10 +224,9 @@ fn reading_beside_the_writer_stops_at_the_first_open_record() {
     assert_eq!(after.span.damaged, 0);
 
     open.fill(&record("b"));
-    let head = segment.head;
-    let rest = scan::read(&segment.file, &head, before.span.end, Writer::Running, 2).unwrap();
+    let rest = read_from(&segment.file, before.span.end, Writer::Running, 2);
     assert_eq!(request_ids(&rest), ["b", "c"]);
-    let rest = scan::read(&segment.file, &head, rest.span.end, Writer::Running, 2).unwrap();
+    let rest = read_from(&segment.file, rest.span.end, Writer::Running, 2);
     assert_eq!(request_ids(&rest), ["d"]);
 }
 
@@ -452,15 +494,7 @@ fn shipping_a_copy_takes_nothing_from_the_segment_it_was_copied_from() {
         (vec!["a", "b"], true)
     );
     write(&live, "c");
-    let head = live.head;
-    let rest = scan::read(
-        &live.file,
-        &head,
-        copy.span.end,
-        Writer::Running,
-        usize::MAX,
-    )
-    .unwrap();
+    let rest = read_from(&live.file, copy.span.end, Writer::Running, usize::MAX);
     assert_eq!(request_ids(&rest), ["c"]);
 }
 

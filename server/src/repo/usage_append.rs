@@ -18,8 +18,10 @@ use uuid::Uuid;
 
 use super::{
     usage::{ENDPOINTS_OF_KEY, ENDPOINTS_OF_TENANT},
-    usage_batch::{EndpointOf, Rank, RowKey, Sums, UsageBatch, UsageRecord},
+    usage_batch::UsageBatch,
     usage_endpoint::{self, Endpoint},
+    usage_rollup::{EndpointOf, Rank, RowKey, Sums},
+    usage_rows::LogRows,
 };
 use crate::db::{DbError, SystemTx};
 
@@ -35,8 +37,8 @@ pub struct Appended {
 /// timeouts would only make the batch start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
-/// The maximum number of rows per statement. Encoding more rows would block a request-serving thread for several
-/// milliseconds.
+/// The maximum number of rows per statement, except for the log. Encoding more rows would block a request-serving thread
+/// for several milliseconds.
 const CHUNK: usize = 1_000;
 
 /// Locks the tenants and assigns numbers to the rows. Later statements see everything that was committed before the
@@ -46,11 +48,17 @@ const TAKE_NUMBERS: &str = "\
     ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
     RETURNING tenant_id, last_seq";
 
+/// Each row has the columns of its group. The place of the row determines its number.
 const ADD_ROWS: &str = "\
     INSERT INTO usage_log (tenant_id, seq, \"timestamp\", event_id, key_id, plan_id, cost, retry_after_seconds, \
         was_rejected, billing, policy, endpoint, request_id) \
-    SELECT unnest($1), unnest($2), unnest($3), unnest($4), unnest($5), unnest($6), unnest($7), unnest($8), \
-        unnest($9), unnest($10), unnest($11), unnest($12), unnest($13)";
+    SELECT g.tenant_id, g.numbered_before + r.place, r.at, r.event_id, g.key_id, g.plan_id, r.cost, \
+        r.retry_after_seconds, g.was_rejected, g.billing, g.policy, g.endpoint, r.request_id \
+    FROM unnest($1, $2, $3, $4, $5, $6) WITH ORDINALITY \
+        AS r (group_place, at, event_id, cost, retry_after_seconds, request_id, place) \
+    JOIN unnest($7, $8, $9, $10, $11, $12, $13, $14) WITH ORDINALITY \
+        AS g (tenant_id, numbered_before, key_id, plan_id, was_rejected, billing, policy, endpoint, place) \
+        ON g.place = r.group_place";
 
 /// Updates `last_used_at` at most once per second, so that busy keys do not cause more writes than others. Skips keys
 /// that another transaction has locked, because recording usage must not wait. The next use of such a key updates its
@@ -107,8 +115,8 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
     tx.batch_execute(TIMEOUTS).await?;
     let numbers = take_numbers(tx, batch).await?;
     let folded = add_endpoints(tx, batch).await?;
-    for (rows, numbers) in batch.records.chunks(CHUNK).zip(numbers.chunks(CHUNK)) {
-        add_rows(tx, rows, numbers).await?;
+    for rows in &batch.log {
+        add_rows(tx, rows, &numbers).await?;
     }
     touch_keys(tx, batch).await?;
     let changed;
@@ -133,7 +141,8 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
     })
 }
 
-/// Assigns each record the next position in its tenant's log, and returns the positions.
+/// Assigns each record the next position in its tenant's log. Returns, for each tenant, the difference between a
+/// record's position and its place in the batch, starting at 1.
 async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
     let taken = diesel::sql_query(TAKE_NUMBERS)
         .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))
@@ -144,9 +153,10 @@ async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>,
         .into_iter()
         .map(|it| (it.tenant_id, it.last_seq))
         .collect::<HashMap<_, _>>();
-    let numbers = batch.tenants.iter().flat_map(|(tenant, count)| {
-        let last = last.get(tenant).copied().unwrap_or(0);
-        last - count + 1..=last
+    let mut end = 0;
+    let numbers = batch.tenants.iter().map(|(tenant, count)| {
+        end += count;
+        last.get(tenant).copied().unwrap_or(0) - end
     });
     Ok(numbers.collect())
 }
@@ -233,21 +243,26 @@ async fn touch_keys(tx: &mut SystemTx, batch: &UsageBatch) -> Result<(), DbError
     Ok(())
 }
 
-async fn add_rows(tx: &mut SystemTx, rows: &[UsageRecord], numbers: &[i64]) -> Result<(), DbError> {
+/// `numbers` is the result of [`take_numbers`].
+async fn add_rows(tx: &mut SystemTx, rows: &LogRows, numbers: &[i64]) -> Result<(), DbError> {
+    let groups = &rows.groups;
+    let offset = i64::try_from(rows.offset).unwrap_or(i64::MAX);
+    let numbered_before = column!(groups.tenant_indexes, |it| numbers[*it] + offset);
     diesel::sql_query(ADD_ROWS)
-        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.tenant_id))
-        .bind::<Array<BigInt>, _>(numbers)
-        .bind::<Array<Timestamptz>, _>(column!(rows, |it| it.at))
-        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.event_id))
-        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.key_id))
-        .bind::<Array<SqlUuid>, _>(column!(rows, |it| it.plan_id))
-        .bind::<Array<BigInt>, _>(column!(rows, |it| it.cost))
-        .bind::<Array<Nullable<Integer>>, _>(column!(rows, |it| it.retry_after_seconds))
-        .bind::<Array<Bool>, _>(column!(rows, |it| it.was_rejected))
-        .bind::<Array<Text>, _>(column!(rows, |it| it.billing))
-        .bind::<Array<Nullable<Text>>, _>(column!(rows, |it| it.policy))
-        .bind::<Array<Text>, _>(column!(rows, |it| it.endpoint.as_str()))
-        .bind::<Array<Text>, _>(column!(rows, |it| it.request_id.as_str()))
+        .bind::<Array<Integer>, _>(&rows.group_place)
+        .bind::<Array<Timestamptz>, _>(&rows.at)
+        .bind::<Array<SqlUuid>, _>(&rows.event_id)
+        .bind::<Array<BigInt>, _>(&rows.cost)
+        .bind::<Array<Nullable<Integer>>, _>(&rows.retry_after_seconds)
+        .bind::<Array<Text>, _>(&rows.request_id)
+        .bind::<Array<SqlUuid>, _>(&groups.tenant)
+        .bind::<Array<BigInt>, _>(numbered_before)
+        .bind::<Array<SqlUuid>, _>(&groups.key)
+        .bind::<Array<SqlUuid>, _>(&groups.plan)
+        .bind::<Array<Bool>, _>(&groups.was_rejected)
+        .bind::<Array<Text>, _>(&groups.billing)
+        .bind::<Array<Nullable<Text>>, _>(&groups.policy)
+        .bind::<Array<Text>, _>(&groups.endpoint)
         .execute(&mut **tx)
         .await?;
     Ok(())

@@ -1,13 +1,22 @@
-//! Sorts and counts decisions before they are appended.
+//! Sorts, counts, and encodes decisions before they are appended.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
+use super::{
+    usage_rollup::{ALL_ENDPOINTS, EndpointOf, FURTHER_ENDPOINTS, Rollup, Rollups, RowKey, Sums},
+    usage_rows::{LogGroup, LogRow, LogRows, encode},
+};
+
+/// The length of an interval in the 15-minute rollup, in seconds.
+const QUARTER: i64 = 15 * 60;
+const HOUR: i64 = 60 * 60;
+
 /// A decision on a known key. The decision also counts as a use of the key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UsageRecord {
+pub struct UsageRecord<Text = String> {
     pub event_id: Uuid,
     pub tenant_id: Uuid,
     pub key_id: Uuid,
@@ -16,7 +25,7 @@ pub struct UsageRecord {
     /// `free` or `paid`.
     pub billing: &'static str,
     /// Empty if the caller did not send an endpoint.
-    pub endpoint: String,
+    pub endpoint: Text,
     pub was_rejected: bool,
     /// The policy that denied the request. `None` if the request was allowed, or was denied because limits could not be
     /// checked.
@@ -25,11 +34,37 @@ pub struct UsageRecord {
     pub retry_after_seconds: Option<i32>,
     /// At least 1.
     pub cost: i64,
-    pub request_id: String,
+    pub request_id: Text,
 }
 
-impl UsageRecord {
-    /// Returns the policy under which rollups count the decision.
+/// What the records of a group have in common. They are counted in the same rows of the rollups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct GroupKey {
+    tenant: Uuid,
+    key: Uuid,
+    plan: Uuid,
+    /// The index of the endpoint in [`UsageBatchBuilder::endpoints`].
+    endpoint: usize,
+    /// The start of the quarter hour in which the decisions were made, in seconds since the Unix epoch.
+    start: i64,
+    was_rejected: bool,
+    policy: Option<&'static str>,
+    billing: &'static str,
+}
+
+impl GroupKey {
+    fn contains<Text: AsRef<str>>(&self, record: &UsageRecord<Text>, endpoints: &[String]) -> bool {
+        self.key == record.key_id
+            && self.plan == record.plan_id
+            && self.tenant == record.tenant_id
+            && self.was_rejected == record.was_rejected
+            && self.policy == record.policy
+            && self.billing == record.billing
+            && (0..QUARTER).contains(&(record.at.timestamp() - self.start))
+            && endpoints[self.endpoint] == record.endpoint.as_ref()
+    }
+
+    /// Returns the policy under which rollups count the decisions.
     fn counted_policy(&self) -> &'static str {
         match (self.was_rejected, self.policy) {
             (false, _) => "",
@@ -37,110 +72,6 @@ impl UsageRecord {
             (true, None) => "reduced_capacity",
         }
     }
-
-    /// Returns the start of the quarter hour in which the decision was made, in seconds since 1970.
-    fn quarter(&self) -> i64 {
-        let at = self.at.timestamp();
-        at - at.rem_euclid(QUARTER)
-    }
-
-    /// Returns whether rollups count both decisions in the same row.
-    fn counts_in_row_of(&self, other: &Self) -> bool {
-        self.key_id == other.key_id
-            && self.plan_id == other.plan_id
-            && self.tenant_id == other.tenant_id
-            && self.was_rejected == other.was_rejected
-            && self.policy == other.policy
-            && self.endpoint == other.endpoint
-            && self.quarter() == other.quarter()
-    }
-}
-
-/// The endpoint of rows that cover all endpoints.
-const ALL_ENDPOINTS: &str = "\u{1}";
-/// The endpoint of rows that cover all endpoints beyond the limit.
-const FURTHER_ENDPOINTS: &str = "\u{2}";
-/// The length of an interval in the 15-minute rollup, in seconds.
-const QUARTER: i64 = 15 * 60;
-const HOUR: i64 = 60 * 60;
-const DAY: i64 = 24 * 60 * 60;
-
-/// The rank of an endpoint's name among the batch's endpoints. Comparing ranks is equivalent to comparing names.
-pub(super) type Rank = usize;
-
-/// The primary key of a rollup row, in column order. The nil UUID stands for all keys or all plans.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct RowKey {
-    pub tenant: Uuid,
-    pub endpoint: Rank,
-    pub key: Uuid,
-    pub plan: Uuid,
-    /// The start of the interval, in seconds since the Unix epoch.
-    pub start: i64,
-    pub policy: &'static str,
-}
-
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Sums {
-    pub requests: i64,
-    pub cost: i64,
-    pub first_at: DateTime<Utc>,
-    pub last_at: DateTime<Utc>,
-}
-
-impl Sums {
-    fn of(record: &UsageRecord) -> Self {
-        Self {
-            requests: 1,
-            cost: record.cost,
-            first_at: record.at,
-            last_at: record.at,
-        }
-    }
-
-    fn add(&mut self, other: &Self) {
-        self.requests += other.requests;
-        self.cost += other.cost;
-        self.first_at = self.first_at.min(other.first_at);
-        self.last_at = self.last_at.max(other.last_at);
-    }
-}
-
-/// The counts of each row in a rollup.
-#[derive(Debug, Default)]
-struct Rollup(HashMap<RowKey, Sums>);
-
-impl Rollup {
-    fn add(&mut self, key: RowKey, sums: &Sums) {
-        self.0
-            .entry(key)
-            .and_modify(|it| it.add(sums))
-            .or_insert(*sums);
-    }
-
-    /// Returns the rows in primary-key order.
-    fn sorted(self) -> Vec<(RowKey, Sums)> {
-        let mut rows = self.0.into_iter().collect::<Vec<_>>();
-        rows.sort_unstable_by_key(|(key, _)| *key);
-        rows
-    }
-}
-
-/// An endpoint of a key or, if `key` is the nil UUID, of the tenant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub(super) struct EndpointOf {
-    pub tenant: Uuid,
-    pub key: Uuid,
-    pub endpoint: Rank,
-}
-
-/// The rows of both rollups, in primary-key order.
-#[derive(Debug)]
-pub(super) struct Rollups {
-    pub quarters: Vec<(RowKey, Sums)>,
-    pub days: Vec<(RowKey, Sums)>,
-    /// The number of requests counted under their key's [`FURTHER_ENDPOINTS`].
-    pub folded: i64,
 }
 
 /// The cost of a tenant's requests that were allowed on paid plans in one hour.
@@ -152,29 +83,191 @@ pub(super) struct Charged {
     pub cost: i64,
 }
 
-fn charged(records: &[UsageRecord]) -> Vec<Charged> {
-    let mut sums = BTreeMap::<(Uuid, i64), i64>::new();
-    for record in records {
-        if record.billing == "paid" && !record.was_rejected {
-            let at = record.at.timestamp();
-            let start = at - at.rem_euclid(HOUR);
-            *sums.entry((record.tenant_id, start)).or_default() += record.cost;
+/// Collects the records of a batch.
+#[derive(Debug, Default)]
+pub struct UsageBatchBuilder {
+    rows: Vec<LogRow>,
+    /// The request IDs of all rows, without separators.
+    request_ids: String,
+    groups: Vec<(GroupKey, Sums)>,
+    group_indexes: HashMap<GroupKey, usize>,
+    endpoints: Vec<String>,
+    endpoint_indexes: HashMap<String, usize>,
+    /// The group of the last record. Consecutive records often belong to the same group.
+    last_group: usize,
+}
+
+impl UsageBatchBuilder {
+    pub fn push<Text: AsRef<str>>(&mut self, record: &UsageRecord<Text>) {
+        let sums = Sums {
+            requests: 1,
+            cost: record.cost,
+            first_at: record.at,
+            last_at: record.at,
+        };
+        match self.groups.get_mut(self.last_group) {
+            Some((group, total)) if group.contains(record, &self.endpoints) => total.add(&sums),
+            _ => self.last_group = self.count(record, sums),
+        }
+        let begin = self.request_ids.len();
+        self.request_ids.push_str(record.request_id.as_ref());
+        self.rows.push(LogRow {
+            at: record.at,
+            event_id: record.event_id,
+            cost: record.cost,
+            retry_after_seconds: record.retry_after_seconds,
+            request_id: begin..self.request_ids.len(),
+            group: self.last_group,
+        });
+    }
+
+    /// Adds a record to its group, and returns the group's index.
+    fn count<Text: AsRef<str>>(&mut self, record: &UsageRecord<Text>, sums: Sums) -> usize {
+        let name = record.endpoint.as_ref();
+        let endpoint = match self.endpoint_indexes.get(name) {
+            Some(index) => *index,
+            None => {
+                self.endpoints.push(name.to_owned());
+                let index = self.endpoint_indexes.len();
+                self.endpoint_indexes.insert(name.to_owned(), index);
+                index
+            }
+        };
+        let at = record.at.timestamp();
+        let key = GroupKey {
+            tenant: record.tenant_id,
+            key: record.key_id,
+            plan: record.plan_id,
+            endpoint,
+            start: at - at.rem_euclid(QUARTER),
+            was_rejected: record.was_rejected,
+            policy: record.policy,
+            billing: record.billing,
+        };
+        let next = self.groups.len();
+        let index = *self.group_indexes.entry(key).or_insert(next);
+        match self.groups.get_mut(index) {
+            Some((_, total)) => total.add(&sums),
+            None => self.groups.push((key, sums)),
+        }
+        index
+    }
+
+    /// Returns the usage to charge, sorted by tenant, then by hour.
+    fn charged(&self) -> Vec<Charged> {
+        let mut costs = BTreeMap::<(Uuid, i64), i64>::new();
+        for (group, sums) in &self.groups {
+            if group.billing == "paid" && !group.was_rejected {
+                let start = group.start - group.start.rem_euclid(HOUR);
+                *costs.entry((group.tenant, start)).or_default() += sums.cost;
+            }
+        }
+        costs
+            .into_iter()
+            .map(|((tenant, start), cost)| Charged {
+                tenant,
+                start,
+                cost,
+            })
+            .collect()
+    }
+
+    /// Sorts and encodes the records.
+    pub fn build(self) -> UsageBatch {
+        let endpoints = self
+            .endpoints
+            .iter()
+            .map(String::as_str)
+            .chain([ALL_ENDPOINTS, FURTHER_ENDPOINTS])
+            .collect::<BTreeSet<_>>()
+            .into_iter()
+            .map(str::to_owned)
+            .collect::<Vec<_>>();
+        let ranks = endpoints
+            .iter()
+            .enumerate()
+            .map(|(rank, name)| (name.as_str(), rank))
+            .collect::<HashMap<_, _>>();
+        let mut tenants = BTreeMap::<Uuid, i64>::new();
+        let mut counted = Rollup::default();
+        for (group, sums) in &self.groups {
+            *tenants.entry(group.tenant).or_default() += sums.requests;
+            let row = RowKey {
+                tenant: group.tenant,
+                endpoint: ranks[self.endpoints[group.endpoint].as_str()],
+                key: group.key,
+                plan: group.plan,
+                start: group.start,
+                policy: group.counted_policy(),
+            };
+            counted.add(row, sums);
+        }
+        let counts = counted.sorted();
+        let mut named = HashMap::<EndpointOf, DateTime<Utc>>::new();
+        for (row, sums) in &counts {
+            for key in [row.key, Uuid::nil()] {
+                let of = EndpointOf {
+                    tenant: row.tenant,
+                    key,
+                    endpoint: row.endpoint,
+                };
+                let first = named.entry(of).or_insert(sums.first_at);
+                *first = sums.first_at.min(*first);
+            }
+        }
+        let mut named = named.into_iter().collect::<Vec<_>>();
+        named.sort_unstable();
+        let tenant_indexes = tenants
+            .keys()
+            .enumerate()
+            .map(|(index, tenant)| (*tenant, index))
+            .collect::<HashMap<_, _>>();
+        let groups = self
+            .groups
+            .iter()
+            .map(|(group, _)| LogGroup {
+                tenant_index: tenant_indexes[&group.tenant],
+                tenant: group.tenant,
+                key: group.key,
+                plan: group.plan,
+                was_rejected: group.was_rejected,
+                policy: group.policy,
+                billing: group.billing,
+                endpoint: &self.endpoints[group.endpoint],
+            })
+            .collect::<Vec<_>>();
+        UsageBatch {
+            len: self.rows.len(),
+            oldest: self.groups.iter().map(|(_, sums)| sums.first_at).min(),
+            charged: self.charged(),
+            rollups: Rollups::new(&counts, &endpoints, &HashSet::new()),
+            log: encode(self.rows, &self.request_ids, &groups),
+            tenants: tenants.into_iter().collect(),
+            endpoints,
+            counts,
+            named,
         }
     }
-    sums.into_iter()
-        .map(|((tenant, start), cost)| Charged {
-            tenant,
-            start,
-            cost,
-        })
-        .collect()
+}
+
+impl<'a, Text: AsRef<str> + 'a> FromIterator<&'a UsageRecord<Text>> for UsageBatch {
+    fn from_iter<I: IntoIterator<Item = &'a UsageRecord<Text>>>(records: I) -> Self {
+        let mut batch = UsageBatchBuilder::default();
+        for record in records {
+            batch.push(record);
+        }
+        batch.build()
+    }
 }
 
 /// Records that are ready to be appended.
 #[derive(Debug)]
 pub struct UsageBatch {
-    /// The records, in log order.
-    pub(super) records: Vec<UsageRecord>,
+    len: usize,
+    /// The time of the oldest record.
+    oldest: Option<DateTime<Utc>>,
+    /// The rows of the log, in log order.
+    pub(super) log: Vec<LogRows>,
     /// The number of records per tenant, in order of tenant ID.
     pub(super) tenants: Vec<(Uuid, i64)>,
     /// The names of endpoints, sorted.
@@ -190,153 +283,20 @@ pub struct UsageBatch {
 }
 
 impl UsageBatch {
-    /// Sorts and counts records. Takes about a microsecond per record.
-    pub fn new(mut records: Vec<UsageRecord>) -> Self {
-        records.sort_by_key(|it| (it.tenant_id, it.at, it.event_id));
-        let mut tenants = Vec::<(Uuid, i64)>::new();
-        for record in &records {
-            match tenants.last_mut() {
-                Some((tenant, count)) if *tenant == record.tenant_id => *count += 1,
-                _ => tenants.push((record.tenant_id, 1)),
-            }
-        }
-        // Consecutive records often belong to the same row, so hash only where something changes.
-        let endpoints = records
-            .chunk_by(|one, next| one.endpoint == next.endpoint)
-            .filter_map(|run| run.first())
-            .map(|it| it.endpoint.as_str())
-            .collect::<HashSet<_>>()
-            .into_iter()
-            .chain([ALL_ENDPOINTS, FURTHER_ENDPOINTS])
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .map(str::to_owned)
-            .collect::<Vec<_>>();
-        let ranks = endpoints
-            .iter()
-            .enumerate()
-            .map(|(rank, name)| (name.as_str(), rank))
-            .collect::<HashMap<_, _>>();
-        let mut counted = Rollup::default();
-        let mut named = HashMap::<EndpointOf, DateTime<Utc>>::new();
-        for run in records.chunk_by(UsageRecord::counts_in_row_of) {
-            let Some((record, others)) = run.split_first() else {
-                continue;
-            };
-            let mut sums = Sums::of(record);
-            for other in others {
-                sums.add(&Sums::of(other));
-            }
-            let key = RowKey {
-                tenant: record.tenant_id,
-                endpoint: ranks[record.endpoint.as_str()],
-                key: record.key_id,
-                plan: record.plan_id,
-                start: record.quarter(),
-                policy: record.counted_policy(),
-            };
-            counted.add(key, &sums);
-        }
-        let counts = counted.sorted();
-        for (row, sums) in &counts {
-            for key in [row.key, Uuid::nil()] {
-                let of = EndpointOf {
-                    tenant: row.tenant,
-                    key,
-                    endpoint: row.endpoint,
-                };
-                let first = named.entry(of).or_insert(sums.first_at);
-                *first = sums.first_at.min(*first);
-            }
-        }
-        let mut named = named.into_iter().collect::<Vec<_>>();
-        named.sort_unstable();
-        let mut batch = Self {
-            charged: charged(&records),
-            records,
-            tenants,
-            endpoints,
-            counts,
-            named,
-            rollups: Rollups {
-                quarters: Vec::new(),
-                days: Vec::new(),
-                folded: 0,
-            },
-        };
-        batch.rollups = batch.rollups_without(&HashSet::new());
-        batch
-    }
-
     pub fn len(&self) -> usize {
-        self.records.len()
+        self.len
     }
 
     pub fn is_empty(&self) -> bool {
-        self.records.is_empty()
+        self.len == 0
     }
 
     pub fn oldest(&self) -> Option<DateTime<Utc>> {
-        self.records.iter().map(|it| it.at).min()
-    }
-
-    fn rank(&self, endpoint: &str) -> Rank {
-        self.endpoints
-            .binary_search_by(|it| it.as_str().cmp(endpoint))
-            .unwrap_or_default()
+        self.oldest
     }
 
     /// Returns the rollup rows, assuming that the `folded` endpoints do not have rows of their own.
     pub(super) fn rollups_without(&self, folded: &HashSet<EndpointOf>) -> Rollups {
-        let (all, further) = (self.rank(ALL_ENDPOINTS), self.rank(FURTHER_ENDPOINTS));
-        let (mut quarters, mut requests) = (Rollup::default(), 0);
-        for (row, sums) in &self.counts {
-            let own = |key| {
-                let of = EndpointOf {
-                    tenant: row.tenant,
-                    key,
-                    endpoint: row.endpoint,
-                };
-                if folded.contains(&of) {
-                    further
-                } else {
-                    row.endpoint
-                }
-            };
-            let (of_key, of_tenant) = (own(row.key), own(Uuid::nil()));
-            if of_key == further {
-                requests += sums.requests;
-            }
-            // Each row of a key has one plan: a key has no rows for all plans together.
-            for (endpoint, key, plan) in [
-                (all, Uuid::nil(), Uuid::nil()),
-                (all, Uuid::nil(), row.plan),
-                (all, row.key, row.plan),
-                (of_tenant, Uuid::nil(), Uuid::nil()),
-                (of_tenant, Uuid::nil(), row.plan),
-                (of_key, row.key, row.plan),
-            ] {
-                let row = RowKey {
-                    endpoint,
-                    key,
-                    plan,
-                    ..*row
-                };
-                quarters.add(row, sums);
-            }
-        }
-        let mut days = Rollup::default();
-        for (row, sums) in &quarters.0 {
-            let row = RowKey {
-                start: row.start - row.start.rem_euclid(DAY),
-                ..*row
-            };
-            days.add(row, sums);
-        }
-        Rollups {
-            quarters: quarters.sorted(),
-            days: days.sorted(),
-            folded: requests,
-        }
+        Rollups::new(&self.counts, &self.endpoints, folded)
     }
 }

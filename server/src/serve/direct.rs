@@ -98,7 +98,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                     .await?;
                 start += length;
                 if start > 0 {
-                    parts = 1;
+                    parts = u32::from(start < end);
                 }
                 if length > 0 && start < end {
                     // Sending the responses has cleared the deadline of the next request, which has already begun to

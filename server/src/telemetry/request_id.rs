@@ -5,9 +5,23 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
-use uuid::Builder;
+use uuid::{Builder, fmt::Hyphenated};
 
 use crate::clock::UnixNanos;
+
+/// A generated ID, as text.
+///
+/// Aligned, because the standard library then checks several characters at once when it converts them to a `str`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[repr(align(8))]
+pub struct GeneratedId([u8; Hyphenated::LENGTH]);
+
+impl GeneratedId {
+    #[inline]
+    pub fn as_str(&self) -> &str {
+        str::from_utf8(&self.0).unwrap_or_default()
+    }
+}
 
 /// Generates IDs that are unique across processes. The IDs are predictable, which does not matter for request IDs.
 /// Reading random numbers from the operating system for each ID would cost more than the rest of the generation.
@@ -28,8 +42,8 @@ impl Default for RequestIds {
 }
 
 impl RequestIds {
-    /// Returns the next ID as 36 characters.
-    pub fn next(&self, now: UnixNanos) -> [u8; 36] {
+    /// Returns the next ID.
+    pub fn next(&self, now: UnixNanos) -> GeneratedId {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         let mut chance = [0; 10];
         // `mixed` is one-to-one, so its eight bytes are unique within a process. The first two bytes make up for the
@@ -38,9 +52,9 @@ impl RequestIds {
         chance[2..].copy_from_slice(&mixed(self.start.wrapping_add(count)).to_be_bytes());
         let millis = now.0 / 1_000_000;
         let id = Builder::from_unix_timestamp_millis(millis, &chance).into_uuid();
-        let mut text = [0; 36];
+        let mut text = [0; Hyphenated::LENGTH];
         id.as_hyphenated().encode_lower(&mut text);
-        text
+        GeneratedId(text)
     }
 }
 
@@ -64,7 +78,7 @@ mod tests {
     #[test]
     fn ids_are_uuids_of_version_7_with_the_current_time() {
         let text = RequestIds::default().next(UnixNanos::from_secs(1_785_738_360));
-        let id = Uuid::try_parse_ascii(&text).expect("a UUID");
+        let id = Uuid::try_parse(text.as_str()).expect("a UUID");
         assert_eq!(id.get_version_num(), 7);
         let (secs, _) = id.get_timestamp().expect("a time").to_unix();
         assert_eq!(secs, 1_785_738_360);

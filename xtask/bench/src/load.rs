@@ -90,3 +90,24 @@ pub(crate) fn echo(key: &str) -> Vec<u8> {
     )
     .into_bytes()
 }
+
+/// Returns the request of a gateway that received `GET /v1/echo` with a key.
+pub(crate) fn forward_auth(key: &str, service_token: &str) -> Vec<u8> {
+    format!(
+        "GET /v1/forward-auth HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: quota-bench\r\nAccept: */*\r\n\
+         X-Service-Token: {service_token}\r\nX-API-Key: {key}\r\nX-Forwarded-Method: GET\r\n\
+         X-Forwarded-Uri: /v1/echo\r\nX-Forwarded-For: 127.0.0.1\r\n\r\n"
+    )
+    .into_bytes()
+}
+
+/// Returns the request of a service that received `GET /v1/echo` with a key.
+pub(crate) fn check(key: &str, service_token: &str) -> Vec<u8> {
+    let body = format!(r#"{{"key":"{key}","endpoint":"GET /v1/echo"}}"#);
+    format!(
+        "POST /v1/check HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: quota-bench\r\nAccept: */*\r\n\
+         Authorization: Bearer {service_token}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .into_bytes()
+}

@@ -33,7 +33,7 @@ pub(crate) fn now() -> DateTime<Utc> {
 
 /// Appends the records in one transaction, as one batch of a shipper.
 pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
-    let batch = UsageBatch::new(records.to_vec());
+    let batch = records.iter().collect::<UsageBatch>();
     for attempt in 0.. {
         let appended = async {
             let mut tx = app.state.db.system().await?;

@@ -90,7 +90,7 @@ async fn a_rolled_back_batch_leaves_nothing_and_can_be_sent_again() {
     let account = app.register().await;
     let records = batch(&account, 100);
     let mut tx = app.state.db.system().await.expect("a transaction");
-    usage_append::append(&mut tx, &UsageBatch::new(records.clone()))
+    usage_append::append(&mut tx, &records.iter().collect::<UsageBatch>())
         .await
         .expect("the records fit");
     drop(tx);
@@ -104,6 +104,54 @@ async fn a_rolled_back_batch_leaves_nothing_and_can_be_sent_again() {
         100
     );
     assert_eq!(append(&app, &[]).await, Appended::default());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_batch_that_needs_several_statements_is_appended_row_by_row_as_it_is() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let (one, two) = (app.register().await, app.register().await);
+    let mut records = [batch(&one, 4500), batch(&two, 4500)].concat();
+    for (n, record) in records.iter_mut().enumerate() {
+        record.cost = 1 + i64::try_from(n % 4).expect("small");
+        record.billing = ["free", "paid"][n % 2];
+    }
+    fastrand::Rng::with_seed(7).shuffle(&mut records);
+    assert_eq!(append(&app, &records).await.rows, 9000);
+    records.sort_by_key(|it| (it.tenant_id, it.at, it.event_id));
+    let expected = records
+        .chunk_by(|one, next| one.tenant_id == next.tenant_id)
+        .flat_map(|of_tenant| of_tenant.iter().zip(1..))
+        .map(|(it, seq)| {
+            format!(
+                "{} {seq} {} {} {} {} {} {:?} {} {} {:?} {} {}",
+                it.tenant_id,
+                it.at.timestamp_micros(),
+                it.event_id,
+                it.key_id,
+                it.plan_id,
+                it.cost,
+                it.retry_after_seconds,
+                it.was_rejected,
+                it.billing,
+                it.policy,
+                it.endpoint,
+                it.request_id
+            )
+        });
+    let client = app.database.connect().await;
+    let rows = client
+        .query(
+            "SELECT format('%s %s %s %s %s %s %s %s %s %s %s %s %s', tenant_id, seq, \
+                 (extract(epoch FROM \"timestamp\") * 1000000)::bigint, event_id, key_id, plan_id, cost, \
+                 coalesce('Some(' || retry_after_seconds || ')', 'None'), was_rejected::text, billing, \
+                 coalesce('Some(\"' || policy || '\")', 'None'), endpoint, request_id) \
+             FROM usage_log ORDER BY tenant_id, seq",
+            &[],
+        )
+        .await
+        .expect("a query");
+    let rows = rows.iter().map(|it| it.get::<_, String>(0));
+    assert!(rows.eq(expected));
 }
 
 #[tokio::test(flavor = "multi_thread")]
