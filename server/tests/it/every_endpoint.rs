@@ -38,7 +38,7 @@ enum Right {
     Usage,
     Bill,
     Manage,
-    /// The test sends the document's example as the body.
+    /// The test sends only the document's example as the body, and no invalid body.
     Administer,
 }
 

@@ -58,7 +58,7 @@ impl World {
         found.expect("the delivery is listed")
     }
 
-    /// Waits until the result of an attempt is recorded.
+    /// Waits until a delivery satisfies a condition, and returns the delivery.
     async fn wait_until(
         &self,
         webhook: &str,

@@ -91,7 +91,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
             sleep(Duration::from_millis(500)).await;
         }
     });
-    // Wait until the replicas have counted each other.
+    // Wait until the replicas have been counted for so long that each may use its share.
     sleep(Duration::from_millis(8500)).await;
     Replicas {
         stores,
