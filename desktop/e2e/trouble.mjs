@@ -123,7 +123,10 @@ async function leavesWhileSending(my, { api_key, key }) {
   await page.unroute("**/v1/echo");
 }
 
-/** The page says that loading takes long, and loading ends. After a timeout, an error says that a change may have taken effect. */
+/**
+ * The page says that loading takes long, and loading ends. After a timeout, an error says that a change may have taken
+ * effect.
+ */
 async function nothingResponds(my) {
   const { page, base } = my;
   await page.goto(`${base}/console/settings`);
