@@ -128,7 +128,7 @@ def classes(module):
 
 
 def max_lengths(params):
-    """Returns the maximum lengths of keys that are stated in their descriptions."""
+    """Returns the maximum lengths that the descriptions of keys state, by key."""
     found, field = {}, None
     for it in classes(params.__module__)[params.__name__].body:
         if isinstance(it, ast.AnnAssign):
