@@ -32,7 +32,7 @@ pub(crate) const JOURNEY_NEEDS: [machine::Need; 5] = [
 /// The crates that use the app's libraries.
 const PACKAGES: [&str; 2] = ["quota-desktop", "xtask-desktop"];
 
-/// Returns arguments that select all other crates.
+/// Returns arguments that select all crates except [`PACKAGES`].
 pub(crate) fn without<'a>(all: &'a str, more: &'a str) -> Vec<&'a str> {
     let mut arguments = vec![all];
     arguments.extend(PACKAGES.iter().flat_map(|it| ["--exclude", *it]));
@@ -41,7 +41,7 @@ pub(crate) fn without<'a>(all: &'a str, more: &'a str) -> Vec<&'a str> {
     arguments
 }
 
-/// Returns arguments that select only these crates.
+/// Returns arguments that select only [`PACKAGES`].
 pub(crate) fn alone(more: &str) -> Vec<&str> {
     let mut arguments: Vec<&str> = PACKAGES.iter().flat_map(|it| ["--package", *it]).collect();
     arguments.push(more);
