@@ -132,7 +132,7 @@ async function nothingResponds(my) {
   await page.goto(`${base}/console/settings`);
   await my.heading("Profile").waitFor();
   const calls = /\/admin\/(plans|api-keys)/;
-  // This timeout is long enough for the note that appears before it.
+  // The response arrives after the note about slow loading and before the timeout, which gets its usual length again.
   await page.route(calls, async (route) => {
     await pause(6000);
     await route.continue().catch(() => {});
