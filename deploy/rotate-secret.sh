@@ -6,9 +6,9 @@
 #   deploy/rotate-secret.sh switch      uses the new secret; the old one is still accepted
 #   deploy/rotate-secret.sh finish      stops accepting the old secret. Wait until QUOTA_SESSION_DAYS have passed
 #
-#   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas at once: until then, they still accept the
-#                                       leaked secret. All users have to sign in again, and webhooks need new signing
-#                                       secrets
+#   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas at once: until then, they still accept
+#                                       the leaked secret. All users have to sign in again, and webhooks need new
+#                                       signing secrets
 #   deploy/rotate-secret.sh status      prints the step that was run last
 #
 # The files quota_secret and quota_secret_previous are in deploy/secrets, or in the directory in SECRETS, such as
@@ -38,7 +38,7 @@ write() {
 
 [ -s "$current" ] || fail "there is no $current"
 [ -e "$previous" ] || write "$previous" "$(< "$current")"
-# Prints the step that was run last.
+# The step that was run last.
 if [ -e "$folder/.rotation" ]; then step=$(< "$folder/.rotation"); else step=none; fi
 expect() {
   [ "$step" = "$1" ] || fail "this step comes after \`$1\`, and the last step was \`$step\`"
@@ -52,7 +52,7 @@ case "${1:-}" in
     ;;
   switch)
     expect prepare
-    # If this step is interrupted, run it again: this file contains the old secret until both others are written.
+    # If this step is interrupted, run it again: the copy contains the old secret until the other two files are written.
     [ -e "$old_copy" ] || write "$old_copy" "$(< "$current")"
     old=$(< "$old_copy")
     new=$(< "$current")

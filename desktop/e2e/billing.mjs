@@ -1,4 +1,5 @@
-// Tests the billing page in every state, with responses that the test provides, and pages that are loaded on demand.
+// Tests the billing page in every state, with responses that the test provides; pages that are loaded on demand; and a
+// subscription, with a stand-in for Stripe.
 
 import assert from "node:assert/strict";
 

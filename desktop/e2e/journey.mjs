@@ -1,4 +1,4 @@
-// Tests the console in Chromium against a real server with its default, embedded database.
+// Tests the console in Chromium against a real server with its private PostgreSQL.
 //
 // node journey.mjs CHROMIUM ADDRESS [FOLDER-FOR-SCREENSHOTS [PART…]]
 //

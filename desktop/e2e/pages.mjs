@@ -213,7 +213,7 @@ async function running(world) {
   // The meters at the top of the page show the same usage.
   await page.locator(".meters.wide .meter").filter({ hasText: "Burst" }).getByText("0 of 4 used").waitFor();
   await page.locator(".meters.wide .meter").filter({ hasText: "Daily quota" }).getByText(`${allowed} of 100 used`).waitFor();
-  // Another key has no results yet.
+  // Without the key, its results are not shown.
   await page.locator("#pasted_key").fill("");
   await page.locator(".outcome").waitFor({ state: "detached" });
 

@@ -123,13 +123,16 @@ async function leavesWhileSending(my, { api_key, key }) {
   await page.unroute("**/v1/echo");
 }
 
-/** The page says that loading takes long, and loading ends. After a timeout, an error says that a change may have taken effect. */
+/**
+ * The page says that loading takes long, and loading ends. After a timeout, an error says that a change may have taken
+ * effect.
+ */
 async function nothingResponds(my) {
   const { page, base } = my;
   await page.goto(`${base}/console/settings`);
   await my.heading("Profile").waitFor();
   const calls = /\/admin\/(plans|api-keys)/;
-  // This timeout is long enough for the note that appears before it.
+  // The response arrives after the note about slow loading and before the timeout, which gets its usual length again.
   await page.route(calls, async (route) => {
     await pause(6000);
     await route.continue().catch(() => {});

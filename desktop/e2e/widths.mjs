@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { active, isBilling } from "./billing.mjs";
 
-/** Every fifth width, and the widths next to the style sheet's breakpoints. Other widths look like those next to them. */
+/** Every fifth width, and the widths next to the style sheet's breakpoints. Other widths look like adjacent widths. */
 const steps = Array.from({ length: 321 }, (_, at) => 320 + 5 * at);
 const breakpoints = [30, 56, 73, 80].flatMap((rem) => [16 * rem - 1, 16 * rem, 16 * rem + 1]);
 const all = [...new Set([...steps, ...breakpoints])].sort((a, b) => a - b);
@@ -26,7 +26,7 @@ function tooClose() {
 function uneven() {
   const fields = [...document.querySelectorAll("dialog[open] .field")].map((it) => [it.textContent, it.getBoundingClientRect()]);
   const next = (a) => fields.map(([, b]) => b).filter((b) => b.top > a.top && b.left < a.right && b.right > a.left).sort((b, c) => b.top - c.top)[0];
-  // Two fields side by side are as high as the higher one.
+  // Of two fields side by side, the one that ends lower counts.
   const bottom = (a) => Math.max(...fields.map(([, b]) => b).filter((b) => b.top === a.top).map((b) => b.bottom));
   return fields.filter(([, a]) => next(a) && Math.abs(next(a).top - bottom(a) - 16) > 0.5).map(([text, a]) => [text, next(a).top - bottom(a)]);
 }

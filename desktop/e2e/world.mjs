@@ -71,7 +71,8 @@ export class Visitor {
     this.email = `e2e-${Date.now()}-${Math.random().toString(36).slice(2, 8)}@example.com`;
   }
 
-  // An open dialog makes the rest of the page inert. A button that opens a form has the same name as its submit button.
+  // An open dialog makes the rest of the page inert. A button that opens a form has the same name as the form's submit
+  // button.
   button = (name) =>
     this.page.locator("dialog[open], body:not(:has(dialog[open]))").getByRole("button", { name, exact: true });
   heading = (name) => this.page.getByRole("heading", { name, exact: true }).first();

@@ -1,5 +1,6 @@
-// The page's content security policy forbids inline scripts, so this script is a separate file. It loads the console, and
-// shows an error if loading fails: during a rollout, one server's page can refer to files that another does not have.
+// The page's content security policy forbids inline scripts, so this script is a separate file. It loads the console,
+// and shows an error if loading fails: during a rollout, one replica's page can refer to files that another replica
+// does not have.
 try {
   const { default: init } = await import("/console/{{glue}}");
   await init({ module_or_path: "/console/{{wasm}}" });

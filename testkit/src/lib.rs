@@ -1,5 +1,6 @@
 //! Tools for tests: processes that are killed when the test's process exits, a Redis that can be killed and frozen, a
-//! proxy that fails on demand, a mail server, gateways, and a checker for envelopes of token buckets.
+//! proxy that fails on demand, a mail server, gateways, a checker for envelopes of token buckets, and Zipf-distributed
+//! numbers.
 //!
 //! This crate does not depend on Quota. The tools kill processes by PID, never by name, and panic with the reason if a
 //! program cannot be started.

@@ -1,5 +1,5 @@
-//! A private Redis that can be frozen, killed and restarted. Listens on a free loopback port, stores nothing on disk, and
-//! exits when the process that started it exits, even if that process is killed.
+//! A private Redis that can be frozen, killed and restarted. Listens on a free loopback port, stores nothing on disk,
+//! and exits when the process that started it exits, even if that process is killed.
 
 use std::{
     net::{Ipv4Addr, SocketAddr, TcpListener},

@@ -37,7 +37,7 @@ const KEYS: &str = "key_lists::three_hundred_thousand_keys";
 /// The test that measures webhooks from Stripe.
 const WEBHOOKS: &str = "billing_flood::webhooks_per_second";
 
-/// Runs a test that measures something. The test reads its arguments from these variables.
+/// Runs a test that measures something. The test reads its arguments from the environment variables `variables`.
 fn measure(name: &str, variables: &[&str], arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     let mut test = cargo();
@@ -60,7 +60,7 @@ fn measure(name: &str, variables: &[&str], arguments: &[OsString]) -> Result<Exi
     })
 }
 
-/// Compares direct responses with those of hyper in this many cases, starting with the first.
+/// Compares direct responses with those of hyper. The arguments are the number of cases and the first seed.
 fn differential(arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     let cases = arguments
@@ -81,7 +81,8 @@ fn differential(arguments: &[OsString]) -> Result<ExitCode> {
     })
 }
 
-/// Runs a test without optimizations. It reads the arguments from these variables; the first has a default.
+/// Runs a test without optimizations. The test reads its arguments from the environment variables `variables`; the
+/// first argument has a default.
 fn debug_test(
     name: &str,
     variables: [&str; 2],
@@ -106,7 +107,7 @@ fn debug_test(
     })
 }
 
-/// Runs this many seeds, starting with the first.
+/// Runs the simulation. The arguments are the number of seeds and the first seed.
 fn simulation(arguments: &[OsString]) -> Result<ExitCode> {
     debug_test(
         SIMULATION,
@@ -116,7 +117,7 @@ fn simulation(arguments: &[OsString]) -> Result<ExitCode> {
     )
 }
 
-/// Sends this many malformed requests, starting with this seed.
+/// Sends malformed requests. The arguments are the number of requests and the first seed.
 fn malformed(arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     let variables = ["MALFORMED_REQUESTS", "MALFORMED_FIRST"];
@@ -175,7 +176,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     let mut build = cargo();
     build.args(["build", "--release", "--quiet"]);
     build.args(["--package", "quota-bench", "--bin", "quota-bench"]);
-    // Another binary to measure instead of this version.
+    // With `--server`, another binary is measured instead of this version.
     if !arguments.iter().any(|it| it == "--server") {
         build.args(["--package", "quota-server", "--bin", "quota"]);
     }

@@ -1,4 +1,5 @@
-//! `cargo xtask check`: formatting, lints, documentation, dependencies, links and generated files.
+//! `cargo xtask check`: formatting, lints, security advisories, documentation, unused dependencies, links and generated
+//! files.
 
 use anyhow::Result;
 

@@ -32,7 +32,7 @@ pub(crate) const JOURNEY_NEEDS: [machine::Need; 5] = [
 /// The crates that use the app's libraries.
 const PACKAGES: [&str; 2] = ["quota-desktop", "xtask-desktop"];
 
-/// Returns arguments that select all other crates.
+/// Returns arguments that select all crates except [`PACKAGES`].
 pub(crate) fn without<'a>(all: &'a str, more: &'a str) -> Vec<&'a str> {
     let mut arguments = vec![all];
     arguments.extend(PACKAGES.iter().flat_map(|it| ["--exclude", *it]));
@@ -41,7 +41,7 @@ pub(crate) fn without<'a>(all: &'a str, more: &'a str) -> Vec<&'a str> {
     arguments
 }
 
-/// Returns arguments that select only these crates.
+/// Returns arguments that select only [`PACKAGES`].
 pub(crate) fn alone(more: &str) -> Vec<&str> {
     let mut arguments: Vec<&str> = PACKAGES.iter().flat_map(|it| ["--package", *it]).collect();
     arguments.push(more);
@@ -127,8 +127,8 @@ fn newest(folder: &Path, extension: &str) -> Result<PathBuf> {
         .with_context(|| format!("no .{extension} in {}", folder.display()))
 }
 
-/// Tests both packages with the tools of their systems: `dpkg` installs the `.deb`, the installed app starts, signs in
-/// and quits, and `dpkg` removes it. The `.rpm` contains the same files.
+/// Tests both packages with the tools of their systems: `dpkg` installs the `.deb`, the installed app starts, creates
+/// an account and quits, and `dpkg` removes the package. The `.rpm` contains the same files.
 fn test_packages(out: &Path) -> Result<()> {
     let (deb, rpm) = (newest(out, "deb")?, newest(out, "rpm")?);
     let unpacked = out.join("unpacked");

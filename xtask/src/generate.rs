@@ -1,5 +1,5 @@
-//! The generated files in the repository. `cargo xtask generate` writes all of them, and `cargo xtask check` fails if one
-//! is out of date.
+//! The generated files in the repository. `cargo xtask generate` writes all of them, and `cargo xtask check` fails if
+//! one is out of date.
 
 use std::{fs, process::Stdio};
 

@@ -1,5 +1,5 @@
-//! End-to-end tests of the console, in a browser and in the desktop app, against the real server with its embedded
-//! database.
+//! End-to-end tests of the console, in a browser and in the desktop app, against the real server with its private
+//! PostgreSQL.
 
 use std::{
     ffi::OsStr,
@@ -17,7 +17,7 @@ use crate::{
     test_server::{Redis, Server, build_server, on_server},
 };
 
-/// Returns the programs that the tests require in addition to the server's programs.
+/// Returns the programs and libraries that the tests require in addition to those of the server.
 pub(crate) fn needs() -> Vec<machine::Need> {
     let browser = [
         machine::CHROMIUM,

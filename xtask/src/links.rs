@@ -14,7 +14,7 @@ use crate::{read, root, say};
 
 /// # Errors
 ///
-/// Fails if a tracked Markdown file links to something that does not exist.
+/// Fails if a Markdown file that Git does not ignore links to something that does not exist.
 pub(crate) fn check() -> Result<()> {
     say("checking links in Markdown");
     let listed = read(Command::new("git").current_dir(root()).args([

@@ -1,4 +1,4 @@
-//! Finds the programs that tasks require, installs them where possible, or lists them.
+//! Finds the programs and libraries that tasks require, installs those that are missing where possible, or lists them.
 
 use std::{
     io::{IsTerminal as _, stdin},
@@ -14,7 +14,7 @@ use crate::{
     target,
 };
 
-/// A program that a task requires.
+/// A program or library that a task requires.
 #[derive(Clone, Copy)]
 pub(crate) struct Need {
     name: &'static str,
@@ -228,7 +228,8 @@ fn room() -> Result<()> {
     Ok(())
 }
 
-/// Installs missing programs with Debian's packages. On other systems, fails and lists the packages to install.
+/// Installs missing programs and libraries from Debian's packages. On other systems, fails and lists the packages to
+/// install.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
     room()?;
     let missing: Vec<Need> = needs
@@ -295,8 +296,8 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     }
 }
 
-/// Prevents Debian's package from creating a cluster, which no task needs, and starting it on port 5432. Call before the
-/// installation.
+/// Prevents Debian's package from creating a cluster, which no task needs, and starting it on port 5432. Call before
+/// the installation.
 fn no_system_cluster() -> Result<()> {
     const CONFIG: &str = "/etc/postgresql-common/createcluster.conf";
     apt(&[

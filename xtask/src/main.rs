@@ -124,9 +124,9 @@ enum Chore {
     /// backup on an empty machine, run the development compose file from a fresh clone, and follow the runbook on a
     /// machine with nothing but Debian
     Containers {
-        /// Options, such as `--only production,backup,development,runbook`, `--from migration` to upgrade from the version
-        /// before the newest migration, or `--binary FILE` to put that binary into the image instead of compiling one
-        /// inside; `--help` lists them
+        /// Options, such as `--only production,backup,development,runbook`, `--from migration` to upgrade from the
+        /// version before the newest migration, or `--binary FILE` to put that binary into the image instead of
+        /// compiling one inside; `--help` lists them
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },

@@ -18,7 +18,7 @@ use crate::{cargo, console, read, succeed};
 /// The first startup creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Runs a function with an empty server.
+/// Runs a function with the address of a new server.
 pub(crate) fn on_server<T>(run: impl FnOnce(&str) -> Result<T>) -> Result<T> {
     build_server()?;
     let server = Server::start(&[])?;
@@ -96,7 +96,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Starts a server with additional settings. Without `DATABASE_URL`, it has an embedded database.
+    /// Starts a server with additional settings. Without `DATABASE_URL`, the server has a private PostgreSQL.
     pub(crate) fn start(settings: &[(&str, String)]) -> Result<Self> {
         let data = new_directory()?;
         let port = free_port()?;

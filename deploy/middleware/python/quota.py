@@ -2,14 +2,15 @@
 
 Copy this file into your project, and `pip install httpx`. Then:
 
-    app.add_middleware(QuotaMiddleware, url="https://quota.example.com", service_token=os.environ["QUOTA_SERVICE_TOKEN"])
+    token = os.environ["QUOTA_SERVICE_TOKEN"]
+    app.add_middleware(QuotaMiddleware, url="https://quota.example.com", service_token=token)
 
-A request that Quota allows reaches the application with the decision in `request.state.quota`, and its response gets the
-rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API key, 402
-if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
+A request that Quota allows reaches the application with the decision in `request.state.quota`, and its response gets
+the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API
+key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
 
-WebSocket connections are not checked. If you use CORSMiddleware, add it after this middleware. CORSMiddleware then responds
-to preflight requests, which have no API key, before they are checked.
+WebSocket connections are not checked. If you use CORSMiddleware, add it after this middleware. CORSMiddleware then
+responds to preflight requests, which have no API key, before they are checked.
 """
 
 import asyncio
@@ -48,8 +49,8 @@ def header(scope: Scope, name: str) -> list[str]:
 
 
 def api_key(scope: Scope) -> str | None:
-    """Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns None if there are several keys, because
-    the application could read a key that was not checked."""
+    """Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns None if there are several keys,
+    because the application could read a key that was not checked."""
     keys, credentials = header(scope, "x-api-key"), header(scope, "authorization")
     if len(keys) > 1 or len(credentials) > 1:
         return None
@@ -75,13 +76,13 @@ def route(scope: Scope) -> str | None:
 
 
 class QuotaMiddleware:
-    """`allow_if_unavailable=True` passes requests on if Quota cannot be reached in time. Then neither the limits nor the
-    API key have been checked: any key is accepted. `request.state.quota` is None, and the response has the header
+    """`allow_if_unavailable=True` passes requests on if Quota cannot be reached in time. Then neither the limits nor
+    the API key have been checked: any key is accepted. `request.state.quota` is None, and the response has the header
     `X-Quota-Degraded: unchecked`.
 
-    `timeout` is the time that a check may take, in seconds. `key`, `cost` and `endpoint` are functions of the request's
-    ASGI scope: its API key, the number of requests that it counts as (1 to 1,000,000), and the name under which usage
-    lists it (from a small set, not paths with IDs).
+    `timeout` is the time that a check may take, in seconds. `key`, `cost` and `endpoint` are functions of a request's
+    ASGI scope, which return the request's API key, the number of requests that it counts as (1 to 1,000,000), and the
+    name under which usage lists it (from a small set, not paths with IDs).
     """
 
     def __init__(

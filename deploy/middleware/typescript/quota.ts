@@ -8,8 +8,8 @@
  * the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API
  * key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
  *
- * To record usage by route, pass the middleware to each route, as in `app.get("/orders/:id", limited, handler)`, instead
- * of to `app.use`.
+ * To record usage by route, pass the middleware to each route, as in `app.get("/orders/:id", limited, handler)`,
+ * instead of to `app.use`.
  */
 
 import type { Request, RequestHandler, Response } from "express";
@@ -21,8 +21,8 @@ export interface QuotaOptions {
   timeout?: number;
   /**
    * Passes requests on if Quota cannot be reached in time. Then neither the limits nor the API key have been checked:
-   * any key is accepted. `response.locals.quota` is null, and the response has the header `X-Quota-Degraded: unchecked`.
-   * Default: false.
+   * any key is accepted. `response.locals.quota` is null, and the response has the header
+   * `X-Quota-Degraded: unchecked`. Default: false.
    */
   allowIfUnavailable?: boolean;
   /** The API key of a request. Default: `X-API-Key` or `Authorization: Bearer qk_…`. */
@@ -30,8 +30,8 @@ export interface QuotaOptions {
   /** The number of requests that a request counts as, 1 to 1,000,000. Default: 1. */
   cost?: (request: Request) => number;
   /**
-   * The endpoint under which a request is recorded in usage. Return names from a small set, not paths with IDs. Default:
-   * the request's method and route.
+   * The endpoint under which a request is recorded in usage. Return names from a small set, not paths with IDs.
+   * Default: the request's method and route.
    */
   endpoint?: (request: Request) => string | undefined;
 }

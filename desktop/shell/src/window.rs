@@ -161,7 +161,8 @@ pub fn if_unlocked(app: &AppHandle, then: impl Fn(&WebviewWindow) + Send + 'stat
     });
 }
 
-/// Evaluates a condition in the page. Returns `false` if there is no window.
+/// Evaluates a condition in the page, and passes the result to `then`. Returns `false` if the evaluation cannot be
+/// started, for example because there is no window.
 fn evaluate(
     app: &AppHandle,
     condition: &'static str,

@@ -3,7 +3,7 @@
 
 use leptos::prelude::*;
 
-/// Runs a closure now, and again whenever a signal that it reads changes.
+/// Runs a closure soon, and again whenever a signal that it reads changes.
 pub fn effect(run: impl Fn() + 'static) {
     boxed_effect(Box::new(run));
 }

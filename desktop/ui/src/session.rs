@@ -24,8 +24,8 @@ pub struct Session {
     pub me: RwSignal<Option<Me>>,
     /// Whether the session ended while the user was signed in. If so, the sign-in page says that the session has ended.
     pub has_expired: RwSignal<bool>,
-    /// The full keys that were created or rotated in this window. They are discarded when the page is closed or reloaded,
-    /// or the session ends.
+    /// The full keys that were created or rotated in this window. They are discarded when the page is closed or
+    /// reloaded, or the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
     toasts: Toasts,
 }

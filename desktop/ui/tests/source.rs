@@ -19,8 +19,8 @@ const RANKS: &[&[&str]] = &[
     &["main"],
 ];
 
-/// Words that are not part of the product's vocabulary, or that hide the cause of an error. They are matched as whole
-/// words, ignoring case.
+/// Words and phrases that are not part of the product's vocabulary, or that hide the cause of an error. They are
+/// matched as whole words, ignoring case.
 const BANNED: &[&str] = &[
     "alone",
     "anew",
@@ -167,7 +167,7 @@ fn rank(module: &str) -> Option<usize> {
     RANKS.iter().position(|modules| modules.contains(&module))
 }
 
-/// Returns the imports that do not point to a lower rank.
+/// Returns the imports from other modules that do not have a lower rank.
 fn upward_imports(module: &str, code: &str) -> Vec<String> {
     let own = rank(module);
     imported_modules(code)
@@ -199,7 +199,8 @@ fn modules_import_only_from_lower_ranks() {
     assert!(upward_imports("page", "use crate::{api, session::{a, page}};").is_empty());
 }
 
-/// Returns a cycle among the files. `imports` contains the files that each file imports.
+/// If there is an import cycle, returns its files and all files that import them, directly or indirectly. `imports`
+/// contains the files that each file imports.
 fn cycle(imports: &BTreeMap<String, BTreeSet<String>>) -> Option<Vec<String>> {
     let mut left = imports.clone();
     loop {

@@ -19,7 +19,8 @@ use crate::support::{
 
 const AT_MOST: Duration = Duration::from_secs(30);
 
-/// A tenant with a subscription in the server's Stripe account (`own`), and another account. The server has stopped.
+/// A tenant with a subscription in the server's Stripe account (`own`), and another Stripe account (`other`). The
+/// server has stopped.
 struct World {
     own: TestStripe,
     other: TestStripe,

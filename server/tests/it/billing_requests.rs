@@ -112,7 +112,8 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     assert_eq!(portal.status, 201, "{}", portal.text);
     billing.read_offer().await.expect("the offer is complete");
 
-    // Report yesterday's usage, and later usage that Stripe accepts but cannot assign to a customer.
+    // Report yesterday's usage. Below, after the customer's ID has been changed, also report usage that Stripe accepts
+    // but cannot assign to a customer.
     stripe.fake.advance(4 * DAY);
     let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
     billing.read(tenant).await.expect("read");

@@ -113,13 +113,13 @@ impl World {
         client.execute(sql, &[]).await.expect("valid SQL")
     }
 
-    /// Plans and sends reports until none is due.
+    /// Plans reports, and sends reports until none is pending.
     async fn report(&self) {
         self.billing().plan_usage().await.expect("planned");
         self.send().await;
     }
 
-    /// Sends reports until none is due. Makes retries due immediately.
+    /// Sends reports until none is pending. Does not wait until retries are due.
     async fn send(&self) {
         for _ in 0..50 {
             let due = "UPDATE billing_reports SET due_at = now() - interval '1 second' WHERE state = 'pending'";

@@ -29,8 +29,9 @@ const CLOCKS: [&str; 3] = ["+0s", "+120s", "-120s"];
 const RPM: u32 = 3000;
 const BURST: u32 = 60;
 const DAILY: usize = 300;
-/// The default `QUOTA_LEASE_TTL`, and the resolution of Redis's clock.
+/// The slack of leased keys: the default `QUOTA_LEASE_TTL` plus [`EXACT`].
 const LEASED: Duration = Duration::from_nanos(100_002_000);
+/// The slack of strict plans: a microsecond, the resolution of Redis's clock, at either end of a window.
 const EXACT: Duration = Duration::from_nanos(2_000);
 /// The smallest acceptable share of what one exact bucket would have allowed, in percent.
 const SERVED: usize = 90;
@@ -71,7 +72,8 @@ impl World {
         key["key"].as_str().expect("a secret").to_owned()
     }
 
-    /// Sends as many requests as possible to all replicas. Returns when each was sent, and those that were admitted.
+    /// Sends as many requests as possible to all replicas. Returns when each request was sent, and the spans of the
+    /// admitted requests.
     async fn load(&self, key: &str) -> (Vec<(u64, u32)>, Vec<Span>) {
         let began = Instant::now();
         let nanos = move || u64::try_from(began.elapsed().as_nanos()).expect("a short test");
@@ -123,7 +125,7 @@ async fn replicas_with_wrong_clocks_admit_what_the_limits_allow() {
             &[
                 ("DATABASE_URL", database.url()),
                 ("REDIS_URL", &redis),
-                // Other tests may keep the machine busy, and this is not about Redis.
+                // Other tests may keep the machine busy, and this test is not about slow responses of Redis.
                 ("QUOTA_REDIS_TIMEOUT", "2s"),
                 ("LD_PRELOAD", library.to_str().expect("a path")),
                 ("FAKETIME", clock),

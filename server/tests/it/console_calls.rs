@@ -320,7 +320,7 @@ fn every_console_call_matches_the_document() {
     }
 }
 
-/// Returns the schema of the response that the console reads, if it reads a response.
+/// Returns the name of the schema of the response, if the console reads the response.
 const fn answer(call: &Call) -> Option<&'static str> {
     Some(match call {
         Call::Register(_) | Call::Login(_) => "SignedIn",

@@ -38,7 +38,7 @@ enum Right {
     Usage,
     Bill,
     Manage,
-    /// The test sends the document's example as the body.
+    /// Whether `update_me` requires this permission depends on the body, so the test sends only the document's example.
     Administer,
 }
 

@@ -1,4 +1,5 @@
-//! Tests that one tenant's burst of requests leaves connections for other tenants.
+//! Tests that one tenant's burst of requests leaves database connections, attempts to call webhooks, and memory for
+//! other tenants.
 
 use std::{
     sync::Arc,
@@ -21,7 +22,7 @@ use crate::{
     usage::now,
 };
 
-/// The number of concurrent requests: many times the number of connections.
+/// The number of concurrent requests: many times the number of database connections.
 const BURST: usize = 64;
 /// The number of changes that one tenant may have in progress or waiting on a replica.
 const ADMITTED: usize = 33;

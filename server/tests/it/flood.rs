@@ -1,5 +1,5 @@
-//! Tests of what clients can do without an account: sending keys that were never created, and opening connections
-//! without sending anything.
+//! Tests of what clients can do without an account: sending keys that were never created, holding many connections
+//! open, reading or sending slowly, canceling requests, and checking readiness often.
 
 use std::{
     io::{Read as _, Write as _},

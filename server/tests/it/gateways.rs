@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use self::upstreams::{Api, Behind, Head, TlsHop};
 use crate::support::{app::TestApp, authority::Authority, test_with_each_program};
 
-/// Quota's headers that a gateway forwards.
+/// Quota's headers that describe a key's limits.
 const LIMITS: [&str; 5] = [
     "x-ratelimit-limit",
     "x-ratelimit-remaining",
@@ -36,7 +36,7 @@ fn adds_limits(program: Program) -> bool {
     program != Program::Traefik
 }
 
-/// Returns the status of the gateway's own response if there is no response, or one that is not Quota's.
+/// Returns the status of the gateway's own response if Quota does not respond, or if the response is not from Quota.
 fn failed(program: Program) -> u16 {
     if program == Program::Traefik {
         500

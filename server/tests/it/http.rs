@@ -1,4 +1,5 @@
-//! Tests requests that are too large, too slow or not HTTP. Also tests the web pages, and stopping the server.
+//! Tests requests that are too large, too slow or not HTTP. Also tests request IDs, the web pages, the metrics port,
+//! and stopping the server.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},

@@ -106,8 +106,8 @@ impl World {
         (answer.status().as_u16(), limit)
     }
 
-    /// Creates a plan and a key, lets every replica cache them, changes one of them, and returns how long after the
-    /// response each replica applied the change.
+    /// Creates a plan and a key, lets every replica cache both, and changes the plan or the key. Returns how long after
+    /// the response each replica applied the change.
     async fn change(&self, n: usize) -> Vec<Duration> {
         let plan =
             json!({"name": format!("Plan {n} {}", uuid::Uuid::now_v7()), "default_rpm": 600_000});
@@ -165,7 +165,7 @@ impl World {
         join_all(watch).await
     }
 
-    /// Makes many changes, and prints how long they took.
+    /// Makes many changes, and prints how long they took to reach the replicas.
     async fn many(&self, what: &str) {
         let mut lags = Vec::new();
         for group in (0..CHANGES).collect::<Vec<_>>().chunks(AT_ONCE) {

@@ -135,7 +135,7 @@ async fn check_searches(app: &TestApp, account: &Account, keys: &[Key], searches
 async fn searches_of_a_long_list_find_exactly_the_matching_keys() {
     let app = TestApp::setup().without_jobs().start().await;
     let (account, keys) = account_with_keys(&app, 12_000).await;
-    // Another organization has keys with the same names.
+    // Another tenant has keys with the same names.
     let (other, _) = account_with_keys(&app, 100).await;
     let some = &keys[17];
     let searches = [

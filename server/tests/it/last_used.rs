@@ -1,5 +1,5 @@
-//! Tests how the last use of keys and service tokens is recorded. The last use of a key is stored with its usage; the
-//! last use of a token is kept in memory and stored in batches.
+//! Tests how the last use of keys and service tokens is recorded. The last use of a key is stored with its usage. The
+//! last use of a token and, without metering, the last use of a key are kept in memory and stored in batches.
 
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;
@@ -159,7 +159,7 @@ async fn last_use_of_a_key_is_written_with_its_usage_and_never_moves_back() {
         app.key(&account, &plan).await,
     );
     assert_eq!(app.echo(&used.text).await.status, 200);
-    // A flush does not write the last use of keys, which is written only with their usage.
+    // With metering, a flush does not write the last use of keys, which is written only with their usage.
     app.state.last_used.flush(&app.state.db).await.unwrap();
     let database = app.database.connect().await;
     let times = async || {

@@ -328,7 +328,7 @@ fn graph(files: &[(String, String)]) -> BTreeMap<&str, BTreeSet<&str>> {
     graph
 }
 
-/// Returns the files of a folder that import each other in a cycle, if there are any.
+/// Returns the files of a folder that are in an import cycle, or that import from files in a cycle.
 fn circle(graph: &BTreeMap<&str, BTreeSet<&str>>, folder: &str) -> Vec<String> {
     let mut rest = graph.clone();
     rest.retain(|path, _| path.starts_with(folder));
@@ -340,7 +340,6 @@ fn circle(graph: &BTreeMap<&str, BTreeSet<&str>>, folder: &str) -> Vec<String> {
             break;
         }
     }
-    // The remaining files are in a cycle or import from files in a cycle.
     rest.iter()
         .map(|(path, targets)| {
             let targets = targets.iter().filter(|target| rest.contains_key(*target));

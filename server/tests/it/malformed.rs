@@ -336,8 +336,9 @@ impl Kind {
     }
 }
 
-/// Sends a random request, followed by a valid request. Returns the first request, and all data that the server sends
-/// until it closes the connection.
+/// Sends a random HTTP/1 request followed by a valid one, or random HTTP/2 frames. Returns the bytes of the random
+/// request or frames, and all data that the server sends until it closes the connection or, over HTTP/2, until it sends
+/// nothing for a while.
 async fn answers(server: SocketAddr, caller: &Caller, seed: u64) -> (Vec<u8>, Vec<u8>) {
     let mut random = Rng::with_seed(seed);
     let kind = Kind::of(seed);

@@ -77,7 +77,7 @@ async fn world(change: impl FnOnce(Setup) -> Setup) -> World {
 }
 
 impl World {
-    /// Resets every connection. New connections have the given fault.
+    /// Sets the fault of open and new connections. `Refuse` also resets every open connection.
     fn lose(&self, fault: Fault) {
         self.proxy.set(fault);
         if fault == Fault::Refuse {
@@ -455,7 +455,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
     }
     let errors = app.metric(failed).await - errors;
     let polls = app.metric("quota_invalidation_polls_total").await - polls;
-    // On a busy machine, a request may be late. If the flood had an effect, nearly all of them would be late.
+    // On a busy machine, a poll may be late. If the flood had an effect, nearly all polls would be late.
     assert!(
         polls >= 3.0 && errors <= polls / 4.0,
         "{errors} of {polls} polls failed"

@@ -80,7 +80,7 @@ const EXCLUSIVE: &[(Action, Action)] = &[
     (ChangePassword, ChangePassword),
 ];
 
-/// Pairs in which the first fails if the second comes first. In all other pairs, both succeed.
+/// Pairs in which the first fails if the second comes first. In pairs that are in neither list, both succeed.
 const ORDERED: &[(Action, Action)] = &[
     (MoveKey, DeleteKey),
     (DeactivateKey, DeleteKey),

@@ -1,4 +1,4 @@
-//! Tests that connections to Redis are made, break and recover, and that calls never wait for them.
+//! Tests how connections to Redis are established, fail and recover, and that calls never wait for a connection.
 
 use std::{
     sync::atomic::Ordering,

@@ -1,4 +1,5 @@
-//! Tests responses while Redis is unreachable, for each fallback setting of a plan.
+//! Tests responses while Redis is unreachable, for each fallback setting of a plan. Also tests which replicas are
+//! counted, and which buckets are empty after Redis has lost its state.
 
 use std::{
     sync::Arc,
@@ -125,7 +126,7 @@ async fn stopped_replica_is_remembered_longer_than_it_is_counted() {
     assert!(seen(started, Duration::ZERO).await.oldest_other.is_none());
 }
 
-/// The first call to Redis states whether other replicas may have decided requests without it.
+/// The first call to Redis states whether other replicas may have decided requests without Redis.
 #[tokio::test(flavor = "multi_thread")]
 async fn replica_is_counted_before_it_uses_redis() {
     let server = RedisServer::start().await;

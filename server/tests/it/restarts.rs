@@ -1,4 +1,4 @@
-//! Tests that usage survives, no matter how the server stops.
+//! Tests that quotas are neither lost nor granted twice, no matter how the server stops.
 
 use std::time::Instant;
 

@@ -159,7 +159,7 @@ async fn restore_on_the_same_machine_adds_what_was_shipped_after_the_backup() {
     assert_complete(&empty, data.path(), &ids).await;
 }
 
-/// The disk is full when half of the usage is restored.
+/// The script cannot write large files, as on a full disk, so it fails while it restores usage.
 #[tokio::test(flavor = "multi_thread")]
 async fn interrupted_restore_can_be_repeated() {
     let (first, data, backups) = (data_dir(), data_dir(), data_dir());

@@ -264,7 +264,7 @@ async fn damaged_or_forged_record_is_ignored() {
     let app = world.another().await;
     assert_eq!(app.echo(&unknown.reveal()).await.status, 401);
     assert!(app.metric("quota_key_shared_unreadable_total").await >= 1.0);
-    // Random bytes are rejected.
+    // A Redis value of another type is ignored.
     redis.del::<_, ()>(&name).await.expect("the key is deleted");
     redis
         .rpush::<_, _, ()>(&name, "list")
@@ -490,7 +490,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
             sleep(Duration::from_millis(5)).await;
         }
     }
-    // Any change clears the negative cache entry of the key, but the saved record remains.
+    // Clear the key's negative cache entry, as any change does, and store the old record again.
     for app in [&world.first, &second] {
         app.state
             .keys

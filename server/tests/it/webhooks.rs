@@ -58,7 +58,7 @@ impl World {
         found.expect("the delivery is listed")
     }
 
-    /// Waits until the result of an attempt is recorded.
+    /// Waits until a delivery satisfies a condition, and returns the delivery.
     async fn wait_until(
         &self,
         webhook: &str,
@@ -551,7 +551,7 @@ async fn secret_is_not_stored_in_plain_and_survives_a_rotation_of_the_servers_se
     assert_eq!(world.hooks.received("/hook").len(), 2);
 }
 
-/// Returns the bytes of a secret in the form in which PostgreSQL shows them.
+/// Converts a secret from Base64 to hexadecimal, the form in which PostgreSQL shows bytes.
 fn base64_to_hex(text: &str) -> String {
     use std::fmt::Write as _;
 

@@ -1,6 +1,7 @@
 """Extracts the parameters of Stripe's API from Stripe's Python library, as JSON Schema.
 
-Stripe generates the library from its OpenAPI document. Each release of the library is for one version of the API. To run this script for a release:
+Stripe generates the library from its OpenAPI document. Each release of the library is for one version of the API. To
+run this script for a release:
 
     python3 -m venv venv && venv/bin/pip install stripe==16.0.1
     venv/bin/python extract.py
@@ -127,7 +128,7 @@ def classes(module):
 
 
 def max_lengths(params):
-    """Returns the maximum lengths of keys that are stated in their descriptions."""
+    """Returns the maximum lengths that the descriptions of keys state, by key."""
     found, field = {}, None
     for it in classes(params.__module__)[params.__name__].body:
         if isinstance(it, ast.AnnAssign):

@@ -14,8 +14,8 @@ fn put(text: &str, from: &str, to: &str) -> String {
     text.replace(from, to)
 }
 
-/// Removes the text from the first occurrence of `from` to the end of its line or, if `to_the_end` is set, to the end of
-/// the text. Panics if `from` does not occur.
+/// Removes the text from the first occurrence of `from` to the end of its line or, if `to_the_end` is set, to the end
+/// of the text. Panics if `from` does not occur.
 fn cut(text: &str, from: &str, to_the_end: bool) -> String {
     let start = text.find(from);
     let start = start.unwrap_or_else(|| panic!("{from:?} is not in\n{text}"));

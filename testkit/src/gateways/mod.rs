@@ -181,7 +181,7 @@ impl Program {
     }
 }
 
-/// A path without an upstream in Traefik's configuration, to which it responds with 503.
+/// A path without an upstream in Traefik's configuration, for which Traefik returns 503.
 const READY: &str = "/gateway-is-ready";
 /// The router for this path.
 const READY_ROUTER: &str = "  routers:

@@ -25,7 +25,7 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Runs on the thread that calls [`Self::put`].
+    /// Creates a load, which runs on the thread that calls [`Self::put`].
     pub(crate) fn new() -> Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

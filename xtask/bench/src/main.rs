@@ -1,4 +1,5 @@
-//! Benchmarks of the server from outside: the cost of a request, and the behavior of several replicas.
+//! Benchmarks of the server from outside: the cost of a request, and the behavior of gateways, of several replicas, and
+//! of deployments with outages, crashes, restarts and slow clients.
 //!
 //! The cost of a request: Quota compared with a plain poem handler and a plain hyper handler, in the same run.
 //!

@@ -37,7 +37,7 @@ pub(crate) struct Postgres {
 }
 
 impl Postgres {
-    /// Starts a new cluster, which is removed at the end.
+    /// Starts a new cluster, which is removed when this [`Postgres`] is dropped.
     pub(crate) async fn start(programs: &Path) -> Result<Self> {
         let dir = tempfile::Builder::new()
             .prefix("quota-crash-")

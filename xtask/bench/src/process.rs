@@ -1,5 +1,4 @@
-//! The servers under test. Each is pinned to its own core and killed when this process exits; CPU time is read from
-//! `/proc`.
+//! The servers under test. Each server is pinned to a given core, and is stopped when its [`Server`] is dropped.
 
 use std::{
     fs::{self, File},
@@ -98,7 +97,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Starts `quota serve` with default settings: an embedded database in a temporary directory, with the log in the
+    /// Starts `quota serve` with default settings: a private PostgreSQL in a temporary directory, with the log in the
     /// same directory. `settings` are additional environment variables.
     pub(crate) fn quota(
         binary: &Path,

@@ -1,6 +1,7 @@
 //! Requests at a steady rate, and the outcome of each.
 //!
-//! Half of the requests are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other one.
+//! Half of the requests are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other
+//! one.
 
 use std::{
     sync::{
@@ -21,7 +22,7 @@ const RATE: u32 = 180;
 /// The limited key's rate per minute, and its burst. Half of the requests use this key, and they must exceed its rate.
 pub const RPM: u32 = 3000;
 pub const BURST: u32 = 50;
-/// The default `QUOTA_LEASE_TTL`, and the resolution of Redis's clock.
+/// The default `QUOTA_LEASE_TTL`, plus a microsecond, the resolution of Redis's clock, at either end of a window.
 const SLACK: Duration = Duration::from_nanos(100_002_000);
 /// The smallest acceptable share of what one exact bucket would have allowed, in percent.
 const SERVED: u64 = 90;
@@ -192,12 +193,12 @@ fn is_post(number: u64) -> bool {
     number.is_multiple_of(2)
 }
 
-/// Keys alternate every two requests, so that both get both kinds.
+/// The key changes after every second request, so that each key is used with both kinds of requests.
 fn is_limited(number: u64) -> bool {
     (number / 2).is_multiple_of(2)
 }
 
-/// Sends one request. Returns whether it was allowed, and whether it was decided without Redis.
+/// Sends one request. Returns whether the request was allowed, and whether it was decided without Redis.
 async fn send(target: &Target, number: u64, request_id: &str) -> Result<(bool, bool), String> {
     let key = if is_limited(number) {
         &target.limited

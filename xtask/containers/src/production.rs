@@ -32,7 +32,7 @@ pub struct Production<'a> {
 }
 
 impl<'a> Production<'a> {
-    /// Starts an image with new secrets.
+    /// Starts an installation of an image, with new secrets.
     pub fn up(engine: &'a Engine, image: &str, redis_timeout: Option<&str>) -> Result<Self> {
         let production = Self::create(engine, (free_port()?, free_port()?))?;
         let deploy = production.deploy();
@@ -320,7 +320,8 @@ impl<'a> Production<'a> {
         Ok(())
     }
 
-    /// Sends a strict key's burst to both replicas at the same time.
+    /// Checks that two replicas together allow exactly a strict key's burst, plus what refills, of three times as many
+    /// requests.
     async fn is_exact(&self, client: &Client, account: &Account) -> Result<()> {
         let plan = json!({"name": "Exact", "default_rpm": 60, "burst": 100, "strict": true});
         let key = account.key(client, plan).await?;

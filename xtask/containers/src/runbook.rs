@@ -1,10 +1,10 @@
-//! The first six steps of `docs/RUNBOOK.md`, on a machine with nothing but Debian: a container with a container engine of
-//! its own.
+//! The first six steps of `docs/RUNBOOK.md`, on a machine with nothing but Debian: a container with a container engine
+//! of its own.
 //!
-//! Runs the commands in the runbook as they are. What a container lacks compared with a machine is added between the
-//! steps: no service manager starts the engine, control groups are read-only, the clone comes from this checkout, the images from this engine, and the
-//! certificate from Caddy's own certificate authority. In place of a person at the console, `curl` creates the plan and
-//! the key.
+//! Runs the commands in the runbook as they are. Between the steps, the script adds what a container lacks compared
+//! with a machine: it makes control groups writable, starts the engine, which no service manager does, uses this
+//! checkout instead of the published repository and images of this engine instead of a registry, and trusts Caddy's own
+//! certificate authority. In place of a person at the console, `curl` creates the plan and the key.
 
 use std::{fs, process::Stdio, time::Instant};
 
@@ -15,7 +15,7 @@ use crate::{
     image, root,
 };
 
-/// The time that the runbook promises.
+/// The time that the runbook promises, in minutes.
 const MINUTES: f64 = 15.0;
 const DOMAIN: &str = "quota.localhost";
 const IMAGES: [&str; 3] = ["postgres:17", "redis:8", "caddy:2.11"];

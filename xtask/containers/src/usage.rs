@@ -20,7 +20,7 @@ const SHIPPED_WITHIN: Duration = Duration::from_secs(60);
 struct Recorded {
     rows: u64,
     records: u64,
-    /// Whether one of the decisions was to allow it.
+    /// Whether one of the decisions was to allow the request.
     is_allowed: bool,
 }
 

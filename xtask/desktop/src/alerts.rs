@@ -1,5 +1,5 @@
-//! Checks how new quota alerts are announced: by a toast in the window, and by a notification of the desktop if the user
-//! is looking at another window.
+//! Checks how new quota alerts are announced: by a toast in the window, and by a notification of the desktop if the
+//! user is looking at another window.
 
 use std::{
     io::{Write as _, read_to_string},

@@ -401,7 +401,7 @@ fn pay(page: &str) -> Result<()> {
     Ok(())
 }
 
-/// Starts an installed app, signs in and quits.
+/// Starts an installed app, creates an account and quits.
 pub async fn start(app: &Path, server: &str) -> Result<()> {
     let world = World::new(true)?;
     let page = App::start(&world, app, server, None).await?;

@@ -33,7 +33,7 @@ enum Task {
         /// Save a screenshot of each page in this folder
         screenshots: Option<PathBuf>,
     },
-    /// Start the app, sign in on a server and quit
+    /// Start the app, create an account on a server and quit
     Start { app: PathBuf, server: String },
     /// Measure memory and time to first paint, compared with an empty window
     Bench {

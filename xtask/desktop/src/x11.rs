@@ -1,4 +1,5 @@
-//! Input that comes from the window system and not from the page: closing the window, and shortcuts of the menu.
+//! Input that comes from the window system and not from the page: closing the window, taking the focus from it, and
+//! shortcuts of the menu.
 
 use std::time::Duration;
 

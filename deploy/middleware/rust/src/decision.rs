@@ -29,7 +29,7 @@ pub enum Code {
     Other,
 }
 
-/// The state of one limit of a key, after the decision.
+/// The state of one limit after the decision.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[non_exhaustive]
 pub struct LimitState {
@@ -52,7 +52,7 @@ pub struct Decision {
     /// Name of the key's plan.
     pub plan: Option<String>,
     pub limits: Vec<LimitState>,
-    /// Seconds to wait before retrying, rounded up. `None` if the request was allowed or can never be allowed.
+    /// Seconds to wait before retrying, rounded up. `None` if the request was allowed, or if waiting does not help.
     pub retry_after: Option<u64>,
     /// The headers to add to the response.
     pub headers: HeaderMap,

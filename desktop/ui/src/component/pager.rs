@@ -14,7 +14,7 @@ thread_local! {
     static PREVIOUS: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Links to the next page, and to the previous page if it was shown in this tab.
+/// Links to the next page, and to the previous page if it was shown in this window.
 #[component]
 pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
     let route = route();

@@ -5,7 +5,7 @@ use leptos::{prelude::*, task::spawn_local};
 use super::{copy::CodeBlock, modal::Modal};
 use crate::{api, host};
 
-/// A new secret, and the name of the key or token.
+/// A new secret, and the name of the key, token, or webhook that it belongs to.
 #[derive(Clone, Copy)]
 pub struct NewSecret {
     pub name: RwSignal<String>,
@@ -50,7 +50,7 @@ impl NewSecret {
 pub fn SecretDialog(
     new: NewSecret,
     #[prop(into)] title: Signal<String>,
-    /// `key` or `token`.
+    /// `key`, `token`, or `secret`.
     noun: &'static str,
     /// A sentence that tells the user what to do if the secret is lost.
     recovery: &'static str,

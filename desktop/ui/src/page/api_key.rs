@@ -130,7 +130,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             loader
             plans
             open=dialogs.editing
-            // Servers apply the new limits within a second.
+            // Replicas apply the new limits within a second.
             on_saved=Callback::new(move |()| usage.reload_after_requests())
         />
         <RotateDialog id loader open=dialogs.rotating rotated/>
@@ -199,7 +199,7 @@ async fn change_status(
 fn TrySection(id: ApiKeyId, loader: Loader<ApiKey>, on_sent: Callback<()>) -> impl IntoView {
     let known_keys = session().known_keys;
     let pasted = RwSignal::new(String::new());
-    // Empty if this tab does not have the full key.
+    // Empty if this page does not have the full key.
     let known = text_memo(move || {
         known_keys.with(|keys| {
             let own = keys.iter().find(|(it, _)| *it == id);

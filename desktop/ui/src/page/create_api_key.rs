@@ -127,8 +127,8 @@ fn CreateForm(
     }
 }
 
-/// Shows a new secret, and keeps it until the page is closed or reloaded, or the session ends. Works even after the user
-/// has left the page, so that the secret in a late response is not lost.
+/// Shows a new secret, and stores it until the page is closed or reloaded, or the session ends. Works even after the
+/// user has left the page, so that the secret in a late response is not lost.
 pub fn show_key(new: NewSecret, created: CreatedApiKey, session: Session) {
     if let Some(secret) = &created.key {
         session.known_keys.update(|known| {

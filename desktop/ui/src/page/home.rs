@@ -53,7 +53,7 @@ struct Setup {
 
 impl Overview {
     /// Returns whether any request has been made, either in the last day with any key, or at any time with a key that
-    /// still exists.
+    /// still exists. Also returns `true` if the user's role cannot view keys.
     fn has_requests(&self) -> bool {
         let Some(setup) = &self.setup else {
             return true;
@@ -107,7 +107,7 @@ pub fn Home() -> impl IntoView {
     let can_read = untrack(move || session.can_read());
     let loader = load(move || Box::pin(load_overview(zone.get(), can_read)) as PendingCall<_>);
     refresh_regularly(loader);
-    // This state is outside the loaded data, so that reloading does not reset it.
+    // The chart's state is outside the loaded data, so that reloading the data does not reset the chart.
     let state = ChartState::new();
     let is_open = RwSignal::new(None::<bool>);
     view! {
@@ -153,7 +153,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     }
 }
 
-/// Compares the requests since midnight with the same time of day yesterday.
+/// Compares the number of requests since midnight with the number by this time yesterday.
 fn since_yesterday(now: u64, before: u64) -> String {
     if now == before && now > 0 {
         return "Same as this time yesterday".to_owned();

@@ -20,7 +20,7 @@ use crate::{
 
 /// How often to load new decisions.
 const POLL: Duration = Duration::from_millis(1500);
-/// The maximum number of pages to load per update. If there are more pages, the list has a gap.
+/// The maximum number of pages to load per update. If there are more pages of new decisions, the list has a gap.
 const MAX_PAGES: usize = 5;
 
 #[component]
@@ -36,8 +36,8 @@ pub fn LiveTail(
     }
 }
 
-/// Loads decisions, newest first, until it finds a known decision. Returns the new decisions, and whether any decisions
-/// are missing between the new and the known ones.
+/// Loads decisions, newest first, until a page contains a known decision. If no decisions are known, loads one page.
+/// Returns the new decisions, and whether any decisions are missing between the new and the known ones.
 async fn fetch_new(filter: DecisionFilter, live: &Live) -> CallResult<(Vec<Decision>, bool)> {
     let mut new = Vec::new();
     let mut cursor = None;

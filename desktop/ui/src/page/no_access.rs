@@ -10,7 +10,7 @@ use crate::{
 
 #[component]
 pub fn NoAccess(
-    /// What the page shows.
+    /// What the page that this page replaces shows, such as `plans`.
     what: &'static str,
 ) -> impl IntoView {
     let session = session();

@@ -1,4 +1,4 @@
-//! The plans that API keys refer to.
+//! Loads all plans, and looks up plans by ID.
 
 use leptos::prelude::*;
 use quota_common::{

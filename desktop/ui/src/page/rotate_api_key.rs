@@ -13,7 +13,7 @@ use crate::{
     session::session,
 };
 
-/// How long the old secret stays valid, in seconds.
+/// How long the old secret can stay valid: the value in seconds, and its label.
 pub const GRACE_PERIODS: [(&str, &str); 5] = [
     ("0", "Revoke now"),
     ("3600", "Keep for 1 hour"),

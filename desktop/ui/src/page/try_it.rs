@@ -29,7 +29,7 @@ use crate::{
 const FRAME: Duration = Duration::from_millis(200);
 /// The maximum number of requests that *Send until 429* sends.
 const MAX_REQUESTS: u32 = 300;
-/// The width of the chart in SVG units. The height is 1000.
+/// The width of the chart in SVG units. The line's values range from 0 to 1000.
 const WIDTH: i64 = 6000;
 
 #[derive(Clone, Default)]

@@ -213,7 +213,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
     }
 }
 
-/// Keeps the visible parts of the chart in the URL.
+/// Creates the state of the chart from the URL, and updates the URL when the state changes.
 fn chart_state(route: Route) -> ChartState {
     let state = ChartState::new();
     let query = route.query.get_untracked();
@@ -387,7 +387,7 @@ fn NoRequests(was_used: Signal<bool>) -> impl IntoView {
     }
 }
 
-/// Returns the path and query of a key's usage.
+/// Returns the path and query of the usage page for a key.
 pub fn usage_of_key(id: ApiKeyId) -> String {
     let query = Query::default()
         .with("key_id", &id.to_string())

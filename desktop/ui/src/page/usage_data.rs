@@ -1,4 +1,4 @@
-//! Loads usage for the time range in the URL.
+//! Loads usage for the time range in the URL, and for the last 24 hours.
 
 use quota_common::{
     ApiKeyId, Timestamp,
@@ -37,7 +37,8 @@ pub fn timestamp(millis: i64) -> Option<Timestamp> {
     Timestamp::from_unix_secs(millis / 1000)
 }
 
-/// Returns the start, the end, and the bucket size. Returns `None` if the dates are invalid.
+/// Returns the start and end of the requested time range, in milliseconds since the Unix epoch, and the bucket size.
+/// Returns `None` if the dates are invalid.
 pub fn period(request: &UsageRequest, zone: &str, now: i64) -> Option<(i64, i64, UsageBucketSize)> {
     let local = |at| local_time(at, zone);
     let (from, to) = match request.range {

@@ -111,7 +111,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
     }
 }
 
-/// Reports the result in a toast.
+/// Enables or disables a webhook, and reports the result in a toast.
 async fn change_status(id: WebhookId, name: &str, enabled: bool, toasts: Toasts) {
     let body = UpdateWebhook {
         is_active: Some(enabled),

@@ -62,7 +62,7 @@ fn WebhookList() -> impl IntoView {
         .into_any()
     };
     let open_page = Callback::new(move |()| {
-        // An open secret dialog blocks navigation, so this effect waits until the dialog has closed.
+        // An open secret dialog blocks navigation, so the page is opened only after the dialog has closed.
         set_timeout(
             move || {
                 if let Some(id) = created.try_get_untracked().flatten() {

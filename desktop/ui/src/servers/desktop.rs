@@ -15,7 +15,7 @@ use crate::{
     session::{AuthState, Session},
 };
 
-/// Mounts the console after the host has reported its status.
+/// Asks the host for its status, and then mounts the console.
 pub fn start(mount: impl FnOnce() + 'static) {
     // Leptos cannot spawn tasks before the first mount.
     wasm_bindgen_futures::spawn_local(async move {

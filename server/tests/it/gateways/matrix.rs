@@ -87,7 +87,7 @@ enum Front {
 }
 
 impl Front {
-    /// Sends a request, whether or not it is forged.
+    /// Sends a request. If `is_forged` is set, the request contains a forged decision.
     async fn get(&self, key: &str, is_forged: bool) -> Seen {
         let (gateway, api) = match self {
             Self::Http(setting) => (&setting.gateway, &setting.api),
@@ -177,7 +177,7 @@ async fn cases(program: Program, with_redis: &Tenant, without_redis: &Tenant) ->
     let mode = |mode| json!({"default_rpm": 600, "on_redis_failure": mode});
     let open = without_redis.key(mode("open")).await;
     let closed = without_redis.key(mode("closed")).await;
-    // The first calls to Redis are late. After them, the circuit breaker opens.
+    // The first calls to Redis fail, until the circuit breaker opens.
     for (key, status) in [(&open, 200), (&closed, 503)] {
         for _ in 0..50 {
             if degraded.get(key, false).await.response.status() == status {

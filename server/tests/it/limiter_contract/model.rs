@@ -1,7 +1,7 @@
 //! Compares the limiter with a simple model on random schedules.
 //!
-//! The model keeps a list of grants and, for each request, replays it from the start, counting tokens as exact
-//! fractions. It gets days and months from `chrono`. Every field of every decision is compared.
+//! The model keeps a list of a bucket's events and, for each request, replays the list from the start, counting tokens
+//! as exact fractions. The model gets days and months from `chrono`. Every field of every decision is compared.
 
 use std::collections::HashMap;
 

@@ -42,7 +42,7 @@ pub(super) fn connection(random: &mut Rng, caller: &Caller) -> Vec<u8> {
             bytes.extend(odd_frame(random, stream));
         }
     }
-    // Sometimes changes, removes or repeats some bytes.
+    // Sometimes, change or insert some bytes, or truncate the connection's bytes.
     if random.u8(..6) == 0 {
         for _ in 0..random.u8(1..4) {
             let at = random.usize(..bytes.len());
@@ -97,7 +97,7 @@ fn request(random: &mut Rng, caller: &Caller, stream: u32) -> Vec<u8> {
         let end = if random.u8(..12) == 0 { 0 } else { END_STREAM };
         bytes.extend(frame(DATA, end, stream, body));
         if end == 0 {
-            // Trailers, or nothing more.
+            // Cancel the request, send trailers, or send nothing more.
             match random.u8(..3) {
                 0 => bytes.extend(cancel(stream)),
                 1 => {

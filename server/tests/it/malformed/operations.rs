@@ -25,7 +25,7 @@ pub(super) struct Request {
     pub(super) body: Vec<u8>,
 }
 
-/// Operations that end the caller's session, or whose response does not end.
+/// The paths of operations that end the caller's session, or whose response does not end.
 const LEFT_OUT: [&str; 4] = [
     "/auth/logout",
     "/auth/sessions/{session_id}",
@@ -283,7 +283,7 @@ pub(super) fn request(random: &mut Rng, caller: &Caller) -> Request {
     }
 }
 
-/// Returns the credentials that the operation requires, or sometimes others.
+/// Returns the credentials that the operation requires. Sometimes leaves some out.
 fn credentials(random: &mut Rng, caller: &Caller, operation: &Value) -> Vec<(String, String)> {
     let mut fields = Vec::new();
     let required = operation["security"].as_array();

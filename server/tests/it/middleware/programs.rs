@@ -32,7 +32,7 @@ pub(super) enum Program {
 pub(super) struct Setting {
     pub(super) url: String,
     pub(super) token: String,
-    /// The trusted certificate authority.
+    /// The file with the certificate of the authority that the application trusts.
     pub(super) root: Option<PathBuf>,
     pub(super) allow_if_unavailable: bool,
 }

@@ -456,8 +456,8 @@ const SECRETS: [&str; 2] = [
     "fedcba9876543210fedcba9876543210",
 ];
 
-/// Uses the same cookies on another server of the same installation.
 impl Browser<'_> {
+    /// Returns a browser with the same cookies that sends requests to another server.
     fn on<'b>(&self, server: &'b TestApp) -> Browser<'b> {
         Browser {
             server,

@@ -1073,8 +1073,8 @@ async fn grace_period_is_for_one_secret_and_does_not_outlive_the_key() {
     }
 }
 
-/// The three endpoints are recognized by path before they reach the router. A request with an empty query is routed by
-/// the router.
+/// Requests to the three endpoints are recognized by their path before they reach the router. With an additional query
+/// parameter, they go through the router.
 #[tokio::test(flavor = "multi_thread")]
 async fn fast_path_and_router_respond_alike() {
     let (app, _clock, account) = still().await;

@@ -102,7 +102,7 @@ impl Setup {
         self
     }
 
-    /// Runs no background jobs: no polling for invalidations, no pruning, no updates of `last_used_at`.
+    /// Runs no background jobs, such as polling for invalidations, shipping usage, and sending webhooks and emails.
     pub(crate) fn without_jobs(mut self) -> Self {
         self.with_jobs = false;
         self
@@ -124,7 +124,7 @@ impl Setup {
                 .await,
             ),
         };
-        // All tests use the same address, so per-address limits would make them interfere with each other.
+        // All requests of a test come from the same address, so limits per address would apply to them together.
         let mut flags = vec![
             "test".to_owned(),
             "--auth-rpm=0".into(),

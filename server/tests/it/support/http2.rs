@@ -1,4 +1,4 @@
-//! A minimal hand-written HTTP/2 client, since a client that follows the protocol could not misbehave.
+//! HTTP/2 frames for tests, written by hand, since a client that follows the protocol could not misbehave.
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub(crate) const DATA: u8 = 0;

@@ -1,4 +1,4 @@
-//! Tests of `/admin/usage`, `/admin/stats`, and the current limits of a key.
+//! Tests of `/admin/usage`, `/admin/stats`, the current limits of a key, and the `quota usage` commands for operators.
 
 use chrono::{DateTime, TimeDelta, Utc};
 use quota_server::repo::usage_batch::UsageRecord;

@@ -63,7 +63,7 @@ impl Load {
         })
     }
 
-    /// Requests that were sent and have no response yet.
+    /// Returns the number of requests that were sent and have no response yet.
     pub(super) fn in_flight(&self) -> u64 {
         self.in_flight.load(Ordering::Relaxed)
     }

@@ -34,7 +34,7 @@ use crate::{
 /// The limited key's rate per minute, and its burst. Half of the requests use this key, and they must exceed its rate.
 const RPM: u32 = 6000;
 const BURST: u32 = 100;
-/// The default `QUOTA_LEASE_TTL`, and the resolution of Redis's clock.
+/// The default `QUOTA_LEASE_TTL`, plus a microsecond, the resolution of Redis's clock, at either end of a window.
 const SLACK: Duration = Duration::from_nanos(100_002_000);
 /// At least this percentage of what one exact bucket would have allowed must be allowed.
 const SERVED: u64 = 90;

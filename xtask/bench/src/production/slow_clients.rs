@@ -1,5 +1,6 @@
 //! Thousands of slow clients, by slowhttptest, while other clients send requests: directly to a server, and through
-//! Caddy to replicas. The other clients must not wait much longer than without them, and memory must stay bounded.
+//! Caddy to replicas. The other clients must not wait much longer than without slow clients, and memory must stay
+//! bounded.
 
 use std::{
     fs,
@@ -44,9 +45,9 @@ const EVERY: Duration = Duration::from_millis(5);
 /// One in this many requests opens a new connection.
 const NEW_ONE_IN: u64 = 10;
 const MOST: u32 = 60_000_000;
-/// How much longer the slowest 1% of requests may take.
+/// The maximum ratio of the 99th percentiles of response times with and without slow clients.
 const MOST_RATIO: f64 = 2.0;
-/// By how much a replica's memory may grow.
+/// By how many bytes a replica's memory may grow.
 const MOST_MEMORY: u64 = 64 << 20;
 
 #[derive(Args)]
@@ -151,7 +152,7 @@ struct Outcome {
     attack: Attack,
     without: Times,
     with: Times,
-    /// The most connections at the same time, according to slowhttptest.
+    /// The maximum number of concurrent slow connections, according to slowhttptest.
     connected: u32,
     replica_growth: u64,
     caddy_growth: u64,
@@ -320,7 +321,7 @@ async fn attack_until(
             sleep(Duration::from_millis(50)).await;
         }
         if process.ended()?.is_none() {
-            // At SIGINT, slowhttptest writes its statistics.
+            // On SIGINT, slowhttptest writes its statistics.
             process.signal(nix::sys::signal::Signal::SIGINT)?;
             process.ends_within(Duration::from_secs(10)).await?;
         }
@@ -332,7 +333,7 @@ async fn attack_until(
     Ok(most)
 }
 
-/// Returns the most connections at the same time in slowhttptest's statistics.
+/// Returns the maximum number of concurrent connections in slowhttptest's statistics.
 fn connected(prefix: &Path) -> Result<u32> {
     let mut file = prefix.as_os_str().to_owned();
     file.push(".csv");

@@ -1,4 +1,5 @@
-//! Sends an idle key's full burst to one replica at the same time, for several round-trip times to Redis.
+//! Sends all requests of an idle key's full burst to one replica at the same time, for several round-trip times to
+//! Redis.
 
 use std::time::Duration;
 
@@ -34,7 +35,7 @@ const LIMITS: [(u32, u32); 2] = [(600, 600), (60, 60)];
 
 /// How long the slowest bucket takes to fill.
 const FILLED: Duration = Duration::from_secs(60);
-/// How many times to wait for the buckets to fill.
+/// The maximum number of times to wait until the buckets are full.
 const REFILLS: u32 = 10;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {

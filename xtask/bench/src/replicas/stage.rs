@@ -345,7 +345,7 @@ pub(crate) fn context(what: &str, recount: &Recount) -> String {
     format!("{what}: {}", recount.window())
 }
 
-/// Returns the current statistics of Redis, if there is one.
+/// Returns the number of scripts that Redis has run, if there is a Redis.
 pub(crate) async fn scripts(counters: &mut Option<Counters>) -> Result<Option<u64>> {
     match counters {
         Some(counters) => Ok(Some(counters.scripts().await.context("Redis")?)),

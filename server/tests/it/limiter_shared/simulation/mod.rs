@@ -84,7 +84,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// Calls `each` with every seed, on all cores, until it returns `false`.
+/// Calls `each` with every seed, on all cores, until `each` returns `false`.
 fn each_seed(seeds: std::ops::Range<u64>, each: impl Fn(u64) -> bool + Sync) {
     let (next, over) = (AtomicU64::new(seeds.start), AtomicBool::new(false));
     std::thread::scope(|scope| {

@@ -97,8 +97,8 @@ impl Outage {
     }
 }
 
-/// The other replica only just fails to detect this outage, and uses a bucket that does not reflect the first replica's
-/// share.
+/// The second replica only just fails to detect this outage, and uses a bucket that does not reflect the first
+/// replica's share.
 #[test]
 fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     paused(async {

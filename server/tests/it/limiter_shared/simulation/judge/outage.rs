@@ -61,9 +61,9 @@ pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) ->
 /// How long calls of a replica must fail before the replica may consider the counters unavailable.
 const SILENCE: u64 = 200 * MS;
 
-/// Returns whether no response arrives in time for a while during `fault`. If a fault affects a fraction of the calls,
-/// several calls in a row may fail by coincidence. If several calls of every replica fail, the counters must start with
-/// empty buckets.
+/// Returns whether `fault` affects only a fraction of the calls, and no response arrives in time for a while during
+/// `fault`. Several calls in a row may fail by coincidence. If this happens to every replica, the counters must start
+/// with empty buckets.
 pub(super) fn is_silent(fault: &Fault, heard: &[u64]) -> bool {
     let is_partial = match fault.kind {
         FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent < 100,
