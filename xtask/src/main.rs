@@ -68,14 +68,15 @@ enum Chore {
     /// Measure the cost of a request, compared with a plain poem server and a plain hyper server. `bench replicas`
     /// measures the behavior of several replicas, `bench simulation 20000` runs the limiter in simulated time with this
     /// many seeds, `bench differential` compares direct responses with those of hyper in a million cases (or `bench
-    /// differential 10000`), `bench malformed 100000` sends this many malformed requests, `bench desktop` measures memory and startup time of the desktop app, compared with an
-    /// empty window, `bench usage` measures writing and reading usage with 10 million rows (or `bench usage 1000000`),
-    /// `bench keys` measures listing and searching 300,000 keys, `bench crash 300` kills servers, Redis and PostgreSQL
-    /// this many times under load and recounts the usage, `bench restarts 20`
-    /// restarts replicas behind Caddy this many times under load and recounts requests and usage, `bench metering`
-    /// measures the cost of recording usage, `bench tracing` measures the cost of traces, `bench gateways`
-    /// compares gateways that check requests with Quota with plain proxies, `bench slow-clients` measures response
-    /// times and memory while 2,000 clients are slow, and `bench outage` stops PostgreSQL for a minute under load
+    /// differential 10000`), `bench malformed 100000` sends this many malformed requests, `bench desktop` measures
+    /// memory and startup time of the desktop app, compared with an empty window, `bench usage` measures writing and
+    /// reading usage with 10 million rows (or `bench usage 1000000`), `bench keys` measures listing and searching
+    /// 300,000 keys, `bench memory` measures the memory of a cached key, `bench crash 300` kills servers, Redis and
+    /// PostgreSQL this many times under load and recounts the usage, `bench restarts 20` restarts replicas behind Caddy
+    /// this many times under load and recounts requests and usage, `bench metering` measures the cost of recording
+    /// usage, `bench tracing` measures the cost of traces, `bench gateways` compares gateways that check requests with
+    /// Quota with plain proxies, `bench slow-clients` measures response times and memory while 2,000 clients are slow,
+    /// and `bench outage` stops PostgreSQL for a minute under load
     Bench {
         /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
         /// `--help` lists them
