@@ -260,6 +260,10 @@ async fn sweep_frees_changed_rows_and_keeps_the_others() {
     let row = Arc::downgrade(&row);
     assert!(row.upgrade().is_some(), "the row has not changed");
     it.freshness.changed([OWNER]);
+    // Until the task of the load has ended, it has a reference.
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
     assert!(row.upgrade().is_some());
     it.cache.sweep();
     assert!(row.upgrade().is_none());

@@ -344,7 +344,11 @@ impl LedgerCalls {
                 self.start(&call.handle, &mut state, call.policy, Need::Ahead);
             }
         }
-        state.notify_waiting();
+        let call_ended = state.existing_call_ended();
+        drop(state);
+        if let Some(call_ended) = call_ended {
+            call_ended.notify_waiters();
+        }
     }
 }
 

@@ -10,6 +10,8 @@ use std::{
 
 use tokio::sync::Notify;
 
+use super::quotas::QuotaBlocks;
+pub(in crate::limiter) use super::quotas::{Denial, MissingBlocks, OnUnknown, Quotas};
 use crate::{
     clock::{Monotonic, Nanos, UnixNanos},
     limiter::{
@@ -53,59 +55,11 @@ pub(in crate::limiter) struct KeyState {
     is_plan_confirmed: bool,
 }
 
-/// The blocks of a key's calendar quotas.
-#[derive(Debug)]
-struct QuotaBlocks {
-    daily: Block,
-    monthly: Block,
-    /// Notified when requests that wait for quota tokens should check again: when a ledger call for this key or a
-    /// reservation has ended. `None` if no requests wait.
-    call_ended: Option<Arc<Notify>>,
-}
-
 /// A key's state in the distributed store.
 #[derive(Debug)]
 struct RemoteState {
     lease: Lease,
     denials: DenialCache,
-}
-
-/// The policies whose blocks must be fetched before a decision.
-pub(in crate::limiter) type MissingBlocks = PolicySet;
-
-/// What to do about policies for which the ledger has not responded yet.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(in crate::limiter) enum OnUnknown {
-    /// Fetch a block first.
-    Wait,
-    /// Blocks cannot be fetched, so deny the request if another policy denies it anyway.
-    PassOver,
-}
-
-/// Whether the calendar quotas allow a cost.
-pub(in crate::limiter) struct Quotas {
-    pub(in crate::limiter) denial: Denial,
-    /// Policies for which the ledger has not responded in this window.
-    pub(in crate::limiter) unknown: PolicySet,
-    /// Policies whose block has too few tokens, although the ledger should have enough.
-    pub(in crate::limiter) short: PolicySet,
-}
-
-impl Quotas {
-    /// Returns the policies whose blocks must be fetched before a decision. If the request is denied anyway, a block is
-    /// worth fetching only if its quota may prolong the wait. `denied` means that the rate limit denies the request.
-    pub(in crate::limiter) fn missing(
-        &self,
-        denied: bool,
-        on_unknown: OnUnknown,
-    ) -> Option<MissingBlocks> {
-        if denied || !self.denial.violated.is_empty() {
-            return (!self.unknown.is_empty() && on_unknown == OnUnknown::Wait)
-                .then_some(self.unknown);
-        }
-        let missing: PolicySet = self.unknown.iter().chain(self.short.iter()).collect();
-        (!missing.is_empty()).then_some(missing)
-    }
 }
 
 impl KeyState {
@@ -141,12 +95,7 @@ impl KeyState {
     }
 
     fn blocks(&self) -> impl Iterator<Item = (Policy, &Block)> {
-        self.quotas.iter().flat_map(|quotas| {
-            [
-                (Policy::Daily, &quotas.daily),
-                (Policy::Monthly, &quotas.monthly),
-            ]
-        })
+        self.quotas.iter().flat_map(|quotas| quotas.blocks())
     }
 
     fn blocks_mut(&mut self) -> impl Iterator<Item = &mut Block> {
@@ -266,10 +215,14 @@ impl KeyState {
         Some(Arc::clone(quotas.call_ended.get_or_insert_default()))
     }
 
+    /// Returns the same notification, if requests wait for it.
+    pub(in crate::limiter) fn existing_call_ended(&self) -> Option<Arc<Notify>> {
+        self.quotas.as_deref()?.call_ended.clone()
+    }
+
     /// Notifies the requests that wait for quota tokens.
     pub(in crate::limiter) fn notify_waiting(&self) {
-        let quotas = self.quotas.as_ref();
-        if let Some(call_ended) = quotas.and_then(|quotas| quotas.call_ended.as_ref()) {
+        if let Some(call_ended) = self.existing_call_ended() {
             call_ended.notify_waiters();
         }
     }
@@ -539,46 +492,5 @@ impl KeyState {
         self.tat.saturating_add(self.beyond) <= now
             && remote.is_none_or(|remote| remote.lease.is_forgettable(monotonic))
             && self.blocks().all(|(_, block)| block.is_forgettable())
-    }
-}
-
-impl QuotaBlocks {
-    fn new() -> Self {
-        Self {
-            daily: Block::new(),
-            monthly: Block::new(),
-            call_ended: None,
-        }
-    }
-}
-
-/// A denial that is being assembled.
-#[derive(Default)]
-pub(in crate::limiter) struct Denial {
-    pub(in crate::limiter) violated: PolicySet,
-    wait: Option<NonZeroU64>,
-    never: bool,
-}
-
-impl Denial {
-    pub(in crate::limiter) fn add(&mut self, policy: Policy, wait: Option<NonZeroU64>) {
-        self.violated = self.violated.with(policy);
-        self.never |= wait.is_none();
-        self.wait = self.wait.max(wait);
-    }
-
-    pub(in crate::limiter) fn add_rate<T: Copy>(&mut self, rate: Verdict<T>) {
-        match rate {
-            Verdict::Fits { .. } => {}
-            Verdict::Wait { wait } => self.add(Policy::Rpm, Some(wait)),
-            Verdict::NeverFits => self.add(Policy::Rpm, None),
-        }
-    }
-
-    pub(in crate::limiter) fn outcome(self) -> Outcome {
-        Outcome::Denied {
-            violated: self.violated,
-            retry_after: if self.never { None } else { self.wait },
-        }
     }
 }

@@ -299,11 +299,12 @@ impl KeyTable {
     ) -> Result<T, LimiterError> {
         let deadline = patience.next_deadline();
         let mut failures_before = None;
+        // The key has a quota, since a block is missing, and keeps this notification while it is in use.
+        let notify = handle.state.lock().call_ended().unwrap_or_default();
         loop {
             if self.is_draining() {
                 return Err(LimiterError::Draining);
             }
-            let notify = handle.state.lock().call_ended().unwrap_or_default();
             let mut call_ended = pin!(notify.notified());
             // From here on, no notification is missed, even one that arrives before the wait begins.
             call_ended.as_mut().enable();
