@@ -9,14 +9,17 @@
 //! again, entries within their grace period are used without waiting, and only a few at a time are reloaded in the
 //! background. So an outage delays only the first few requests, instead of the first request for each key.
 //!
-//! A changed entry is emptied, not removed. It is never used again, but shows that its key exists, so that reloading
-//! the entry does not compete with lookups of unknown keys.
+//! A changed entry is not removed. It is never used again, but shows that its key exists, so that reloading the entry
+//! does not compete with lookups of unknown keys. [`Changes`] determines which entries have changed.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.
 //!
 //! Loads are single-flight: concurrent requests for the same key share one query. The absence of a row is cached as
 //! well, in a separate cache of limited size, so that a flood of guesses neither repeats queries nor evicts entries in
 //! use.
+
+mod changes;
+mod freshness;
 
 use std::{
     collections::HashMap,
@@ -36,95 +39,25 @@ use futures_util::{
 };
 use parking_lot::Mutex;
 use quick_cache::sync::Cache;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 
+pub use self::{
+    changes::{Changes, Owner},
+    freshness::Freshness,
+};
 use crate::{
-    clock::{Clock, Monotonic, Nanos},
+    clock::{Monotonic, Nanos},
     telemetry::metrics::Metrics,
 };
-
-/// How long a loaded entry is valid without a recent poll.
-const TTL: Nanos = Nanos::from_secs(1);
-/// How long all entries are valid after the last poll. Polls are 150 ms apart.
-const POLL_FRESH: Nanos = Nanos::from_millis(750);
 
 /// The maximum number of concurrent background loads per cache while PostgreSQL is suspected to be unreachable.
 const BACKGROUND_LOADS: usize = 4;
 
-/// Tracks polls for invalidations and whether PostgreSQL responds. Shared by all caches.
-#[derive(Debug)]
-pub struct Freshness {
-    clock: Arc<dyn Clock>,
-    /// Monotonic time at which the last successful poll *began*, plus one; 0 if no poll has succeeded.
-    polled_at: AtomicU64,
-    /// Incremented by every invalidation, so that the results of loads that are in progress at that time are not kept.
-    generation: AtomicU64,
-    suspected: watch::Sender<bool>,
-}
-
-impl Freshness {
-    pub fn new(clock: Arc<dyn Clock>) -> Self {
-        Self {
-            clock,
-            polled_at: AtomicU64::new(0),
-            generation: AtomicU64::new(0),
-            suspected: watch::Sender::new(false),
-        }
-    }
-
-    /// Records that PostgreSQL is suspected to be unreachable. Returns `false` if PostgreSQL was already suspected.
-    pub fn suspect(&self) -> bool {
-        self.suspected
-            .send_if_modified(|suspected| !std::mem::replace(suspected, true))
-    }
-
-    /// Records that PostgreSQL has responded.
-    fn reached(&self) {
-        self.suspected.send_if_modified(std::mem::take);
-    }
-
-    pub fn is_suspect(&self) -> bool {
-        *self.suspected.borrow()
-    }
-
-    /// Waits until PostgreSQL is suspected to be unreachable.
-    async fn suspected(&self) {
-        let mut suspected = self.suspected.subscribe();
-        // Waiting cannot fail, because `self` owns the sender.
-        let _ = suspected.wait_for(|suspected| *suspected).await;
-    }
-
-    pub fn now(&self) -> Monotonic {
-        self.clock.monotonic()
-    }
-
-    /// Records that a poll has applied all changes made before `began`.
-    pub fn polled(&self, began: Monotonic) {
-        self.polled_at.fetch_max(began.0 + 1, Ordering::AcqRel);
-        self.reached();
-    }
-
-    /// Returns the time at which an entry loaded at `loaded_at` was last confirmed.
-    fn confirmed_at(&self, loaded_at: Monotonic) -> Monotonic {
-        self.polled_at().map_or(loaded_at, |at| loaded_at.max(at))
-    }
-
-    /// Returns the time at which the last successful poll began.
-    fn polled_at(&self) -> Option<Monotonic> {
-        let at = self.polled_at.load(Ordering::Acquire).checked_sub(1)?;
-        Some(Monotonic(at))
-    }
-
-    /// Returns the time at which the last successful poll began, if that is recent enough for entries to be valid.
-    pub fn polled_lately(&self) -> Option<Monotonic> {
-        let polled = self.polled_at()?;
-        (self.now().saturating_since(polled) <= POLL_FRESH).then_some(polled)
-    }
-
-    fn is_valid(&self, loaded_at: Monotonic, now: Monotonic) -> bool {
-        let is_polled = |at| now.saturating_since(at) <= POLL_FRESH;
-        self.polled_at().is_some_and(is_polled) || now.saturating_since(loaded_at) <= TTL
-    }
+/// A row that can be cached.
+pub trait CachedRow: Send + Sync + 'static {
+    /// Returns whether `changes` contains a change to this row in a later generation than `loaded_in`, in which the
+    /// row was loaded.
+    fn has_changed(&self, changes: &Changes, loaded_in: u64) -> bool;
 }
 
 /// Why a load failed. All callers that waited for the load receive the error.
@@ -184,6 +117,8 @@ struct Entry<T> {
     /// `None` if the row has changed and must be loaded before use.
     value: Option<Arc<T>>,
     loaded_at: Monotonic,
+    /// The generation when the load began.
+    loaded_in: u64,
 }
 
 impl<T> Clone for Entry<T> {
@@ -191,7 +126,17 @@ impl<T> Clone for Entry<T> {
         Self {
             value: self.value.clone(),
             loaded_at: self.loaded_at,
+            loaded_in: self.loaded_in,
         }
+    }
+}
+
+impl<T: CachedRow> Entry<T> {
+    /// Returns the row, unless it has changed since it was loaded.
+    #[inline]
+    fn unchanged(self, changes: &Changes) -> Option<Arc<T>> {
+        self.value
+            .filter(|row| !row.has_changed(changes, self.loaded_in))
     }
 }
 
@@ -223,12 +168,14 @@ struct CacheState<K, T> {
     metrics: Arc<Metrics>,
     grace: Nanos,
     background: Arc<Semaphore>,
+    /// The generation whose changed entries have been emptied.
+    swept: AtomicU64,
 }
 
 impl<K, T> Cached<K, T>
 where
     K: Hash + Eq + Copy + Send + Sync + 'static,
-    T: Send + Sync + 'static,
+    T: CachedRow,
 {
     pub fn new(
         capacity: usize,
@@ -246,6 +193,7 @@ where
                 metrics,
                 grace: grace.into(),
                 background: Arc::new(Semaphore::new(BACKGROUND_LOADS)),
+                swept: AtomicU64::new(0),
             }),
         }
     }
@@ -260,8 +208,8 @@ where
     pub fn peek_at(&self, key: &K, now: Monotonic) -> Option<Option<Arc<T>>> {
         let inner = &*self.inner;
         if let Some(entry) = inner.present.get(key)
-            && let Some(value) = entry.value
             && inner.freshness.is_valid(entry.loaded_at, now)
+            && let Some(value) = entry.unchanged(inner.freshness.changes())
         {
             inner.metrics.key_cache_hits.inc();
             return Some(Some(value));
@@ -351,19 +299,12 @@ where
         self.inner.present.contains_key(key)
     }
 
-    /// Returns whether the key is cached or being loaded.
-    pub fn holds_or_loads(&self, key: &K) -> bool {
-        // The order matters: a load caches its result before it is removed from the loads in progress.
-        let is_loading = self.inner.loading.lock().contains_key(key);
-        is_loading || self.holds(key)
-    }
-
     /// Returns a key's entry if it may still be used without confirmation.
     fn within_grace(&self, key: &K) -> Option<Arc<T>> {
         let inner = &*self.inner;
         let entry = inner.present.get(key)?;
-        let value = entry.value?;
         let confirmed_at = inner.freshness.confirmed_at(entry.loaded_at);
+        let value = entry.unchanged(inner.freshness.changes())?;
         if inner.freshness.now().saturating_since(confirmed_at) > inner.grace {
             return None;
         }
@@ -385,7 +326,7 @@ where
         let key = guard.key;
         let mut outcome = None;
         for _ in 0..3 {
-            let generation = inner.freshness.generation.load(Ordering::Acquire);
+            let generation = inner.freshness.generation();
             let began = inner.freshness.now();
             let loaded = load().await.map(Into::into);
             let current_at = loaded.as_ref().ok().and_then(|it| it.current_at);
@@ -393,13 +334,14 @@ where
                 inner.metrics.key_loads.inc();
             }
             let loaded = loaded.map(|it| it.value.map(Arc::new));
-            let is_unchanged = || inner.freshness.generation.load(Ordering::Acquire) == generation;
+            let is_unchanged = || inner.freshness.generation() == generation;
             let mut is_current = is_unchanged();
             if loaded.is_ok() && current_at.is_none() {
                 inner.freshness.reached();
             }
             if let (Ok(value), true) = (&loaded, is_current) {
-                self.keep(key, value.clone(), current_at.unwrap_or(began));
+                let loaded_at = current_at.unwrap_or(began);
+                self.keep(key, value.clone(), loaded_at, generation);
                 // A later invalidation will find the entry, but an earlier invalidation may have missed it.
                 is_current = is_unchanged();
                 if !is_current {
@@ -421,11 +363,15 @@ where
         }
     }
 
-    fn keep(&self, key: K, value: Option<Arc<T>>, loaded_at: Monotonic) {
-        if let Some(value) = value {
+    fn keep(&self, key: K, value: Option<Arc<T>>, loaded_at: Monotonic, loaded_in: u64) {
+        if value.is_some() {
             self.inner.absent.remove(&key);
-            let value = Some(value);
-            self.inner.present.insert(key, Entry { value, loaded_at });
+            let entry = Entry {
+                value,
+                loaded_at,
+                loaded_in,
+            };
+            self.inner.present.insert(key, entry);
         } else {
             self.inner.present.remove(&key);
             self.inner.absent.insert(key, loaded_at);
@@ -437,6 +383,7 @@ where
         let emptied = Entry {
             value: None,
             loaded_at: Monotonic::default(),
+            loaded_in: 0,
         };
         // The call does nothing if there is no entry.
         let _ = self.inner.present.replace(key, emptied, true);
@@ -444,40 +391,34 @@ where
 
     /// Invalidates the entries that `gone` selects, and all loads in progress.
     pub fn forget(&self, gone: impl Fn(&K, &T) -> bool) {
-        self.inner
-            .freshness
-            .generation
-            .fetch_add(1, Ordering::AcqRel);
-        let changed = self
-            .inner
-            .present
-            .iter()
-            .filter(|(key, entry)| entry.value.as_ref().is_some_and(|value| gone(key, value)))
-            .map(|(key, _)| key)
-            .collect::<Vec<_>>();
-        for key in changed {
-            self.empty(key);
+        self.inner.freshness.next_generation();
+        self.empty_these(|key, entry| entry.value.as_ref().is_some_and(|row| gone(key, row)));
+    }
+
+    /// Frees the rows that have changed and were not loaded again.
+    pub fn sweep(&self) {
+        let freshness = &self.inner.freshness;
+        let generation = freshness.generation();
+        if self.inner.swept.swap(generation, Ordering::Relaxed) != generation {
+            self.empty_these(|_, entry| {
+                let row = entry.value.as_ref();
+                row.is_some_and(|row| row.has_changed(freshness.changes(), entry.loaded_in))
+            });
         }
     }
 
-    /// Invalidates the entries of these keys, and all loads in progress. `keys` is called only after all loads in
-    /// progress have been marked to be repeated, so that no outdated entry is cached afterward.
-    pub fn forget_these<I: IntoIterator<Item = K>>(&self, keys: impl FnOnce() -> I) {
-        self.inner
-            .freshness
-            .generation
-            .fetch_add(1, Ordering::AcqRel);
-        for key in keys() {
+    fn empty_these(&self, is_gone: impl Fn(&K, &Entry<T>) -> bool) {
+        let all = self.inner.present.iter();
+        let gone = all.filter(|(key, entry)| is_gone(key, entry));
+        let keys = gone.map(|(key, _)| key).collect::<Vec<_>>();
+        for key in keys {
             self.empty(key);
         }
     }
 
     /// Forgets that a key does not exist.
     pub fn forget_absent(&self, key: &K) {
-        self.inner
-            .freshness
-            .generation
-            .fetch_add(1, Ordering::AcqRel);
+        self.inner.freshness.next_generation();
         self.inner.absent.remove(key);
     }
 }

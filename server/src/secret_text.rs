@@ -37,6 +37,29 @@ impl Kind {
 /// A secret's SHA-256 hash, which is stored and used for lookups.
 pub type Hash = [u8; 32];
 
+/// The part of a secret that may be stored and shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Prefix([u8; PREFIX]);
+
+impl Prefix {
+    /// Returns the prefix with this text. If the text is not that of a prefix, which can only be the case if the
+    /// database was edited by hand, characters that do not fit are omitted.
+    pub fn of(text: &str) -> Self {
+        let mut prefix = [0; PREFIX];
+        let characters = text.bytes().filter(u8::is_ascii_graphic);
+        for (byte, character) in prefix.iter_mut().zip(characters) {
+            *byte = character;
+        }
+        Self(prefix)
+    }
+
+    pub fn as_str(&self) -> &str {
+        let length = self.0.iter().position(|byte| *byte == 0);
+        let text = &self.0[..length.unwrap_or(PREFIX)];
+        str::from_utf8(text).expect("a prefix consists of ASCII characters")
+    }
+}
+
 /// A secret with a valid format and checksum.
 #[derive(Clone, PartialEq, Eq)]
 pub struct SecretText([u8; LENGTH]);
@@ -128,6 +151,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn stored_prefix_is_kept() {
+        for kind in [Kind::ApiKey, Kind::ServiceToken, Kind::Refresh] {
+            let prefix = SecretText::generate(kind).unwrap().prefix();
+            assert_eq!(Prefix::of(&prefix).as_str(), prefix);
+        }
+        assert_eq!(Prefix::of("").as_str(), "");
+        assert_eq!(Prefix::of("qk_é1\0 2").as_str(), "qk_12");
+        assert_eq!(Prefix::of("qk_0123456789").as_str(), "qk_01234567");
+    }
 
     const KINDS: [Kind; 3] = [Kind::ApiKey, Kind::ServiceToken, Kind::Refresh];
 

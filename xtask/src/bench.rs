@@ -192,7 +192,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--postgres", &database.url()])
             .args(&arguments[1..]);
         Some(database)
-    } else if is("crash") || is("outage") {
+    } else if is("crash") || is("outage") || is("memory") {
         let programs = postgres::binaries().context("no PostgreSQL is installed")?;
         command
             .arg(&arguments[0])

@@ -198,7 +198,7 @@ async fn decide_in_span(
     let Some(record) = state.keys.key(&text, began, context.source(tenant)).await? else {
         return refused(Rejection::Unknown, None);
     };
-    if tenant.is_some_and(|tenant| tenant != record.tenant) {
+    if tenant.is_some_and(|tenant| tenant != record.tenant()) {
         return refused(Rejection::Unknown, None);
     }
     context.is_key(record.clone());
@@ -209,7 +209,7 @@ async fn decide_in_span(
     // If no space can be reserved for the record, no decision is made and no tokens are consumed.
     let reservation = state
         .metering
-        .reserve(record.tenant, endpoint, context.id())
+        .reserve(record.tenant(), endpoint, context.id())
         .map_err(|_| ApiError::unrecordable())?;
     let (limiter, handle, policies) = (&state.limiter, &record.handle, &record.policies);
     let decided = match record.tenant_quota(state.billing.is_some(), || state.clock.now()) {
@@ -235,7 +235,7 @@ async fn decide_in_span(
         .map_err(ApiError::unavailable)?;
     // With metering, the time of last use is stored together with the usage.
     if !state.metering.is_on() && record.is_worth_noting(decision.at) {
-        state.last_used.key(record.id, decision.at);
+        state.last_used.key(record.id(), decision.at);
     }
     let recorded_at = if state.metering.waits_for_disk() {
         state.clock.monotonic()
@@ -258,7 +258,7 @@ fn describe(
     span.set("quota.cost", i64::from(cost.get()));
     let outcome = match result {
         Ok(Ok((record, decision))) => {
-            span.set("quota.plan_id", record.plan_id.to_string());
+            span.set("quota.plan_id", record.plan.id.to_string());
             span.set("quota.degraded", decision.degraded);
             if decision.is_allowed() {
                 "allowed"

@@ -176,7 +176,7 @@ impl DirectDecisions {
             Ok(Success::Echo(caller, time)) => {
                 return with_empty_body(|body| {
                     let record = &caller.record;
-                    let written = limit::write_echo(record.id, &record.plan, &time, body);
+                    let written = limit::write_echo(record.id(), &record.plan.name, &time, body);
                     debug_assert!(written.is_ok(), "writing to memory does not fail");
                     let mut response = ResponseWriter::begin(out, StatusCode::OK);
                     response.set_static(header::CONTENT_TYPE, json::MEDIA_TYPE);

@@ -92,7 +92,7 @@ impl KeyLimitsApi {
         let Some(limit) = limit else {
             return Ok(None);
         };
-        let stated = usage_status::quotas_of(tx, record.id.0).await?;
+        let stated = usage_status::quotas_of(tx, record.id().0).await?;
         if let Some(row) = stated.into_iter().find(|row| row.policy == policy.name()) {
             return Ok(Some(Quota {
                 limit: u64::try_from(row.quota).unwrap_or(0),
@@ -182,9 +182,9 @@ impl KeyLimitsApi {
         tx.commit().await?;
         let rate = record.policies.rate();
         Ok(Json(KeyLimits {
-            key_id: record.id,
-            plan_id: record.plan_id,
-            plan: record.plan,
+            key_id: record.id(),
+            plan_id: record.plan.id,
+            plan: record.plan.name.clone(),
             rpm: rate.rpm.get(),
             burst: rate.burst.get(),
             limits,
@@ -323,7 +323,7 @@ fn burn_down(
         None
     };
     BurnDown {
-        key_id: record.id,
+        key_id: record.id(),
         policy: policy_name(policy),
         limit: quota.limit,
         used,

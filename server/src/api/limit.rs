@@ -199,8 +199,8 @@ fn limits(decision: &Decision) -> Vec<LimitState> {
 
 fn echo(caller: &AdmittedKey) -> Result<Echo, ApiError> {
     Ok(Echo {
-        key_id: caller.record.id,
-        plan: caller.record.plan.clone(),
+        key_id: caller.record.id(),
+        plan: caller.record.plan.name.clone(),
         time: echo_time(&caller.decision)?,
     })
 }
@@ -272,8 +272,8 @@ pub async fn check(
             } else {
                 CheckCode::QuotaExceeded
             },
-            key_id: Some(record.id),
-            plan: Some(record.plan.clone()),
+            key_id: Some(record.id()),
+            plan: Some(record.plan.name.clone()),
             limits: limits(&decision),
             retry_after: decision.retry_after_secs(),
             headers: limit_headers::pairs(&record, &decision)
@@ -289,8 +289,11 @@ pub async fn check(
                 Rejection::Expired => CheckCode::ExpiredKey,
                 Rejection::PaymentRequired => CheckCode::PaymentRequired,
             },
-            key_id: refused.record.as_ref().map(|record| record.id),
-            plan: refused.record.as_ref().map(|record| record.plan.clone()),
+            key_id: refused.record.as_ref().map(|record| record.id()),
+            plan: refused
+                .record
+                .as_ref()
+                .map(|record| record.plan.name.clone()),
             limits: vec![],
             retry_after: None,
             headers: if refused.rejection == Rejection::PaymentRequired {

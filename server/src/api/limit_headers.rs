@@ -121,7 +121,7 @@ struct FixedValues {
 /// Writes all headers of a decision, including `Retry-After`.
 pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
-    let fixed = record.headers.get_or_init(|| FixedValues {
+    let fixed = record.plan.headers.get_or_init(|| FixedValues {
         limit: HeaderValue::from(rate.limit),
         policy: value(policy_field(&record.policies, None, None).as_bytes()),
         with_tenant: OnceLock::new(),

@@ -164,13 +164,13 @@ impl RequestContext {
         span.set("quota.request_id", self.id().to_owned());
         let caller = self.caller.lock();
         let (tenant, key) = match &*caller {
-            Some(Identity::Tenant(tenant)) => (tenant, None),
-            Some(Identity::Key(key)) => (&key.tenant, Some(key)),
+            Some(Identity::Tenant(tenant)) => (*tenant, None),
+            Some(Identity::Key(key)) => (key.tenant(), Some(key)),
             None => return,
         };
         span.set("quota.tenant_id", tenant.to_string());
         if let Some(key) = key {
-            span.set("quota.key_id", key.id.to_string());
+            span.set("quota.key_id", key.id().to_string());
         }
     }
 
@@ -179,7 +179,7 @@ impl RequestContext {
         let identity = self.caller.lock().take();
         let (tenant, key) = match &identity {
             Some(Identity::Tenant(tenant)) => (Some(tenant.0), None),
-            Some(Identity::Key(key)) => (Some(key.tenant.0), Some(key.prefix.as_str())),
+            Some(Identity::Key(key)) => (Some(key.tenant().0), Some(key.prefix.as_str())),
             None => (None, None),
         };
         self.state.log.access(&AccessLine {

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{AuthError, secret::SecretPair, token::Signer};
 use crate::{
-    cache::{Cached, Freshness, Unconfirmed},
+    cache::{Cached, CachedRow, Changes, Freshness, Unconfirmed},
     clock::{Clock, UnixNanos},
     db::{self, Db, SystemTx},
     invalidations::{InvalidationSet, Publisher},
@@ -55,6 +55,13 @@ pub struct LiveSession {
     pub tenant: TenantId,
     pub role: Role,
     pub expires_at: UnixNanos,
+}
+
+impl CachedRow for LiveSession {
+    /// Changed sessions are searched for instead, because there are few sessions.
+    fn has_changed(&self, _: &Changes, _: u64) -> bool {
+        false
+    }
 }
 
 /// Creates, refreshes, finds, and revokes sessions. Cloning is cheap.

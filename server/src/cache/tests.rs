@@ -1,7 +1,18 @@
 use std::sync::atomic::AtomicUsize;
 
+use uuid::Uuid;
+
 use super::*;
 use crate::clock::{TestClock, UnixNanos};
+
+const OWNER: Owner = Owner::Key(Uuid::nil());
+
+impl CachedRow for String {
+    fn has_changed(&self, changes: &Changes, loaded_in: u64) -> bool {
+        let nil = Uuid::nil();
+        changes.any_after(loaded_in, nil, nil, nil)
+    }
+}
 
 struct Fixture {
     clock: TestClock,
@@ -220,7 +231,7 @@ async fn changed_entries_stay_known_and_are_never_served_unconfirmed() {
     let it = fixture();
     it.get(Ok(Some("old"))).await.unwrap();
     it.freshness.polled(it.freshness.now());
-    it.cache.forget_these(|| [1]);
+    it.freshness.changed([OWNER]);
     assert!(it.cache.holds(&1), "the key is known");
     assert!(it.cache.peek(&1).is_none(), "the entry is not valid");
     assert!(
@@ -241,6 +252,28 @@ async fn changed_entries_stay_known_and_are_never_served_unconfirmed() {
 }
 
 #[tokio::test]
+async fn sweep_frees_changed_rows_and_keeps_the_others() {
+    let it = fixture();
+    it.get(Ok(Some("old"))).await.unwrap();
+    it.cache.sweep();
+    let row = it.cache.peek(&1).unwrap().unwrap();
+    let row = Arc::downgrade(&row);
+    assert!(row.upgrade().is_some(), "the row has not changed");
+    it.freshness.changed([OWNER]);
+    // Until the task of the load has ended, it has a reference.
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    assert!(row.upgrade().is_some());
+    it.cache.sweep();
+    assert!(row.upgrade().is_none());
+    assert!(it.cache.holds(&1), "the key is still known");
+    it.get(Ok(Some("new"))).await.unwrap();
+    it.cache.sweep();
+    assert_eq!(it.cache.peek(&1).unwrap().unwrap().as_str(), "new");
+}
+
+#[tokio::test]
 async fn deleted_entries_are_unknown_after_the_next_look_up() {
     let it = fixture();
     it.get(Ok(Some("a"))).await.unwrap();
@@ -249,9 +282,6 @@ async fn deleted_entries_are_unknown_after_the_next_look_up() {
     assert_eq!(it.get(Ok(None)).await.unwrap(), None);
     assert!(!it.cache.holds(&1));
     assert!(matches!(it.cache.peek(&1), Some(None)));
-    // A change does not make an unknown key known.
-    it.cache.forget_these(|| [2]);
-    assert!(!it.cache.holds(&2));
 }
 
 #[tokio::test]
@@ -336,17 +366,17 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
         };
         cache.get(1, load).await
     });
-    let cache = it.cache.clone();
+    let (cache, freshness) = (it.cache.clone(), it.freshness.clone());
     let forget = std::thread::spawn(move || {
         has_begun.recv().unwrap();
-        cache.forget_these(|| {
+        freshness.changed(std::iter::from_fn(|| {
             // At this point, it is not yet known that the change affects this key, which is being cached.
             release.send(true).unwrap();
             while cache.inner.loading.lock().contains_key(&1) {
                 std::thread::yield_now();
             }
-            []
-        });
+            None
+        }));
     });
     forget.join().unwrap();
     let loaded = loading.await.unwrap().unwrap();

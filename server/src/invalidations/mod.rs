@@ -163,9 +163,16 @@ impl InvalidationSet {
         !(self.tenants.is_empty() && self.plans.is_empty() && self.keys.is_empty())
     }
 
-    /// Returns the changed tenants, plans, and keys that can affect cached keys.
-    pub fn owners_of_keys(&self) -> impl Iterator<Item = &Uuid> {
-        self.tenants.iter().chain(&self.plans).chain(&self.keys)
+    pub fn tenants(&self) -> impl Iterator<Item = Uuid> {
+        self.tenants.iter().copied()
+    }
+
+    pub fn plans(&self) -> impl Iterator<Item = Uuid> {
+        self.plans.iter().copied()
+    }
+
+    pub fn keys(&self) -> impl Iterator<Item = Uuid> {
+        self.keys.iter().copied()
     }
 
     pub fn any_token(&self) -> bool {

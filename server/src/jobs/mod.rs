@@ -118,6 +118,7 @@ async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
         state.admin_guard.prune();
         state.login_attempts.prune();
         state.registrations.prune();
+        state.keys.sweep();
         let keys = state.limiter.prune();
         state
             .metrics

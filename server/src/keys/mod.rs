@@ -5,10 +5,10 @@
 //! working for `QUOTA_STALE_GRACE`, and other keys cannot be confirmed. While Redis is unavailable, lookups go to
 //! PostgreSQL instead.
 
-mod index;
 pub mod last_used;
 pub mod ledger;
 pub mod lookups;
+pub mod plan;
 pub mod record;
 pub mod shared;
 pub mod tenant_ledger;

@@ -1,11 +1,10 @@
 //! The records of API keys and service tokens, found by their secrets.
 
 use std::{
-    any::Any,
     num::{NonZeroU32, NonZeroU64},
     sync::{
-        Arc, OnceLock,
-        atomic::{AtomicU64, Ordering},
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -17,59 +16,40 @@ use quota_common::{
 };
 
 use crate::{
-    cache::{Cached, Freshness, Loaded, Unconfirmed},
+    cache::{Cached, CachedRow, Changes, Freshness, Loaded, Owner, Unconfirmed},
     clock::{Monotonic, Nanos, UnixNanos},
     invalidations::InvalidationSet,
     limiter::{KeyHandle, Limiter, Policies, RatePolicy, TenantQuota, Zone},
     repo::api_key::{FoundKey, KeyFacts},
-    secret_text::{Hash, SecretText},
+    secret_text::{Hash, Prefix, SecretText},
     spans,
     telemetry::metrics::Metrics,
 };
 
 use super::{
-    index::KeyIndex,
     lookups::{LookupCaller, Lookups},
+    plan::{Attachment, PlanRecord, PlanRecords},
     shared::SharedKeys,
 };
 
-/// The minimum time between two recorded uses of a key or token.
+/// The minimum time between two recorded uses of a service token.
 const NOTE_EVERY: Nanos = Nanos::from_secs(1);
 
 /// An API key with its limits, and a handle to the state of the limits.
+///
+/// There is one for each cached key, so it is small: everything that many keys have in common is in the plan's record.
 #[derive(Debug)]
 pub struct KeyRecord {
-    pub tenant: TenantId,
-    pub id: ApiKeyId,
-    pub plan_id: PlanId,
-    pub plan: String,
-    /// The part of the secret that may be logged.
-    pub prefix: String,
-    pub is_active: bool,
-    pub expires_at: Option<UnixNanos>,
-    pub billing: Billing,
-    /// When the tenant's access to paid plans ends. 0 if the tenant has no access.
-    pub paid_access_until: UnixNanos,
+    pub plan: Arc<PlanRecord>,
     pub policies: Policies,
     pub handle: Arc<KeyHandle>,
-    /// The quota that all keys of the tenant share while the tenant may not use paid plans. `None` if there is no such
-    /// quota.
-    tenant_quota: Option<TenantQuota>,
-    /// Response headers that are the same for all requests with the key. Cached for the API layer.
-    pub headers: Attachment,
-    /// When a use of the key was last recorded.
-    noted_at: AtomicU64,
-}
-
-/// A value that a higher layer computes once per record. All callers must use the same type.
-#[derive(Debug, Default)]
-pub struct Attachment(OnceLock<Box<dyn Any + Send + Sync>>);
-
-impl Attachment {
-    pub fn get_or_init<T: Any + Send + Sync>(&self, init: impl FnOnce() -> T) -> &T {
-        let value = self.0.get_or_init(|| Box::new(init()));
-        value.downcast_ref().expect("all callers use the same type")
-    }
+    /// `u64::MAX` if the key does not expire.
+    expires_at: UnixNanos,
+    /// The second in which a use of the key was last recorded.
+    noted_in: AtomicU32,
+    /// The part of the secret that may be logged.
+    pub prefix: Prefix,
+    is_active: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -82,28 +62,28 @@ pub enum Rejection {
 }
 
 impl KeyRecord {
+    pub fn id(&self) -> ApiKeyId {
+        self.handle.key()
+    }
+
+    pub fn tenant(&self) -> TenantId {
+        self.plan.tenant
+    }
+
     /// Checks whether the key may be used. If `billing_on` is set, paid plans require a subscription. Calls `now` only
     /// if the key or access to paid plans expires.
     pub fn usable(&self, billing_on: bool, now: impl Fn() -> UnixNanos) -> Result<(), Rejection> {
         if !self.is_active {
             return Err(Rejection::Inactive);
         }
-        if self.expires_at.is_some_and(|end| end <= now()) {
+        if self.expires_at != UnixNanos(u64::MAX) && self.expires_at <= now() {
             return Err(Rejection::Expired);
         }
-        let is_paid = billing_on && self.billing == Billing::Paid;
-        if is_paid && !self.has_paid_access(now) {
+        let is_paid = billing_on && self.plan.billing == Billing::Paid;
+        if is_paid && !self.plan.has_paid_access(now) {
             return Err(Rejection::PaymentRequired);
         }
         Ok(())
-    }
-
-    fn has_paid_access(&self, now: impl Fn() -> UnixNanos) -> bool {
-        match self.paid_access_until {
-            UnixNanos(0) => false,
-            UnixNanos(u64::MAX) => true,
-            end => now() < end,
-        }
     }
 
     /// Returns the quota that the key shares with its tenant's other keys. Returns `None` if the tenant may use paid
@@ -114,16 +94,27 @@ impl KeyRecord {
         billing_on: bool,
         now: impl Fn() -> UnixNanos,
     ) -> Option<&TenantQuota> {
-        let quota = self.tenant_quota.as_ref()?;
-        (!billing_on || !self.has_paid_access(now)).then_some(quota)
+        let quota = self.plan.tenant_quota.as_ref()?;
+        (!billing_on || !self.plan.has_paid_access(now)).then_some(quota)
+    }
+
+    /// Returns whether to record a use at `now`. Returns `true` at most once for each second, so that busy keys do not
+    /// cause more writes than other keys.
+    pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
+        #[expect(clippy::cast_possible_truncation, reason = "only equal seconds matter")]
+        let second = now.secs() as u32;
+        let is_worth = self.noted_in.load(Ordering::Relaxed) != second;
+        if is_worth {
+            self.noted_in.store(second, Ordering::Relaxed);
+        }
+        is_worth
     }
 }
 
-impl KeyRecord {
-    /// Returns whether to record a use at `now`. Returns `true` at most once per second, so that busy keys do not cause
-    /// more writes than other keys.
-    pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
-        is_worth_noting(&self.noted_at, now)
+impl CachedRow for KeyRecord {
+    #[inline]
+    fn has_changed(&self, changes: &Changes, loaded_in: u64) -> bool {
+        changes.any_after(loaded_in, self.tenant().0, self.plan.id.0, self.id().0)
     }
 }
 
@@ -138,27 +129,42 @@ pub struct ServiceRecord {
 impl ServiceRecord {
     /// Returns whether to record a use at `now`. Returns `true` at most once per second.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
-        is_worth_noting(&self.noted_at, now)
+        let noted_at = self.noted_at.load(Ordering::Relaxed);
+        let is_worth = Nanos(now.0.abs_diff(noted_at)) >= NOTE_EVERY;
+        if is_worth {
+            self.noted_at.store(now.0, Ordering::Relaxed);
+        }
+        is_worth
     }
 }
 
-fn is_worth_noting(noted_at: &AtomicU64, now: UnixNanos) -> bool {
-    let worth = Nanos(now.0.abs_diff(noted_at.load(Ordering::Relaxed))) >= NOTE_EVERY;
-    if worth {
-        noted_at.store(now.0, Ordering::Relaxed);
+impl CachedRow for ServiceRecord {
+    /// Changed tokens are searched for instead, because there are few tokens.
+    fn has_changed(&self, _: &Changes, _: u64) -> bool {
+        false
     }
-    worth
+}
+
+/// The start of a hash, by which keys are cached. 128 bits are enough: no one can find a second secret with the same
+/// start, or choose a key's secret.
+type HashStart = [u8; 16];
+
+fn start(hash: &Hash) -> HashStart {
+    let mut start = [0; 16];
+    start.copy_from_slice(&hash[..16]);
+    start
 }
 
 /// Finds API keys and service tokens by their secrets. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct KeyStore {
-    keys: Cached<Hash, KeyRecord>,
+    keys: Cached<HashStart, KeyRecord>,
+    plans: Arc<PlanRecords>,
     tokens: Cached<Hash, ServiceRecord>,
     lookups: Lookups,
     limiter: Limiter,
     shared: Option<SharedKeys>,
-    index: Arc<KeyIndex>,
+    freshness: Arc<Freshness>,
 }
 
 impl KeyStore {
@@ -174,6 +180,7 @@ impl KeyStore {
     ) -> Self {
         Self {
             keys: Cached::new(capacity, grace, freshness.clone(), metrics.clone()),
+            plans: Arc::default(),
             tokens: Cached::new(
                 (capacity / 10).max(100),
                 grace,
@@ -183,7 +190,7 @@ impl KeyStore {
             lookups,
             limiter,
             shared,
-            index: Arc::new(KeyIndex::new(capacity)),
+            freshness: freshness.clone(),
         }
     }
 
@@ -196,7 +203,7 @@ impl KeyStore {
         caller: LookupCaller,
     ) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
         let hash = text.hash();
-        if let Some(known) = self.keys.peek_at(&hash, now) {
+        if let Some(known) = self.keys.peek_at(&start(&hash), now) {
             return Ok(known);
         }
         // Boxed because it is large and rarely needed. Otherwise, every decision would reserve memory for it.
@@ -208,22 +215,13 @@ impl KeyStore {
         hash: Hash,
         caller: LookupCaller,
     ) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
-        let caller = (!self.keys.holds(&hash)).then_some(caller);
-        let (lookups, limiter, shared) = (
-            self.lookups.keys.clone(),
-            self.limiter.clone(),
-            self.shared.clone(),
-        );
-        let (index, cached) = (self.index.clone(), self.keys.clone());
+        let caller = (!self.keys.holds(&start(&hash))).then_some(caller);
+        let (lookups, shared) = (self.lookups.keys.clone(), self.shared.clone());
+        let (limiter, plans) = (self.limiter.clone(), self.plans.clone());
         let span = spans::current();
-        let record = move |facts: KeyFacts, as_of| {
-            // Add the hash to the index before the record is cached.
-            let owners = [facts.tenant_id, facts.plan_id, facts.id];
-            index.add(hash, owners, |hash| cached.holds_or_loads(hash));
-            record(facts, as_of, &limiter)
-        };
+        let record = move |facts, as_of| record(facts, as_of, &limiter, &plans);
         self.keys
-            .get(hash, move || {
+            .get(start(&hash), move || {
                 let (lookups, record, shared) = (lookups.clone(), record.clone(), shared.clone());
                 spans::within(span.clone(), async move {
                     let lookup = lookups.begin(caller)?;
@@ -284,11 +282,16 @@ impl KeyStore {
             .await
     }
 
-    /// Removes records that changes have invalidated.
+    /// Invalidates the records that changes affect.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_key() {
-            // Loads in progress are repeated, even if their key is not in the index yet.
-            self.keys.forget_these(|| self.index.take(gone));
+            let (tenants, plans, keys) = (gone.tenants(), gone.plans(), gone.keys());
+            self.freshness.changed(
+                tenants
+                    .map(Owner::Tenant)
+                    .chain(plans.map(Owner::Plan))
+                    .chain(keys.map(Owner::Key)),
+            );
         }
         if gone.any_token() {
             self.tokens
@@ -298,7 +301,13 @@ impl KeyStore {
 
     /// Converts a key that was found by its ID to a record. The record uses the same limiter state as requests.
     pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
-        record(found.facts, found.as_of, &self.limiter)
+        record(found.facts, found.as_of, &self.limiter, &self.plans)
+    }
+
+    /// Frees the records that [`revoke`](Self::revoke) has invalidated, so that the limiter can drop the state of keys
+    /// that are not used any longer.
+    pub fn sweep(&self) {
+        self.keys.sweep();
     }
 
     /// Removes all records.
@@ -310,12 +319,17 @@ impl KeyStore {
     /// Removes a secret from the cache of unknown secrets. Call after creating a key or token with that secret.
     pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
-        self.keys.forget_absent(&hash);
+        self.keys.forget_absent(&start(&hash));
         self.tokens.forget_absent(&hash);
     }
 }
 
-fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, Unconfirmed> {
+fn record(
+    facts: KeyFacts,
+    as_of: i64,
+    limiter: &Limiter,
+    plans: &PlanRecords,
+) -> Result<KeyRecord, Unconfirmed> {
     let (tenant, id) = (TenantId(facts.tenant_id), ApiKeyId(facts.id));
     let handle = limiter
         .handle(tenant, id)
@@ -333,14 +347,23 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
             .and_then(|limit| u64::try_from(limit).ok())
             .and_then(NonZeroU64::new)
     };
-    Ok(KeyRecord {
+    let policies = Policies::new(
+        RatePolicy { rpm, burst },
+        quota(facts.daily_quota),
+        quota(facts.monthly_quota),
+        zone,
+        facts.strict,
+    )
+    .on_redis_failure(
+        facts
+            .on_redis_failure
+            .as_deref()
+            .and_then(OnRedisFailure::of),
+    );
+    let plan = plans.share(PlanRecord {
         tenant,
-        id,
-        plan_id: PlanId(facts.plan_id),
-        plan: facts.plan_name,
-        prefix: facts.prefix,
-        is_active: facts.is_active,
-        expires_at: facts.expires_at.map(nanos),
+        id: PlanId(facts.plan_id),
+        name: facts.plan_name,
         billing: if facts.billing == "paid" {
             Billing::Paid
         } else {
@@ -351,25 +374,23 @@ fn record(facts: KeyFacts, as_of: i64, limiter: &Limiter) -> Result<KeyRecord, U
             (true, None) => UnixNanos(u64::MAX),
             (true, Some(end)) => nanos(end),
         },
-        policies: Policies::new(
-            RatePolicy { rpm, burst },
-            quota(facts.daily_quota),
-            quota(facts.monthly_quota),
-            zone,
-            facts.strict,
-        )
-        .on_redis_failure(
-            facts
-                .on_redis_failure
-                .as_deref()
-                .and_then(OnRedisFailure::of),
-        )
-        // The version increases with every change.
-        .with_version(u64::try_from(as_of).unwrap_or(0)),
-        handle,
+        policies,
         tenant_quota,
         headers: Attachment::default(),
-        noted_at: AtomicU64::new(0),
+    });
+    Ok(KeyRecord {
+        // The version increases with every change. Each key has its own: a version read with one key says nothing about
+        // a key that was read earlier.
+        policies: plan
+            .policies
+            .clone()
+            .with_version(u64::try_from(as_of).unwrap_or(0)),
+        plan,
+        handle,
+        expires_at: facts.expires_at.map_or(UnixNanos(u64::MAX), nanos),
+        noted_in: AtomicU32::new(0),
+        prefix: Prefix::of(&facts.prefix),
+        is_active: facts.is_active,
     })
 }
 

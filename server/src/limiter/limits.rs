@@ -3,6 +3,7 @@
 use std::{
     hash::{DefaultHasher, Hash, Hasher},
     num::NonZeroU64,
+    sync::Arc,
 };
 
 use quota_common::plan::OnRedisFailure;
@@ -14,20 +15,40 @@ use super::{
 };
 use crate::clock::Nanos;
 
-/// A key's policies, from its plan and the key's overrides.
+/// A key's policies, from its plan and the key's overrides. Cloning is cheap.
 ///
 /// Created when the key's record is loaded. A store compares fingerprints to detect an edit.
 #[derive(Debug, Clone)]
 pub struct Policies {
+    limits: Arc<Limits>,
+    version: u64,
+}
+
+/// The limits of policies. Keys on the same plan can share them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Limits {
     rate: RatePolicy,
     daily: Option<NonZeroU64>,
     monthly: Option<NonZeroU64>,
     zone: Zone,
     strict: bool,
     on_failure: Option<OnRedisFailure>,
-    version: u64,
     gcra: Gcra,
     fingerprint: u64,
+}
+
+impl Limits {
+    pub(super) fn zone(&self) -> &Zone {
+        &self.zone
+    }
+
+    pub(super) fn gcra(&self) -> Gcra {
+        self.gcra
+    }
+
+    pub(super) fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
 }
 
 impl Policies {
@@ -43,51 +64,58 @@ impl Policies {
         let mut hasher = DefaultHasher::new();
         (rate, daily, monthly, &zone, strict).hash(&mut hasher);
         Self {
-            rate,
-            daily,
-            monthly,
-            zone,
-            strict,
-            on_failure: None,
+            limits: Arc::new(Limits {
+                rate,
+                daily,
+                monthly,
+                zone,
+                strict,
+                on_failure: None,
+                gcra: Gcra::new(rate),
+                fingerprint: hasher.finish(),
+            }),
             version: 0,
-            gcra: Gcra::new(rate),
-            // Zero means that no policies have been applied to a key's state yet.
-            fingerprint: hasher.finish().max(1),
         }
     }
 
     /// Sets the fallback setting. `None` means the server's default.
     #[must_use]
     pub fn on_redis_failure(mut self, on_failure: Option<OnRedisFailure>) -> Self {
+        let limits = Arc::make_mut(&mut self.limits);
         let mut hasher = DefaultHasher::new();
-        (self.fingerprint, on_failure).hash(&mut hasher);
-        self.fingerprint = hasher.finish().max(1);
-        self.on_failure = on_failure;
+        (limits.fingerprint, on_failure).hash(&mut hasher);
+        limits.fingerprint = hasher.finish();
+        limits.on_failure = on_failure;
         self
     }
 
+    /// Returns whether both policies have the same limits. Their versions may differ.
+    pub fn has_same_limits(&self, other: &Self) -> bool {
+        self.limits == other.limits
+    }
+
     pub fn on_failure(&self) -> Option<OnRedisFailure> {
-        self.on_failure
+        self.limits.on_failure
     }
 
     pub fn rate(&self) -> RatePolicy {
-        self.rate
+        self.limits.rate
     }
 
     pub fn daily(&self) -> Option<NonZeroU64> {
-        self.daily
+        self.limits.daily
     }
 
     pub fn monthly(&self) -> Option<NonZeroU64> {
-        self.monthly
+        self.limits.monthly
     }
 
     pub fn zone(&self) -> &Zone {
-        &self.zone
+        &self.limits.zone
     }
 
     pub fn strict(&self) -> bool {
-        self.strict
+        self.limits.strict
     }
 
     /// Sets the plan's version, which increases with each edit. If replicas know different versions, the shared
@@ -103,23 +131,31 @@ impl Policies {
         self.version
     }
 
+    pub(super) fn limits(&self) -> &Arc<Limits> {
+        &self.limits
+    }
+
+    pub(super) fn has_quota(&self) -> bool {
+        self.limits.daily.is_some() || self.limits.monthly.is_some()
+    }
+
     pub(super) fn gcra(&self) -> Gcra {
-        self.gcra
+        self.limits.gcra
     }
 
     /// Returns the parameters for calls to the shared counters, given the lease TTL.
     pub(super) fn terms(&self, ttl: Nanos) -> Terms {
         Terms {
-            gcra: self.gcra,
+            gcra: self.gcra(),
             version: self.version,
-            leased: ttl > Nanos::ZERO && !self.strict,
+            leased: ttl > Nanos::ZERO && !self.strict(),
         }
     }
 
     /// Returns a fingerprint. Equal policies have equal fingerprints, and different policies almost always have
     /// different ones.
     pub(super) fn fingerprint(&self) -> u64 {
-        self.fingerprint
+        self.limits.fingerprint
     }
 }
 

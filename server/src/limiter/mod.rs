@@ -28,6 +28,7 @@ use std::{num::NonZeroU32, sync::Arc};
 
 use quota_common::id::{ApiKeyId, TenantId};
 
+use self::denial_cache::Times;
 pub use self::{
     decision::{Decision, Outcome, PolicyState},
     distributed::{DistributedStore, RedisCounters, core::DistributedSettings},
@@ -116,7 +117,8 @@ impl Limiter {
             return self.store.try_take(handle, policies, cost);
         }
         let Some(decision) = self.store.try_take(handle, policies, cost) else {
-            return handle.denials.find(policies, cost, &self.clock);
+            let state = handle.state.lock();
+            return state.existing_denials()?.find(policies, cost, &*self.clock);
         };
         self.remember(handle, policies, cost, &decision, self.clock.monotonic());
         Some(decision)
@@ -166,10 +168,19 @@ impl Limiter {
         decision: &Decision,
         asked_at: Monotonic,
     ) {
+        // A degraded decision does not show what the store would decide.
+        if decision.degraded {
+            return;
+        }
         let remembered = || self.store.denial_memory(policies);
-        handle
-            .denials
-            .record(policies, cost, &self.clock, asked_at, decision, remembered);
+        let now = self.clock.monotonic();
+        handle.state.lock().denials().record(
+            policies,
+            cost,
+            Times { asked_at, now },
+            decision,
+            remembered,
+        );
     }
 
     /// Returns the key's state as known to this replica, with [`Outcome::Allowed`]. Does not take tokens or make calls.

@@ -46,9 +46,9 @@ impl DenialLog {
         };
         tracing::info!(
             target: "quota_server::denials",
-            key = key.prefix,
-            tenant = %key.tenant,
-            plan = key.plan,
+            key = key.prefix.as_str(),
+            tenant = %key.tenant(),
+            plan = key.plan.name,
             endpoint,
             policy,
             suppressed,

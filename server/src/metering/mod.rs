@@ -234,7 +234,7 @@ impl Metering {
         if !is_allowed {
             self.0.denials.log(key, reservation.endpoint, outcome, at);
             if self.0.is_half_full.load(Ordering::Relaxed) {
-                self.0.denial_budget.spend(key.tenant, at);
+                self.0.denial_budget.spend(key.tenant(), at);
             }
         }
         let reserved = match (reservation.space, &self.0.recorder) {
@@ -255,10 +255,10 @@ impl Metering {
             decision.retry_after_secs()
         };
         let segment = reserved.fill(&DecisionRecord {
-            tenant: key.tenant,
-            key: key.id,
-            plan: key.plan_id,
-            billing: key.billing,
+            tenant: key.tenant(),
+            key: key.id(),
+            plan: key.plan.id,
+            billing: key.plan.billing,
             at: self.0.time.at(at),
             cost,
             outcome,

@@ -15,6 +15,7 @@ mod gateways;
 mod http1;
 mod latency;
 mod load;
+mod memory;
 mod metering;
 mod outage;
 mod postgres;
@@ -87,6 +88,8 @@ enum Command {
     Gateways(gateways::Options),
     /// Kill servers, Redis and PostgreSQL under load, and recount the usage
     Crash(crash::Options),
+    /// Measure the memory of a cached key, and print a table
+    Memory(memory::Options),
     /// Stop PostgreSQL under load, and compare latency and usage
     Outage(outage::Options),
     /// Restart, kill and upgrade replicas behind Caddy under load, and recount requests and usage
@@ -127,6 +130,7 @@ fn main() -> Result<ExitCode> {
         } => traces::run(&quota, rounds, std::time::Duration::from_millis(millis))?,
         Command::Gateways(options) => gateways::run(&options)?,
         Command::Crash(options) => return crash::run(&options),
+        Command::Memory(options) => return memory::run(&options),
         Command::Outage(options) => return outage::run(&options),
         Command::Restarts(options) => return production::restarts::run(&options),
         Command::SlowClients(options) => return production::slow_clients::run(&options),

@@ -76,7 +76,7 @@ impl StoreCore {
     }
 
     pub(super) fn breaker(&self, handle: &KeyHandle) -> &CircuitBreaker {
-        &self.breakers[usize::from(self.partition_of(handle.key))]
+        &self.breakers[usize::from(self.partition_of(handle.name.key))]
     }
 
     /// Builds a call for a key. The call returns `back` and takes no tokens.
@@ -86,11 +86,11 @@ impl StoreCore {
         terms: Terms,
         back: Option<Unspent>,
     ) -> TakeCall {
-        let partition = self.partition_of(handle.key);
+        let partition = self.partition_of(handle.name.key);
         let back = back.unwrap_or_default();
         TakeCall {
             partition,
-            bucket: BucketName::Key(handle.tenant, handle.key),
+            bucket: BucketName::Key(handle.name.tenant, handle.name.key),
             emission: terms.gcra.emission(),
             tau: terms.gcra.tau(),
             version: terms.version,
@@ -279,7 +279,7 @@ impl StoreCore {
             let mut calls = Vec::new();
             for handle in keys {
                 let mut state = handle.state.lock();
-                let Some(lease) = &mut state.lease else {
+                let Some(lease) = state.existing_lease() else {
                     continue;
                 };
                 lease.surrender_all();
@@ -316,7 +316,7 @@ impl StoreCore {
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();
-            state.lease().is_busy()
+            state.existing_lease().is_some_and(|lease| lease.is_busy())
         };
         while busy.iter().any(is_busy) && time::Instant::now() < patience {
             time::sleep(Duration::from_millis(5)).await;

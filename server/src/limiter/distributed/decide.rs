@@ -233,7 +233,7 @@ impl StoreCore {
             // Decide as if this were the only replica.
             OnRedisFailure::Open => {
                 let mut denial = Denial::default();
-                denial.add_rate(state.take_rate(cost, now));
+                denial.add_rate(state.take_rate(policies, cost, now));
                 let outcome = if denial.violated.is_empty() {
                     Outcome::Allowed
                 } else {
@@ -244,7 +244,7 @@ impl StoreCore {
             }
             OnRedisFailure::Share => {
                 let slot = self.membership.slot(monotonic);
-                let share = &mut state.lease().share;
+                let share = state.lease().share();
                 let (verdict, rate) = match (outage, slot) {
                     (Some(outage), Some((slot, since))) => {
                         let since = outage

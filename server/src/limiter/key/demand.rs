@@ -16,7 +16,7 @@ use crate::{
 pub(in crate::limiter) struct DemandGuard<'a> {
     calls: &'a Arc<LedgerCalls>,
     handle: &'a Arc<KeyHandle>,
-    cost: u64,
+    cost: NonZeroU32,
     reserved: Option<[ReservedTokens; 2]>,
 }
 
@@ -26,7 +26,6 @@ impl<'a> DemandGuard<'a> {
         handle: &'a Arc<KeyHandle>,
         cost: NonZeroU32,
     ) -> Self {
-        let cost = u64::from(cost.get());
         handle.state.lock().begin_wait(cost);
         Self {
             calls,
@@ -36,11 +35,15 @@ impl<'a> DemandGuard<'a> {
         }
     }
 
+    fn tokens(&self) -> u64 {
+        u64::from(self.cost.get())
+    }
+
     /// Reserves the request's quota tokens if all blocks have enough, so that no other request can use the same tokens
     /// while this request waits for the other policies.
     pub(in crate::limiter) fn reserve(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         if self.reserved.is_none() {
-            self.reserved = state.reserve_quotas(self.cost, now);
+            self.reserved = state.reserve_quotas(self.tokens(), now);
             if self.reserved.is_some() {
                 state.end_wait(self.cost);
             }
@@ -52,14 +55,14 @@ impl<'a> DemandGuard<'a> {
     /// the current window. Returns whether tokens were spent.
     pub(in crate::limiter) fn spend(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         let Some(reserved) = self.reserved.take() else {
-            return state.spend_quotas(self.cost, now);
+            return state.spend_quotas(self.tokens(), now);
         };
         state.begin_wait(self.cost);
-        let is_spent = state.spend_reserved(reserved) || state.spend_quotas(self.cost, now);
+        let is_spent = state.spend_reserved(reserved) || state.spend_quotas(self.tokens(), now);
         if is_spent {
             self.notify_denied(state);
         } else {
-            self.handle.call_ended.notify_waiters();
+            state.notify_waiting();
         }
         is_spent
     }
@@ -75,8 +78,8 @@ impl<'a> DemandGuard<'a> {
 
     /// Notifies the requests that wait for a reservation to be released, if some of them may now have to be denied.
     fn notify_denied(&self, state: &KeyState) {
-        if state.waited_for > self.cost && state.may_deny_waiting() {
-            self.handle.call_ended.notify_waiters();
+        if state.waited_for > self.tokens() && state.may_deny_waiting() {
+            state.notify_waiting();
         }
     }
 
@@ -85,8 +88,8 @@ impl<'a> DemandGuard<'a> {
         if let Some(reserved) = self.reserved.take() {
             state.begin_wait(self.cost);
             state.release_reserved(reserved);
-            if state.waited_for > self.cost {
-                self.handle.call_ended.notify_waiters();
+            if state.waited_for > self.tokens() {
+                state.notify_waiting();
             }
         }
     }
@@ -97,6 +100,7 @@ impl Drop for DemandGuard<'_> {
         let mut state = self.handle.state.lock();
         self.release(&mut state);
         state.end_wait(self.cost);
+        state.free_notification();
         state.tidy();
         if self.calls.is_draining() {
             for policy in [Policy::Daily, Policy::Monthly] {

@@ -1,41 +1,78 @@
 //! The handle of a key: its state on this replica.
 
+use std::{
+    borrow::Borrow,
+    hash::{Hash, Hasher},
+    sync::Arc,
+};
+
 use parking_lot::Mutex;
 use quota_common::id::{ApiKeyId, TenantId};
-use tokio::sync::Notify;
 
 use super::state::KeyState;
-use crate::limiter::denial_cache::DenialCache;
+
+/// The IDs of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(in crate::limiter) struct KeyName {
+    pub(in crate::limiter) tenant: TenantId,
+    pub(in crate::limiter) key: ApiKeyId,
+}
 
 /// The limiter's state for one key. Stored in the key's cached record, so that a decision does not need a lookup.
 #[derive(Debug)]
 pub struct KeyHandle {
-    pub(in crate::limiter) tenant: TenantId,
-    pub(in crate::limiter) key: ApiKeyId,
-    /// Used only with a remote store.
-    pub(in crate::limiter) denials: DenialCache,
+    pub(in crate::limiter) name: KeyName,
     pub(in crate::limiter) state: Mutex<KeyState>,
-    /// Notified when requests that wait for quota tokens should check again: when a ledger call for this key or a
-    /// reservation has ended.
-    pub(in crate::limiter) call_ended: Notify,
 }
 
 impl KeyHandle {
-    pub(in crate::limiter) fn new(tenant: TenantId, key: ApiKeyId) -> Self {
+    pub(in crate::limiter) fn new(name: KeyName) -> Self {
         Self {
-            tenant,
-            key,
-            denials: DenialCache::default(),
+            name,
             state: Mutex::new(KeyState::new()),
-            call_ended: Notify::new(),
         }
     }
 
     pub fn tenant(&self) -> TenantId {
-        self.tenant
+        self.name.tenant
     }
 
     pub fn key(&self) -> ApiKeyId {
-        self.key
+        self.name.key
+    }
+}
+
+/// A handle in a set, which is searched by name.
+#[derive(Debug)]
+pub(super) struct NamedHandle(pub(super) Arc<KeyHandle>);
+
+impl Borrow<KeyName> for NamedHandle {
+    fn borrow(&self) -> &KeyName {
+        &self.0.name
+    }
+}
+
+impl PartialEq for NamedHandle {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.name == other.0.name
+    }
+}
+
+impl Eq for NamedHandle {}
+
+impl Hash for NamedHandle {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.0.name.hash(state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// There is one handle per cached key, so its size determines how many keys fit into memory.
+    #[test]
+    fn a_handle_without_quotas_and_leases_is_small() {
+        assert!(size_of::<KeyHandle>() <= 104, "{}", size_of::<KeyHandle>());
     }
 }

@@ -203,12 +203,13 @@ impl LedgerCalls {
         if let Some(block) = state.block(policy)
             && let Some(order) = block.begin_fetch(need, now)
         {
+            let calendar = calendar::window(policy, &state.zone(), now);
             self.enqueue(Call {
                 handle: Arc::clone(handle),
                 policy,
                 target: Target::Current,
                 at: now,
-                calendar: calendar::window(policy, state.zone(), now),
+                calendar,
                 order,
                 span: spans::current(),
             });
@@ -226,14 +227,14 @@ impl LedgerCalls {
         if self.is_draining() || Handle::try_current().is_err() {
             return;
         }
-        let hash = spread(handle.key.0);
+        let hash = spread(handle.name.key.0);
         let Some(at) = state
             .block(policy)
             .and_then(|block| block.begin_next(now, hash))
         else {
             return;
         };
-        let calendar = calendar::window(policy, state.zone(), at);
+        let calendar = calendar::window(policy, &state.zone(), at);
         if let Some(block) = state.block(policy) {
             self.enqueue(Call {
                 handle: Arc::clone(handle),
@@ -325,7 +326,7 @@ impl LedgerCalls {
             (Target::Current, None) => block.finish_return(),
             (Target::Current, Some(Ok(taken))) => block.finish_fetch(taken, now),
             (Target::Current, Some(Err(error))) => {
-                tracing::debug!(error = %error, key = %call.handle.key, "cannot fetch a block from the quota ledger");
+                tracing::debug!(error = %error, key = %call.handle.name.key, "cannot fetch a block from the quota ledger");
                 block.fail(error, now);
             }
             (Target::Next, taken) => block.finish_next(taken.and_then(Result::ok), now),
@@ -343,8 +344,11 @@ impl LedgerCalls {
                 self.start(&call.handle, &mut state, call.policy, Need::Ahead);
             }
         }
+        let call_ended = state.existing_call_ended();
         drop(state);
-        call.handle.call_ended.notify_waiters();
+        if let Some(call_ended) = call_ended {
+            call_ended.notify_waiters();
+        }
     }
 }
 

@@ -46,8 +46,8 @@ impl Call {
 
     pub(super) fn request(&self) -> TakeRequest {
         TakeRequest {
-            tenant: self.handle.tenant,
-            key: self.handle.key,
+            tenant: self.handle.name.tenant,
+            key: self.handle.name.key,
             policy: self.policy,
             at: self.at,
             calendar: self.calendar,
@@ -59,8 +59,8 @@ impl Call {
 
 pub(super) fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -> LedgerRow {
     LedgerRow {
-        tenant: handle.tenant,
-        key: handle.key,
+        tenant: handle.name.tenant,
+        key: handle.name.key,
         policy,
         window_start,
     }

@@ -5,5 +5,6 @@ pub(super) mod handle;
 pub(super) mod ledger_calls;
 mod ledger_queue;
 mod ledger_worker;
+mod quotas;
 pub(super) mod state;
 pub(super) mod table;

@@ -3,101 +3,77 @@
 //! The state contains everything that a decision reads and changes under the key's lock, for every store. This module
 //! does not read clocks, start tasks or make calls. It reports missing blocks to the store, which fetches them.
 
-use std::num::{NonZeroU32, NonZeroU64};
+use std::{
+    num::{NonZeroU32, NonZeroU64},
+    sync::Arc,
+};
 
+use tokio::sync::Notify;
+
+use super::quotas::QuotaBlocks;
+pub(in crate::limiter) use super::quotas::{Denial, MissingBlocks, OnUnknown, Quotas};
 use crate::{
     clock::{Monotonic, Nanos, UnixNanos},
     limiter::{
         decision::{Decision, Outcome, PolicyState},
-        limits::Policies,
+        denial_cache::DenialCache,
+        limits::{Limits, Policies},
         policy::{Policy, PolicySet},
         quota::{
             block::{Block, BlockStatus, Need, ReservedTokens},
             calendar::{self, Zone},
         },
         rate::{
-            gcra::{Gcra, Level, Verdict},
+            gcra::{Level, Verdict},
             lease::Lease,
         },
     },
 };
 
 /// The state of one key.
+///
+/// There is one for each cached key, so it is small. What only some keys need is boxed.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
-    /// Fingerprint of the policies that were last applied to this state; zero if no policies have been applied.
-    fingerprint: u64,
-    /// The time zone of days and months.
-    zone: Zone,
-    gcra: Gcra,
+    /// The limits that were last applied to this state.
+    limits: Option<Arc<Limits>>,
     /// The TAT of the local bucket. Used by the local store, and during an outage with the fallback setting `open`.
     pub(in crate::limiter) tat: UnixNanos,
     /// Debt beyond that of an empty bucket, left over from a larger burst.
     beyond: Nanos,
     /// When tokens were last taken from the bucket or the plan was last edited, whichever is later.
     used_at: UnixNanos,
-    /// Used by the distributed store.
-    pub(in crate::limiter) lease: Option<Box<Lease>>,
-    daily: Block,
-    monthly: Block,
+    /// `None` if the key has never had a quota.
+    quotas: Option<Box<QuotaBlocks>>,
+    /// `None` if the key has no state of the distributed store.
+    remote: Option<Box<RemoteState>>,
     /// The total cost of requests that wait for quota tokens, except requests that have reserved these tokens.
     pub(in crate::limiter) waited_for: u64,
     /// An upper bound for the largest cost among these requests.
-    largest_wait: u64,
+    largest_wait: u32,
+    /// See [`Lease::new`].
+    is_plan_confirmed: bool,
 }
 
-/// The policies whose blocks must be fetched before a decision.
-pub(in crate::limiter) type MissingBlocks = PolicySet;
-
-/// What to do about policies for which the ledger has not responded yet.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(in crate::limiter) enum OnUnknown {
-    /// Fetch a block first.
-    Wait,
-    /// Blocks cannot be fetched, so deny the request if another policy denies it anyway.
-    PassOver,
-}
-
-/// Whether the calendar quotas allow a cost.
-pub(in crate::limiter) struct Quotas {
-    pub(in crate::limiter) denial: Denial,
-    /// Policies for which the ledger has not responded in this window.
-    pub(in crate::limiter) unknown: PolicySet,
-    /// Policies whose block has too few tokens, although the ledger should have enough.
-    pub(in crate::limiter) short: PolicySet,
-}
-
-impl Quotas {
-    /// Returns the policies whose blocks must be fetched before a decision. If the request is denied anyway, a block is
-    /// worth fetching only if its quota may prolong the wait. `denied` means that the rate limit denies the request.
-    pub(in crate::limiter) fn missing(
-        &self,
-        denied: bool,
-        on_unknown: OnUnknown,
-    ) -> Option<MissingBlocks> {
-        if denied || !self.denial.violated.is_empty() {
-            return (!self.unknown.is_empty() && on_unknown == OnUnknown::Wait)
-                .then_some(self.unknown);
-        }
-        let missing: PolicySet = self.unknown.iter().chain(self.short.iter()).collect();
-        (!missing.is_empty()).then_some(missing)
-    }
+/// A key's state in the distributed store.
+#[derive(Debug)]
+struct RemoteState {
+    lease: Lease,
+    denials: DenialCache,
 }
 
 impl KeyState {
     pub(in crate::limiter) fn new() -> Self {
         Self {
-            fingerprint: 0,
-            zone: Zone::utc(),
-            gcra: Gcra::NONE,
+            limits: None,
             tat: UnixNanos(0),
             beyond: Nanos::ZERO,
             used_at: UnixNanos(0),
-            lease: None,
-            daily: Block::new(),
-            monthly: Block::new(),
+            quotas: None,
+            remote: None,
             waited_for: 0,
             largest_wait: 0,
+            is_plan_confirmed: false,
         }
     }
 
@@ -108,12 +84,23 @@ impl KeyState {
         }
     }
 
+    /// Returns the block of a policy, if the key has ever had a quota.
     pub(in crate::limiter) fn block(&mut self, policy: Policy) -> Option<&mut Block> {
+        let quotas = self.quotas.as_deref_mut()?;
         match policy {
             Policy::Rpm | Policy::TenantMonthly => None,
-            Policy::Daily => Some(&mut self.daily),
-            Policy::Monthly => Some(&mut self.monthly),
+            Policy::Daily => Some(&mut quotas.daily),
+            Policy::Monthly => Some(&mut quotas.monthly),
         }
+    }
+
+    fn blocks(&self) -> impl Iterator<Item = (Policy, &Block)> {
+        self.quotas.iter().flat_map(|quotas| quotas.blocks())
+    }
+
+    fn blocks_mut(&mut self) -> impl Iterator<Item = &mut Block> {
+        let quotas = self.quotas.iter_mut();
+        quotas.flat_map(|quotas| [&mut quotas.daily, &mut quotas.monthly])
     }
 
     /// Applies `policies` and brings the state up to `now`. `replicas` is the number of replicas that share each quota.
@@ -123,54 +110,134 @@ impl KeyState {
         now: UnixNanos,
         replicas: u64,
     ) {
-        if self.fingerprint != policies.fingerprint() {
-            let gcra = policies.gcra();
-            if self.fingerprint != 0 {
-                if gcra != self.gcra {
-                    let level = gcra.carry_over(self.gcra, self.level(), self.used_at, now);
-                    (self.tat, self.beyond) = (level.tat, level.beyond);
-                    self.used_at = now;
-                }
-                if let Some(lease) = &mut self.lease {
-                    lease.reset_after_edit();
-                }
+        let limits = policies.limits();
+        if !self
+            .limits
+            .as_ref()
+            .is_some_and(|it| Arc::ptr_eq(it, limits))
+        {
+            let before = self.limits.replace(Arc::clone(limits));
+            if before.as_ref().map(|it| it.fingerprint()) != Some(limits.fingerprint()) {
+                self.apply_edit(policies, before.as_deref(), now);
             }
-            self.gcra = gcra;
-            self.fingerprint = policies.fingerprint();
-            if self.zone != *policies.zone() {
-                self.zone = policies.zone().clone();
-                self.daily.rezone();
-                self.monthly.rezone();
-            }
-            self.daily.set_limit(policies.daily());
-            self.monthly.set_limit(policies.monthly());
         }
         self.enter_windows(now, replicas);
-        self.tat = self.gcra.settled(self.tat, now);
+        self.tat = policies.gcra().settled(self.tat, now);
         self.used_at = self.used_at.min(now);
+    }
+
+    /// Applies policies that differ from `before`, which is `None` if these are the first policies.
+    fn apply_edit(&mut self, policies: &Policies, before: Option<&Limits>, now: UnixNanos) {
+        let gcra = policies.gcra();
+        if let Some(before) = before {
+            if gcra != before.gcra() {
+                let level = gcra.carry_over(before.gcra(), self.level(), self.used_at, now);
+                (self.tat, self.beyond) = (level.tat, level.beyond);
+                self.used_at = now;
+            }
+            self.is_plan_confirmed = false;
+            if let Some(remote) = &mut self.remote {
+                remote.lease.reset_after_edit();
+            }
+            if before.zone() != policies.zone() {
+                self.blocks_mut().for_each(Block::rezone);
+            }
+        }
+        if policies.has_quota() {
+            self.quotas
+                .get_or_insert_with(|| Box::new(QuotaBlocks::new()));
+        }
+        if let Some(quotas) = self.quotas.as_deref_mut() {
+            quotas.daily.set_limit(policies.daily());
+            quotas.monthly.set_limit(policies.monthly());
+        }
     }
 
     /// Switches the blocks to the windows that contain `now`. `replicas` is the number of replicas that share each
     /// quota.
     pub(in crate::limiter) fn enter_windows(&mut self, now: UnixNanos, replicas: u64) {
-        self.daily.share_among(replicas);
-        self.monthly.share_among(replicas);
-        if self.daily.is_outdated(now) {
-            let today = calendar::window(Policy::Daily, &self.zone, now);
-            self.daily.enter(today, now);
+        let (Some(quotas), Some(limits)) = (self.quotas.as_deref_mut(), &self.limits) else {
+            return;
+        };
+        for (policy, block) in [
+            (Policy::Daily, &mut quotas.daily),
+            (Policy::Monthly, &mut quotas.monthly),
+        ] {
+            block.share_among(replicas);
+            if block.is_outdated(now) {
+                block.enter(calendar::window(policy, limits.zone(), now), now);
+            }
         }
-        if self.monthly.is_outdated(now) {
-            let month = calendar::window(Policy::Monthly, &self.zone, now);
-            self.monthly.enter(month, now);
-        }
+    }
+
+    fn remote(&mut self) -> &mut RemoteState {
+        let new = || {
+            Box::new(RemoteState {
+                lease: Lease::new(self.is_plan_confirmed),
+                denials: DenialCache::default(),
+            })
+        };
+        self.remote.get_or_insert_with(new)
     }
 
     pub(in crate::limiter) fn lease(&mut self) -> &mut Lease {
-        self.lease.get_or_insert_default()
+        &mut self.remote().lease
     }
 
-    pub(in crate::limiter) fn zone(&self) -> &Zone {
-        &self.zone
+    /// Returns the lease, if there is one.
+    pub(in crate::limiter) fn existing_lease(&mut self) -> Option<&mut Lease> {
+        self.remote.as_mut().map(|remote| &mut remote.lease)
+    }
+
+    pub(in crate::limiter) fn denials(&mut self) -> &mut DenialCache {
+        &mut self.remote().denials
+    }
+
+    /// Returns the cached denials, if there are any.
+    pub(in crate::limiter) fn existing_denials(&self) -> Option<&DenialCache> {
+        self.remote.as_ref().map(|remote| &remote.denials)
+    }
+
+    /// Frees the state of the distributed store if a new one would behave the same way.
+    pub(in crate::limiter) fn free_remote(&mut self, monotonic: Monotonic) {
+        let is_unneeded = |remote: &RemoteState| {
+            remote.lease.is_like_new(monotonic) && remote.denials.is_like_new(monotonic)
+        };
+        if let Some(remote) = self.remote.take_if(|it| is_unneeded(it)) {
+            self.is_plan_confirmed = remote.lease.is_plan_confirmed();
+        }
+    }
+
+    /// Returns the notification for requests that wait for quota tokens. Returns `None` if the key has never had a
+    /// quota.
+    pub(in crate::limiter) fn call_ended(&mut self) -> Option<Arc<Notify>> {
+        let quotas = self.quotas.as_deref_mut()?;
+        Some(Arc::clone(quotas.call_ended.get_or_insert_default()))
+    }
+
+    /// Returns the same notification, if requests wait for it.
+    pub(in crate::limiter) fn existing_call_ended(&self) -> Option<Arc<Notify>> {
+        self.quotas.as_deref()?.call_ended.clone()
+    }
+
+    /// Notifies the requests that wait for quota tokens.
+    pub(in crate::limiter) fn notify_waiting(&self) {
+        if let Some(call_ended) = self.existing_call_ended() {
+            call_ended.notify_waiters();
+        }
+    }
+
+    /// Frees the notification if no request waits for it.
+    pub(in crate::limiter) fn free_notification(&mut self) {
+        if let Some(quotas) = self.quotas.as_deref_mut() {
+            quotas.call_ended.take_if(|it| Arc::strong_count(it) == 1);
+        }
+    }
+
+    /// Returns the time zone of days and months.
+    pub(in crate::limiter) fn zone(&self) -> Zone {
+        let limits = self.limits.as_ref();
+        limits.map_or_else(Zone::utc, |limits| limits.zone().clone())
     }
 
     /// Takes `cost` from the local bucket and every quota, or takes nothing. Call
@@ -183,7 +250,7 @@ impl KeyState {
         on_unknown: OnUnknown,
     ) -> Result<Decision, MissingBlocks> {
         let tokens = u64::from(cost.get());
-        let rate = self.gcra.decide(self.tat, now, cost);
+        let rate = policies.gcra().decide(self.tat, now, cost);
         if let Verdict::Fits { tat } = rate
             && self.spend_quotas(tokens, now)
         {
@@ -205,10 +272,11 @@ impl KeyState {
     /// Takes `cost` from the local bucket only, if it contains that many tokens.
     pub(in crate::limiter) fn take_rate(
         &mut self,
+        policies: &Policies,
         cost: NonZeroU32,
         now: UnixNanos,
     ) -> Verdict<UnixNanos> {
-        let verdict = self.gcra.decide(self.tat, now, cost);
+        let verdict = policies.gcra().decide(self.tat, now, cost);
         if let Verdict::Fits { tat } = verdict {
             self.charge(tat, now);
         }
@@ -222,22 +290,22 @@ impl KeyState {
     }
 
     /// Returns whether the blocks of all calendar quotas contain `tokens` tokens.
+    #[inline]
     pub(in crate::limiter) fn quotas_fit(&self, tokens: u64) -> bool {
-        let fits = |block: &Block| {
+        self.blocks().all(|(_, block)| {
             matches!(
                 block.status(tokens),
                 BlockStatus::Fits | BlockStatus::Unlimited
             )
-        };
-        fits(&self.daily) && fits(&self.monthly)
+        })
     }
 
     /// Spends `tokens` tokens of every calendar quota, or of none if a quota has too few.
+    #[inline]
     pub(in crate::limiter) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
         let fits = self.quotas_fit(tokens);
         if fits {
-            self.daily.spend(tokens, now);
-            self.monthly.spend(tokens, now);
+            self.blocks_mut().for_each(|block| block.spend(tokens, now));
         }
         fits
     }
@@ -248,48 +316,53 @@ impl KeyState {
         tokens: u64,
         now: UnixNanos,
     ) -> Option<[ReservedTokens; 2]> {
-        self.quotas_fit(tokens).then(|| {
-            [
-                self.daily.reserve(tokens, now),
-                self.monthly.reserve(tokens, now),
-            ]
+        self.quotas_fit(tokens).then(|| match &mut self.quotas {
+            Some(quotas) => [
+                quotas.daily.reserve(tokens, now),
+                quotas.monthly.reserve(tokens, now),
+            ],
+            None => [ReservedTokens::NONE; 2],
         })
     }
 
     /// Spends reserved tokens if they belong to the current windows; otherwise, releases them.
-    pub(in crate::limiter) fn spend_reserved(
-        &mut self,
-        [daily, monthly]: [ReservedTokens; 2],
-    ) -> bool {
-        let is_current = self.daily.is_current(daily) && self.monthly.is_current(monthly);
-        self.daily.settle(daily, is_current);
-        self.monthly.settle(monthly, is_current);
+    pub(in crate::limiter) fn spend_reserved(&mut self, reserved: [ReservedTokens; 2]) -> bool {
+        let is_current = self
+            .blocks()
+            .zip(reserved)
+            .all(|((_, block), reserved)| block.is_current(reserved));
+        self.settle(reserved, is_current);
         is_current
     }
 
     /// Spends reserved tokens, even if their window has ended.
     pub(in crate::limiter) fn spend_reserved_in_any_window(
         &mut self,
-        [daily, monthly]: [ReservedTokens; 2],
+        reserved: [ReservedTokens; 2],
     ) {
-        self.daily.settle(daily, true);
-        self.monthly.settle(monthly, true);
+        self.settle(reserved, true);
     }
 
-    pub(in crate::limiter) fn release_reserved(&mut self, [daily, monthly]: [ReservedTokens; 2]) {
-        self.daily.settle(daily, false);
-        self.monthly.settle(monthly, false);
+    pub(in crate::limiter) fn release_reserved(&mut self, reserved: [ReservedTokens; 2]) {
+        self.settle(reserved, false);
+    }
+
+    /// Ends a reservation. Without blocks, nothing can have been reserved, since blocks are never freed before the key.
+    fn settle(&mut self, reserved: [ReservedTokens; 2], is_spent: bool) {
+        for (block, reserved) in self.blocks_mut().zip(reserved) {
+            block.settle(reserved, is_spent);
+        }
     }
 
     /// Adds a request that waits for quota tokens.
-    pub(in crate::limiter) fn begin_wait(&mut self, cost: u64) {
-        self.waited_for += cost;
-        self.largest_wait = self.largest_wait.max(cost);
+    pub(in crate::limiter) fn begin_wait(&mut self, cost: NonZeroU32) {
+        self.waited_for += u64::from(cost.get());
+        self.largest_wait = self.largest_wait.max(cost.get());
     }
 
     /// Removes a request that waited for quota tokens.
-    pub(in crate::limiter) fn end_wait(&mut self, cost: u64) {
-        self.waited_for -= cost;
+    pub(in crate::limiter) fn end_wait(&mut self, cost: NonZeroU32) {
+        self.waited_for -= u64::from(cost.get());
         if self.waited_for == 0 {
             self.largest_wait = 0;
         }
@@ -298,8 +371,8 @@ impl KeyState {
     /// Returns whether a waiting request may have to be denied: the quotas have too few tokens for the request, even if
     /// all reserved tokens are released.
     pub(in crate::limiter) fn may_deny_waiting(&self) -> bool {
-        [&self.daily, &self.monthly].iter().any(|block| {
-            let status = block.status(self.largest_wait);
+        self.blocks().any(|(_, block)| {
+            let status = block.status(u64::from(self.largest_wait));
             // `NeverFits` counts too: the largest cost may exceed the whole quota, and its request may no longer be
             // waiting.
             matches!(status, BlockStatus::Exhausted | BlockStatus::NeverFits)
@@ -312,10 +385,7 @@ impl KeyState {
             unknown: PolicySet::EMPTY,
             short: PolicySet::EMPTY,
         };
-        for (policy, block) in [
-            (Policy::Daily, &self.daily),
-            (Policy::Monthly, &self.monthly),
-        ] {
+        for (policy, block) in self.blocks() {
             match block.status(tokens) {
                 BlockStatus::Unlimited | BlockStatus::Fits => {}
                 BlockStatus::Short => quotas.short = quotas.short.with(policy),
@@ -340,7 +410,7 @@ impl KeyState {
         let rate = PolicyState {
             policy: Policy::Rpm,
             limit: u64::from(policies.rate().burst.get()),
-            remaining: self.gcra.remaining(self.tat, now),
+            remaining: policies.gcra().remaining(self.tat, now),
             reset_at: self.tat.max(now),
             shortened_to: None,
         };
@@ -354,7 +424,8 @@ impl KeyState {
         outcome: Outcome,
         rate: PolicyState,
     ) -> Decision {
-        let quota = |policy, block: &Block| {
+        let quota = |policy, block: fn(&QuotaBlocks) -> &Block| {
+            let block = block(self.quotas.as_deref()?);
             block.quota().map(|quota| PolicyState {
                 policy,
                 limit: quota,
@@ -368,8 +439,8 @@ impl KeyState {
             outcome,
             rpm: policies.rate().rpm,
             rate,
-            daily: quota(Policy::Daily, &self.daily),
-            monthly: quota(Policy::Monthly, &self.monthly),
+            daily: quota(Policy::Daily, |quotas| &quotas.daily),
+            monthly: quota(Policy::Monthly, |quotas| &quotas.monthly),
             tenant_monthly: None,
             degraded: false,
         }
@@ -381,6 +452,7 @@ impl KeyState {
         decision: &Decision,
         now: UnixNanos,
     ) -> Option<[Option<Need>; 2]> {
+        let quotas = self.quotas.as_deref()?;
         let violated = decision.violated();
         let may_pass_later = decision.retry_after().is_some();
         let need = |policy, block: &Block| {
@@ -396,65 +468,29 @@ impl KeyState {
             }
         };
         let needs = [
-            need(Policy::Daily, &self.daily),
-            need(Policy::Monthly, &self.monthly),
+            need(Policy::Daily, &quotas.daily),
+            need(Policy::Monthly, &quotas.monthly),
         ];
         (needs != [None, None]).then_some(needs)
     }
 
-    /// Returns how often the ledger has failed for a policy's block.
-    pub(in crate::limiter) fn failures(&self, policy: Policy) -> u64 {
-        match policy {
-            Policy::Rpm | Policy::TenantMonthly => 0,
-            Policy::Daily => self.daily.failures(),
-            Policy::Monthly => self.monthly.failures(),
-        }
+    /// Returns how often the ledger has failed for the daily and the monthly block.
+    pub(in crate::limiter) fn failures(&self) -> [u64; 2] {
+        let quotas = self.quotas.as_deref();
+        quotas.map_or([0; 2], |it| [it.daily.failures(), it.monthly.failures()])
     }
 
+    #[inline]
     pub(in crate::limiter) fn tidy(&mut self) {
-        self.daily.tidy(self.waited_for);
-        self.monthly.tidy(self.waited_for);
+        let waited_for = self.waited_for;
+        self.blocks_mut().for_each(|block| block.tidy(waited_for));
     }
 
     /// Returns whether this state is equivalent to the state of a new key.
     pub(in crate::limiter) fn is_forgettable(&self, now: UnixNanos, monotonic: Monotonic) -> bool {
+        let remote = self.remote.as_ref();
         self.tat.saturating_add(self.beyond) <= now
-            && self
-                .lease
-                .as_ref()
-                .is_none_or(|lease| lease.is_forgettable(monotonic))
-            && self.daily.is_forgettable()
-            && self.monthly.is_forgettable()
-    }
-}
-
-/// A denial that is being assembled.
-#[derive(Default)]
-pub(in crate::limiter) struct Denial {
-    pub(in crate::limiter) violated: PolicySet,
-    wait: Option<NonZeroU64>,
-    never: bool,
-}
-
-impl Denial {
-    pub(in crate::limiter) fn add(&mut self, policy: Policy, wait: Option<NonZeroU64>) {
-        self.violated = self.violated.with(policy);
-        self.never |= wait.is_none();
-        self.wait = self.wait.max(wait);
-    }
-
-    pub(in crate::limiter) fn add_rate<T: Copy>(&mut self, rate: Verdict<T>) {
-        match rate {
-            Verdict::Fits { .. } => {}
-            Verdict::Wait { wait } => self.add(Policy::Rpm, Some(wait)),
-            Verdict::NeverFits => self.add(Policy::Rpm, None),
-        }
-    }
-
-    pub(in crate::limiter) fn outcome(self) -> Outcome {
-        Outcome::Denied {
-            violated: self.violated,
-            retry_after: if self.never { None } else { self.wait },
-        }
+            && remote.is_none_or(|remote| remote.lease.is_forgettable(monotonic))
+            && self.blocks().all(|(_, block)| block.is_forgettable())
     }
 }

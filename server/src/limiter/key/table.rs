@@ -11,7 +11,7 @@
 //! locally. If the request is canceled while it waits, no tokens are lost.
 
 use std::{
-    collections::{HashMap, hash_map::Entry},
+    collections::HashSet,
     hash::{BuildHasher, RandomState},
     num::NonZeroU32,
     pin::pin,
@@ -25,7 +25,7 @@ use tokio::time;
 
 use super::{
     demand::DemandGuard,
-    handle::KeyHandle,
+    handle::{KeyHandle, KeyName, NamedHandle},
     ledger_calls::{LedgerCalls, LedgerConnections, ReturnedQuota, TooSlow},
     state::{KeyState, MissingBlocks, OnUnknown},
 };
@@ -50,7 +50,7 @@ const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 /// Limits of the table, and timeouts for the ledger.
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
-    /// The maximum number of keys, at about 600 bytes each. Requests with additional keys get
+    /// The maximum number of keys. Requests with additional keys get
     /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill that key's bucket.
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
@@ -78,7 +78,7 @@ impl Default for KeyTableSettings {
 
 #[derive(Debug, Default)]
 struct Shard {
-    keys: HashMap<(TenantId, ApiKeyId), Arc<KeyHandle>>,
+    keys: HashSet<NamedHandle>,
     /// When the shard was last pruned because it was full.
     crowded_at: UnixNanos,
 }
@@ -143,8 +143,8 @@ impl KeyTable {
         clippy::cast_possible_truncation,
         reason = "the remainder is below the number of shards"
     )]
-    fn shard(&self, id: &(TenantId, ApiKeyId)) -> &Mutex<Shard> {
-        &self.shards[(self.hasher.hash_one(id) % SHARDS as u64) as usize]
+    fn shard(&self, name: &KeyName) -> &Mutex<Shard> {
+        &self.shards[(self.hasher.hash_one(name) % SHARDS as u64) as usize]
     }
 
     /// See [`LimitStore::handle`](crate::limiter::LimitStore::handle).
@@ -153,9 +153,9 @@ impl KeyTable {
         tenant: TenantId,
         key: ApiKeyId,
     ) -> Result<Arc<KeyHandle>, LimiterError> {
-        let id = (tenant, key);
-        let mut shard = self.shard(&id).lock();
-        if let Some(handle) = shard.keys.get(&id) {
+        let name = KeyName { tenant, key };
+        let mut shard = self.shard(&name).lock();
+        if let Some(NamedHandle(handle)) = shard.keys.get(&name) {
             return Ok(Arc::clone(handle));
         }
         let room = self.settings.max_keys.div_ceil(SHARDS);
@@ -169,21 +169,21 @@ impl KeyTable {
                 return Err(LimiterError::TooManyKeys);
             }
         }
-        Ok(match shard.keys.entry(id) {
-            Entry::Occupied(handle) => Arc::clone(handle.get()),
-            Entry::Vacant(place) => Arc::clone(place.insert(Arc::new(KeyHandle::new(tenant, key)))),
-        })
+        let handle = Arc::new(KeyHandle::new(name));
+        shard.keys.insert(NamedHandle(Arc::clone(&handle)));
+        Ok(handle)
     }
 
     /// Returns all current keys, shard by shard.
     pub(in crate::limiter) fn by_shard(&self) -> impl Iterator<Item = Vec<Arc<KeyHandle>>> {
-        let keys = |shard: &Mutex<Shard>| shard.lock().keys.values().map(Arc::clone).collect();
-        self.shards.iter().map(keys)
+        self.shards.iter().map(handles)
     }
 
     fn prune_shard(&self, shard: &mut Shard, now: UnixNanos) {
-        shard.keys.retain(|_, handle| {
+        let monotonic = self.clock.monotonic();
+        shard.keys.retain(|NamedHandle(handle)| {
             let mut state = handle.state.lock();
+            state.free_remote(monotonic);
             // If the map has the only reference, no other reference can be created while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
@@ -202,7 +202,7 @@ impl KeyTable {
                     return true;
                 }
             }
-            is_shared || !state.is_forgettable(now, self.clock.monotonic())
+            is_shared || !state.is_forgettable(now, monotonic)
         });
     }
 
@@ -299,11 +299,13 @@ impl KeyTable {
     ) -> Result<T, LimiterError> {
         let deadline = patience.next_deadline();
         let mut failures_before = None;
+        // The key has a quota, since a block is missing, and keeps this notification while it is in use.
+        let notify = handle.state.lock().call_ended().unwrap_or_default();
         loop {
             if self.is_draining() {
                 return Err(LimiterError::Draining);
             }
-            let mut call_ended = pin!(handle.call_ended.notified());
+            let mut call_ended = pin!(notify.notified());
             // From here on, no notification is missed, even one that arrives before the wait begins.
             call_ended.as_mut().enable();
             let missing = match attempt() {
@@ -313,7 +315,7 @@ impl KeyTable {
             {
                 let mut state = handle.state.lock();
                 let now = self.clock.now();
-                let failures = [Policy::Daily, Policy::Monthly].map(|it| state.failures(it));
+                let failures = state.failures();
                 let seen = *failures_before.get_or_insert(failures);
                 let need = Need::Cost(state.waited_for.max(u64::from(cost.get())));
                 for policy in missing.iter() {
@@ -356,13 +358,16 @@ impl KeyTable {
 
     /// See [`LimitStore::delete`](crate::limiter::LimitStore::delete).
     pub(in crate::limiter) fn delete(&self, keys: &[(TenantId, ApiKeyId)]) {
-        for id in keys {
-            let mut shard = self.shard(id).lock();
-            if let Entry::Occupied(entry) = shard.keys.entry(*id)
-                && Arc::strong_count(entry.get()) == 1
-            {
+        for (tenant, key) in keys {
+            let name = KeyName {
+                tenant: *tenant,
+                key: *key,
+            };
+            let mut shard = self.shard(&name).lock();
+            let is_unreferenced = |it: &NamedHandle| Arc::strong_count(&it.0) == 1;
+            if shard.keys.get(&name).is_some_and(is_unreferenced) {
                 // The ledger's rows were deleted with the key, so there is nothing to return blocks to.
-                entry.remove();
+                shard.keys.remove(&name);
             }
         }
     }
@@ -372,8 +377,7 @@ impl KeyTable {
         // From now on, calls that end return their tokens, and requests do not start calls.
         self.calls.begin_draining();
         for shard in &self.shards {
-            let keys: Vec<_> = shard.lock().keys.values().map(Arc::clone).collect();
-            for handle in keys {
+            for handle in handles(shard) {
                 let mut state = handle.state.lock();
                 for policy in [Policy::Daily, Policy::Monthly] {
                     self.calls.return_block(&handle, &mut state, policy);
@@ -383,4 +387,10 @@ impl KeyTable {
         let within = self.settings.drain_deadline;
         self.calls.finish_draining(within).await
     }
+}
+
+/// Returns the handles of a shard.
+fn handles(shard: &Mutex<Shard>) -> Vec<Arc<KeyHandle>> {
+    let shard = shard.lock();
+    shard.keys.iter().map(|it| Arc::clone(&it.0)).collect()
 }

@@ -74,6 +74,14 @@ pub(in crate::limiter) struct ReservedTokens {
     tokens: u64,
 }
 
+impl ReservedTokens {
+    /// The reservation of a key without quotas.
+    pub(in crate::limiter) const NONE: Self = Self {
+        window: QuotaWindow::NONE,
+        tokens: 0,
+    };
+}
+
 /// A ledger call for a block. The call first returns tokens and then takes tokens.
 #[derive(Debug)]
 pub(in crate::limiter) struct LedgerOrder {

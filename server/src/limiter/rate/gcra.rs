@@ -53,12 +53,6 @@ pub enum Verdict<T> {
 }
 
 impl Gcra {
-    /// A bucket that cannot hold any tokens.
-    pub(in crate::limiter) const NONE: Self = Self {
-        emission: Nanos(1),
-        tau: Nanos::ZERO,
-    };
-
     pub fn new(rate: RatePolicy) -> Self {
         let emission = Nanos(MINUTE.0.div_ceil(u64::from(rate.rpm.get())));
         let tau = emission

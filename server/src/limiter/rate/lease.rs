@@ -26,6 +26,10 @@ use crate::clock::{Monotonic, Nanos};
 /// Tokens that expire sooner than this do not count when deciding whether to request the next lease.
 const LAST_MOMENT: Nanos = Nanos::from_millis(10);
 
+/// How long a bucket must have been full before its lease is replaced with a new one. Requests do not hold granted
+/// tokens for this long.
+const UNUSED: Nanos = Nanos::from_secs(1);
+
 /// Returns how many tokens are left when a lease of this size is renewed.
 const fn reserve(size: u64) -> u64 {
     if size < 16 { 1 } else { size / 8 }
@@ -74,7 +78,10 @@ pub(in crate::limiter) struct Lease {
     denied_until: Monotonic,
     denied_tokens: u64,
     pub(in crate::limiter) gathering: Gathering,
-    pub(in crate::limiter) share: Share,
+    /// `None` if the share has not been used.
+    share: Option<Box<Share>>,
+    /// Whether the counters have responded since the plan was last edited.
+    is_plan_confirmed: bool,
 }
 
 /// The times that a fetch depends on.
@@ -102,11 +109,34 @@ pub(in crate::limiter) struct Demand {
 }
 
 impl Lease {
+    /// Creates the lease of a key. `is_plan_confirmed` is the [value](Self::is_plan_confirmed) of an earlier lease that
+    /// was dropped because it was unused, and false if the plan has been edited since.
+    pub(in crate::limiter) fn new(is_plan_confirmed: bool) -> Self {
+        Self {
+            is_plan_confirmed,
+            ..Self::default()
+        }
+    }
+
+    /// Returns whether the counters have responded since the plan was last edited.
+    pub(in crate::limiter) fn is_plan_confirmed(&self) -> bool {
+        self.is_plan_confirmed
+    }
+
+    /// Returns this replica's share of the bucket, for use while the counters are unavailable.
+    pub(in crate::limiter) fn share(&mut self) -> &mut Share {
+        let new = || Box::new(Share::new(!self.is_plan_confirmed));
+        self.share.get_or_insert_with(new)
+    }
+
     /// Starts over after an edit to the plan: marks tokens taken under the old plan to be returned, and forgets the
     /// bucket's state.
     pub(in crate::limiter) fn reset_after_edit(&mut self) {
         self.surrender_all();
-        self.share.is_edited = true;
+        self.is_plan_confirmed = false;
+        if let Some(share) = &mut self.share {
+            share.is_edited = true;
+        }
         self.view = None;
         self.denied_until = Monotonic::default();
         self.fell_short = false;
@@ -122,11 +152,24 @@ impl Lease {
 
     /// Returns whether the lease can be dropped because a new one would behave the same way.
     pub(in crate::limiter) fn is_forgettable(&self, now: Monotonic) -> bool {
-        self.share.tat <= now
+        self.share.as_ref().is_none_or(|share| share.tat <= now)
             && self.fetching == 0
             && !self.returning
             && self.back.tokens == 0
             && self.held.count() == 0
+    }
+
+    /// Returns whether the lease can be replaced with a [new](Self::new) one while its key is in use. The new one must
+    /// report and decide the same, and no call or request may refer to this one.
+    pub(in crate::limiter) fn is_like_new(&self, now: Monotonic) -> bool {
+        let view = self.view.unwrap_or_default();
+        let is_full = view.seen.saturating_add(view.debt).saturating_add(UNUSED) <= now;
+        self.is_forgettable(now)
+            && self.share.is_none()
+            && self.calls == 0
+            && self.waiting.is_empty()
+            && self.denied_until <= now
+            && is_full
     }
 
     /// Marks tokens to be returned.
@@ -376,7 +419,10 @@ impl Lease {
     /// Records the bucket's debt from the response to a call that began at `seen`.
     pub(in crate::limiter) fn record_debt(&mut self, debt: Nanos, seen: Monotonic) {
         self.view = Some(View { debt, seen });
-        self.share.is_edited = false;
+        self.is_plan_confirmed = true;
+        if let Some(share) = &mut self.share {
+            share.is_edited = false;
+        }
     }
 
     /// Returns the start of the call whose response was recorded last, or 0 if there was none.

@@ -26,21 +26,20 @@ pub(in crate::limiter) struct Share {
     pub(super) is_edited: bool,
 }
 
-impl Default for Share {
-    /// Sets `is_edited`, because the plan may have just been edited.
-    fn default() -> Self {
+impl Share {
+    /// Creates a share that has not been used. `is_edited` is whether the plan may have been edited since the counters'
+    /// last response.
+    pub(super) fn new(is_edited: bool) -> Self {
         Self {
             since: Monotonic::default(),
             tat: Monotonic::default(),
             price: Nanos::ZERO,
             tau: Nanos::ZERO,
             used_at: Monotonic::default(),
-            is_edited: true,
+            is_edited,
         }
     }
-}
 
-impl Share {
     /// Takes `cost` from the share, which was empty at `since`. The shares of all replicas add up to one bucket: each
     /// replica gets a part of the burst and of the rate according to its slot. If the share has too few tokens, returns
     /// the wait.
@@ -127,10 +126,7 @@ mod tests {
 
     /// A share of a bucket whose state the counters reported under the current plan.
     fn seen() -> Share {
-        Share {
-            is_edited: false,
-            ..Share::default()
-        }
+        Share::new(false)
     }
 
     /// Takes all tokens from the share and returns their number.
@@ -183,7 +179,7 @@ mod tests {
 
     #[test]
     fn a_share_that_the_counters_never_described_starts_with_its_first_request() {
-        let mut share = Share::default();
+        let mut share = Share::new(true);
         let plan = plan(6000, 200);
         assert_eq!(drain(&mut share, plan, 9 * SECOND), 0);
         assert_eq!(drain(&mut share, plan, 10 * SECOND), 100);

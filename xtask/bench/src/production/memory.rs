@@ -1,10 +1,12 @@
 //! The memory of replicas and of Caddy.
 
-use std::{fs, time::Duration};
+use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use nix::unistd::Pid;
 use tokio::time::{Instant, sleep};
+
+use crate::memory::resident;
 
 /// The processes whose memory is measured.
 pub(super) struct Processes {
@@ -54,15 +56,4 @@ impl Memory {
             .max()
             .unwrap_or(0)
     }
-}
-
-fn resident(pid: Pid) -> Result<u64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib: u64 = line
-        .context("the process has no memory")?
-        .trim()
-        .trim_end_matches(" kB")
-        .parse()?;
-    Ok(kib << 10)
 }
