@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     cargo, desktop, machine,
     postgres::{self, Throwaway},
-    say, succeed, target, test_server, up,
+    root, say, succeed, target, test_server, up,
 };
 
 /// The default number of seeds for the simulation.
@@ -169,6 +169,8 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
         machine::install(&[&machine::PRODUCTION[..], &[machine::SLOWHTTPTEST]].concat())?;
     } else if is("gateways") {
         machine::install(&[&[machine::POSTGRES], &machine::GATEWAYS[..]].concat())?;
+    } else if is("peers") {
+        machine::install(&[&[machine::POSTGRES], &machine::PEERS[..]].concat())?;
     } else {
         machine::install(&[machine::POSTGRES, machine::REDIS])?;
     }
@@ -216,6 +218,19 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .arg(target().join("tools"))
             .args(&arguments[1..]);
         None
+    } else if is("peers") {
+        let database = Throwaway::start()?;
+        command
+            .arg("peers")
+            .arg(quota)
+            .args(["--postgres", &database.url()])
+            .arg("--tools")
+            .arg(target().join("tools"));
+        if !arguments.iter().any(|it| it == "--output") {
+            command.arg("--output").arg(root().join("docs/bench"));
+        }
+        command.args(&arguments[1..]);
+        Some(database)
     } else if is("metering") || is("tracing") || is("latency") {
         command.arg(&arguments[0]).arg(quota).args(&arguments[1..]);
         None

@@ -64,6 +64,15 @@ pub(crate) const ENVOY_AND_TRAEFIK: Need = Need {
 /// The gateways that have configurations.
 pub(crate) const GATEWAYS: [Need; 4] = [CADDY, NGINX, HAPROXY, ENVOY_AND_TRAEFIK];
 
+/// The programs that Quota is compared with, and what they need.
+pub(crate) const PEERS: [Need; 6] = [REDIS, NGINX, HAPROXY, NODE, NPM, PIP_FOR_PEERS];
+
+const PIP_FOR_PEERS: Need = Need {
+    name: "pip, for downloading FastAPI and slowapi",
+    package: "python3-pip",
+    is_there: has_pip,
+};
+
 fn has_pip() -> bool {
     crate::read(Command::new("python3").args(["-m", "pip", "--version"])).is_ok()
 }

@@ -196,7 +196,8 @@ const ROOT: &str = "root.crt";
 const INNER: &str = "inner";
 
 /// Returns a command that runs a server, which Debian installs only in root's path.
-fn system(name: &str) -> Command {
+#[must_use]
+pub fn system(name: &str) -> Command {
     let system = Path::new("/usr/sbin").join(name);
     Command::new(if system.exists() {
         system

@@ -18,6 +18,7 @@ mod load;
 mod memory;
 mod metering;
 mod outage;
+mod peers;
 mod postgres;
 mod process;
 mod production;
@@ -100,6 +101,8 @@ enum Command {
     Up(production::up::Options),
     /// Measure the behavior of several replicas, and print tables
     Replicas(replicas::Options),
+    /// Compare Quota with other rate limiters, and write a document with tables and charts
+    Peers(peers::Options),
     /// Run a plain poem handler on a free port
     Poem,
     /// Run a plain hyper handler on a free port
@@ -136,6 +139,7 @@ fn main() -> Result<ExitCode> {
         Command::SlowClients(options) => return production::slow_clients::run(&options),
         Command::Up(options) => return production::up::run(&options),
         Command::Replicas(options) => return replicas::run(&options),
+        Command::Peers(options) => peers::run(&options)?,
         Command::Poem => floor::serve(floor::poem)?,
         Command::Hyper => floor::serve(floor::hyper)?,
     }

@@ -1,0 +1,380 @@
+//! The document `docs/bench/PEERS.md` and its charts.
+
+use std::{fmt::Write as _, time::Duration};
+
+use anyhow::Result;
+
+use super::{
+    LIMIT, Options,
+    accuracy::{ANY, Accuracy, Counted, LATE, Mode, Outage},
+    cost,
+    plots::Chart,
+    windows::Rule,
+};
+use crate::{load::CONNECTIONS, process::Cores};
+
+pub(crate) struct Report<'a> {
+    pub(crate) options: &'a Options,
+    pub(crate) cores: Option<Cores>,
+    pub(crate) machine: String,
+    pub(crate) versions: Vec<String>,
+    pub(crate) costs: &'a [cost::Row],
+    pub(crate) accuracy: &'a Accuracy,
+    /// Why servers are missing.
+    pub(crate) missing: &'a [String],
+}
+
+const LOADS: [&str; 2] = [
+    "All requests allowed, 100 keys",
+    "One key, almost all requests denied",
+];
+
+impl Report<'_> {
+    pub(crate) fn markdown(&self) -> String {
+        let mut text = String::new();
+        self.introduction(&mut text);
+        self.costs(&mut text);
+        self.limits(&mut text);
+        self.outages(&mut text);
+        self.revocation(&mut text);
+        text.push_str(SETUP);
+        text
+    }
+
+    fn introduction(&self, text: &mut String) {
+        let _ = write!(
+            text,
+            "# Quota beside other rate limiters\n\n\
+             `cargo xtask bench peers` writes this page. Every server does the same work: it limits requests by the key \
+             in `X-API-Key`, and responds with 200 and a short JSON body, or with 429. Counts, such as requests above a \
+             limit, are exact. Times depend on the machine, so compare only the figures of one run.\n\n\
+             Machine: {}\n\n\
+             Versions: {}.\n\n",
+            self.machine,
+            self.versions.join(", ")
+        );
+        for reason in self.missing {
+            let _ = writeln!(text, "{reason}\n");
+        }
+    }
+
+    fn costs(&self, text: &mut String) {
+        text.push_str("## Cost of a request\n\n![CPU time per request](cpu.svg)\n\n");
+        for (n, load) in LOADS.iter().enumerate() {
+            let _ = write!(
+                text,
+                "### {load}\n\n\
+                 | Server | CPU µs per request | CPU, bare poem = 1 | requests/s | p50 µs | p99 µs | Redis calls per 1,000 requests |\n\
+                 |---|---:|---:|---:|---:|---:|---:|\n"
+            );
+            for row in self.costs {
+                let it = &row.medians[n];
+                let calls = it.calls.map_or("–".to_owned(), |it| format!("{it:.1}"));
+                let _ = writeln!(
+                    text,
+                    "| {} | {:.1} | {:.2} | {} | {:.0} | {:.0} | {calls} |",
+                    row.name,
+                    it.micros,
+                    it.ratio,
+                    grouped(it.per_second),
+                    it.p50,
+                    it.p99,
+                );
+            }
+            text.push('\n');
+        }
+        text.push_str(
+            "![Latency](latency.svg)\n\n### Resident memory\n\n| Server | MiB |\n|---|---:|\n",
+        );
+        for row in self.costs {
+            let _ = writeln!(text, "| {} | {:.0} |", row.name, row.memory);
+        }
+        text.push('\n');
+        let _ = write!(
+            text,
+            "Medians of {} rounds of {} ms, in which the servers take turns; {CONNECTIONS} keep-alive connections on \
+             loopback that send a request after each response. {} Latency is that of a saturated server. CPU is user \
+             and system time of the server's process, without Redis and PostgreSQL. Memory is that of the same process \
+             after the last round. Redis calls are script calls, which is how all of these servers use Redis, from \
+             `INFO commandstats`.\n\n",
+            self.options.rounds,
+            self.options.millis,
+            match self.cores {
+                Some(Cores { servers, load }) =>
+                    format!("Servers run on core {servers}; the load and Redis run on core {load}."),
+                None => "Nothing is pinned to a core on this machine.".to_owned(),
+            }
+        );
+    }
+
+    fn limits(&self, text: &mut String) {
+        let _ = write!(
+            text,
+            "## Two instances and one limit\n\n\
+             Two instances share one Redis. A new key may send {LIMIT} requests per minute.\n\n\
+             ![Requests allowed with two instances](accuracy.svg)\n\n\
+             | Server | Counts with | Bound for {} s | Allowed | Above the bound | Below the bound | Allowed in the worst {} s across the end of a window |\n\
+             |---|---|---:|---:|---:|---:|---:|\n",
+            self.options.seconds,
+            ANY.as_secs()
+        );
+        for row in &self.accuracy.rows {
+            let it = &row.saturated;
+            let edge = row.edge.map_or("–".to_owned(), |it| it.to_string());
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} | {} | {} | {} | {edge} |",
+                row.name,
+                rule(row.rule),
+                it.bound,
+                it.allowed,
+                above(it),
+                below(it),
+            );
+        }
+        let _ = write!(
+            text,
+            "\nThe load saturates both instances with one key for {} s. The bound is what the server's own rule allows \
+             on one instance: the limit for a window; the burst and what is refilled for a token bucket, plus, for \
+             Quota's leases, what is refilled in 100 ms. For the last column, a key's first request starts a window. \
+             From 55 s to 65 s later, 250 requests per second are sent, and the {} s with the most allowed requests \
+             are counted. The default burst of a plan is its limit, so Quota then allows {LIMIT} requests at once; a \
+             plan with a burst of {} shows the effect of a smaller one.\n\n",
+            self.options.seconds,
+            ANY.as_secs(),
+            LIMIT / 10,
+        );
+    }
+
+    fn outages(&self, text: &mut String) {
+        let _ = write!(
+            text,
+            "## Redis killed, and late\n\n\
+             | Server | Killed: requests below their limit | Killed: limits | Key above its limit: allowed, of the bound | {} ms late: allowed, of the bound | requests/s | p99 ms | failed |\n\
+             |---|---|---|---:|---:|---:|---:|---:|\n",
+            LATE.as_millis()
+        );
+        for row in &self.accuracy.rows {
+            let (Some(late), Some(outage)) = (&row.late, &row.outage) else {
+                continue;
+            };
+            let _ = writeln!(
+                text,
+                "| {} | {} | {} | {} of {} | {} of {}{} | {} | {:.0} | {} |",
+                row.name,
+                responses(outage.ample),
+                mode(outage),
+                outage.allowed,
+                outage.bound,
+                late.allowed,
+                late.bound,
+                if late.is_saturated {
+                    ""
+                } else {
+                    " (limit not reached)"
+                },
+                grouped(late.per_second),
+                late.p99_millis,
+                late.failed,
+            );
+        }
+        let _ = write!(
+            text,
+            "\nFirst, Redis is killed with `kill -9` after 3 s of load and restarted, without data, after 6.5 s; the load \
+             ends after 10.5 s. The load uses two keys: one whose limit is never reached, and one that is above its limit before the outage. For the \
+             latter, all allowed requests are counted, before, during and after the outage. Then Redis's \
+             responses to both instances are {} ms late, and a new key is used for {} s. Failed requests got neither \
+             200 nor 429. Quota's default while Redis is unavailable is `QUOTA_ON_REDIS_FAILURE=share`: each replica \
+             limits to its share of the rate, starting with an empty bucket.\n\n",
+            LATE.as_millis(),
+            self.options.seconds,
+        );
+    }
+
+    fn revocation(&self, text: &mut String) {
+        text.push_str("## Revoking a key\n\n");
+        match self.accuracy.revocation.as_deref() {
+            Some([.., last]) => {
+                let times = self.accuracy.revocation.as_deref().unwrap_or_default();
+                let _ = write!(
+                    text,
+                    "Quota: keys are revoked with the API on one replica and used without pause on the other. From the \
+                     start of the call to the first refusal, it took {} at the median and {} at most, of {} keys.\n\n",
+                    millis(times[times.len() / 2]),
+                    millis(*last),
+                    times.len()
+                );
+            }
+            _ => text.push_str("Quota was not measured.\n\n"),
+        }
+        text.push_str(
+            "The others: not applicable, because they have no keys. They count requests by the value of the header, and \
+             allow any value.\n\n",
+        );
+    }
+
+    /// Writes the charts.
+    pub(crate) fn charts(&self) -> Result<()> {
+        let output = &self.options.output;
+        let costs = |values: fn(&cost::Row) -> [f64; 2]| {
+            let rows = self.costs.iter();
+            rows.map(|row| (plain(row.name), values(row).map(Some).to_vec()))
+                .collect()
+        };
+        Chart {
+            title: "CPU time per request",
+            subtitle: "compared with a bare poem handler of the same run; logarithmic, less is better",
+            series: &["100 keys, allowed", "one key, denied"],
+            rows: costs(|row| [row.medians[0].ratio, row.medians[1].ratio]),
+            decimals: 2,
+            is_logarithmic: true,
+            line: Some((1.0, "bare poem")),
+        }
+        .write(&output.join("cpu.svg"))?;
+        Chart {
+            title: "Latency under a saturating load",
+            subtitle: "in microseconds, 32 connections, 100 keys, all allowed; logarithmic, less is better",
+            series: &["p50", "p99"],
+            rows: costs(|row| [row.medians[0].p50, row.medians[0].p99]),
+            decimals: 0,
+            is_logarithmic: true,
+            line: None,
+        }
+        .write(&output.join("latency.svg"))?;
+        let saturated = format!("saturated for {} s", self.options.seconds);
+        let limit = f64::from(LIMIT);
+        #[expect(clippy::cast_precision_loss, reason = "fewer than 2^52")]
+        let number = |it: u64| it as f64;
+        let rows = self.accuracy.rows.iter();
+        let rows = rows.map(|row| {
+            let values = vec![Some(number(row.saturated.allowed)), row.edge.map(number)];
+            (plain(row.name), values)
+        });
+        Chart {
+            title: "Requests allowed with two instances and a limit of 600 per minute",
+            subtitle: "Quota's burst is the limit, unless stated",
+            series: &[&saturated, "worst 10 s across the end of a window"],
+            rows: rows.collect(),
+            decimals: 0,
+            is_logarithmic: false,
+            line: Some((limit, "limit per minute")),
+        }
+        .write(&output.join("accuracy.svg"))
+    }
+}
+
+const SETUP: &str = "\
+## What differs
+
+- Only Quota looks up keys, plans and quotas, and records the usage of each request. The others accept any key and \
+record nothing but a log line.
+- Quota writes a JSON log line per request, nginx and HAProxy their usual access log, and uvicorn its access log, all to \
+files. Fastify does not log requests by default.
+- Without Redis, nginx, HAProxy, rate-limiter-flexible and slowapi count in each instance alone, so two instances \
+allow up to twice the limit.
+- rate-limiter-flexible uses `inMemoryBlockOnConsumed`, which its documentation recommends: keys over the limit are \
+denied without calling Redis. It has an `insuranceLimiter` and slowapi an in-memory fallback for outages of Redis; both \
+are off by default, and are not used here.
+- Fixed windows of rate-limiter-flexible and slowapi start with a key's first request. HAProxy's sliding window also \
+counts denied requests. nginx and Quota use a leaky or token bucket.
+- Node.js runs with `NODE_ENV=production`; uvicorn runs one worker with uvloop and httptools. nginx runs as a single \
+process. The programs and configurations are in `xtask/bench/peers`.
+- limitador is compared if `--limitador FILE` names its server, because neither Debian nor a package registry has it. Its \
+clients send the key in a JSON body. Its reads from Redis are not script calls, and are not counted above.
+";
+
+/// Returns a label for charts, which have no code format.
+fn plain(name: &str) -> String {
+    name.replace('`', "")
+}
+
+fn rule(rule: Rule) -> &'static str {
+    match rule {
+        Rule::Bucket { .. } => "a bucket",
+        Rule::Window => "a window",
+    }
+}
+
+fn above(it: &Counted) -> String {
+    difference(it.allowed, it.bound)
+}
+
+fn below(it: &Counted) -> String {
+    if it.is_saturated {
+        difference(it.bound, it.allowed)
+    } else {
+        "limit not reached".to_owned()
+    }
+}
+
+/// Returns by how much a count is greater than another, and in percent of the bound.
+fn difference(greater: u64, less: u64) -> String {
+    let difference = greater.saturating_sub(less);
+    if difference == 0 {
+        return "0".to_owned();
+    }
+    #[expect(clippy::cast_precision_loss, reason = "fewer than 2^52")]
+    let percent = difference as f64 * 100.0 / greater.min(less).max(1) as f64;
+    format!("{difference} ({percent:.1}%)")
+}
+
+/// Returns the parts of requests that were allowed, denied and failed.
+fn responses([allowed, denied]: [f64; 2]) -> String {
+    let failed = 1.0 - allowed - denied;
+    let parts = [(allowed, "allowed"), (denied, "denied"), (failed, "failed")];
+    let parts = parts.iter().filter(|(part, _)| *part >= 0.005);
+    let parts = parts.map(|(part, name)| format!("{:.0}% {name}", part * 100.0));
+    parts.collect::<Vec<_>>().join(", ")
+}
+
+fn mode(outage: &Outage) -> &'static str {
+    match outage.mode {
+        Mode::Open => "fails open: no limits",
+        Mode::Closed => "fails closed",
+        Mode::Limits => "limits still hold",
+    }
+}
+
+fn millis(time: Duration) -> String {
+    format!("{:.1} ms", time.as_secs_f64() * 1e3)
+}
+
+/// Returns a number with separators, such as `12,345`.
+fn grouped(number: f64) -> String {
+    let digits = format!("{number:.0}");
+    let mut grouped = String::new();
+    for (n, digit) in digits.chars().enumerate() {
+        if n > 0 && (digits.len() - n) % 3 == 0 {
+            grouped.push(',');
+        }
+        grouped.push(digit);
+    }
+    grouped
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{difference, grouped, responses};
+
+    #[test]
+    fn numbers_are_grouped_by_thousands() {
+        assert_eq!(grouped(7.0), "7");
+        assert_eq!(grouped(12_345.4), "12,345");
+        assert_eq!(grouped(1_234_567.0), "1,234,567");
+    }
+
+    #[test]
+    fn only_responses_that_occur_are_listed() {
+        assert_eq!(responses([1.0, 0.0]), "100% allowed");
+        assert_eq!(
+            responses([0.75, 0.125]),
+            "75% allowed, 12% denied, 12% failed"
+        );
+    }
+
+    #[test]
+    fn differences_are_never_negative() {
+        assert_eq!(difference(600, 601), "0");
+        assert_eq!(difference(1200, 600), "600 (100.0%)");
+    }
+}
