@@ -100,6 +100,13 @@ pub(crate) const SLOWHTTPTEST: Need = Need {
     is_there: || on_path("slowhttptest").is_some(),
 };
 
+/// The compiler of libFuzzer.
+pub(crate) const CPP: Need = Need {
+    name: "a C++ compiler (`c++`), for libFuzzer",
+    package: "g++",
+    is_there: || on_path("c++").is_some(),
+};
+
 pub(crate) const NGINX: Need = Need {
     name: "nginx",
     package: "nginx",

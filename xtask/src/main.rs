@@ -15,6 +15,7 @@ mod containers;
 mod deb;
 mod dependencies;
 mod desktop;
+mod fuzz;
 mod generate;
 mod journey;
 mod links;
@@ -85,6 +86,12 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
+    /// Feed random bytes to the parser of plain requests, and compare with hyper
+    Fuzz {
+        /// How long to run
+        #[arg(long, default_value_t = 60)]
+        seconds: u64,
+    },
     /// Build the console for the browser; the next build of the server embeds it
     Console,
     /// Build the desktop app and start it with the running server
@@ -143,6 +150,7 @@ fn main() -> ExitCode {
         Chore::Up { arguments } => up::up(&arguments),
         Chore::Test { arguments } => test::test(&arguments),
         Chore::Bench { arguments } => bench::bench(&arguments),
+        Chore::Fuzz { seconds } => fuzz::run(seconds).map(|()| ExitCode::SUCCESS),
         Chore::Console => console::build().map(|()| ExitCode::SUCCESS),
         Chore::Desktop { arguments } => desktop::start(&arguments),
         Chore::Bundle { test, debug } => desktop::bundle(test, debug).map(|()| ExitCode::SUCCESS),

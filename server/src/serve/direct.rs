@@ -16,7 +16,10 @@ use std::{
     task::Poll,
 };
 
-use tokio::io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf};
+use tokio::{
+    io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf},
+    task,
+};
 
 use super::{
     connection::{Connection, Shutdown},
@@ -231,6 +234,8 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             if output.len() >= OUTPUT_MAX {
                 send(stream, output).await?;
             }
+            // A read may contain hundreds of requests, during which other tasks could not run.
+            task::coop::consume_budget().await;
         };
         if !output.is_empty() {
             send(stream, output).await?;

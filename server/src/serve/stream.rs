@@ -21,9 +21,6 @@ use super::{
     table::Table,
 };
 
-/// The maximum size of a read while `allowed` limits the number of bytes.
-const PART: usize = 4 * 1024;
-
 #[derive(Debug)]
 pub(super) struct WatchedStream {
     stream: TcpStream,
@@ -155,11 +152,12 @@ impl AsyncRead for WatchedStream {
         let read = if self.allowed == usize::MAX {
             Pin::new(&mut self.stream).poll_read(context, buffer)
         } else {
-            let mut part = [0; PART];
-            let length = PART.min(buffer.remaining()).min(self.allowed);
-            let mut part = ReadBuf::new(&mut part[..length]);
+            // As many bytes as possible: hyper keeps a buffer for each read, even if the read fills only a part of it.
+            let length = buffer.remaining().min(self.allowed);
+            let mut part = ReadBuf::new(buffer.initialize_unfilled_to(length));
             let read = Pin::new(&mut self.stream).poll_read(context, &mut part);
-            buffer.put_slice(part.filled());
+            let length = part.filled().len();
+            buffer.advance(length);
             read
         };
         let bytes = &buffer.filled()[before..];

@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use futures_util::stream;
 use poem::{EndpointExt, endpoint::make};
 use tokio::{
@@ -72,6 +74,10 @@ impl DirectEndpoint for Plain {
             "/large" => vec![b'x'; LARGE],
             "/medium" => vec![b'x'; MEDIUM],
             "/never" => std::future::pending().await,
+            "/counted" => {
+                COUNTED.fetch_add(1, Ordering::Relaxed);
+                Vec::new()
+            }
             _ => b"here".to_vec(),
         };
         let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
@@ -400,6 +406,33 @@ async fn direct_responses_that_are_not_read_are_bounded() {
     assert!(sent > requests.len(), "{sent}");
     assert!(began.elapsed() >= WRITE * 9 / 10, "{:?}", began.elapsed());
     assert!(began.elapsed() < HEADER * 30, "{sent} bytes were accepted");
+}
+
+/// Counts the requests for `/counted`.
+static COUNTED: AtomicUsize = AtomicUsize::new(0);
+
+/// One connection must not keep the others waiting by sending many requests at once.
+#[tokio::test]
+async fn pipelined_requests_let_other_tasks_run() {
+    const REQUESTS: usize = 5000;
+    let stream = connect_by(Way::Direct).await;
+    let (mut reader, mut writer) = stream.into_split();
+    let requests = b"GET /counted HTTP/1.1\r\nHost: q\r\n\r\n".repeat(REQUESTS);
+    let sending = tokio::spawn(async move { writer.write_all(&requests).await.map(|()| writer) });
+    let receiving = tokio::spawn(async move {
+        let mut answers = vec![0; LARGE / 16];
+        while let Ok(1..) = reader.read(&mut answers).await {}
+    });
+    let (mut most, mut before) = (0, 0);
+    while before < REQUESTS {
+        task::yield_now().await;
+        let now = COUNTED.load(Ordering::Relaxed);
+        most = most.max(now - before);
+        before = now;
+    }
+    assert!((1..=256).contains(&most), "{most} requests without a break");
+    drop(sending.await);
+    receiving.abort();
 }
 
 /// Sends the requests in two parts, split at every possible place, and passes the responses to `check` each time.

@@ -19,6 +19,7 @@ use crate::support::{
     app::TestApp,
     http2::{self, CONTINUATION, DATA, END_HEADERS, HEADERS, cancel, field, frame, hello},
     quota::{Quota, data_dir},
+    test_with_and_without_direct_responses,
 };
 
 const KEYS: u32 = 100_000;
@@ -137,15 +138,22 @@ fn client_at(source: Ipv4Addr) -> Client {
     client.build().expect("a client")
 }
 
+test_with_and_without_direct_responses! {
+    silent_connections_do_not_lock_out_others,
+    slow_http1_connections_hold_little_memory,
+}
+
 /// Opens as many connections as the open-file limit allows, up to 20,000.
-#[tokio::test(flavor = "multi_thread")]
-async fn silent_connections_do_not_lock_out_others() {
+async fn silent_connections_do_not_lock_out_others(direct: &str) {
     let limit = file_limit::raise().unwrap_or(1024);
     let silent = SILENT.min(limit.saturating_sub(OWN_FILES));
     // There are fewer slots than silent connections.
     let places = (silent / 2).to_string();
     let (data, http) = (data_dir(), Client::new());
-    let settings = [("QUOTA_CONNECTIONS", places.as_str())];
+    let settings = [
+        ("QUOTA_CONNECTIONS", places.as_str()),
+        ("QUOTA_DIRECT_RESPONSES", direct),
+    ];
     let quota = Quota::start_with(data.path(), &settings);
     let before = quota.memory();
 
@@ -281,11 +289,54 @@ const MOST: u64 = 64;
 const MOST_AT_A_TIME: u64 = 128;
 const LARGE: usize = 31 * 1024;
 
-/// Returns the kinds of connections, with the data that each connection sends and the maximum increase in memory.
-/// Bodies are sent to endpoints that need no account.
-fn slow_clients() -> [(&'static str, Vec<u8>, u64); 8] {
+/// A kind of connection, the data that each connection sends, and the maximum increase in memory.
+type Slow = (&'static str, Vec<u8>, u64);
+
+/// Returns the beginning of a body.
+fn slow_body() -> String {
+    format!("{{{}", " ".repeat(60_000))
+}
+
+/// Returns the kinds of connections over HTTP/1. Bodies are sent to endpoints that need no account, or that reject the
+/// request.
+fn slow_http1() -> [Slow; 6] {
+    let head = |length| {
+        let value = "v".repeat(length);
+        format!("GET / HTTP/1.1\r\nHost: q\r\nA: {value}").into_bytes()
+    };
+    let post = |path| {
+        format!(
+            "POST {path} HTTP/1.1\r\nHost: q\r\nContent-Type: application/json\r\n\
+             Content-Length: 65000\r\n\r\n{}",
+            slow_body()
+        )
+        .into_bytes()
+    };
+    let get = |path, times| {
+        format!("GET {path} HTTP/1.1\r\nHost: q\r\n\r\n")
+            .repeat(times)
+            .into_bytes()
+    };
+    [
+        ("slow heads", head(LARGE), MOST),
+        // The longest heads of requests that may get direct responses.
+        ("shorter slow heads", head(LARGE / 2), MOST),
+        ("slow bodies", post("/auth/login"), MOST),
+        ("slow bodies of checks", post("/v1/check"), MOST),
+        ("stalled reads", get("/openapi.json", 100), MOST_AT_A_TIME),
+        // The responses are larger than the buffers of both sockets.
+        (
+            "stalled reads of rejections",
+            get("/v1/echo", 20_000),
+            MOST_AT_A_TIME,
+        ),
+    ]
+}
+
+/// Returns the kinds of connections over HTTP/2.
+fn slow_http2() -> [Slow; 5] {
     let value = |length: usize| "v".repeat(length);
-    let body = format!("{{{}", " ".repeat(60_000));
+    let body = slow_body();
     let json = || field("content-type", "application/json");
     let streams = || (1..64).step_by(2);
     let reads = |window, path| {
@@ -321,27 +372,6 @@ fn slow_clients() -> [(&'static str, Vec<u8>, u64); 8] {
         frame(CONTINUATION, 0, 3, &field("b", &value(LARGE / 2 - 64))),
     ];
     [
-        (
-            "slow heads",
-            format!("GET / HTTP/1.1\r\nHost: q\r\nA: {}", value(LARGE)).into_bytes(),
-            MOST,
-        ),
-        (
-            "slow bodies",
-            format!(
-                "POST /auth/login HTTP/1.1\r\nHost: q\r\nContent-Type: application/json\r\n\
-                 Content-Length: 65000\r\n\r\n{body}"
-            )
-            .into_bytes(),
-            MOST,
-        ),
-        (
-            "stalled reads",
-            "GET /openapi.json HTTP/1.1\r\nHost: q\r\n\r\n"
-                .repeat(100)
-                .into_bytes(),
-            MOST_AT_A_TIME,
-        ),
         ("HTTP/2, slow heads", slow_head.concat(), MOST),
         ("HTTP/2, slow bodies", one_login.concat(), MOST),
         (
@@ -362,20 +392,32 @@ fn slow_clients() -> [(&'static str, Vec<u8>, u64); 8] {
     ]
 }
 
+async fn slow_http1_connections_hold_little_memory(direct: &str) {
+    hold_little_memory(&slow_http1(), direct).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn slow_connections_hold_little_memory() {
+async fn slow_http2_connections_hold_little_memory() {
+    hold_little_memory(&slow_http2(), "off").await;
+}
+
+async fn hold_little_memory(kinds: &[Slow], direct: &str) {
     use tokio::io::AsyncWriteExt as _;
     let limit = file_limit::raise().unwrap_or(1024);
     let slow = SLOW.min(limit.saturating_sub(OWN_FILES));
     let (data, http) = (data_dir(), Client::new());
     // Limits on sign-in attempts would reject the bodies.
-    let settings = [("QUOTA_AUTH_RPM", "0"), ("QUOTA_LOGIN_FREE_FAILURES", "0")];
+    let settings = [
+        ("QUOTA_AUTH_RPM", "0"),
+        ("QUOTA_LOGIN_FREE_FAILURES", "0"),
+        ("QUOTA_DIRECT_RESPONSES", direct),
+    ];
     let accepted = "quota_connections_accepted_total{listener=\"public\"}";
-    for (kind, bytes, most) in slow_clients() {
+    for (kind, bytes, most) in kinds {
         let quota = Quota::start_with(data.path(), &settings);
         quota.counter(&http, accepted).await;
         let before = quota.memory();
-        let (bytes, server) = (Arc::new(bytes), quota.addr);
+        let (bytes, server) = (Arc::new(bytes.clone()), quota.addr);
         let first = quota.counter(&http, accepted).await;
         let mut clients = Vec::new();
         for n in 0..slow {
@@ -402,7 +444,7 @@ async fn slow_connections_hold_little_memory() {
         }
         let grown = peak.saturating_sub(before) / (1 << 20);
         println!("{slow} connections, {kind}: at most {grown} MiB more");
-        assert!(grown < most, "{kind}: {grown} MiB");
+        assert!(grown < *most, "{kind}: {grown} MiB");
         let answer = http.get(format!("http://{server}/health/live")).send();
         assert_eq!(answer.await.expect("the server responds").status(), 200);
         for client in clients {

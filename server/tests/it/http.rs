@@ -19,7 +19,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::app::{Account, TestApp};
+use crate::support::{
+    app::{Account, TestApp},
+    test_with_and_without_direct_responses,
+};
 
 const LONG: Duration = Duration::from_secs(20);
 
@@ -144,9 +147,17 @@ async fn body_that_is_not_json_gets_a_clear_problem() {
     assert_eq!(none.bearer(&account.access_token).send().await.status, 422);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn too_many_or_too_large_headers_are_rejected() {
-    let app = TestApp::start().await;
+test_with_and_without_direct_responses! {
+    too_many_or_too_large_headers_are_rejected,
+    slow_headers_are_cut_off_in_time,
+    stalled_body_is_answered_in_time,
+}
+
+async fn too_many_or_too_large_headers_are_rejected(direct: &str) {
+    let app = TestApp::setup()
+        .flag(format!("--direct-responses={direct}"))
+        .start()
+        .await;
     let get = |fields: &str| {
         format!("GET /health/live HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{fields}\r\n")
     };
@@ -191,9 +202,12 @@ async fn non_http_traffic_is_rejected_and_does_no_harm() {
     assert_eq!(app.get("/health/live").send().await.status, 200);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn slow_headers_are_cut_off_in_time() {
-    let app = TestApp::setup().flag("--header-timeout=1s").start().await;
+async fn slow_headers_are_cut_off_in_time(direct: &str) {
+    let app = TestApp::setup()
+        .flag("--header-timeout=1s")
+        .flag(format!("--direct-responses={direct}"))
+        .start()
+        .await;
     let began = Instant::now();
     let mut stream = TcpStream::connect(app.addr)
         .await
@@ -220,18 +234,29 @@ async fn slow_headers_are_cut_off_in_time() {
     drip.abort();
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn stalled_body_is_answered_in_time() {
-    let app = TestApp::setup().flag("--request-timeout=1s").start().await;
-    let began = Instant::now();
-    let head = "POST /auth/login HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 90\r\nConnection: close\r\n\r\n{";
-    let answer = raw(app.addr, head.as_bytes()).await;
-    assert!([408, 503].contains(&status(&answer)), "{answer}");
-    assert!(
-        began.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        began.elapsed()
-    );
+async fn stalled_body_is_answered_in_time(direct: &str) {
+    let app = TestApp::setup()
+        .flag("--request-timeout=1s")
+        .flag(format!("--direct-responses={direct}"))
+        .start()
+        .await;
+    let token = app.service_token(&app.register().await).await;
+    for (path, connection) in [
+        ("/auth/login", "close"),
+        ("/v1/check", "close"),
+        // A plain request whose body is incomplete.
+        ("/v1/check", "keep-alive"),
+    ] {
+        let began = Instant::now();
+        let head = format!(
+            "POST {path} HTTP/1.1\r\nHost: a\r\nX-Service-Token: {token}\r\n\
+             Content-Type: application/json\r\nContent-Length: 90\r\nConnection: {connection}\r\n\r\n{{"
+        );
+        let answer = raw(app.addr, head.as_bytes()).await;
+        assert!([408, 503].contains(&status(&answer)), "{path}: {answer}");
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(5), "{path}: {took:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -51,6 +51,7 @@ mod restarts;
 mod restore;
 mod routes;
 mod shared_records;
+mod smuggling;
 mod support;
 mod sweep;
 mod tenancy;

@@ -34,6 +34,14 @@ pub enum Program {
     Traefik,
 }
 
+/// How a proxy treats malformed requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parsing {
+    Strict,
+    /// As much as possible is forwarded, and bodies are forwarded as they arrive.
+    Lenient,
+}
+
 /// What a user fills in, to check requests with Quota.
 pub struct Checked<'a> {
     pub quota_port: u16,
@@ -75,6 +83,12 @@ impl Program {
     /// Starts the gateway as a plain proxy that checks nothing.
     pub async fn start_plain(self, api: SocketAddr, tools: &Path) -> Gateway {
         let configure = |dir: &Path, port| self.plain(dir, api, port);
+        self.run(tools, configure).await
+    }
+
+    /// Starts the gateway as a plain proxy whose consumers share connections to the API.
+    pub async fn start_shared(self, api: SocketAddr, parsing: Parsing, tools: &Path) -> Gateway {
+        let configure = |dir: &Path, port| self.shared(dir, api, parsing, port);
         self.run(tools, configure).await
     }
 

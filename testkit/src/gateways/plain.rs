@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{Program, READY_ROUTER, caddyfile, nginx, write};
+use super::{Parsing, Program, READY_ROUTER, caddyfile, nginx, write};
 
 impl Program {
     /// Writes the configuration, and returns its file.
@@ -46,6 +46,57 @@ impl Program {
                      loadBalancer:\n        servers: []\n"
                 );
                 write(dir, "traefik.yml", text)
+            }
+        }
+    }
+}
+
+/// Options of nginx and HAProxy that forward malformed requests and incomplete bodies.
+const LENIENT_NGINX: &str = "ignore_invalid_headers off;\nunderscores_in_headers on;\n\
+    proxy_request_buffering off;\n";
+const LENIENT_HAPROXY: &str = "    option accept-invalid-http-request\n";
+
+impl Program {
+    /// Writes the configuration of a proxy whose consumers share connections to the API, and returns its file.
+    ///
+    /// # Panics
+    ///
+    /// Panics for other programs than Caddy, nginx and HAProxy.
+    pub(super) fn shared(
+        self,
+        dir: &Path,
+        api: SocketAddr,
+        parsing: Parsing,
+        port: u16,
+    ) -> PathBuf {
+        let is_lenient = parsing == Parsing::Lenient;
+        let options = |options| if is_lenient { options } else { "" };
+        match self {
+            // Caddy has no lenient mode, and uses the connection that was used last.
+            Self::Caddy => {
+                let site = format!("http://:{port} {{\n\treverse_proxy {api}\n}}\n");
+                write(dir, "Caddyfile", caddyfile(&site))
+            }
+            Self::Nginx => {
+                let servers = format!(
+                    "upstream api {{ server {api}; keepalive 64; }}\n{}\
+                     server {{\nlisten 127.0.0.1:{port};\nlocation / {{\nproxy_pass http://api;\n\
+                     proxy_http_version 1.1;\nproxy_set_header Connection \"\";\n}}\n}}\n",
+                    options(LENIENT_NGINX)
+                );
+                write(dir, "nginx.conf", nginx(dir, &servers))
+            }
+            Self::HaProxy => {
+                let text = format!(
+                    "defaults\n    mode http\n    timeout connect 1s\n    timeout client 30s\n    \
+                     timeout server 30s\nfrontend api\n    bind 127.0.0.1:{port}\n{}    \
+                     default_backend api\nbackend api\n    http-reuse always\n    server api {api}\n",
+                    options(LENIENT_HAPROXY)
+                );
+                write(dir, "haproxy.cfg", text)
+            }
+            Self::Envoy | Self::EnvoyRateLimit | Self::Traefik => {
+                panic!("{self:?} is not supported")
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Checks that direct responses equal those of hyper: what a client receives, how many tokens its requests cost, and
 //! what is recorded and logged do not depend on `QUOTA_DIRECT_RESPONSES`.
 
+mod corpus;
 mod grammar;
 mod pair;
 mod smuggling;

@@ -30,4 +30,25 @@ macro_rules! test_with_program {
     };
 }
 
-pub(crate) use {test_with_each_program, test_with_program};
+/// Defines each test with and without direct responses. A test is a function that takes the setting's value.
+macro_rules! test_with_and_without_direct_responses {
+    ($($test:ident),+ $(,)?) => {
+        mod with_direct_responses {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                super::$test("on").await;
+            })+
+        }
+
+        mod without_direct_responses {
+            $(#[tokio::test(flavor = "multi_thread")]
+            async fn $test() {
+                super::$test("off").await;
+            })+
+        }
+    };
+}
+
+pub(crate) use {
+    test_with_and_without_direct_responses, test_with_each_program, test_with_program,
+};

@@ -1,0 +1,18 @@
+//! Feeds bytes to the parser of plain requests, and compares with hyper. `cargo xtask fuzz` runs this target.
+
+#![no_main]
+
+// The two files are compiled without the rest of the server, because compiling all its dependencies with
+// instrumentation would take many minutes.
+#[expect(dead_code, reason = "the server uses the other items")]
+#[path = "../../src/connection_marks.rs"]
+mod connection_marks;
+#[path = "../src/oracle.rs"]
+mod oracle;
+#[expect(dead_code, reason = "the server uses the other items")]
+#[path = "../../src/plain_request.rs"]
+mod plain_request;
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| {
+    oracle::check(data);
+});
