@@ -228,7 +228,7 @@ impl Accounts {
         Ok(())
     }
 
-    /// Returns the email address, tenant, and role of every user.
+    /// Returns the user's email address, the tenant's name, and the role of every membership.
     pub async fn list(&self) -> Result<Vec<(String, String, String)>, AuthError> {
         let mut tx = self.db.system().await?;
         let all = account::list(&mut tx).await?;
