@@ -1,4 +1,4 @@
-//! The audit log of configuration changes.
+//! The audit log: a record of changes and sign-ins.
 
 use crate::{
     id::{AuditEventId, UserId},

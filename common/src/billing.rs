@@ -1,4 +1,4 @@
-//! A tenant's subscription.
+//! A tenant's subscription, its usage on paid plans, and the operator's limits.
 
 use crate::{
     time::Timestamp,

@@ -9,7 +9,7 @@
 
 use crate::number::grouped;
 
-/// Maximum length of the names of plans, keys, service tokens, users, and tenants, in characters.
+/// Maximum length of the names of plans, keys, service tokens, webhooks, users, and tenants, in characters.
 pub const NAME_MAX: usize = 200;
 /// Maximum rate in requests per minute.
 pub const RPM_MAX: u32 = 60_000_000;
@@ -27,7 +27,8 @@ pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
 pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
 /// The length of a password in bytes, after NFC normalization.
 pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
-/// Maximum length of a password, token, or API key in a request, in characters. Longer values are not processed.
+/// Maximum length of a password, token, or API key in a request, in characters. Longer values are rejected without
+/// being verified.
 pub const CREDENTIAL_MAX: usize = 256;
 /// Maximum length of a device token in characters.
 pub const DEVICE_TOKEN_MAX: usize = 512;
@@ -157,8 +158,8 @@ pub(crate) fn external_id(value: &str, _: &()) -> garde::Result {
     printable(value, EXTERNAL_ID_MAX)
 }
 
-/// Requires an `http` or `https` URL of at most 2,000 ASCII characters. The server also checks the host and whether the
-/// scheme is allowed.
+/// Requires an `http` or `https` URL of at most 2,000 visible ASCII characters. The server also checks the host and
+/// whether the scheme is allowed.
 pub(crate) fn webhook_url(value: &str, _: &()) -> garde::Result {
     if value.len() > WEBHOOK_URL_MAX {
         return Err(garde::Error::new(format!(
@@ -187,8 +188,8 @@ fn printable(value: &str, max: usize) -> garde::Result {
     Ok(())
 }
 
-/// Requires at most 20 entries. A name must have 1 to 40 letters, digits, or `_-.`; a value must have at most 100
-/// characters, none of them control characters.
+/// Requires at most 20 entries. A name must have 1 to 40 characters, all of them ASCII letters, digits, or `_-.`; a
+/// value must have at most 100 characters, none of them control characters.
 pub(crate) fn metadata(entries: &[(String, String)], _: &()) -> garde::Result {
     if entries.len() > METADATA_ENTRIES_MAX {
         return Err(garde::Error::new(format!(

@@ -32,7 +32,7 @@ pub struct PageOf {
 pub struct KeyFilter {
     pub plan_id: Option<PlanId>,
     pub status: Option<ApiKeyStatus>,
-    /// Part of the name, or a prefix of the key or external ID.
+    /// Part of the name, or the beginning of the key's prefix or external ID.
     pub search: Option<String>,
     pub sort: Option<ApiKeyOrder>,
 }
@@ -80,7 +80,8 @@ pub struct DecisionFilter {
 pub enum Call {
     Register(Register),
     Login(Login),
-    /// The host adds the refresh token.
+    /// In the desktop app, the host adds the refresh token to this call and to `Logout`. In a browser, the token is in
+    /// a cookie.
     Refresh,
     Logout,
     Me,
@@ -126,7 +127,7 @@ pub enum Call {
     Echo,
 }
 
-/// Response headers that describe limits. The console shows them when the user tests a key.
+/// Response headers that the console shows when the user tests a key.
 pub const LIMIT_FIELDS: [&str; 7] = [
     "X-RateLimit-Limit",
     "X-RateLimit-Remaining",
@@ -280,7 +281,8 @@ impl Call {
         )
     }
 
-    /// Returns whether the call changes data. A change may take effect even if its response does not arrive.
+    /// Returns whether the call may change data on behalf of a session. A change may take effect even if its response
+    /// does not arrive.
     pub fn is_change(&self) -> bool {
         self.is_of_session() && self.sent().method != "GET"
     }

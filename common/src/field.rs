@@ -197,11 +197,11 @@ numbers! {
 }
 
 texts! {
-    /// The name of a plan, key, service token, user, or tenant.
+    /// The name of a plan, key, service token, webhook, user, or tenant.
     Name: 1..=bounds::NAME_MAX, bounds::name, NAME_PATTERN;
     Email: 3..=bounds::EMAIL_MAX, bounds::email, EMAIL_PATTERN;
-    /// The email address in a sign-in request. Any string without NUL characters is accepted, so that malformed and
-    /// unknown addresses get the same response.
+    /// The email address in a sign-in request. Apart from the length and NUL characters, nothing is checked, so that
+    /// malformed and unknown addresses get the same response.
     LoginEmail: 1..=bounds::EMAIL_MAX, bounds::login_email, NO_NUL_PATTERN;
     /// A new password. The server also rejects passwords that are too easy to guess.
     NewPassword: 1..=*bounds::PASSWORD_BYTES.end(), bounds::password;

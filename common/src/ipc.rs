@@ -1,4 +1,5 @@
-//! Messages between the console and the desktop app that contains it. In browsers, these messages are not used.
+//! Messages between the console and the desktop app that contains it. In browsers, no messages are sent, and only
+//! [`BillingPage`] is used.
 //!
 //! The console passes [`Call`](crate::call::Call)s and a few commands to the app. The console never receives a token,
 //! and the app sends calls only to servers in the user's list.

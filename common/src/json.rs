@@ -1,7 +1,7 @@
 //! Parses the server's responses in the console.
 //!
 //! With serde, the parsers for all types would be a tenth of the console's download. This module parses text into
-//! [`Json`], from which each type takes its fields. Errors contain no message, because the console does not show them.
+//! [`Json`], from which each type takes its fields. Errors contain no message, because the console would not show it.
 //! Unknown fields are ignored, and missing fields are `null`.
 
 use std::collections::BTreeMap;
@@ -175,7 +175,7 @@ parsed!(
     WebhookId
 );
 
-/// Arbitrary JSON, for the audit log.
+/// Arbitrary JSON, as in audit events and in the payloads of webhook deliveries.
 impl FromJson for Value {
     fn from_json(json: Json) -> Result<Self, Invalid> {
         Ok(match json {
@@ -202,8 +202,8 @@ impl FromJson for Value {
     }
 }
 
-/// Parses a number with a fraction or exponent. The last bits can differ from the exact result: the standard library's
-/// exact algorithm needs tables that would add ten kilobytes to the download.
+/// Parses a number as floating-point. The last bits can differ from the exact result: the standard library's exact
+/// algorithm needs tables that would add ten kilobytes to the download.
 fn float(text: &str) -> f64 {
     let (digits, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
     let mut exponent: i32 = exponent.parse().unwrap_or_default();
@@ -261,7 +261,7 @@ impl Parser<'_> {
         Ok(())
     }
 
-    /// If the next byte is `byte`, consumes it and returns `true`.
+    /// Skips whitespace. If the next byte is then `byte`, consumes it and returns `true`.
     fn skip(&mut self, byte: u8) -> bool {
         let found = self.peek() == Some(byte);
         self.at += usize::from(found);

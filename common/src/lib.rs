@@ -1,8 +1,9 @@
-//! The types of Quota's HTTP API. The server and the console share these types, so they always agree.
+//! The types of Quota's HTTP API, which the server and the console share.
 //!
 //! Defines the names, types, and bounds of fields. Bounds are [`garde::Validate`] rules: the server rejects requests
-//! that violate a rule, and the console shows the same errors before it sends a request. The `openapi` feature
-//! implements poem-openapi's traits; without it, this crate has no framework dependencies and builds for wasm32.
+//! that violate a rule, and the console shows the same errors before it sends a request. With the `openapi` feature,
+//! the types implement poem-openapi's traits. Without the feature, this crate has no framework dependencies and builds
+//! for wasm32.
 
 pub mod alert;
 pub mod api_key;

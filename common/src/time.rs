@@ -50,7 +50,8 @@ impl Timestamp {
                 number /= 10;
             }
         };
-        // The constructors accept only four-digit years.
+        // Four digits are enough: parsing and `from_unix_secs` reject later years, and all other times are close to the
+        // present.
         write(4, 4, self.0.year().unsigned_abs());
         write(7, 2, self.0.month());
         write(10, 2, self.0.day());

@@ -38,7 +38,7 @@ pub struct Config {
     /// The URL at which clients reach the server, without a trailing slash.
     pub public_url: String,
     pub data_dir: PathBuf,
-    /// `None` means that the server runs an embedded PostgreSQL.
+    /// `None` means that the server runs its private PostgreSQL.
     pub database_url: Option<SecretString>,
     pub database: DatabaseSettings,
     /// `None` means a single replica, with its counters in memory.
@@ -224,7 +224,7 @@ pub struct Allowances {
     pub webhooks: u64,
 }
 
-/// Limits for tenants without a subscription. `None` means that there is no separate limit.
+/// Limits for tenants without a subscription, and for free plans. `None` means that there is no separate limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct FreeTier {
     pub plans: Option<u64>,

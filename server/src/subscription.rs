@@ -1,9 +1,9 @@
 //! Derives access from Stripe subscriptions. Does not use a clock, the database or the network.
 //!
-//! A tenant's [`Account`] contains the last observation of its subscriptions. An [`Observation`] contains everything
-//! that Stripe returned for the customer in one read, and the number of that read. Events only cause reads, so their
-//! order, number and contents do not matter. A read that is older than the last applied one is discarded.
-//! [`Account::access`] determines whether plans marked `paid` work:
+//! A tenant's [`Account`] contains the last observation of its subscriptions. An [`Observation`] contains all
+//! subscriptions that Stripe returned for the customer in one read, and the number of that read. Events only cause
+//! reads, so their order, number and contents do not matter. A read that is older than the last applied one is
+//! discarded. [`Account::access`] determines whether plans marked `paid` work:
 //!
 //! | Stripe's status | access | plans marked `paid` |
 //! |---|---|---|

@@ -41,7 +41,7 @@ use crate::{
     webhooks::event::Event,
 };
 
-/// The maximum number of tenants to check per round.
+/// The maximum number of tenants to check per round with metering.
 const TENANTS: i64 = 200;
 /// If more records than this are unchecked, all of the tenant's keys are checked instead of only the keys in these
 /// records.

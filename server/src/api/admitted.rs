@@ -206,7 +206,7 @@ async fn decide_in_span(
         return refused(rejection, Some(record));
     }
     context.has_authenticated();
-    // If no space can be reserved for the record, no decision is made and no tokens are consumed.
+    // If no space can be reserved for the usage record, no decision is made and no tokens are consumed.
     let reservation = state
         .metering
         .reserve(record.tenant(), endpoint, context.id())
@@ -297,7 +297,7 @@ pub struct AdmittedKey {
 impl AdmittedKey {
     /// Consumes one request from the limits of the request's API key.
     ///
-    /// Records the decision for the request's own endpoint.
+    /// Records the decision for the endpoint `GET /v1/echo`.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let query = request.uri().query();
         Self::of(RequestContext::of(request)?, request.headers(), query).await

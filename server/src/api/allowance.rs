@@ -3,7 +3,7 @@
 //! Every tenant has a maximum number of plans, API keys, service tokens, and webhooks. For plans and API keys, the
 //! operator can set lower limits for tenants without a subscription. The operator can also limit the rates and quotas
 //! of all plans that are not marked `paid`, with or without a subscription. If billing is off, there are no
-//! subscriptions, and the limits apply to all plans.
+//! subscriptions, and the limits on rates and quotas apply to all plans.
 
 use quota_common::{
     FieldError, ProblemCode,
@@ -84,7 +84,7 @@ pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbErro
     }
 }
 
-/// Rejects a plan that is not marked `paid` and exceeds the limits for free plans.
+/// Rejects a plan that exceeds the limits for free plans, if these limits apply to it.
 pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     if !is_limited(config, plan.billing) {
         return Ok(());
@@ -118,7 +118,8 @@ pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     }
 }
 
-/// Rejects a change that makes a plan free if the rate of one of its keys is higher than free plans allow.
+/// Rejects a change of a plan's `billing` if the limits for free plans then apply to the plan, and one of its keys has
+/// a higher rate than these limits allow.
 pub async fn check_rates_of_keys(
     config: &Config,
     tx: &mut TenantTx,
@@ -142,7 +143,7 @@ pub async fn check_rates_of_keys(
     }
 }
 
-/// Rejects a key if its rate override exceeds the maximum for free plans and its plan is not marked `paid`.
+/// Rejects a key if its rate override exceeds the maximum for free plans, and this maximum applies to its plan.
 pub async fn check_key(config: &Config, tx: &mut TenantTx, key: &ApiKey) -> Result<(), ApiError> {
     let (Some(maximum), Some(rate)) = (config.free_tier.rpm, key.rpm_override) else {
         return Ok(());

@@ -104,7 +104,8 @@ fn previous_key_active(until: Timestamp) -> ApiError {
     }
 }
 
-/// Returns the problem for a plan that does not exist or belongs to another tenant.
+/// Converts a database error. If the plan does not exist or belongs to another tenant, the problem is 404 and names
+/// `plan_id`.
 fn plan_not_found(error: DbError) -> ApiError {
     let not_found = || {
         let mut problem = ApiError::not_found();

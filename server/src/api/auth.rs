@@ -315,7 +315,7 @@ impl AuthApi {
             };
             let after = rows::update_tenant(&mut edit, &change).await?;
             let (before, after) = (tenant(before, caller.role()), tenant(after, caller.role()));
-            // The quotas of the tenant's keys may now reset at different times.
+            // If the time zone has changed, the quotas of the tenant's keys reset at other times than before.
             let action = AuditAction::TenantUpdate;
             edit.updated(action, &before, &after, Target::Tenant)
                 .await?;

@@ -70,8 +70,8 @@ const OF_PROXIES: [&str; 5] = [
 /// require TLS.
 ///
 /// `Host` alone does not prove that the server is local: a proxy may send the name of its upstream, such as
-/// `localhost`. Therefore, the peer must be on this machine, the request must not have a proxy's headers, and `Origin`,
-/// if present, must also be local.
+/// `localhost`. Therefore, the public URL must not be an HTTPS URL, the peer must be on this machine, the request must
+/// not have a proxy's headers, and `Origin`, if present, must also be local.
 fn is_secure(state: &AppState, request: &Request) -> bool {
     let page_is_local = match request.headers().get(header::ORIGIN) {
         None => true,
@@ -194,8 +194,9 @@ fn csrf_of(state: &AppState, headers: &HeaderMap) -> Option<SessionId> {
     state.sessions.of_csrf_token(sent)
 }
 
-/// Returns the refresh token from its cookie after checking that the request may use it. Returns `None` if the cookie
-/// is missing.
+/// Returns the refresh token from its cookie, and the session to which the token in the CSRF header belongs. Returns
+/// `None` if the cookie is missing. Requires the request to come from this server's own pages. The caller must check
+/// that the refresh token belongs to the session.
 pub fn refresh_token<'a>(
     state: &AppState,
     request: &'a Request,

@@ -90,10 +90,10 @@ audited!(
     Webhook => Webhook,
 );
 
-/// A change in progress. This is a transaction of the caller's tenant that must end with [`created`](Self::created),
-/// [`updated`](Self::updated), or [`deleted`](Self::deleted). These methods record the audit event, commit the
-/// transaction, and then publish which cached records replicas must drop. The transaction cannot be committed in any
-/// other way, so every change is recorded. Dropping the edit rolls back the transaction.
+/// A change in progress: a transaction of the caller's tenant. Only [`created`](Self::created),
+/// [`updated`](Self::updated), and [`deleted`](Self::deleted) can commit it, so every change is recorded: these methods
+/// record the audit event, commit the transaction, and then publish which cached records replicas must drop. Dropping
+/// the edit rolls back the transaction.
 pub struct Edit<'a> {
     tx: TenantTx,
     state: &'a AppState,
@@ -187,7 +187,7 @@ impl DerefMut for Edit<'_> {
     }
 }
 
-/// Returns the fields that differ, with their values before and after the change.
+/// Returns the fields that differ, except `updated_at`, with their values before and after the change.
 fn difference<T: Serialize>(before: &T, after: &T) -> (Option<Value>, Option<Value>) {
     let (Some(Value::Object(before)), Some(Value::Object(after))) = (whole(before), whole(after))
     else {

@@ -1,9 +1,9 @@
 //! Determines the client's address.
 //!
 //! The client's address is the peer's address, unless the peer is a trusted proxy. In that case, it is the rightmost
-//! address in `X-Forwarded-For` that does not belong to a trusted proxy. `X-Real-IP` and `Forwarded` are ignored: a
-//! proxy that does not set them forwards the client's values. The search stops at an address that cannot be parsed,
-//! because the client could have written everything to its left.
+//! address in `X-Forwarded-For` that does not belong to a trusted proxy or, if all of them do, the leftmost address.
+//! `X-Real-IP` and `Forwarded` are ignored: a proxy that does not set them forwards the client's values. The search
+//! stops at an address that cannot be parsed, because the client could have written everything to its left.
 
 use std::net::IpAddr;
 

@@ -67,8 +67,8 @@ impl Coding {
     }
 }
 
-/// Returns the coding that the client prefers (RFC 9110, section 12.5.3). If the client has no preference, returns the
-/// coding with the smaller result.
+/// Returns the coding that the client prefers (RFC 9110, section 12.5.3). Of several codings that the client prefers
+/// equally, returns the one with the smallest result.
 fn choose_coding(headers: &HeaderMap) -> Coding {
     let accepted: Vec<(&str, f32)> = headers
         .get_all(header::ACCEPT_ENCODING)

@@ -42,7 +42,8 @@ const START: &str = r##"SwaggerUIBundle({
 });
 "##;
 
-/// Extracts the viewer's style and script from the page that poem-openapi generates. That page contains the style and the script inline.
+/// Extracts the viewer's style and script from the page that poem-openapi generates. That page contains the style and
+/// the script inline.
 fn viewer(service_html: &str) -> Option<(String, String)> {
     let between = |start: &str, end: &str| {
         let from = service_html.find(start)? + start.len();
@@ -55,7 +56,7 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
     Some((style, script))
 }
 
-/// Serves `/`, `/page.css`, `/pictures`, `/problems`, `/docs`, and `/openapi.json`.
+/// Serves `/`, `/problems`, `/docs`, the files that these pages need, and `/openapi.json`.
 pub fn routes(
     landing: &Landing,
     base: &str,

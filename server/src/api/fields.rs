@@ -48,7 +48,7 @@ impl<'a> Sent<'a> {
         let mut values = fields.values(name);
         match (values.next(), values.next()) {
             (None, _) => Self::Never,
-            // A value that is not valid text becomes an invalid credential, which is rejected like any other.
+            // A value that is not text becomes `?`, which is invalid in every such field.
             (Some(value), None) => Self::Once(text(value).unwrap_or("?").trim_ascii()),
             (Some(_), Some(_)) => Self::Several,
         }

@@ -1,8 +1,8 @@
 //! The maximum time that a key's bucket takes to fill.
 //!
-//! The shared counters keep a bucket at least until it is full. A longer fill time would not be useful, because a month
-//! is the longest period of a quota. Plans and keys that exceed the maximum keep working until their rate or burst is
-//! changed.
+//! The shared counters keep a bucket at least until it is full. A fill time of more than 31 days would not be useful,
+//! because a month is the longest period of a quota. Plans and keys that exceed the maximum keep working until their
+//! rate or burst is changed.
 
 use quota_common::{api_key::ApiKey, bounds::FILL_MINUTES_MAX, number::grouped, plan::Plan};
 
@@ -33,7 +33,7 @@ pub fn check_plan(plan: &Plan, field: &'static str) -> Result<(), ApiError> {
 
 /// Rejects a change to a plan if the burst of a key with a rate override would then take too long to refill.
 pub async fn check_keys_of_plan(tx: &mut TenantTx, plan: &Plan) -> Result<(), ApiError> {
-    // In this case, the burst of each such key is equal to the key's own rate.
+    // If they are equal, the burst of each such key equals the key's own rate.
     if plan.burst == plan.default_rpm {
         return Ok(());
     }

@@ -1,8 +1,9 @@
 //! JSON bodies of requests and responses.
 //!
-//! Requests and responses are both converted with serde, as in the console, which does not depend on poem.
-//! `common/tests/wire.rs` checks that the OpenAPI document describes the same JSON. A body that cannot be parsed
-//! results in 400. A body with invalid fields results in 422, and the response lists all of them.
+//! Requests and responses are both converted with serde, not with poem-openapi. `common/tests/wire.rs` checks that the
+//! OpenAPI document describes the same JSON. A body that is not a JSON object results in 400. A body with a missing,
+//! duplicate or unknown field, or with a value of the wrong type, results in 422, and the response names the first such
+//! field. If the only faults are values out of bounds, the response lists all of them.
 
 use std::time::Duration;
 
@@ -271,7 +272,7 @@ pub(super) async fn receive(
 
 /// Parses and validates a body.
 pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Result<T, ApiError> {
-    // Malformed JSON results in 400, and valid JSON of the wrong shape in 422.
+    // A body that is not a JSON object results in 400, and an object of the wrong shape in 422.
     let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| {
         let detail = if bytes.is_empty() {
             "The request body is empty. Send a JSON object.".to_owned()
@@ -304,8 +305,8 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
     Ok(value)
 }
 
-/// Returns the field that could not be deserialized. For missing, duplicate, and unknown fields, only serde's message
-/// contains the name.
+/// Returns the field that could not be deserialized. For missing, duplicate, and unknown fields, the name comes from
+/// serde's message, because the path may not contain it.
 fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
     let path = error.path().to_string();
     let message = error.inner().to_string();

@@ -70,7 +70,7 @@ struct Quota {
 }
 
 impl KeyLimitsApi {
-    /// Returns the key and its limits as requests use them.
+    /// Returns the key's record, with the limits that apply to its requests.
     async fn key(&self, tx: &mut TenantTx, id: ApiKeyId) -> Result<KeyRecord, ApiError> {
         let facts = api_key::facts_of(tx, id.0).await.or_not_found()?;
         self.state.keys.described(facts).map_err(ApiError::from)
@@ -295,8 +295,8 @@ fn burn_down(
     }
     let remaining = quota.limit.saturating_sub(used);
 
-    // Measure the pace over the last quarter of the elapsed time. This period is long enough for a stable result and
-    // short enough to follow changes.
+    // Measure the pace over the last quarter of the elapsed time, but over at least an hour. This period is long enough
+    // for a stable result and short enough to follow changes.
     let so_far = until - quota.start;
     let recent = (so_far / 4).max(TimeDelta::hours(1)).min(so_far);
     let since = until - recent;

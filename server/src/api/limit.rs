@@ -218,7 +218,8 @@ thread_local! {
 /// The length of a [`Timestamp`] as JSON.
 pub const TIME: usize = "\"2026-11-24T09:18:42.000Z\"".len();
 
-/// Returns the time in an [`Echo`] as JSON. It is formatted once for the thousands of responses in the same second.
+/// Returns the time in an [`Echo`] as JSON. Each thread formats it once for the thousands of responses in the same
+/// second.
 pub fn echo_time_json(decision: &Decision) -> Result<[u8; TIME], ApiError> {
     let (last, json) = LAST_TIME.get();
     if last == decision.at.secs() {
@@ -231,7 +232,7 @@ pub fn echo_time_json(decision: &Decision) -> Result<[u8; TIME], ApiError> {
     Ok(json)
 }
 
-/// Appends the JSON of an [`Echo`]. It is formatted by hand, because this runs for every direct response.
+/// Appends the JSON of an [`Echo`]. It is formatted by hand, because this runs for every direct response to `/v1/echo`.
 pub fn write_echo(
     key_id: ApiKeyId,
     plan: &str,

@@ -1,7 +1,7 @@
 //! The headers that report a decision.
 //!
-//! Only this module writes these headers, except in error responses without a decision. Such responses can have
-//! `Retry-After` and, on forward-auth, `X-Quota-Decision`.
+//! Only this module writes these headers, with two exceptions: responses to gateways write `X-Quota-Decision`
+//! themselves, and error responses without a decision can have `Retry-After` and `X-Quota-Degraded`.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11 and are structured fields (RFC
 //! 9651). `X-RateLimit-*` follow the older convention. `X-Quota-Decision` is for gateways.
@@ -22,7 +22,7 @@ pub const POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 pub const STATE: HeaderName = HeaderName::from_static("ratelimit");
 /// The decision of forward-auth. A gateway must forward a request only if the status is 200 and the value is `allowed`.
 pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
-/// A header that is present if Redis is unreachable and this replica makes decisions without Redis.
+/// A header that is present if the replica could not use Redis for the decision.
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
@@ -118,7 +118,7 @@ struct FixedValues {
     with_tenant: OnceLock<HeaderValue>,
 }
 
-/// Writes all headers of a decision, including `Retry-After`.
+/// Writes all headers of a decision except [`DECISION`], including `Retry-After`.
 pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
     let fixed = record.plan.headers.get_or_init(|| FixedValues {

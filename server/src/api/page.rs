@@ -59,7 +59,7 @@ impl ParseFromParameter for PageSize {
     }
 }
 
-/// The first byte of a cursor that contains only an ID. Used for lists that are always sorted newest first.
+/// The first byte of a cursor that contains only an ID. Used for lists that are sorted newest first.
 const ID: u8 = 1;
 /// The first byte of a cursor that contains a sort order, an ID, and the sort value of the row with that ID.
 const SORTED: u8 = 2;

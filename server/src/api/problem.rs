@@ -84,7 +84,7 @@ impl ApiError {
         }
     }
 
-    /// The problem for a request without an API key.
+    /// Returns the problem for a request without an API key.
     pub fn key_missing() -> Self {
         Self::unauthorized(false, "Send an API key as X-API-Key.")
     }

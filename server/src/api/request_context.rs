@@ -52,7 +52,7 @@ impl From<RequestId> for HeaderValue {
     }
 }
 
-/// Details of a request, determined once when it arrives and stored with it.
+/// Details of a request, which are stored with the request when it arrives.
 pub struct RequestContext {
     pub state: AppState,
     pub id: RequestId,
@@ -64,7 +64,7 @@ pub struct RequestContext {
     complete_at: Option<Monotonic>,
     /// Reports to the listener about the request's connection. `None` if the listener no longer reads the reports.
     marks: Option<ConnectionMarks>,
-    /// The authenticated caller, for the access log. Set during authentication.
+    /// The authenticated caller. Set during authentication.
     caller: Mutex<Option<Identity>>,
 }
 

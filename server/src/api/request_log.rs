@@ -188,7 +188,8 @@ pub async fn run<T>(
     }
 }
 
-/// Writes the headers that every response has in addition to its ID. Does not overwrite headers that are already set.
+/// Writes the headers that every response has in addition to its ID. Does not overwrite `Content-Security-Policy` or
+/// `Cache-Control`.
 pub fn write_common(headers: &mut impl HeaderSink, state: &AppState) {
     for (name, value) in ALWAYS {
         headers.set_static(name, value);

@@ -228,7 +228,7 @@ impl Accounts {
         Ok(())
     }
 
-    /// Returns the email address, tenant, and role of every user.
+    /// Returns the user's email address, the tenant's name, and the role of every membership.
     pub async fn list(&self) -> Result<Vec<(String, String, String)>, AuthError> {
         let mut tx = self.db.system().await?;
         let all = account::list(&mut tx).await?;
@@ -274,8 +274,8 @@ impl Accounts {
             hash.is_some_and(|hash| self.devices.is_of_password(device, hash))
         };
         if known.as_ref().is_some_and(|device| !is_current(device)) {
-            // The password was changed while this request was waiting, so the attempt counts as a failed attempt from
-            // the device.
+            // The password has changed since the device last signed in, so the attempt counts as a failed attempt from
+            // the device, and the device is treated like an unknown one.
             attempt.set_judgment(Judgment::Wrong);
             let network = self.attempts.of_network(&email, origin.ip).await;
             attempt = network.map_err(refused)?;
@@ -381,7 +381,8 @@ impl Accounts {
         if !account::replace_password(&mut tx, user.0, &old, &hash).await? {
             return Err(AuthError::WrongCredentials);
         }
-        // The session may have been revoked while this request was waiting. If so, it must not change the password.
+        // The session may have been revoked while this request was waiting. If so, the request must not change the
+        // password.
         if session::find_live(&mut tx, session.0).await?.is_none() {
             return Err(AuthError::Unauthorized);
         }

@@ -354,7 +354,7 @@ impl PasswordPool {
             }
             granted
         };
-        // The sender was dropped because another party displaced this waiter.
+        // Receiving fails if another party's waiter has displaced this one.
         match tokio::time::timeout(WAIT, granted).await {
             Ok(Ok(place)) => Ok(place),
             Ok(Err(_)) | Err(_) => Err(self.turn_away()),

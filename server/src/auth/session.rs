@@ -28,7 +28,7 @@ use crate::{
     telemetry::metrics::Metrics,
 };
 
-/// The origin of a request, as stored with sessions.
+/// The origin of a request, as stored with sessions and audit events.
 #[derive(Debug, Clone, Default)]
 pub struct Origin {
     pub ip: Option<std::net::IpAddr>,

@@ -47,7 +47,7 @@ struct Inner {
 /// The result of switching to the secret key's account. `account` is the account's name in messages.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Switch {
-    /// The access of `ended` tenants has ended.
+    /// `ended` is the number of tenants whose access was not `free` before the switch.
     Done { account: String, ended: usize },
     /// The customers already belong to this account, or there are no customers.
     AlreadyDone { account: String },

@@ -41,7 +41,7 @@ pub struct Round {
     pub events: usize,
     /// The number of abandoned events.
     pub failed: usize,
-    /// The number of customers that could not be read.
+    /// The number of failed reads from Stripe.
     pub read_errors: usize,
     /// The number of usage reports in which Stripe found an error.
     pub meter_errors: u64,
@@ -114,7 +114,6 @@ impl Billing {
         while let Some((events, read)) = reads.next().await {
             match read {
                 Ok(invalidation) => {
-                    // Add the invalidation before recording the outcome, because recording may fail.
                     round.invalidations.extend(invalidation);
                     self.finish(&events, Outcome::Applied, None).await?;
                 }
@@ -124,7 +123,8 @@ impl Billing {
         Ok(round)
     }
 
-    /// Returns an empty round if Stripe cannot be read at the moment. Events and customers then remain due.
+    /// If Stripe cannot be read at the moment, returns a round that processes nothing. Events and customers then remain
+    /// due.
     async fn postponed(&self) -> Result<Option<Round>, DbError> {
         let read_errors = match self.verify_account().await {
             Ok(_) => return Ok(None),

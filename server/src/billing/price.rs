@@ -81,7 +81,7 @@ pub fn charge(unit_price: &str, units: u64) -> Option<u64> {
     Decimal::parse(unit_price)?.times(units)?.rounded()
 }
 
-/// Returns the total charge for a month.
+/// Returns the sum of the monthly price and the charge for a number of units.
 pub fn total(monthly: &str, unit_price: Option<&str>, units: u64) -> Option<u64> {
     let usage = match unit_price {
         Some(price) => Decimal::parse(price)?.times(units)?.rounded()?,
@@ -97,7 +97,8 @@ pub struct Offer {
     pub currency: String,
     /// The price per month, in the smallest unit of the currency. `None` if it is not a fixed amount.
     pub monthly: Option<String>,
-    /// The price per unit of usage, in the smallest unit of the currency.
+    /// The price per unit of usage, in the smallest unit of the currency. `None` if usage is not charged at a fixed
+    /// price.
     pub per_unit: Option<String>,
 }
 

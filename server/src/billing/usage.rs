@@ -22,7 +22,7 @@ pub use self::{reconciliation::Reconciled, sending::Sent};
 use super::{Billing, BillingError, USAGE_PRICE};
 
 impl Billing {
-    /// Returns a customer's total usage in Stripe.
+    /// Returns a customer's total usage from `from` to `until` in Stripe.
     async fn counted(
         &self,
         customer: &str,

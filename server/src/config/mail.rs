@@ -7,7 +7,7 @@ use url::{Host, Url};
 
 use super::{MailSettings, Settings, SmtpSettings, SmtpTls, reader::Reader};
 
-/// The sender of emails that are written to files.
+/// The default sender of emails that are written to files.
 const FILE_SENDER: &str = "Quota <quota@localhost>";
 
 /// Reads the settings for outgoing email. All of them are parsed even without SMTP_URL, so that errors are reported.

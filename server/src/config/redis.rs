@@ -2,7 +2,7 @@
 //!
 //! | deployment | `REDIS_URL` |
 //! |---|---|
-//! | one server | `redis://[user:password@]host[:port][/db]` |
+//! | one server | `redis://[user:password@]host[:port][/db]`, or `unix:///path` |
 //! | Sentinel | `redis+sentinel://[user:password@]host[:port][,host[:port]…]/group[/db]` |
 //! | Redis Cluster | `redis://host[:port],host[:port][,…]`, or `redis+cluster://host[:port][,…]` |
 //!

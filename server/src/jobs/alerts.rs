@@ -36,7 +36,7 @@ pub(super) async fn check(state: AppState, mut stopping: watch::Receiver<bool>) 
     }
 }
 
-/// Returns whether there may be more quotas to check.
+/// Returns whether to start the next round immediately.
 async fn round(state: &AppState, is_reported: &mut bool) -> bool {
     match state.alerts.check().await {
         Ok(round) => {

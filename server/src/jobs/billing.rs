@@ -1,4 +1,5 @@
-//! Processes Stripe webhooks, and regularly reads customers in case a webhook was lost.
+//! Processes Stripe webhooks, and regularly reads customers in case a webhook was lost. Also reads prices, and reports
+//! usage.
 //!
 //! A replica immediately processes the webhooks that it has stored itself. If a replica does not process a webhook that
 //! it has stored, another replica processes that webhook within a second. Failures are retried later; see

@@ -13,7 +13,7 @@ use crate::{
 
 const PREPARE: Duration = Duration::from_millis(100);
 const MEASURE: Duration = Duration::from_secs(10);
-/// How long to wait after a failure.
+/// How long to wait after a failure to ship usage, and how often to ship the usage of stopped replicas.
 const PAUSE: Duration = Duration::from_secs(1);
 /// How long a stopping server continues to ship usage, including the batch in flight. The remaining records are shipped
 /// after the next start, or by a replica that adopts them.

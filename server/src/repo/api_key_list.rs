@@ -24,7 +24,7 @@ pub struct Filter<'a> {
     /// Keys that expire at or before this time are expired.
     pub now: DateTime<Utc>,
     pub external_id: Option<&'a str>,
-    /// Part of the name, or a prefix of the key or external ID.
+    /// Part of the name, or the beginning of the key's prefix or external ID.
     pub search: Option<&'a str>,
 }
 

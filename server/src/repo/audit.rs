@@ -64,7 +64,8 @@ pub struct NewAuditEvent<'a> {
 }
 
 impl NewAuditEvent<'_> {
-    /// Returns an event caused by the server. The event has no changed fields, and its resource has no name.
+    /// Returns an event that is not attributed to a user. The event has no changed fields, and its resource has no
+    /// name.
     pub fn new(
         tenant_id: Uuid,
         action: AuditAction,

@@ -1,6 +1,7 @@
 //! Stripe customers and their subscriptions.
 //!
-//! Only the server writes to these tables. A tenant's transaction can read the tenant's own rows; see the migration.
+//! Only system transactions write to these tables. A tenant's transaction can read the tenant's own rows; see the
+//! migration.
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::sql, pg::Pg, prelude::*, sql_query, sql_types};

@@ -72,7 +72,7 @@ pub enum Outcome {
     /// The customer's subscriptions were read after the event was received, or the problems that it reports were
     /// recorded.
     Applied,
-    /// The event does not belong to a customer of this server.
+    /// The event does not affect a customer of this server, or no longer exists in Stripe.
     Ignored,
     /// The event was abandoned after the maximum number of attempts.
     Failed,

@@ -20,7 +20,7 @@ pub struct Counts {
     pub api_keys: i64,
     #[diesel(sql_type = BigInt)]
     pub paid_plans: i64,
-    /// Active keys on paid plans.
+    /// Active, unexpired keys on paid plans.
     #[diesel(sql_type = BigInt)]
     pub paid_keys: i64,
     /// The end of the current calendar month (UTC).
@@ -62,7 +62,7 @@ pub async fn counts(tx: &mut TenantTx) -> Result<Counts, DbError> {
     Ok(counts)
 }
 
-/// Usage on paid plans, and how much of it has been charged.
+/// Usage on paid plans in a billing period, and the problems with charging it.
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct PeriodUsage {
     /// The cost of allowed requests.

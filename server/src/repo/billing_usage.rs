@@ -339,7 +339,7 @@ pub struct DueReport {
 
 /// Returns the tenant's next due report, and counts an attempt. The next attempt is due after a delay that doubles each
 /// time, from 4 seconds to an hour, minus a random part of up to half. So the report is sent again if the response is
-/// lost or this process exits. Returns `None` if another replica has taken over from `owner`.
+/// lost or this process exits. Returns `None` if no report is due, or if another replica has taken over from `owner`.
 pub async fn begin_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -204,7 +204,7 @@ fn beyond_name<T>(
     .sql(")")
 }
 
-/// The maximum number of rows to count, because counting requires reading them.
+/// The maximum number of rows to count. Counting rows requires reading them.
 pub const COUNTED_MAX: i64 = TOTAL_MAX.cast_signed();
 
 #[derive(diesel::QueryableByName)]

@@ -232,7 +232,8 @@ pub async fn of_user(
     Ok(Rows::new(rows, slice.limit, total))
 }
 
-/// Revokes one of the user's sessions. Returns `false` if the user has no such active session.
+/// Revokes one of the user's sessions. Returns `false` if the user has no such session, or if it has already been
+/// revoked.
 pub async fn end(tx: &mut SystemTx, user: Uuid, session: Uuid) -> Result<bool, DbError> {
     let active = sessions::table
         .filter(sessions::id.eq(session))

@@ -77,7 +77,7 @@ pub async fn customers(tx: &mut SystemTx, limit: i64) -> Result<Vec<String>, DbE
     Ok(customers.load(&mut **tx).await?)
 }
 
-/// A tenant whose access has ended.
+/// A tenant whose access was not `free` before the switch.
 #[derive(Debug, Clone)]
 pub struct EndedAccess {
     pub tenant_id: Uuid,
@@ -90,7 +90,7 @@ pub struct EndedAccess {
 type Before = (Uuid, String, Option<DateTime<Utc>>, bool);
 
 /// Replaces the account, and deletes all customers and subscriptions. Usage that has not been reported will not be
-/// charged. Returns the tenants whose access has ended as a result.
+/// charged. Returns the tenants whose access was not `free` before.
 pub async fn switch(
     tx: &mut SystemTx,
     account: &StripeAccount,

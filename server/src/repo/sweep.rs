@@ -1,7 +1,8 @@
 //! Deletes or clears expired rows in batches.
 //!
-//! Each statement affects up to `limit` rows, oldest first, and uses an index. It skips rows that another transaction
-//! has locked, so replicas that sweep at the same time share the work without waiting for each other.
+//! Each statement affects up to `limit` rows and uses an index. Except for deliveries of deleted webhooks, the oldest
+//! rows come first. A statement skips rows that another transaction has locked, so replicas that sweep at the same time
+//! share the work without waiting for each other.
 
 use diesel::{sql_query, sql_types::BigInt};
 use diesel_async::RunQueryDsl;
@@ -20,7 +21,7 @@ pub enum Expired {
     Invalidations,
     /// Windows of quotas that began more than 40 days ago. By then, they have ended in every time zone.
     QuotaUsage,
-    /// Tenant quotas of months that ended long ago.
+    /// Tenant quotas of months that began more than 40 days ago.
     TenantQuotaUsage,
     /// IDs of batches of returned tokens that are too old to be retried.
     QuotaReturns,

@@ -285,8 +285,8 @@ const CONSIDERED: i64 = 256;
 /// Returns deliveries that are due, and counts an attempt for each. The next attempt is due after `lease_seconds`.
 /// Until then, no other replica sends the delivery; if this process exits, the delivery is retried.
 ///
-/// The cost grows with the number of tenants and webhooks that have pending deliveries, each of which takes one index
-/// probe. The cost does not grow with the number of deliveries.
+/// The cost grows with the number of tenants that have pending deliveries, and with the number of these tenants'
+/// webhooks, each of which takes one index probe. The cost does not grow with the number of deliveries.
 pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelivery>, DbError> {
     let claimed = sql_query(
         "WITH RECURSIVE later AS ( \

@@ -6,7 +6,7 @@ use serde_json::Value;
 /// The maximum length of an ID. All IDs in Stripe are shorter.
 const ID_MAX: usize = 255;
 
-/// The parts of an event that identify the object it is about.
+/// The parts of an event that Quota reads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Envelope {
     pub id: String,

@@ -88,9 +88,9 @@ pub struct Stripe {
 pub struct Checkout<'a> {
     pub tenant: &'a str,
     pub customer: &'a str,
-    /// The price per month.
+    /// The ID of the price per month.
     pub flat: &'a str,
-    /// The price per unit of usage.
+    /// The ID of the price per unit of usage.
     pub usage: Option<&'a str>,
     pub success_url: &'a str,
     pub cancel_url: &'a str,
@@ -288,8 +288,8 @@ impl Stripe {
         Ok(!page.data.is_empty())
     }
 
-    /// Reports a customer's usage at time `at`, in seconds since the Unix epoch. Stripe rejects further reports with the same
-    /// identifier for a day.
+    /// Reports a customer's usage at time `at`, in seconds since the Unix epoch. Stripe rejects further reports with
+    /// the same identifier for a day.
     pub async fn use_meter(
         &self,
         event_name: &str,

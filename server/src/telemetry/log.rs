@@ -39,7 +39,7 @@ const MAX_PATH: usize = 256;
 /// The maximum length of a method in a line, in bytes. A method can be any token.
 const MAX_METHOD: usize = 32;
 
-/// Most access log lines are shorter.
+/// The length in bytes that most access log lines do not exceed.
 const USUAL_LINE: usize = 512;
 
 /// A completed request.

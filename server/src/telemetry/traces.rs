@@ -1,7 +1,7 @@
 //! Traces: decides which requests are traced, and sends their spans to an OpenTelemetry collector.
 //!
-//! A request is traced if a trusted proxy has decided to trace it. Without such a decision, a configured fraction of
-//! requests is traced.
+//! A request is traced if a trusted proxy has decided to trace it. If no trusted proxy has decided, a configured
+//! fraction of requests is traced.
 //!
 //! Spans that have ended wait in a bounded queue. A task sends the spans in batches (OTLP over HTTP, as protobuf).
 //! Spans that do not fit in the queue or that the collector does not accept are dropped and counted. So a slow or

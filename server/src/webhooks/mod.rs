@@ -1,8 +1,8 @@
 //! Webhooks: sends events to tenants' endpoints.
 //!
-//! The transaction that causes an event stores the event, with one delivery per endpoint. Deliveries are sent after
-//! that transaction ([`deliver`]). Each delivery is sent at least once, and receivers recognize repetitions by the
-//! event's ID. The deliveries to an endpoint are not ordered.
+//! The transaction that causes an event stores one delivery of the event per endpoint. Deliveries are sent after that
+//! transaction ([`deliver`]). Each delivery is sent at least once, and receivers recognize repetitions by the event's
+//! ID. The deliveries to an endpoint are not ordered.
 //!
 //! While PostgreSQL is unreachable, nothing is sent. Stored deliveries are sent later.
 

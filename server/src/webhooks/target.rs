@@ -126,7 +126,7 @@ impl Targets {
         scheme == Scheme::Https && is_public(ip) && !own.contains(&ip)
     }
 
-    /// Returns the addresses of this server.
+    /// Returns the addresses of this machine and of the public URL's host.
     async fn own_addresses(&self, lookup: &dyn Lookup) -> Vec<IpAddr> {
         let mut own = own_addresses();
         match &self.public_host {
@@ -200,7 +200,7 @@ impl Resolve for CheckedResolver {
     }
 }
 
-/// Returns the addresses of this machine's interfaces. They may be public, but tenants must not reach other ports of
+/// Returns the addresses of this machine's interfaces. They may be public, but webhooks must not reach the services on
 /// this machine.
 fn own_addresses() -> Vec<IpAddr> {
     let interfaces = getifaddrs().into_iter().flatten();

@@ -28,7 +28,8 @@ use crate::{
     state::AppState,
 };
 
-/// The minimum length of a period in a projection, so that the period's first requests do not dominate the result.
+/// The minimum time over which a projection averages usage, so that a period's first requests do not dominate the
+/// result.
 const PROJECTED_FROM: TimeDelta = TimeDelta::hours(1);
 
 fn count(n: i64) -> u64 {

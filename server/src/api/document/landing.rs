@@ -10,7 +10,7 @@ const DOOR: &str = include_str!("door.html");
 const WEBP: &str = "image/webp";
 const PERFORMANCE: &str = include_str!("../../../../docs/PERFORMANCE.md");
 
-/// Returns a gateway configuration without its leading comment.
+/// Returns a gateway configuration as HTML, without its leading comment.
 fn configuration(file: &str) -> String {
     let text = match file.split_once("\n\n") {
         Some((_, body)) if file.starts_with('#') => body,

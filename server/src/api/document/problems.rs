@@ -30,7 +30,7 @@ pub(super) fn error_page(code: ProblemCode, base: &str) -> Response {
     )
 }
 
-/// Returns whether the error is temporary. If so, responses have a `Retry-After` header.
+/// Returns whether the caller should wait for the number of seconds in `Retry-After`, and then retry.
 const fn waits(code: ProblemCode) -> bool {
     matches!(
         code,

@@ -53,12 +53,12 @@ impl std::fmt::Debug for Entry {
 pub struct RateLimitResponse {
     #[prost(enumeration = "Code", tag = "1")]
     pub overall_code: i32,
-    /// One status for each descriptor, in the same order.
+    /// One status for each descriptor, in the same order, unless the request was rejected as a whole.
     #[prost(message, repeated, tag = "2")]
     pub statuses: Vec<DescriptorStatus>,
     #[prost(message, repeated, tag = "3")]
     pub response_headers_to_add: Vec<HeaderValue>,
-    /// The body of the response to the consumer, if the request is denied.
+    /// The body of the response to the consumer, if the request is not allowed.
     #[prost(bytes = "vec", tag = "5")]
     pub raw_body: Vec<u8>,
     #[prost(message, optional, tag = "6")]

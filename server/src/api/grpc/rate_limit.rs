@@ -9,8 +9,8 @@
 //! | `endpoint` | the endpoint to record in usage |
 //! | `method`, `path` | the endpoint, if there is no entry `endpoint` |
 //!
-//! Descriptors are checked in order, up to the first one that is denied. The tokens that the descriptors before it have
-//! consumed are not returned.
+//! Descriptors are checked in order, up to the first one that is not allowed. The tokens that the descriptors before it
+//! have consumed are not returned.
 //!
 //! By default, Envoy forwards a request if the call fails. So a call fails only if the gateway is misconfigured or the
 //! server cannot make a decision. Any error that a consumer can cause results in [`Code::OverLimit`].

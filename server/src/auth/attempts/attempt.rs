@@ -45,7 +45,7 @@ impl Attempt {
             .count()
     }
 
-    /// Records that the sign-in succeeded. Updates each counter according to its [`OnSuccess`].
+    /// Records that the attempt succeeded. Updates each counter according to its [`OnSuccess`].
     pub async fn succeeded(mut self) {
         let (cleared, kept) = (self.count(OnSuccess::Clear), self.count(OnSuccess::Keep));
         let task = self.take_back(cleared, kept);

@@ -28,7 +28,7 @@ pub(super) enum Waits {
     UntilForgiven,
 }
 
-/// The effect of a correct password on a counter. The counters of an attempt are sorted in this order.
+/// The effect of a successful attempt on a counter. The counters of an attempt are sorted in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum OnSuccess {
     /// Clears the counter.

@@ -19,7 +19,7 @@ use crate::{
 const CONCURRENT: usize = 8;
 /// How many times customers are claimed per round.
 const CLAIMS: usize = 4;
-/// How long one customer's reports are sent per round.
+/// How long one customer's reports are sent per claim.
 const TURN: Duration = Duration::from_secs(20);
 /// How long, in seconds, to rely on Stripe recognizing an identifier. Stripe guarantees a day.
 const RECOGNIZED: i64 = 20 * 60 * 60;
@@ -29,9 +29,9 @@ const OLDEST: i64 = (35 * 24 - 1) * 60 * 60;
 /// The result of one round of sending.
 #[derive(Debug, Default)]
 pub struct Sent {
-    /// The number of reports that were sent or did not have to be sent.
+    /// The number of reports that Stripe has received, or that will not be charged.
     pub finished: u64,
-    /// The number of reports that could not be sent.
+    /// The number of times that sending a customer's reports failed.
     pub errors: u64,
 }
 

@@ -30,7 +30,7 @@ pub(super) struct KeyCount {
 #[derive(Debug, Default)]
 pub(super) struct Counts {
     pub(super) keys: Vec<KeyCount>,
-    /// The latencies of the requests, in microseconds.
+    /// The latencies of the requests that got a decision, in microseconds.
     pub(super) latencies: Vec<u64>,
     /// The number of requests without a decision, by reason.
     pub(super) failures: BTreeMap<String, u64>,

@@ -46,7 +46,7 @@ const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 pub(super) struct Guarded {
     pub(super) child: Child,
     pub(super) pipe: Option<ChildStdin>,
-    /// Where this server's output begins in the log.
+    /// Where this PostgreSQL instance's output begins in the log.
     pub(super) log_begin: u64,
 }
 

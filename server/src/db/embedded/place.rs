@@ -20,7 +20,7 @@ use super::{address::PORT, error::EmbeddedError};
 /// The maximum length of a socket's path on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;
 
-/// The directory for clusters that cannot be in root's data directory.
+/// The directory for clusters that cannot be in the data directory of a server that runs as root.
 const FALLBACK_HOME: &str = "/var/lib/quota";
 
 /// Runs "$@", requests a fast shutdown when standard input ends, and exits with the status of "$@". A shell's
@@ -198,7 +198,8 @@ impl Place {
 
 /// Creates the data directory and returns its canonical path.
 pub(super) fn make_data_dir(data_dir: &Path) -> Result<PathBuf, EmbeddedError> {
-    // PostgreSQL runs as another user, who must be able to reach the cluster's directory inside the data directory.
+    // If this process runs as root, PostgreSQL runs as another user, who must be able to reach the cluster's directory
+    // inside the data directory.
     let mode = if geteuid().is_root() { 0o711 } else { 0o700 };
     make_dir(data_dir, mode).map_err(|error| EmbeddedError::NoDataDir {
         path: data_dir.to_owned(),
