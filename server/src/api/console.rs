@@ -11,6 +11,7 @@ use poem::{
 };
 
 use super::{
+    content_coding::{Coding, choose_coding},
     document::html::{page, respond},
     problem::ApiError,
 };
@@ -50,61 +51,8 @@ fn find(name: &str) -> Option<&'static File> {
     FILES.get(at)
 }
 
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Coding {
-    Brotli,
-    Gzip,
-    Identity,
-}
-
-impl Coding {
-    const fn name(self) -> &'static str {
-        match self {
-            Self::Brotli => "br",
-            Self::Gzip => "gzip",
-            Self::Identity => "identity",
-        }
-    }
-}
-
-/// Returns the coding that the client prefers (RFC 9110, section 12.5.3). Of several codings that the client prefers
-/// equally, returns the one with the smallest result.
-fn choose_coding(headers: &HeaderMap) -> Coding {
-    let accepted: Vec<(&str, f32)> = headers
-        .get_all(header::ACCEPT_ENCODING)
-        .iter()
-        .filter_map(|field| field.to_str().ok())
-        .flat_map(|field| field.split(','))
-        .map(|element| {
-            let (name, parameter) = element.split_once(';').unwrap_or((element, "q=1"));
-            let quality = parameter
-                .split_once('=')
-                .filter(|(name, _)| name.trim().eq_ignore_ascii_case("q"))
-                .and_then(|(_, value)| value.trim().parse().ok());
-            // A coding with a malformed quality value is not acceptable.
-            (name.trim(), quality.unwrap_or(0.0))
-        })
-        .collect();
-    let quality = |wanted: &str| {
-        let found = accepted
-            .iter()
-            .find(|(name, _)| name.eq_ignore_ascii_case(wanted));
-        found.map(|(_, quality)| *quality)
-    };
-    let mut best = (Coding::Identity, quality("identity").unwrap_or(0.0));
-    for coding in [Coding::Gzip, Coding::Brotli] {
-        let quality = quality(coding.name())
-            .or_else(|| quality("*"))
-            .unwrap_or(0.0);
-        if quality > 0.0 && quality >= best.1 {
-            best = (coding, quality);
-        }
-    }
-    best.0
-}
-
 fn serve(file: &'static File, headers: &HeaderMap) -> Response {
-    let coding = choose_coding(headers);
+    let coding = choose_coding(headers, &[Coding::Gzip, Coding::Brotli]);
     let body = match coding {
         Coding::Brotli => file.brotli,
         Coding::Gzip => file.gzip,
@@ -162,33 +110,5 @@ mod tests {
     #[test]
     fn files_are_sorted_for_binary_search() {
         assert!(FILES.is_sorted_by_key(|file| file.name));
-    }
-
-    #[test]
-    fn the_coding_is_the_one_that_the_client_prefers() {
-        let choose = |text: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::ACCEPT_ENCODING, text.parse().unwrap());
-            choose_coding(&headers)
-        };
-        assert_eq!(choose("gzip, deflate, br, zstd"), Coding::Brotli);
-        assert_eq!(choose("gzip, deflate"), Coding::Gzip);
-        assert_eq!(choose("GZIP"), Coding::Gzip);
-        assert_eq!(choose("*"), Coding::Brotli);
-        assert_eq!(choose("br;q=0, *"), Coding::Gzip);
-        assert_eq!(choose("br;q=0.5, gzip;q=0.9"), Coding::Gzip);
-        assert_eq!(choose("br ; q=0.9 , gzip;Q=0.9"), Coding::Brotli);
-        assert_eq!(choose("identity, gzip;q=0.5"), Coding::Identity);
-        assert_eq!(choose("gzip;q=0"), Coding::Identity);
-        assert_eq!(choose("gzip;q=0.000, *;q=0"), Coding::Identity);
-        assert_eq!(choose("gzip;q=abc"), Coding::Identity);
-        assert_eq!(choose("gzipped, brotli"), Coding::Identity);
-        assert_eq!(choose_coding(&HeaderMap::new()), Coding::Identity);
-        // The header can appear several times.
-        let mut headers = HeaderMap::new();
-        for coding in ["gzip", "br"] {
-            headers.append(header::ACCEPT_ENCODING, coding.parse().unwrap());
-        }
-        assert_eq!(choose_coding(&headers), Coding::Brotli);
     }
 }

@@ -4,6 +4,8 @@ pub(super) mod html;
 mod landing;
 mod problems;
 
+use std::sync::Arc;
+
 use poem::{
     Endpoint, IntoResponse, Route,
     endpoint::{make, make_sync},
@@ -13,11 +15,11 @@ use poem::{
 use quota_common::ProblemCode;
 
 use self::{
-    html::{CSP, HOUR, META, escape, html, respond},
+    html::{CSP, HOUR, META, escape, html},
     landing::{front_page, picture},
     problems::{error_list, error_page},
 };
-use super::problem::ApiError;
+use super::{problem::ApiError, static_file::StaticFile};
 use crate::config::Landing;
 
 const JS: &str = "text/javascript; charset=utf-8";
@@ -64,10 +66,11 @@ pub fn routes(
     service_html: &str,
 ) -> impl Endpoint + use<> {
     let (style, script) = viewer(service_html).unwrap_or_default();
-    let text = |body: String, media_type: &'static str, cache: &'static str, csp: &'static str| {
-        let body = bytes::Bytes::from(body);
-        get(make_sync(move |_| {
-            respond(body.clone(), media_type, cache, csp)
+    let text = |content: String, media_type, cache, csp| {
+        let file = Arc::new(StaticFile::new(content, media_type, cache, csp));
+        get(make(move |request| {
+            let file = file.clone();
+            async move { Ok::<_, poem::Error>(file.respond(request.headers()).await) }
         }))
     };
     let landing = front_page(landing, base);

@@ -20,8 +20,10 @@ pub(super) struct ResponseBody<B> {
     /// The rest of a large frame. hyper would copy a large frame as a whole, and keep that memory until the connection
     /// closes.
     pub(super) rest: Bytes,
+    /// Whether a chunk has just been passed to hyper.
+    pub(super) has_passed: bool,
+    pub(super) request: RequestInFlight,
     pub(super) _held: Option<HeldUntilSent>,
-    pub(super) _request: RequestInFlight,
 }
 
 impl<B: Body<Data = Bytes> + Unpin> Body for ResponseBody<B> {
@@ -32,6 +34,13 @@ impl<B: Body<Data = Bytes> + Unpin> Body for ResponseBody<B> {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
+        // hyper would collect several chunks before it writes them, and keep a buffer of that size.
+        if !self.rest.is_empty() {
+            let is_early = std::mem::take(&mut self.has_passed) || self.request.has_unsent();
+            if is_early && self.request.hold_back() {
+                return Poll::Pending;
+            }
+        }
         let mut frame = if self.rest.is_empty() {
             Pin::new(&mut self.body).poll_frame(context)
         } else {
@@ -42,6 +51,7 @@ impl<B: Body<Data = Bytes> + Unpin> Body for ResponseBody<B> {
             && data.len() > CHUNK
         {
             self.rest = data.split_off(CHUNK);
+            self.has_passed = true;
         }
         frame
     }

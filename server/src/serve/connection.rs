@@ -5,9 +5,12 @@
 //! response, or progress in sending a response extends a deadline. Single bytes and canceled requests do not extend a
 //! deadline.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use parking_lot::Mutex;
@@ -19,6 +22,10 @@ use super::{
     settings::Timeouts,
 };
 use crate::connection_marks::ConnectionMarks;
+
+/// How long a client may read nothing of a response before the response counts toward the memory limit. A client that
+/// reads slowly but steadily frees space in the socket's buffer more often.
+pub(super) const STALLED: Duration = Duration::from_secs(3);
 
 /// The phases of a connection, named after what the connection is waiting for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,8 +76,14 @@ pub(super) struct Connection {
     /// The amount that was last reported to `memory`.
     held: AtomicUsize,
     occupied: AtomicUsize,
-    /// HTTP/1: bytes of the request that is arriving or in flight, or of the response that waits for the socket.
+    /// HTTP/1: bytes of the request that is arriving or in flight.
     buffered: AtomicUsize,
+    /// HTTP/1: bytes of the response that wait for the socket.
+    unsent: AtomicUsize,
+    /// Whether the client has stopped reading, so that `unsent` counts.
+    is_stalled: AtomicBool,
+    /// HTTP/1: whether the rest of a response waits until the socket has accepted everything before it.
+    holds_back: AtomicBool,
     /// HTTP/2: bytes of request heads in flight.
     heads: AtomicUsize,
     is_released: AtomicBool,
@@ -96,6 +109,9 @@ impl Connection {
             held: AtomicUsize::new(0),
             occupied: AtomicUsize::new(0),
             buffered: AtomicUsize::new(0),
+            unsent: AtomicUsize::new(0),
+            is_stalled: AtomicBool::new(false),
+            holds_back: AtomicBool::new(false),
             heads: AtomicUsize::new(0),
             is_released: AtomicBool::new(false),
             shutdown: AtomicU8::new(Shutdown::None as u8),
@@ -108,7 +124,7 @@ impl Connection {
     }
 
     fn at(&self, nanos: u64) -> Instant {
-        self.accepted + std::time::Duration::from_nanos(nanos.saturating_sub(1))
+        self.accepted + Duration::from_nanos(nanos.saturating_sub(1))
     }
 
     pub(super) fn is_http2(&self) -> bool {
@@ -209,6 +225,7 @@ impl Connection {
         }
         if self.write_blocked.load(Ordering::Relaxed) > 0 {
             self.write_blocked.store(0, Ordering::Relaxed);
+            self.is_stalled.store(false, Ordering::Relaxed);
             self.progressed.store(self.now(), Ordering::Relaxed);
         }
     }
@@ -220,8 +237,22 @@ impl Connection {
         }
         if self.write_blocked.load(Ordering::Relaxed) == 0 {
             self.write_blocked.store(self.now(), Ordering::Relaxed);
-            self.buffered.fetch_add(length, Ordering::Relaxed);
+            self.unsent.store(length, Ordering::Relaxed);
         }
+    }
+
+    /// Returns whether the socket is not accepting the rest of a response.
+    pub(super) fn has_unsent(&self) -> bool {
+        self.write_blocked.load(Ordering::Relaxed) > 0
+    }
+
+    /// Returns whether to poll the connection again, because the rest of a response no longer has to wait.
+    pub(super) fn resumes(&self) -> bool {
+        let resumes = self.holds_back.load(Ordering::Relaxed) && !self.has_unsent();
+        if resumes {
+            self.holds_back.store(false, Ordering::Relaxed);
+        }
+        resumes
     }
 
     /// Returns the time at which the first byte of the request head that is arriving was read.
@@ -236,8 +267,7 @@ impl Connection {
 
     /// Returns whether every HTTP/1 response has been passed to the socket.
     pub(super) fn has_responded(&self) -> bool {
-        self.in_flight.load(Ordering::Acquire) == 0
-            && self.write_blocked.load(Ordering::Relaxed) == 0
+        self.in_flight.load(Ordering::Acquire) == 0 && !self.has_unsent()
     }
 
     /// Reports the connection's memory use to `memory`. Returns whether this connection, or all connections together,
@@ -251,9 +281,28 @@ impl Connection {
         } else if self.is_http2() {
             self.http2.lock().held() + self.heads.load(Ordering::Relaxed)
         } else {
-            self.buffered.load(Ordering::Relaxed)
+            let is_stalled = self.is_stalled.load(Ordering::Relaxed);
+            let unsent = is_stalled.then(|| self.unsent.load(Ordering::Relaxed));
+            self.buffered.load(Ordering::Relaxed) + unsent.unwrap_or(0)
         };
         self.account_as(memory, occupied)
+    }
+
+    /// Returns when the response that waits for the socket begins to count toward the memory limit, unless the client
+    /// continues to read. `None` if no response is waiting, or if it counts already or never counts.
+    pub(super) fn stalls_at(&self) -> Option<Instant> {
+        let since = self.write_blocked.load(Ordering::Relaxed);
+        let is_to_count = since > 0
+            && self.memory.is_some()
+            && !self.is_http2()
+            && !self.is_stalled.load(Ordering::Relaxed);
+        is_to_count.then(|| self.at(since) + STALLED)
+    }
+
+    /// Counts the response that waits for the socket. Like [`Self::account`] otherwise.
+    pub(super) fn account_stalled(&self) -> bool {
+        self.is_stalled.store(true, Ordering::Relaxed);
+        self.account()
     }
 
     fn account_as(&self, memory: &Memory, occupied: usize) -> bool {
@@ -294,7 +343,7 @@ impl Connection {
         self.account();
     }
 
-    pub(super) fn age(&self, now: Instant) -> std::time::Duration {
+    pub(super) fn age(&self, now: Instant) -> Duration {
         now.saturating_duration_since(self.accepted)
     }
 
@@ -306,9 +355,7 @@ impl Connection {
     /// Returns the time at which the connection became idle between two requests. Returns `None` if the connection is
     /// not idle.
     pub(super) fn idle_since(&self) -> Option<Instant> {
-        if !self.has_requested.load(Ordering::Relaxed)
-            || self.write_blocked.load(Ordering::Relaxed) > 0
-        {
+        if !self.has_requested.load(Ordering::Relaxed) || self.has_unsent() {
             return None;
         }
         let since = if self.is_http2() {
@@ -399,6 +446,20 @@ impl RequestInFlight {
     /// Sets the time at which an HTTP/1 request ends, so that the clock is not read when it does.
     pub(super) fn ends_at(&mut self, time: u64) {
         self.ends_at = time;
+    }
+
+    pub(super) fn has_unsent(&self) -> bool {
+        self.connection.has_unsent()
+    }
+
+    /// Makes the rest of an HTTP/1 response wait until the socket has accepted everything before it. The connection is
+    /// then polled again. Returns `false` over HTTP/2, where each response has its own task and buffer.
+    pub(super) fn hold_back(&self) -> bool {
+        let is_http1 = !self.connection.is_http2();
+        if is_http1 {
+            self.connection.holds_back.store(true, Ordering::Relaxed);
+        }
+        is_http1
     }
 }
 

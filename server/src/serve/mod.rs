@@ -36,6 +36,7 @@ use poem::{
     http::uri::Scheme,
     web::{LocalAddr, RemoteAddr},
 };
+use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpSocket},
     task,
@@ -73,6 +74,10 @@ const SEND_BUFFER: usize = 64 * 1024;
 /// The maximum number of connections that the kernel completes before they are accepted. The kernel may allow fewer
 /// (net.core.somaxconn).
 const BACKLOG: u32 = 4096;
+/// The kernel accepts no more of a response while this many bytes have not been sent. Otherwise, it would buffer
+/// megabytes for a client that does not read, and copying them would keep other clients waiting. Bytes in transit do
+/// not count, so the connection of a client that reads is not slower.
+const UNSENT: u32 = 64 * 1024;
 /// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
 /// No connections are accepted while more than this number of sockets are being closed to make room.
@@ -106,6 +111,8 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     };
     // Allows binding while old connections are in TIME_WAIT, as most servers do.
     socket.set_reuseaddr(true)?;
+    // Accepted connections inherit this.
+    SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT)?;
     socket.bind(addr)?;
     Ok(BoundSocket(socket))
 }
@@ -122,14 +129,15 @@ pub async fn serve<E, D>(
     E: Endpoint<Output = Response> + 'static,
     D: DirectEndpoint,
 {
+    let table = Table::new(settings.limits, settings.metrics.clone());
     let server = Arc::new(Server {
+        table: table.clone(),
         endpoint,
         direct,
         local: listener.local_addr().ok(),
         builder: builder(),
         timeouts: settings.timeouts,
     });
-    let table = Table::new(settings.limits, settings.metrics.clone());
     let mut is_failing = false;
 
     tokio::pin!(stop);
@@ -220,6 +228,7 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
 
 /// The state shared by all connections of a listener.
 struct Server<E, D> {
+    table: Arc<Table>,
     endpoint: E,
     direct: Option<D>,
     local: Option<SocketAddr>,
@@ -266,8 +275,9 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     Ok::<_, Infallible>(response.map(|body| ResponseBody {
                         body,
                         rest: Bytes::new(),
+                        has_passed: false,
+                        request: in_flight,
                         _held: held,
-                        _request: in_flight,
                     }))
                 }
             });
@@ -338,6 +348,9 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                 if let Poll::Ready(result) = served.as_mut().poll(context) {
                     return Poll::Ready(Ok(result));
                 }
+                if connection.resumes() {
+                    continue;
+                }
                 if connection.shutdown() == Shutdown::Graceful && !is_finishing {
                     is_finishing = true;
                     finish(served.as_mut());
@@ -352,10 +365,12 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     Phase::Idle => goodbye_until.or(deadline),
                     _ => deadline,
                 };
-                if let Some(deadline) = deadline
-                    && alarm.deadline() > deadline
+                let stalls_at = connection.stalls_at();
+                let next = deadline.into_iter().chain(stalls_at).min();
+                if let Some(next) = next
+                    && alarm.deadline() > next
                 {
-                    alarm.as_mut().reset(deadline);
+                    alarm.as_mut().reset(next);
                     is_armed = false;
                 }
                 if is_armed && !alarm.is_elapsed() {
@@ -368,14 +383,20 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     return Poll::Pending;
                 }
                 is_armed = false;
-                let Some(deadline) = deadline else {
+                let Some(next) = next else {
                     alarm
                         .as_mut()
                         .reset(time::Instant::now() + self.timeouts.header);
                     continue;
                 };
-                if alarm.deadline() < deadline {
-                    alarm.as_mut().reset(deadline);
+                if alarm.deadline() < next {
+                    alarm.as_mut().reset(next);
+                    continue;
+                }
+                if stalls_at == Some(next) {
+                    if connection.account_stalled() {
+                        self.table.free_memory();
+                    }
                     continue;
                 }
                 if phase == Phase::Idle && connection.is_http2() && goodbye_until.is_none() {

@@ -120,6 +120,15 @@ impl WatchedStream {
     }
 }
 
+impl Drop for WatchedStream {
+    fn drop(&mut self) {
+        if self.connection.has_unsent() {
+            // Otherwise, the kernel would keep what the client does not read for minutes.
+            let _ = self.stream.set_zero_linger();
+        }
+    }
+}
+
 impl AsyncRead for WatchedStream {
     fn poll_read(
         mut self: Pin<&mut Self>,

@@ -127,6 +127,7 @@ both_ways!(
     idle_connection_does_not_delay_a_stop,
     request_of_a_client_that_leaves_is_canceled,
     request_in_flight_is_answered_when_the_server_stops,
+    kernel_forgets_a_response_that_was_not_read,
 );
 
 async fn connect() -> TcpStream {
@@ -847,4 +848,38 @@ mod http2 {
         assert!((WRITE * 9 / 10..WRITE * 4).contains(&ended), "{ended:?}");
         assert!(kinds.contains(&DATA), "events arrived: {kinds:?}");
     }
+}
+
+/// Reads nothing, and has a small buffer of its own.
+async fn client_that_does_not_read(addr: SocketAddr) -> TcpStream {
+    let client = TcpSocket::new_v4().expect("a socket");
+    client.set_recv_buffer_size(4096).expect("it is possible");
+    client.connect(addr).await.expect("it listens")
+}
+
+#[tokio::test]
+async fn kernel_buffers_little_for_a_client_that_does_not_read() {
+    let socket = bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a free port");
+    let addr = socket.local_addr().expect("it is bound");
+    let listener = socket.listen().expect("it listens");
+    let _client = client_that_does_not_read(addr).await;
+    let (server, _) = listener.accept().await.expect("there is a client");
+    let (response, mut written) = (vec![b'x'; MEDIUM], 0);
+    while let Ok(Ok(())) = timeout(Duration::from_millis(300), server.writable()).await {
+        written += server.try_write(&response).unwrap_or(0);
+        assert!(written < LARGE, "the kernel buffers everything");
+    }
+    assert!(written >= MEDIUM, "{written}");
+    assert!(written <= 256 * 1024, "{written}");
+}
+
+async fn kernel_forgets_a_response_that_was_not_read(way: Way) {
+    let mut client = connect_by(way).await;
+    let request = b"GET /large HTTP/1.1\r\nHost: q\r\n\r\n";
+    client.write_all(request).await.expect("the server reads");
+    time::sleep(WRITE * 3).await;
+    let mut response = Vec::new();
+    let end = client.read_to_end(&mut response).await;
+    let error = end.expect_err("the response is incomplete");
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
 }

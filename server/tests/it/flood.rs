@@ -454,6 +454,83 @@ async fn hold_little_memory(kinds: &[Slow], direct: &str) {
     }
 }
 
+/// Downloads the OpenAPI document at about 40 kB/s. Returns its length, or how many bytes arrived before the server
+/// closed the connection.
+async fn download_slowly(source: Ipv4Addr, server: SocketAddr) -> Result<usize, usize> {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    const PART: usize = 4 * 1024;
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket
+        .set_recv_buffer_size(8 * 1024)
+        .expect("a small buffer");
+    socket.bind((source, 0).into()).expect("a loopback address");
+    let mut stream = socket.connect(server).await.map_err(|_| 0_usize)?;
+    let request = b"GET /openapi.json HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
+    stream.write_all(request).await.map_err(|_| 0_usize)?;
+    let (mut response, mut part) = (Vec::new(), [0; PART]);
+    let mut parts = tokio::time::interval(Duration::from_millis(100));
+    loop {
+        parts.tick().await;
+        match stream.read(&mut part).await {
+            Ok(0) => break,
+            Ok(length) => response.extend_from_slice(&part[..length]),
+            Err(_) => return Err(response.len()),
+        }
+    }
+    let head = response.windows(4).position(|it| it == b"\r\n\r\n");
+    let body = &response[head.map_or(response.len(), |head| head + 4)..];
+    match serde_json::from_slice::<serde_json::Value>(body) {
+        Ok(_) => Ok(body.len()),
+        Err(_) => Err(response.len()),
+    }
+}
+
+/// Clients that read slowly wait in the same buffers as clients that do not read, of which only the latter are closed.
+#[tokio::test(flavor = "multi_thread")]
+async fn slow_downloads_complete_beside_clients_that_do_not_read() {
+    use tokio::io::AsyncWriteExt as _;
+    const DOWNLOADS: u8 = 200;
+    const STALLED: usize = 1000;
+    let (data, http) = (data_dir(), Client::new());
+    let quota = Quota::start(data.path());
+    let server = quota.addr;
+    let stalled = (0..STALLED).map(|n| {
+        tokio::spawn(async move {
+            let request = b"GET /openapi.json HTTP/1.1\r\nHost: q\r\n\r\n";
+            if let Ok(mut stream) = connect_from(hostile(n), server).await {
+                // The server may close the connection.
+                let _ = stream.write_all(&request.repeat(20)).await;
+                std::future::pending::<()>().await;
+            }
+        })
+    });
+    let stalled = stalled.collect::<Vec<_>>();
+    let downloads = (0..2 * u16::from(DOWNLOADS)).map(|n| {
+        let [network, host] = [n / u16::from(DOWNLOADS), n % u16::from(DOWNLOADS) + 1];
+        let octet = |n: u16| u8::try_from(n).expect("below 256");
+        let source = Ipv4Addr::new(127, 1, octet(network), octet(host));
+        tokio::spawn(download_slowly(source, server))
+    });
+    let downloads = downloads.collect::<Vec<_>>();
+    let mut cut_off = Vec::new();
+    for download in downloads {
+        if let Err(length) = download.await.expect("the task ends") {
+            cut_off.push(length);
+        }
+    }
+    assert!(
+        cut_off.is_empty(),
+        "{} downloads: {cut_off:?}",
+        cut_off.len()
+    );
+    let dropped = "quota_connections_dropped_total{listener=\"public\"}";
+    assert!(quota.counter(&http, dropped).await > 0);
+    for client in stalled {
+        client.abort();
+    }
+    quota.stop();
+}
+
 /// Sends a request and keeps the connection open. Returns `None` if the server closed the connection without a
 /// response.
 async fn ask_on(stream: &mut tokio::net::TcpStream) -> Option<String> {

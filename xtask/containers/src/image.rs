@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The maximum size, in MB.
-const SIZE: f64 = 50.0;
+const SIZE: f64 = 35.0;
 
 /// An image to build.
 pub struct Image<'a> {

@@ -1,4 +1,9 @@
-use super::{super::http2::Frames, *};
+use tokio::time;
+
+use super::{
+    super::{connection::STALLED, http2::Frames},
+    *,
+};
 
 const MEMORY: usize = 16 * 1024 * 1024;
 
@@ -330,6 +335,45 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     usual.connection.has_written();
     assert!(!usual.connection.account());
     assert_eq!(table.memory.held(), 0);
+}
+
+/// Only what waits for a client that has stopped reading counts, however many other clients read slowly.
+#[tokio::test(start_paused = true)]
+async fn responses_to_clients_that_read_slowly_do_not_count() {
+    const WAITING: usize = 30_000;
+    let table = table(2000, 0);
+    let clients = (0..3 * MEMORY / WAITING)
+        .map(|n| admit(&table, &format!("198.51.{}.{}", n / 200, n % 200)).unwrap())
+        .collect::<Vec<_>>();
+    for it in &clients {
+        let _request = it.connection.begin_request(0);
+        it.connection.is_write_blocked(WAITING);
+        assert!(!it.connection.account());
+    }
+    let step = STALLED / 3 * 2;
+    time::advance(step).await;
+    let (slow, stalled) = clients.split_at(clients.len() / 2);
+    for it in slow {
+        it.connection.has_written();
+        it.connection.is_write_blocked(WAITING);
+    }
+    time::advance(step).await;
+    for it in slow {
+        assert!(it.connection.stalls_at().unwrap() > Instant::now());
+        assert!(!it.connection.account());
+    }
+    assert_eq!(table.memory.held(), 0);
+    for it in stalled {
+        assert!(it.connection.stalls_at().unwrap() < Instant::now());
+        if it.connection.account_stalled() {
+            table.free_memory();
+        }
+        assert_eq!(it.connection.stalls_at(), None);
+    }
+    assert!(table.memory.held() > 0);
+    assert!(table.memory.held() <= MEMORY);
+    assert!(!slow.iter().any(is_told_to_close));
+    assert!(stalled.iter().any(is_told_to_close));
 }
 
 #[tokio::test]

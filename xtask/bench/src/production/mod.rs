@@ -8,6 +8,7 @@ mod caddy;
 mod load;
 mod memory;
 mod names;
+mod network;
 pub(crate) mod restarts;
 pub(crate) mod slow_clients;
 pub(crate) mod up;

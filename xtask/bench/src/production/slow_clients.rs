@@ -15,7 +15,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use parking_lot::Mutex;
 use quota_testkit::{Process, caddy, redis::free_port};
 use reqwest::{Certificate, Client};
@@ -27,6 +27,7 @@ use tokio::{
 use super::{
     Production, Shape,
     memory::{Memory, Processes},
+    network,
 };
 use crate::{
     postgres::Postgres,
@@ -72,9 +73,19 @@ pub(crate) struct Options {
     /// The length of each part of a round, in seconds
     #[arg(long, default_value_t = 12, value_parser = clap::value_parser!(u64).range(5..=120))]
     seconds: u64,
+    /// Which of the three attacks to measure
+    #[arg(
+        long,
+        value_enum,
+        value_delimiter = ',',
+        default_value = "headers,body,read"
+    )]
+    attacks: Vec<Attack>,
+    #[arg(long, hide = true)]
+    in_own_network: bool,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, ValueEnum)]
 enum Attack {
     Headers,
     Body,
@@ -82,8 +93,6 @@ enum Attack {
 }
 
 impl Attack {
-    const ALL: [Self; 3] = [Self::Headers, Self::Body, Self::Read];
-
     fn name(self) -> &'static str {
         match self {
             Self::Headers => "headers",
@@ -161,6 +170,11 @@ struct Outcome {
 const DIRECTIVES: &str = "info,quota_server::access=off,quota_server::denials=off";
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    if !options.in_own_network {
+        // Downloads Caddy first, if necessary.
+        caddy::recent(&options.tools)?;
+        return network::run_again();
+    }
     // Trusts no proxy, unlike the replicas behind Caddy.
     let alone = Server::quota(&options.quota, DIRECTIVES, None, &[])?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -220,8 +234,8 @@ async fn slow_clients(options: &Options, alone: &Server) -> Result<ExitCode> {
 
     let mut outcomes = Vec::new();
     for target in [&direct, &through_caddy] {
-        for attack in Attack::ALL {
-            outcomes.push(measure(options, target, attack, dir.path()).await?);
+        for attack in &options.attacks {
+            outcomes.push(measure(options, target, *attack, dir.path()).await?);
         }
     }
     production.stop().await?;

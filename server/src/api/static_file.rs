@@ -1,0 +1,155 @@
+//! Files that are the same for every client. Clients do not download a file again that they have, and all connections
+//! share the memory of its content, which is compressed at most once.
+
+use std::io::Write as _;
+
+use bytes::Bytes;
+use flate2::{Compression, write::GzEncoder};
+use poem::{
+    Response,
+    http::{HeaderMap, HeaderValue, StatusCode, header},
+    web::headers::{ETag, HeaderMapExt as _, IfNoneMatch},
+};
+use tokio::{sync::OnceCell, task};
+
+use super::{
+    content_coding::{Coding, choose_coding},
+    document::html::respond,
+};
+
+pub(super) struct StaticFile {
+    plain: Bytes,
+    gzip: OnceCell<Bytes>,
+    /// A hash of the content.
+    hash: String,
+    media_type: &'static str,
+    cache: &'static str,
+    csp: &'static str,
+}
+
+impl StaticFile {
+    pub(super) fn new(
+        content: String,
+        media_type: &'static str,
+        cache: &'static str,
+        csp: &'static str,
+    ) -> Self {
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, content.as_bytes());
+        let hash = digest.as_ref().iter().take(16);
+        Self {
+            hash: hash.map(|byte| format!("{byte:02x}")).collect(),
+            plain: content.into(),
+            gzip: OnceCell::new(),
+            media_type,
+            cache,
+            csp,
+        }
+    }
+
+    /// Returns the response to a request with these header fields.
+    pub(super) async fn respond(&self, request: &HeaderMap) -> Response {
+        let (coding, body) = match choose_coding(request, &[Coding::Gzip]) {
+            Coding::Gzip => self.gzip().await,
+            Coding::Brotli | Coding::Identity => None,
+        }
+        .map_or_else(
+            || (Coding::Identity, self.plain.clone()),
+            |compressed| (Coding::Gzip, compressed),
+        );
+        let tag = format!("\"{}-{}\"", self.hash, coding.name());
+        let tag = tag.parse::<ETag>().ok();
+        let is_known = request
+            .typed_get::<IfNoneMatch>()
+            .zip(tag.as_ref())
+            .is_some_and(|(known, tag)| !known.precondition_passes(tag));
+        let mut response = respond(body, self.media_type, self.cache, self.csp);
+        if is_known {
+            response.set_status(StatusCode::NOT_MODIFIED);
+            response.set_body(());
+        }
+        let headers = response.headers_mut();
+        headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
+        if coding != Coding::Identity {
+            let name = HeaderValue::from_static(coding.name());
+            headers.insert(header::CONTENT_ENCODING, name);
+        }
+        if let Some(tag) = tag {
+            headers.typed_insert(tag);
+        }
+        response
+    }
+
+    /// Returns the compressed content. `None` while the server is stopping.
+    async fn gzip(&self) -> Option<Bytes> {
+        let compress = || {
+            let plain = self.plain.clone();
+            // Takes many milliseconds, during which other tasks of this thread would wait.
+            task::spawn_blocking(move || compress(&plain))
+        };
+        self.gzip.get_or_try_init(compress).await.ok().cloned()
+    }
+}
+
+fn compress(content: &[u8]) -> Bytes {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    // Writing to memory does not fail.
+    let _ = encoder.write_all(content);
+    encoder.finish().unwrap_or_default().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read as _;
+
+    use flate2::read::GzDecoder;
+
+    use super::*;
+
+    fn fields(fields: &[(header::HeaderName, &HeaderValue)]) -> HeaderMap {
+        let fields = fields.iter();
+        fields
+            .map(|(name, value)| (name.clone(), (*value).clone()))
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn client_gets_the_file_compressed_and_only_once() {
+        let text = "the same for everyone\n".repeat(100);
+        let file = StaticFile::new(text.clone(), "text/plain", "no-cache", "default-src 'none'");
+        let gzip = HeaderValue::from_static("gzip, br");
+
+        let plain = file.respond(&HeaderMap::new()).await;
+        assert!(!plain.headers().contains_key(header::CONTENT_ENCODING));
+        let plain_tag = plain.headers()[header::ETAG].clone();
+        assert_eq!(plain.into_body().into_string().await.unwrap(), text);
+
+        let accepted = fields(&[(header::ACCEPT_ENCODING, &gzip)]);
+        let compressed = file.respond(&accepted).await;
+        assert_eq!(compressed.headers()[header::CONTENT_ENCODING], "gzip");
+        assert_eq!(compressed.headers()[header::VARY], "accept-encoding");
+        let gzip_tag = compressed.headers()[header::ETAG].clone();
+        assert_ne!(gzip_tag, plain_tag);
+        let body = compressed.into_body().into_bytes().await.unwrap();
+        let mut decompressed = String::new();
+        let mut decoder = GzDecoder::new(&*body);
+        decoder.read_to_string(&mut decompressed).unwrap();
+        assert_eq!(decompressed, text);
+        let again = file.respond(&accepted).await.into_body();
+        let again = again.into_bytes().await.unwrap();
+        assert_eq!(again.as_ptr(), body.as_ptr(), "it was compressed again");
+
+        let known = fields(&[
+            (header::ACCEPT_ENCODING, &gzip),
+            (header::IF_NONE_MATCH, &gzip_tag),
+        ]);
+        let known = file.respond(&known).await;
+        assert_eq!(known.status(), StatusCode::NOT_MODIFIED);
+        assert_eq!(known.headers()[header::ETAG], gzip_tag);
+        assert!(known.into_body().into_bytes().await.unwrap().is_empty());
+        // The client has the other form of the file, or another version.
+        for tag in [gzip_tag, HeaderValue::from_static("\"another\"")] {
+            let other = fields(&[(header::IF_NONE_MATCH, &tag)]);
+            assert_eq!(file.respond(&other).await.status(), StatusCode::OK);
+        }
+    }
+}
