@@ -222,7 +222,8 @@ fn read_by_hyper(input: &Input<'_>) -> Vec<Seen> {
     let service = service_fn(|request: Request<Incoming>| {
         let seen = Rc::clone(&seen);
         async move {
-            seen.borrow_mut().push(read_request(request).await);
+            let request = read_request(request).await;
+            seen.borrow_mut().push(request);
             Ok::<_, Infallible>(Response::new(Empty::<Bytes>::new()))
         }
     });
