@@ -256,8 +256,7 @@ async fn sweep_frees_changed_rows_and_keeps_the_others() {
     let it = fixture();
     it.get(Ok(Some("old"))).await.unwrap();
     it.cache.sweep();
-    let row = it.cache.peek(&1).unwrap().unwrap();
-    let row = Arc::downgrade(&row);
+    let row = Arc::downgrade(&it.cache.peek(&1).unwrap().unwrap());
     assert!(row.upgrade().is_some(), "the row has not changed");
     it.freshness.changed([OWNER]);
     // Until the task of the load has ended, it has a reference.

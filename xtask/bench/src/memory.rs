@@ -118,9 +118,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// Returns the resident memory before and after the keys are used.
 async fn measure(options: &Options, case: Case, keys: usize) -> Result<(u64, u64)> {
     let postgres = Postgres::start(&options.programs).await?;
-    let redis = match case.has_redis {
-        true => Some(RedisServer::start().await),
-        false => None,
+    let redis = if case.has_redis {
+        Some(RedisServer::start().await)
+    } else {
+        None
     };
     let mut settings = vec![
         ("DATABASE_URL", postgres.url()),
