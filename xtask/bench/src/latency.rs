@@ -5,7 +5,6 @@
 
 use std::{
     cell::Cell,
-    net::SocketAddr,
     path::Path,
     rc::Rc,
     time::{Duration, Instant},
