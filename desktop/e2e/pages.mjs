@@ -132,7 +132,7 @@ async function changes(world) {
   await page.getByRole("link", { name: "Clear filters" }).click();
   await row("API key deleted", "Partner").getByRole("link", { name: "Partner" }).click();
   await events(3);
-  await page.getByText("Changes to").waitFor();
+  await page.getByText("Events about").waitFor();
   await my.button("Show all events").click();
   await row("Plan created", "Starter").getByText("60/min").waitFor();
   // The export contains all matching events, with names instead of IDs.

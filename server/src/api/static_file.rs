@@ -1,7 +1,7 @@
 //! Files that are the same for every client. Clients do not download a file again that they have, and all connections
 //! share the memory of its content, which is compressed at most once.
 
-use std::io::Write as _;
+use std::{fmt::Write as _, io::Write as _};
 
 use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
@@ -35,9 +35,13 @@ impl StaticFile {
         csp: &'static str,
     ) -> Self {
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, content.as_bytes());
-        let hash = digest.as_ref().iter().take(16);
+        let mut hash = String::new();
+        for byte in digest.as_ref().iter().take(16) {
+            // Writing to memory does not fail.
+            let _ = write!(hash, "{byte:02x}");
+        }
         Self {
-            hash: hash.map(|byte| format!("{byte:02x}")).collect(),
+            hash,
             plain: content.into(),
             gzip: OnceCell::new(),
             media_type,
@@ -80,6 +84,10 @@ impl StaticFile {
     }
 
     /// Returns the compressed content. `None` while the server is stopping.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "at most one call at a time, until one succeeds"
+    )]
     async fn gzip(&self) -> Option<Bytes> {
         let compress = || {
             let plain = self.plain.clone();
