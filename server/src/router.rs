@@ -4,7 +4,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use poem::{
     Endpoint, EndpointExt, IntoEndpoint, IntoResponse, Request, Response, Result, Route,
-    http::{HeaderName, Method},
+    http::{HeaderName, HeaderValue, Method, header},
     middleware::Cors,
 };
 
@@ -104,7 +104,14 @@ impl<E: Endpoint, F: Endpoint<Output = Response>> Endpoint for CrossOrigin<E, F>
         if request.uri().path() == FORWARD_AUTH {
             self.forward_auth.call(request).await
         } else {
-            Ok(self.others.call(request).await?.into_response())
+            let mut response = self.others.call(request).await?.into_response();
+            // If every origin is allowed, the CORS rules replace `Vary: accept-encoding` with their own.
+            if let Some(vary) = response.headers_mut().get_mut(header::VARY)
+                && vary.as_bytes().eq_ignore_ascii_case(b"origin")
+            {
+                *vary = HeaderValue::from_static("origin, accept-encoding");
+            }
+            Ok(response)
         }
     }
 }

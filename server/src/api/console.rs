@@ -3,17 +3,13 @@
 //! The build embeds the output of `cargo xtask console`. Without that output, the server still works, and `/console`
 //! explains how to build the console.
 
-use poem::{
-    Endpoint, Request, Response,
-    endpoint::make_sync,
-    get,
-    http::{HeaderMap, HeaderValue, header},
-};
+use poem::{Endpoint, Request, Response, endpoint::make_sync, get, http::HeaderMap};
 
 use super::{
-    content_coding::{Coding, choose_coding},
-    document::html::{page, respond},
+    content_coding::{Coding, choose_coding, write_coding},
+    document::html::page,
     problem::ApiError,
+    static_file::respond,
 };
 
 struct File {
@@ -61,11 +57,7 @@ fn serve(file: &'static File, headers: &HeaderMap) -> Response {
     let cache = if file.name == INDEX { "no-cache" } else { YEAR };
     let mut response = respond(body, media_type(file.name), cache, CSP);
     let headers = response.headers_mut();
-    headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
-    if coding != Coding::Identity {
-        let name = HeaderValue::from_static(coding.name());
-        headers.insert(header::CONTENT_ENCODING, name);
-    }
+    write_coding(coding, headers);
     response
 }
 

@@ -1,6 +1,6 @@
-//! Content codings of files that are compressed in advance (RFC 9110, section 12.5.3).
+//! Content codings of files that are compressed once (RFC 9110, section 12.5.3).
 
-use poem::http::{HeaderMap, header};
+use poem::http::{HeaderMap, HeaderValue, header};
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Coding {
@@ -16,6 +16,15 @@ impl Coding {
             Self::Gzip => "gzip",
             Self::Identity => "identity",
         }
+    }
+}
+
+/// Writes the headers of a response with this coding. The coding depends on the request.
+pub(super) fn write_coding(coding: Coding, headers: &mut HeaderMap) {
+    headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
+    if coding != Coding::Identity {
+        let name = HeaderValue::from_static(coding.name());
+        headers.insert(header::CONTENT_ENCODING, name);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Files that are the same for every client. Clients do not download a file again that they have, and all connections
 //! share the memory of its content, which is compressed at most once.
 
-use std::{fmt::Write as _, io::Write as _};
+use std::{fmt::Write as _, io::Write as _, sync::Arc};
 
 use bytes::Bytes;
 use flate2::{Compression, write::GzEncoder};
@@ -12,14 +12,11 @@ use poem::{
 };
 use tokio::{sync::OnceCell, task};
 
-use super::{
-    content_coding::{Coding, choose_coding},
-    document::html::respond,
-};
+use super::content_coding::{Coding, choose_coding, write_coding};
 
 pub(super) struct StaticFile {
     plain: Bytes,
-    gzip: OnceCell<Bytes>,
+    gzip: Arc<OnceCell<Bytes>>,
     /// A hash of the content.
     hash: String,
     media_type: &'static str,
@@ -43,7 +40,7 @@ impl StaticFile {
         Self {
             hash,
             plain: content.into(),
-            gzip: OnceCell::new(),
+            gzip: Arc::default(),
             media_type,
             cache,
             csp,
@@ -72,11 +69,7 @@ impl StaticFile {
             response.set_body(());
         }
         let headers = response.headers_mut();
-        headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
-        if coding != Coding::Identity {
-            let name = HeaderValue::from_static(coding.name());
-            headers.insert(header::CONTENT_ENCODING, name);
-        }
+        write_coding(coding, headers);
         if let Some(tag) = tag {
             headers.typed_insert(tag);
         }
@@ -84,18 +77,28 @@ impl StaticFile {
     }
 
     /// Returns the compressed content. `None` while the server is stopping.
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "at most one call at a time, until one succeeds"
-    )]
     async fn gzip(&self) -> Option<Bytes> {
-        let compress = || {
-            let plain = self.plain.clone();
-            // Takes many milliseconds, during which other tasks of this thread would wait.
-            task::spawn_blocking(move || compress(&plain))
-        };
-        self.gzip.get_or_try_init(compress).await.ok().cloned()
+        if let Some(known) = self.gzip.get() {
+            return Some(known.clone());
+        }
+        let (gzip, plain) = (self.gzip.clone(), self.plain.clone());
+        // In a task of its own: a compression does not stop with the request that started it. If its result were lost
+        // with the request, clients that leave at once could start any number of compressions.
+        let compressing = task::spawn(async move {
+            let compressed = gzip.get_or_try_init(|| compress_aside(plain)).await;
+            compressed.ok().cloned()
+        });
+        compressing.await.ok().flatten()
     }
+}
+
+/// Compresses on another thread. This takes many milliseconds, during which other tasks of this thread would wait.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "at most one call per file at a time, until one succeeds"
+)]
+fn compress_aside(content: Bytes) -> task::JoinHandle<Bytes> {
+    task::spawn_blocking(move || compress(&content))
 }
 
 fn compress(content: &[u8]) -> Bytes {
@@ -105,9 +108,26 @@ fn compress(content: &[u8]) -> Bytes {
     encoder.finish().unwrap_or_default().into()
 }
 
+pub(super) fn respond(
+    body: impl Into<poem::Body>,
+    media_type: &'static str,
+    cache: &'static str,
+    csp: &'static str,
+) -> Response {
+    let mut response = Response::builder().body(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(cache));
+    headers.insert(
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(csp),
+    );
+    response
+}
+
 #[cfg(test)]
 mod tests {
-    use std::io::Read as _;
+    use std::{io::Read as _, time::Duration};
 
     use flate2::read::GzDecoder;
 
@@ -159,5 +179,24 @@ mod tests {
             let other = fields(&[(header::IF_NONE_MATCH, &tag)]);
             assert_eq!(file.respond(&other).await.status(), StatusCode::OK);
         }
+    }
+
+    /// Otherwise, each request that is abandoned would start another compression.
+    #[tokio::test]
+    async fn compression_outlives_the_request_that_started_it() {
+        let file = StaticFile::new("text".to_owned(), "text/plain", "no-cache", "");
+        let gzip = HeaderValue::from_static("gzip");
+        let accepted = fields(&[(header::ACCEPT_ENCODING, &gzip)]);
+        let mut abandoned = Box::pin(file.respond(&accepted));
+        assert!(futures_util::poll!(abandoned.as_mut()).is_pending());
+        drop(abandoned);
+        let compressed = async {
+            while file.gzip.get().is_none() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(10), compressed)
+            .await
+            .expect("the compression was lost with its request");
     }
 }

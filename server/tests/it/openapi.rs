@@ -62,6 +62,26 @@ async fn server_serves_the_same_document() {
     assert!(shown.text == openapi::text());
 }
 
+/// Otherwise, a shared cache might send a compressed document to clients that cannot decompress it.
+#[tokio::test(flavor = "multi_thread")]
+async fn caches_distinguish_codings_even_if_every_origin_is_allowed() {
+    let app = TestApp::setup().flag("--allowed-origins=*").start().await;
+    for origin in [None, Some("https://a.example")] {
+        let mut request = app.get("/openapi.json").header("Accept-Encoding", "gzip");
+        if let Some(origin) = origin {
+            request = request.header("Origin", origin);
+        }
+        let shown = request.send().await;
+        assert_eq!(shown.header("content-encoding"), Some("gzip"), "{origin:?}");
+        let vary = shown.header("vary").expect("the coding was chosen");
+        let mut names = vary.split(',').map(str::trim);
+        assert!(
+            names.any(|it| it == "accept-encoding"),
+            "{origin:?}: {vary}"
+        );
+    }
+}
+
 #[test]
 fn operation_ids_are_unique() {
     let mut ids = BTreeSet::new();

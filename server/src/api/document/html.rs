@@ -1,9 +1,8 @@
 //! The frame and the headers that all pages share.
 
-use poem::{
-    Response,
-    http::{HeaderValue, header},
-};
+use poem::Response;
+
+use crate::api::static_file::respond;
 
 /// The metadata at the start of every page.
 pub(super) const META: &str = "<meta charset=\"utf-8\">\n\
@@ -14,23 +13,6 @@ pub(super) const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'sel
     form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
 /// The URLs contain no version, so cache these files only briefly.
 pub(super) const HOUR: &str = "public, max-age=3600";
-
-pub(in crate::api) fn respond(
-    body: impl Into<poem::Body>,
-    media_type: &'static str,
-    cache: &'static str,
-    csp: &'static str,
-) -> Response {
-    let mut response = Response::builder().body(body);
-    let headers = response.headers_mut();
-    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(media_type));
-    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static(cache));
-    headers.insert(
-        header::CONTENT_SECURITY_POLICY,
-        HeaderValue::from_static(csp),
-    );
-    response
-}
 
 pub(super) fn html(body: String) -> Response {
     respond(body, "text/html; charset=utf-8", "no-cache", CSP)

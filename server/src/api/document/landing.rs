@@ -2,8 +2,8 @@
 
 use poem::Response;
 
-use super::html::{CSP, HOUR, META, escape, marked, respond};
-use crate::config::Landing;
+use super::html::{CSP, HOUR, META, escape, marked};
+use crate::{api::static_file::respond, config::Landing};
 
 const LANDING: &str = include_str!("landing.html");
 const DOOR: &str = include_str!("door.html");
