@@ -60,8 +60,6 @@ const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
 #[derive(Debug, Clone, Copy)]
 struct Denied {
     cost: NonZeroU32,
-    /// When the denial was recorded.
-    at: Monotonic,
     /// When to stop repeating the denial.
     believed_until: Monotonic,
     /// When the request would be allowed, according to the store.
@@ -98,7 +96,6 @@ impl Denied {
         }
         Some(Self {
             cost,
-            at: now,
             believed_until: now.saturating_add(believed),
             retry_at: now.saturating_add(retry_after),
             decision: *decision,
@@ -191,9 +188,8 @@ impl DenialCache {
         };
         // The bucket has been refilling since the denial. This uses monotonic times, because the calendar clock that
         // the decision uses may have been set since.
-        let full_at = denied.at.saturating_add(debt(&decision));
-        decision.rate.remaining = policies.gcra().remaining(full_at, monotonic);
-        decision.rate.reset_at = now.saturating_add(full_at.saturating_since(monotonic));
+        decision.rate.remaining = policies.gcra().remaining(self.full_at, monotonic);
+        decision.rate.reset_at = now.saturating_add(self.full_at.saturating_since(monotonic));
         decision.at = now;
         decision.outcome = Outcome::Denied {
             violated,

@@ -273,6 +273,14 @@ async fn buckets_are_empty_after_a_loss_of_state_and_full_in_a_new_deployment() 
     assert!(debt > Nanos::from_secs(9), "nearly empty: {debt:?}");
 }
 
+/// Returns the number of granted tokens. The epoch must have started.
+fn active(state: BucketState) -> u64 {
+    match state {
+        BucketState::Active { granted, .. } => granted,
+        BucketState::Initializing { .. } => panic!("{state:?}"),
+    }
+}
+
 /// The versions of a plan start over when PostgreSQL is restored from a backup. A replica that has not learned of an
 /// edit also sends a lower version, but only briefly.
 #[tokio::test]
@@ -296,10 +304,7 @@ async fn versions_that_start_over_are_followed() {
         outage_since: CounterMicros::NONE,
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
-    let granted = async |call| match counters.take(call).await.unwrap().state {
-        BucketState::Active { granted, .. } => granted,
-        state @ BucketState::Initializing { .. } => panic!("{state:?}"),
-    };
+    let granted = async |call| active(counters.take(call).await.unwrap().state);
     assert_eq!(granted(plan(900, 3)).await, 3);
     // While the newer version is in use, the older one is ignored, no matter how busy its replica is.
     for _ in 0..30 {
@@ -342,10 +347,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let take = async |call| counters.take(call).await.unwrap().state;
-    let granted = async |call| match take(call).await {
-        BucketState::Active { granted, .. } => granted,
-        state @ BucketState::Initializing { .. } => panic!("{state:?}"),
-    };
+    let granted = async |call| active(take(call).await);
     assert_eq!(granted(plan(1, 100)).await, 100);
     // After an edit to a burst of one, the tokens that the bucket cannot hold remain missing. When the burst is raised
     // again, the bucket contains only the refill.
@@ -415,10 +417,7 @@ async fn a_denial_in_a_new_epoch_counts_as_a_use_of_the_plan() {
         ..call(&mut Rng::with_seed(1), 10_000_000, 0, 0)
     };
     let take = async |call| counters.take(call).await.unwrap().state;
-    let granted = async |call| match take(call).await {
-        BucketState::Active { granted, .. } => granted,
-        state @ BucketState::Initializing { .. } => panic!("{state:?}"),
-    };
+    let granted = async |call| active(take(call).await);
     let (slow, fast) = (|key| plan(key, 1, 60), |key| plan(key, 2, 6));
     let flush = redis::cmd("FLUSHALL");
     redis.query("", &flush).await.expect("Redis responds");
