@@ -23,8 +23,8 @@ use super::{
 };
 use crate::connection_marks::ConnectionMarks;
 
-/// How long a client may read nothing of a response before the response counts toward the memory limit. A client that
-/// reads slowly but steadily frees space in the socket's buffer more often.
+/// How long the socket's buffer may accept nothing before a response counts toward the memory limit. If the client reads
+/// at least 11 KB/s, the buffer accepts more of the response within this time.
 pub(super) const STALLED: Duration = Duration::from_secs(3);
 
 /// The phases of a connection, named after what the connection is waiting for.

@@ -76,7 +76,8 @@ const SEND_BUFFER: usize = 64 * 1024;
 const BACKLOG: u32 = 4096;
 /// The kernel accepts no more of a response while this many bytes have not been sent. Otherwise, it would buffer
 /// megabytes for a client that does not read, and copying them would keep other clients waiting. Bytes in transit do
-/// not count, so the connection of a client that reads is not slower.
+/// not count, so the connection of a client that reads is not slower. When this limit has been reached, the kernel
+/// accepts more only after half as many bytes have been sent.
 const UNSENT: u32 = 64 * 1024;
 /// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -112,7 +113,12 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     // Allows binding while old connections are in TIME_WAIT, as most servers do.
     socket.set_reuseaddr(true)?;
     // Accepted connections inherit this.
-    SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT)?;
+    if let Err(error) = SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT) {
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "the kernel may buffer megabytes for each client that does not read"
+        );
+    }
     socket.bind(addr)?;
     Ok(BoundSocket(socket))
 }
