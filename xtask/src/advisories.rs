@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail};
 use semver::{Version, VersionReq};
 use toml::{Table, Value};
 
-use crate::{root, say, succeed};
+use crate::{lock, root, say, succeed};
 
 const ACCEPTED: &str = ".config/advisories.toml";
 
@@ -51,10 +51,13 @@ pub(crate) fn check() -> Result<()> {
         advisories.len()
     ));
 
-    let lock = fs::read_to_string(root().join("Cargo.lock"))?;
+    let mut packages = BTreeSet::new();
+    for file in lock::FILES {
+        packages.extend(lock::locked(&fs::read_to_string(root().join(file))?)?);
+    }
     let mut accepted = Accepted::read(&fs::read_to_string(root().join(ACCEPTED))?)?;
     let mut faults = Vec::new();
-    for (package, version) in locked(&lock)? {
+    for (package, version) in packages {
         for advisory in advisories
             .iter()
             .filter(|advisory| advisory.hits(&package, &version))
@@ -69,7 +72,11 @@ pub(crate) fn check() -> Result<()> {
     }
     faults.extend(accepted.faults());
     if !faults.is_empty() {
-        bail!("Cargo.lock and {ACCEPTED}\n{}", faults.join("\n"));
+        bail!(
+            "{} and {ACCEPTED}\n{}",
+            lock::FILES.join(", "),
+            faults.join("\n")
+        );
     }
     Ok(())
 }
@@ -247,30 +254,6 @@ fn read_directory(path: &Path) -> Result<Vec<Advisory>> {
         .collect()
 }
 
-/// Returns the packages of a lock file that come from a registry, with their versions.
-fn locked(lock: &str) -> Result<Vec<(String, Version)>> {
-    let lock: Table = lock.parse()?;
-    let packages = lock
-        .get("package")
-        .and_then(Value::as_array)
-        .context("no packages in Cargo.lock")?;
-    let mut locked = BTreeSet::new();
-    for package in packages
-        .iter()
-        .filter(|package| package.get("source").is_some())
-    {
-        let field = |name: &str| {
-            package
-                .get(name)
-                .and_then(Value::as_str)
-                .context("an unrecognized package in Cargo.lock")
-        };
-        let version = Version::parse(field("version")?)?;
-        locked.insert((field("name")?.to_owned(), version));
-    }
-    Ok(locked.into_iter().collect())
-}
-
 /// Returns the number of days from `date` (`2026-08-21`) to today.
 fn age_in_days(date: &str) -> Option<i64> {
     let mut parts = date.split('-').map(|part| part.parse::<i64>().ok());
@@ -346,7 +329,7 @@ mod tests {
         let lock = "[[package]]\nname = \"own\"\nversion = \"0.1.0\"\n\n[[package]]\nname = \"thing\"\n\
                     version = \"1.0.0\"\nsource = \"registry+https://example.org\"\n";
         assert_eq!(
-            locked(lock).expect("a lock"),
+            lock::locked(lock).expect("a lock"),
             [("thing".to_owned(), Version::new(1, 0, 0))]
         );
     }

@@ -6,7 +6,7 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     cargo, desktop, machine,
@@ -226,7 +226,13 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--postgres", &database.url()])
             .arg("--tools")
             .arg(target().join("tools"));
-        if !arguments.iter().any(|it| it == "--output") {
+        let is_given = |name: &str| arguments.iter().any(|it| it == name);
+        if !is_given("--output") {
+            // The committed page compares all servers.
+            ensure!(
+                !is_given("--only"),
+                "`--only` requires `--output DIRECTORY`"
+            );
             command.arg("--output").arg(root().join("docs/bench"));
         }
         command.args(&arguments[1..]);

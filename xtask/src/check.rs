@@ -4,13 +4,14 @@
 use anyhow::Result;
 
 use crate::{
-    advisories, cargo, console, dependencies, desktop, generate, links, machine, say, succeed,
+    advisories, cargo, console, dependencies, desktop, generate, links, lock, machine, say, succeed,
 };
 
 pub(crate) fn check() -> Result<()> {
     machine::install(&[&[machine::POSTGRES], &desktop::NEEDS[..]].concat())?;
     say("cargo fmt --check");
     succeed(cargo().args(["fmt", "--all", "--check"]))?;
+    lock::check()?;
     advisories::check()?;
     dependencies::check()?;
     links::check()?;

@@ -19,6 +19,7 @@ mod fuzz;
 mod generate;
 mod journey;
 mod links;
+mod lock;
 mod machine;
 mod postgres;
 mod run;

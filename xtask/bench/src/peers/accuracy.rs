@@ -27,10 +27,10 @@ const CONNECTIONS: usize = 8;
 const SETTLED: Duration = Duration::from_secs(7);
 
 /// The length of a fixed window, which starts with the first request.
-const WINDOW: Duration = Duration::from_secs(60);
+pub(super) const WINDOW: Duration = Duration::from_secs(60);
 /// The load around the end of the window: how long it lasts before and after, and its rate.
-const AROUND_EDGE: Duration = Duration::from_secs(5);
-const EDGE_PER_SECOND: u32 = 250;
+pub(super) const AROUND_EDGE: Duration = Duration::from_secs(5);
+pub(super) const EDGE_PER_SECOND: u32 = 250;
 /// The length of the windows in which allowed requests are counted.
 pub(crate) const ANY: Duration = Duration::from_secs(10);
 
@@ -39,9 +39,9 @@ pub(crate) const LATE: Duration = Duration::from_millis(50);
 const NOTICED: Duration = Duration::from_millis(1500);
 
 /// When Redis is killed and restarted, and when the load ends.
-const KILLED: Duration = Duration::from_millis(3000);
-const RESTARTED: Duration = Duration::from_millis(6500);
-const ENDED: Duration = Duration::from_millis(10_500);
+pub(super) const KILLED: Duration = Duration::from_millis(3000);
+pub(super) const RESTARTED: Duration = Duration::from_millis(6500);
+pub(super) const ENDED: Duration = Duration::from_millis(10_500);
 /// Requests that were sent this long after the kill are those of the outage.
 const AFTER_KILL: Duration = Duration::from_millis(250);
 

@@ -3,7 +3,6 @@
 //! are almost all denied.
 
 use std::{
-    fs,
     net::SocketAddr,
     path::Path,
     time::{Duration, Instant},
@@ -24,6 +23,7 @@ use super::{
 use crate::{
     http1,
     load::CONNECTIONS,
+    memory::resident,
     process::{Cores, Server, cpu},
     replicas::counters::Counters,
     rounds::median,
@@ -200,6 +200,8 @@ fn quota(
     let mut settings = Vec::new();
     if let Some((redis, _)) = &redis {
         settings.push(("REDIS_URL", redis.url()));
+        // Otherwise, a slow response on a busy machine would count as an outage of Redis.
+        settings.push(("QUOTA_REDIS_TIMEOUT", "250ms".to_owned()));
     }
     if is_direct {
         settings.push(("QUOTA_DIRECT_RESPONSES", "on".to_owned()));
@@ -369,34 +371,12 @@ impl Contender {
         Ok(Row {
             name: self.name,
             medians: [medians(0), medians(1)],
-            memory: resident(self.server.pid()?)?,
+            memory: mebibytes(resident(self.server.pid()?)?),
         })
     }
 }
 
-/// Returns the resident memory of a process, in MiB.
-fn resident(pid: Pid) -> Result<f64> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let kilobytes = kilobytes(&status).context("the process has no resident memory")?;
-    Ok(f64::from(kilobytes) / 1024.0)
-}
-
-/// Returns the value of the line `VmRSS:     1234 kB`.
-fn kilobytes(status: &str) -> Option<u32> {
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
-    line.trim().strip_suffix(" kB")?.parse().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::kilobytes;
-
-    #[test]
-    fn resident_memory_is_read_from_its_line() {
-        let status = "Name:\tquota\nVmHWM:\t  9000 kB\nVmRSS:\t   8124 kB\nThreads:\t3\n";
-        assert_eq!(kilobytes(status), Some(8124));
-        assert_eq!(kilobytes("Name:\tquota\n"), None);
-    }
+#[expect(clippy::cast_precision_loss, reason = "fewer bytes than 2^52")]
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }

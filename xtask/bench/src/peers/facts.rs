@@ -22,12 +22,6 @@ pub(crate) fn machine() -> String {
     )
 }
 
-/// Returns the load average over a minute.
-pub(crate) fn load_average() -> String {
-    let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
-    text.split(' ').next().unwrap_or("unknown").to_owned()
-}
-
 /// Returns the model and the number of cores, from `/proc/cpuinfo`.
 fn processor(text: &str) -> (String, usize) {
     let values = || {

@@ -19,7 +19,7 @@ use anyhow::{Context as _, Result};
 use clap::Args;
 
 use self::peer::Program;
-use crate::process::Cores;
+use crate::{process::Cores, replicas::load_average};
 
 /// The limit of the comparison with two instances, per minute.
 const LIMIT: u32 = 600;
@@ -70,7 +70,7 @@ impl Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let began = Instant::now();
-    let load_before = facts::load_average();
+    let load_before = load_average();
     fs::create_dir_all(&options.output)
         .with_context(|| format!("cannot create {}", options.output.display()))?;
     // The load runs on this thread.
@@ -84,7 +84,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let machine = format!(
         "{}; load average {load_before} before, {} after; {} s.",
         facts::machine(),
-        facts::load_average(),
+        load_average(),
         began.elapsed().as_secs()
     );
     let report = report::Report {

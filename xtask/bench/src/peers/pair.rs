@@ -24,7 +24,7 @@ use crate::{
 
 const INSTANCES: usize = 2;
 /// The default of `QUOTA_LEASE_TTL`, which the bound of a plan with leases includes.
-const LEASE_TTL: Duration = Duration::from_millis(100);
+pub(super) const LEASE_TTL: Duration = Duration::from_millis(100);
 const ECHO: &str = "/v1/echo";
 
 /// A server, and how its limit is set.

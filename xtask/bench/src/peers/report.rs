@@ -3,11 +3,16 @@
 use std::{fmt::Write as _, time::Duration};
 
 use anyhow::Result;
+use quota_common::number::group_thousands;
 
 use super::{
     LIMIT, Options,
-    accuracy::{ANY, Accuracy, Counted, LATE, Mode, Outage},
+    accuracy::{
+        ANY, AROUND_EDGE, Accuracy, Counted, EDGE_PER_SECOND, ENDED, KILLED, LATE, Mode, Outage,
+        RESTARTED, WINDOW,
+    },
     cost,
+    pair::LEASE_TTL,
     plots::Chart,
     windows::Rule,
 };
@@ -95,8 +100,8 @@ impl Report<'_> {
             "Medians of {} rounds of {} ms, in which the servers take turns; {CONNECTIONS} keep-alive connections on \
              loopback that send a request after each response. {} Latency is that of a saturated server. CPU is user \
              and system time of the server's process, without Redis and PostgreSQL. Memory is that of the same process \
-             after the last round. Redis calls are script calls, which is how all of these servers use Redis, from \
-             `INFO commandstats`.\n\n",
+             after the last round. Redis calls are script calls from `INFO commandstats`; all of these servers except \
+             limitador use Redis only with scripts.\n\n",
             self.options.rounds,
             self.options.millis,
             match self.cores {
@@ -136,11 +141,14 @@ impl Report<'_> {
             text,
             "\nThe load saturates both instances with one key for {} s. The bound is what the server's own rule allows \
              on one instance: the limit for a window; the burst and what is refilled for a token bucket, plus, for \
-             Quota's leases, what is refilled in 100 ms. For the last column, a key's first request starts a window. \
-             From 55 s to 65 s later, 250 requests per second are sent, and the {} s with the most allowed requests \
+             Quota's leases, what is refilled in {} ms. For the last column, a key's first request starts a window. \
+             From {} s to {} s later, {EDGE_PER_SECOND} requests per second are sent, and the {} s with the most allowed requests \
              are counted. The default burst of a plan is its limit, so Quota then allows {LIMIT} requests at once; a \
              plan with a burst of {} shows the effect of a smaller one.\n\n",
             self.options.seconds,
+            LEASE_TTL.as_millis(),
+            WINDOW.as_secs() - AROUND_EDGE.as_secs(),
+            WINDOW.as_secs() + AROUND_EDGE.as_secs(),
             ANY.as_secs(),
             LIMIT / 10,
         );
@@ -180,12 +188,15 @@ impl Report<'_> {
         }
         let _ = write!(
             text,
-            "\nFirst, Redis is killed with `kill -9` after 3 s of load and restarted, without data, after 6.5 s; the load \
-             ends after 10.5 s. The load uses two keys: one whose limit is never reached, and one that is above its limit before the outage. For the \
+            "\nFirst, Redis is killed with `kill -9` after {} s of load and restarted, without data, after {} s; the load \
+             ends after {} s. The load uses two keys: one whose limit is never reached, and one that is above its limit before the outage. For the \
              latter, all allowed requests are counted, before, during and after the outage. Then Redis's \
              responses to both instances are {} ms late, and a new key is used for {} s. Failed requests got neither \
              200 nor 429. Quota's default while Redis is unavailable is `QUOTA_ON_REDIS_FAILURE=share`: each replica \
              limits to its share of the rate, starting with an empty bucket.\n\n",
+            KILLED.as_secs_f64(),
+            RESTARTED.as_secs_f64(),
+            ENDED.as_secs_f64(),
             LATE.as_millis(),
             self.options.seconds,
         );
@@ -341,15 +352,7 @@ fn millis(time: Duration) -> String {
 
 /// Returns a number with separators, such as `12,345`.
 fn grouped(number: f64) -> String {
-    let digits = format!("{number:.0}");
-    let mut grouped = String::new();
-    for (n, digit) in digits.chars().enumerate() {
-        if n > 0 && (digits.len() - n) % 3 == 0 {
-            grouped.push(',');
-        }
-        grouped.push(digit);
-    }
-    grouped
+    group_thousands(&format!("{number:.0}"))
 }
 
 #[cfg(test)]

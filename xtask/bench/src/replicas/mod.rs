@@ -195,7 +195,7 @@ async fn all(options: &Options) -> Result<ExitCode> {
 }
 
 /// Returns the machine's load average over a minute.
-fn load_average() -> String {
+pub(crate) fn load_average() -> String {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().unwrap_or("unknown").to_owned()
 }
