@@ -26,11 +26,11 @@
 //! tokens of a bucket, because they are taken together and not one by one: as many tokens as refill in [`GATHER`], from
 //! the time at which the bucket contains fewer tokens than this number until it contains twice as many. Requests that
 //! arrive during a call to Redis are decided together by the next call, so at the end of a window, the refill of the
-//! last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request after the
-//! edit: tokens that refill before this request count at the lower of the two rates. After a fault, a bucket is empty
-//! only if Redis lost its state, or if no replica that uses it received a response. Otherwise, the bucket has lost only
-//! the tokens that Redis granted in responses that arrived late or never, and those that were returned by calls that
-//! never arrived.
+//! last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request that it
+//! decides after the edit: tokens that refill before this request count at the lower of the two rates, unless a
+//! restarted Redis has lost the earlier plan. After a fault, a bucket is empty only if Redis lost its state, or if no
+//! replica that uses it received a response. Otherwise, the bucket has lost only the tokens that Redis granted in
+//! responses that arrived late or never, and those that were returned by calls that never arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what a
 //! separate bucket would admit of the requests that the replica gets. With `open`, from half a second on, the bucket
@@ -563,6 +563,8 @@ struct Loss {
 #[derive(Debug, Clone, Copy)]
 enum Lost {
     All,
+    /// The plan of the last request, but no tokens.
+    Plan,
     /// The tokens of a replica that crashes.
     Crash,
     Some(f64),
@@ -585,8 +587,10 @@ struct Facts<'a> {
 struct Bucket<'a> {
     pieces: &'a [Least],
     piece: usize,
-    /// The index of the piece at the time of the last request, because Redis does not know of later edits.
-    heard: usize,
+    /// The index of the piece at the time of the last request that Redis decided, because Redis does not know of later
+    /// edits. If there is no such request since Redis lost the plan, this is the index at the time of the first request
+    /// since then, because that request may have reached Redis even if it was decided without Redis.
+    heard: Option<usize>,
     at: u64,
     missing: f64,
     /// Debt beyond that of an empty bucket, from before the burst was lowered. The debt is missing again when the burst
@@ -613,7 +617,7 @@ impl Bucket<'_> {
                 .iter()
                 .take_while(|it| it.from <= to)
                 .count();
-        let crossed = &self.pieces[self.heard..=last];
+        let crossed = &self.pieces[self.heard.unwrap_or(self.piece)..=last];
         let rate = crossed.iter().map(|it| it.rate).fold(f64::MAX, f64::min);
         while self.piece < last {
             self.refill(self.pieces[self.piece + 1].from, rate);
@@ -624,10 +628,11 @@ impl Bucket<'_> {
     }
 
     /// Returns how many tokens are available for a request, while other replicas hold `held` tokens and tokens may
-    /// accumulate for `gather`. Redis learns from the request which plan applies.
-    fn ask(&mut self, answer: Answer, held: f64, gather: u64) -> f64 {
-        if answer != Answer::None {
-            self.heard = self.piece;
+    /// accumulate for `gather`. If Redis decides the request, it learns from the request which plan applies.
+    fn ask(&mut self, it: &Entry, held: f64, gather: u64) -> f64 {
+        let by_redis = it.answer != Answer::None && !it.degraded;
+        if by_redis || self.heard.is_none() {
+            self.heard = Some(self.piece);
         }
         let least = self.now();
         let there = self.level() - held;
@@ -661,7 +666,11 @@ impl Bucket<'_> {
     fn lose(&mut self, loss: Loss) {
         self.advance(loss.at);
         match loss.tokens {
-            Lost::All => self.empty(),
+            Lost::All => {
+                self.empty();
+                self.heard.get_or_insert(self.piece);
+            }
+            Lost::Plan => self.heard = None,
             // A crashing replica loses the tokens that it holds, those that it was about to return, and those that it
             // was about to receive.
             Lost::Crash if self.now().leased => {
@@ -681,6 +690,15 @@ impl Bucket<'_> {
     fn level(&self) -> f64 {
         (self.now().burst - self.missing).min(self.refilled)
     }
+}
+
+/// Returns whether Redis certainly no longer knows the plans of its buckets after `fault`. A server that takes over
+/// knows the plans of up to a second before.
+fn loses_plans(scene: &Scene, fault: &Fault) -> bool {
+    let takes_over = |it: &Fault| {
+        it.kind == FaultKind::FailOver && fault.at <= it.at && it.at < fault.end() + 1000
+    };
+    fault.kind == FaultKind::Restart && !scene.faults.iter().any(takes_over)
 }
 
 /// Returns the number of tokens that other replicas may hold when the request at `place` arrives.
@@ -737,6 +755,12 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
                 tokens: Lost::All,
             });
         }
+        if loses_plans(scene, fault) {
+            losses.push(Loss {
+                at: fault.end() * MS,
+                tokens: Lost::Plan,
+            });
+        }
     }
     let crashes = scene.changes.iter();
     let crashes = crashes.filter(|(_, change)| matches!(change, Change::Crash(_)));
@@ -753,7 +777,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
     let mut bucket = Bucket {
         pieces: &pieces,
         piece: 0,
-        heard: 0,
+        heard: None,
         at: 0,
         missing: 0.0,
         beyond: 0.0,
@@ -772,7 +796,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
                 bucket.lose(loss);
             }
             bucket.advance(it.asked);
-            bucket.ask(it.answer, held(entries, next, bucket.now()), gather);
+            bucket.ask(&it, held(entries, next, bucket.now()), gather);
             // A replica that crashed may have taken tokens for requests to which it never responded.
             if matches!(it.answer, Answer::Admitted | Answer::None) {
                 bucket.take(f64::from(it.cost));
@@ -797,7 +821,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
                     exact.lose(loss);
                 }
                 exact.advance(it.asked);
-                let there = exact.ask(it.answer, held(entries, place, exact.now()), gather);
+                let there = exact.ask(it, held(entries, place, exact.now()), gather);
                 let cost = f64::from(it.cost);
                 if it.answer == Answer::Admitted {
                     served += cost;

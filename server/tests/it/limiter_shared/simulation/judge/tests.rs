@@ -137,11 +137,57 @@ fn a_new_rate_counts_from_the_first_request_after_the_edit() {
     // Buckets may be empty until 2 s after the outage.
     scene.faults.push(outage(1500, 100));
     let log = |later| {
-        let first = requests(5000, 1, 80);
+        let first = requests(500, 1, 1).chain(requests(5000, 1, 80));
         first.chain(requests(5500, later, 80)).collect::<Vec<_>>()
     };
     assert_eq!(verdict(&scene, &log(50)), None);
     assert!(verdict(&scene, &log(40)).is_some());
+}
+
+/// Redis learns of an edit only from a request that it decides. Until then, it applies the earlier plan, if it knows
+/// this plan.
+#[test]
+fn redis_learns_of_an_edit_from_a_request_that_it_decides() {
+    let mut scene = scene(vec![plan(0, 600, 100, true), plan(1000, 6000, 100, true)]);
+    let restart = Fault {
+        at: 1500,
+        lasts: 100,
+        kind: FaultKind::Restart,
+    };
+    let fail_over = Fault {
+        at: 1650,
+        lasts: 150,
+        kind: FaultKind::FailOver,
+    };
+    let sent = |at, degraded| {
+        let sent = requests(at, 0, 1);
+        sent.map(|it| Entry { degraded, ..it }).collect::<Vec<_>>()
+    };
+    // At 5050 ms, `due` requests must be admitted, except for two.
+    let mut assert_due = |faults: &[Fault], earlier: &[Vec<Entry>], due: usize| {
+        scene.faults = faults.to_vec();
+        let log = |admitted| {
+            let earlier = earlier.iter().flatten().copied();
+            earlier
+                .chain(requests(5050, admitted, 150))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(verdict(&scene, &log(due - 2)), None);
+        assert!(verdict(&scene, &log(due - 3)).is_some());
+    };
+    // The bucket may be empty until 3600 ms. From then on, 10 tokens per second refill under the earlier plan.
+    let cut = [outage(1500, 100)];
+    let known = sent(500, false);
+    assert_due(&cut, &[known.clone(), sent(3500, true)], 14);
+    assert_due(&cut, &[known.clone(), sent(3500, false)], 99);
+    // A request that was decided without Redis may have reached Redis.
+    assert_due(&cut, &[sent(500, true), sent(3500, true)], 14);
+    assert_due(&cut, &[sent(3500, true)], 99);
+    assert_due(&cut, &[], 99);
+    // After a restart, Redis does not know the earlier plan, unless a server with older data takes over.
+    assert_due(&[restart], &[known.clone(), sent(3500, true)], 99);
+    assert_due(&[restart], std::slice::from_ref(&known), 99);
+    assert_due(&[restart, fail_over], &[known, sent(3500, true)], 12);
 }
 
 #[test]
