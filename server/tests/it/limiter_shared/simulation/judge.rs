@@ -25,12 +25,14 @@
 //! twice the cost of the requests that the replica got just before, for at most [`HELD`]. The second are the last
 //! tokens of a bucket, because they are taken together and not one by one: as many tokens as refill in [`GATHER`], from
 //! the time at which the bucket contains fewer tokens than this number until it contains twice as many. Requests that
-//! arrive during a call to Redis are decided together by the next call, so at the end of a window, the refill of the
-//! last round trip may be unused, for every plan. In addition, Redis learns of an edit with the first request that it
-//! decides after the edit: tokens that refill before this request count at the lower of the two rates, unless a
-//! restarted Redis has lost the earlier plan. After a fault, a bucket is empty only if Redis lost its state, or if no
-//! replica that uses it received a response. Otherwise, the bucket has lost only the tokens that Redis granted in
-//! responses that arrived late or never, and those that were returned by calls that never arrived.
+//! arrive during a call to Redis are decided together by the next call, for every plan. So at the end of a window, the
+//! refill of the last round trip may be unused. Also, while a request of the window waits, a request that is sent after
+//! the window may be admitted. If the first request is denied, the second counts as part of the window. In addition,
+//! Redis learns of an edit with the first request that it decides after the edit: tokens that refill before this
+//! request count at the lower of the two rates, unless a restarted Redis has lost the earlier plan. After a fault, a
+//! bucket is empty only if Redis lost its state, or if no replica that uses it received a response. Otherwise, the
+//! bucket has lost only the tokens that Redis granted in responses that arrived late or never, and those that were
+//! returned by calls that never arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what a
 //! separate bucket would admit of the requests that the replica gets. With `open`, from half a second on, the bucket
@@ -813,9 +815,16 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
         {
             let (mut exact, mut due, mut served) = (bucket.clone(), 0.0, 0.0);
             let mut next_losses = next_losses.clone();
+            // The end of the window, or the latest denial of a request of the window that the exact bucket admits.
+            let mut waited_until = end;
             for (place, it) in entries.iter().enumerate().skip(next) {
-                if it.asked >= end {
+                if it.asked >= waited_until {
                     break;
+                }
+                let is_admitted_by_then =
+                    it.answer == Answer::Admitted && it.answered <= waited_until;
+                if it.asked >= end && !is_admitted_by_then {
+                    continue;
                 }
                 while let Some(loss) = next_losses.next_if(|loss| loss.at <= it.asked) {
                     exact.lose(loss);
@@ -831,6 +840,9 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
                     // The tokens of a replica that crashed are lost.
                     if it.answer != Answer::None {
                         due += cost;
+                        if it.answer != Answer::Admitted {
+                            waited_until = waited_until.max(it.answered);
+                        }
                     }
                 }
             }

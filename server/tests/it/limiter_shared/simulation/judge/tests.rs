@@ -228,6 +228,35 @@ fn a_few_tokens_are_taken_together_and_not_one_by_one() {
     assert!(verdict(&scene, &at_once(580)).is_some());
 }
 
+/// Requests that wait for a call to Redis and requests that arrive in the meantime are decided together by the next
+/// call. So requests that are sent after a window may be admitted instead of requests of the window that still wait.
+#[test]
+fn tokens_may_go_to_later_requests_only_while_earlier_ones_wait() {
+    // Returns whether too few requests are admitted in the window until 4000 ms. Of the 100 requests of the window,
+    // which wait from 3990 to 4010 ms, 60 are admitted. Of the later requests, `later` are admitted. Because of the
+    // outage, no later window is checked.
+    let is_under = |burst, asked, answered, later| {
+        let mut scene = scene(vec![plan(0, 60, burst, true)]);
+        scene.faults.push(outage(4100, 100));
+        let waited = requests(3990, 60, 100).map(|it| Entry {
+            answered: 4010 * MS,
+            ..it
+        });
+        let later = requests(asked, later, 50).map(|it| Entry {
+            answered: answered * MS,
+            ..it
+        });
+        let log: Vec<_> = waited.chain(later).collect();
+        verdict(&scene, &log).is_some()
+    };
+    assert!(!is_under(100, 4000, 4010, 37) && is_under(100, 4000, 4010, 36));
+    // Requests that are sent or answered after the waiting requests have been answered are decided after them.
+    assert!(!is_under(100, 4009, 4010, 37) && is_under(100, 4010, 4010, 37));
+    assert!(is_under(100, 4009, 4011, 37));
+    // The bucket contains enough tokens for all requests.
+    assert!(is_under(200, 4000, 4010, 50));
+}
+
 /// If a fifth of the calls are late just after an outage, one replica may use Redis again while another one still uses
 /// its share. Otherwise, late calls do not justify a share.
 #[test]
