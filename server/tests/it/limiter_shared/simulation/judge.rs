@@ -8,14 +8,15 @@
 //! `burst + rate·T` for a strict plan, no matter what happens. In the second after a plan is edited, replicas may
 //! follow either version of the plan. Therefore, a window that overlaps this second has the larger burst and, at each
 //! moment, the larger rate of the plans that requests follow. Between the requests of two plans, the lower rate counts,
-//! because a bucket learns of an edit from a request. If Redis has lost its state between these requests, the later
-//! plan counts from the start of the new epoch, because Redis no longer knows the earlier plan. `closed` has no
-//! exception. `share` has one exception: while some replicas have lost Redis (or get all responses late) and others
-//! have not, the replicas that have lost Redis use their share `p` of the bucket, in addition to the tokens that the
-//! others take from Redis. All replicas together then admit at most `(1 + p)` times the bound, where `p` is at most 1.
-//! If some calls fail just after an outage, the replicas that made these calls still count as having lost Redis while
-//! the other replicas use Redis again. With `open`, the requests that a replica admits without Redis satisfy the bound
-//! of a strict plan, separately for each replica. Requests admitted by Redis satisfy the plain bound in every mode.
+//! because a bucket learns of an edit from a request. If Redis has lost its state and has decided no request under the
+//! earlier plan since then, the later plan counts from the start of the new epoch, or from the edit if that is later,
+//! because Redis no longer knows the earlier plan. `closed` has no exception. `share` has one exception: while some
+//! replicas have lost Redis (or get all responses late) and others have not, the replicas that have lost Redis use
+//! their share `p` of the bucket, in addition to the tokens that the others take from Redis. All replicas together then
+//! admit at most `(1 + p)` times the bound, where `p` is at most 1. If some calls fail just after an outage, the
+//! replicas that made these calls still count as having lost Redis while the other replicas use Redis again. With
+//! `open`, the requests that a replica admits without Redis satisfy the bound of a strict plan, separately for each
+//! replica. Requests admitted by Redis satisfy the plain bound in every mode.
 //!
 //! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last fault, the replicas admit at
 //! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At the start of this
@@ -242,6 +243,12 @@ fn followed(
     followed
 }
 
+/// Returns whether Redis certainly decided a denied request. A replica that remembers a denial denies further requests
+/// at once, without a call.
+fn is_denied_by_redis(it: &Entry) -> bool {
+    it.answer == Answer::Denied && !it.degraded && it.asked < it.answered
+}
+
 fn followed_one_by_one(
     key: &Key,
     entries: &[Entry],
@@ -265,16 +272,19 @@ fn followed_one_by_one(
         };
         match followed.last_mut() {
             None => next.from = 0,
-            Some(before) if before.until < first => {
-                if before.plan.rate() <= plan.rate() {
-                    let mut restarts = restarts.iter();
-                    let restart = restarts.find(|at| before.until < **at && **at < first);
-                    next.from = restart.map_or(first, |at| first.min(plan.from * MS).max(*at));
-                    before.until = next.from;
-                } else {
-                    next.from = before.until;
-                    before.until = first.min(plan.from * MS + KNOWN).max(before.until);
+            Some(before) if before.plan.rate() <= plan.rate() => {
+                let earlier = entries.iter().filter(|it| it.plan < number);
+                let told = earlier.filter(|it| is_heard(it) || is_denied_by_redis(it));
+                let told = told.map(|it| it.answered).max().unwrap_or(0);
+                let mut restarts = restarts.iter();
+                if let Some(at) = restarts.find(|at| told < **at && **at < first) {
+                    next.from = first.min(plan.from * MS).max(*at);
                 }
+                before.until = before.until.max(next.from);
+            }
+            Some(before) if before.until < first => {
+                next.from = before.until;
+                before.until = first.min(plan.from * MS + KNOWN).max(before.until);
             }
             Some(_) => {}
         }

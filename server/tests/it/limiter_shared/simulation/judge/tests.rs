@@ -291,7 +291,8 @@ fn shares_are_allowed_in_addition_only_while_replicas_return() {
 }
 
 /// A bucket learns of a higher rate with the first request after the edit. If Redis has lost its state, the higher rate
-/// counts from the start of the new epoch, unless a request under the earlier plan, even a denied one, followed it.
+/// counts from the start of the new epoch, unless Redis has decided a request under the earlier plan since then, even a
+/// denied one.
 #[test]
 fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     let mut scene = scene(vec![plan(0, 60, 200, true), plan(3000, 6000, 100, true)]);
@@ -310,15 +311,25 @@ fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     scene.faults.push(restart);
     // The epoch starts at 5.5 s. From then on, 100 tokens per second refill.
     assert!(!is_over(&scene, 54, &[4900 * MS]) && is_over(&scene, 55, &[4900 * MS]));
-    // A request under the earlier plan is denied at `at`.
-    let is_over = |at: u64, later: usize| {
+    // A request under the earlier plan is denied at `at`, after a wait of `waits` milliseconds.
+    let is_over = |at: u64, waits: u64, degraded: bool, later: usize| {
         let later = requests(6000, later, 400).map(|it| Entry { plan: 1, ..it });
-        let early = requests(1000, 200, 400).chain(requests(at, 0, 1));
+        let denied = requests(at, 0, 1).map(|it| Entry {
+            answered: it.asked + waits * MS,
+            degraded,
+            ..it
+        });
+        let early = requests(1000, 200, 400).chain(denied);
         let log: Vec<_> = early.chain(later).collect();
         over(&scene, &scene.keys[0], &log, &[4900 * MS]).is_some()
     };
-    assert!(!is_over(5400, 54) && is_over(5400, 55));
-    assert!(!is_over(5750, 5) && is_over(5750, 6));
+    assert!(!is_over(5400, 5, false, 54) && is_over(5400, 5, false, 55));
+    assert!(!is_over(5750, 5, false, 5) && is_over(5750, 5, false, 6));
+    // Redis does not learn of a request that a replica denies at once or without Redis.
+    assert!(!is_over(5750, 0, false, 54) && is_over(5750, 0, false, 55));
+    assert!(!is_over(5750, 5, true, 54) && is_over(5750, 5, true, 55));
+    // This also applies if a replica still follows the earlier plan after the first request under the later plan.
+    assert!(!is_over(6500, 0, false, 54) && is_over(6500, 0, false, 55));
 }
 
 /// A request that waits for Redis when an outage begins is decided later than it was sent. A full bucket does not
