@@ -9,14 +9,14 @@
 //! follow either version of the plan. Therefore, a window that overlaps this second has the larger burst and, at each
 //! moment, the larger rate of the plans that requests follow. Between the requests of two plans, the lower rate counts,
 //! because a bucket learns of an edit from a request. If Redis has lost its state and has decided no request under the
-//! earlier plan since then, the later plan counts from the start of the new epoch, or from the edit if that is later,
-//! because Redis no longer knows the earlier plan. `closed` has no exception. `share` has one exception: while some
-//! replicas have lost Redis (or get all responses late) and others have not, the replicas that have lost Redis use
-//! their share `p` of the bucket, in addition to the tokens that the others take from Redis. All replicas together then
-//! admit at most `(1 + p)` times the bound, where `p` is at most 1. If some calls fail just after an outage, the
-//! replicas that made these calls still count as having lost Redis while the other replicas use Redis again. With
-//! `open`, the requests that a replica admits without Redis satisfy the bound of a strict plan, separately for each
-//! replica. Requests admitted by Redis satisfy the plain bound in every mode.
+//! earlier plan since then, the later plan counts from the start of the new epoch, even if it was edited later, because
+//! Redis no longer knows the earlier plan. `closed` has no exception. `share` has one exception: while some replicas
+//! have lost Redis (or get all responses late) and others have not, the replicas that have lost Redis use their share
+//! `p` of the bucket, in addition to the tokens that the others take from Redis. All replicas together then admit at
+//! most `(1 + p)` times the bound, where `p` is at most 1. If some calls fail just after an outage, the replicas that
+//! made these calls still count as having lost Redis while the other replicas use Redis again. With `open`, the
+//! requests that a replica admits without Redis satisfy the bound of a strict plan, separately for each replica.
+//! Requests admitted by Redis satisfy the plain bound in every mode.
 //!
 //! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last fault, the replicas admit at
 //! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At the start of this
@@ -278,7 +278,7 @@ fn followed_one_by_one(
                 let told = told.map(|it| it.answered).max().unwrap_or(0);
                 let mut restarts = restarts.iter();
                 if let Some(at) = restarts.find(|at| told < **at && **at < first) {
-                    next.from = first.min(plan.from * MS).max(*at);
+                    next.from = *at;
                 }
                 before.until = before.until.max(next.from);
             }

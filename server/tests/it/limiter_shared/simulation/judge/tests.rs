@@ -332,6 +332,33 @@ fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     assert!(!is_over(6500, 0, false, 54) && is_over(6500, 0, false, 55));
 }
 
+/// A rate that is raised after the start of the epoch also counts from this start, unless Redis knows the earlier plan.
+#[test]
+fn a_lost_bucket_also_refills_at_a_rate_from_after_the_loss() {
+    let mut scene = scene(vec![plan(0, 60, 200, true), plan(3000, 6000, 100, true)]);
+    scene.faults.push(Fault {
+        at: 1100,
+        lasts: 400,
+        kind: FaultKind::Restart,
+    });
+    // The epoch starts at 2500 ms. A request under the earlier plan is denied at `at`.
+    let is_over = |at: u64, later: usize| {
+        let denied = requests(at, 0, 1).map(|it| Entry {
+            answered: it.asked + 5 * MS,
+            ..it
+        });
+        let later = requests(3050, later, 400).map(|it| Entry { plan: 1, ..it });
+        let log: Vec<_> = requests(1000, 200, 400)
+            .chain(denied)
+            .chain(later)
+            .collect();
+        over(&scene, &scene.keys[0], &log, &[1900 * MS]).is_some()
+    };
+    // At 3050 ms, 1.5 tokens have refilled under the earlier plan and 55 under the later one.
+    assert!(!is_over(2490, 56) && is_over(2490, 57));
+    assert!(!is_over(2510, 2) && is_over(2510, 3));
+}
+
 /// A request that waits for Redis when an outage begins is decided later than it was sent. A full bucket does not
 /// refill any further until then.
 #[test]
