@@ -39,7 +39,8 @@ async fn with_database<T>(
     result
 }
 
-/// Applies pending migrations. Waits for up to 30 s for a database that is starting.
+/// Applies pending migrations. Retries for up to 30 s while the database cannot be reached, for example because it is
+/// starting.
 async fn apply_migrations(url: &SecretString) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
@@ -63,7 +64,8 @@ pub async fn migrate(config: Config, _log: Log) -> anyhow::Result<()> {
     with_database(&config, apply_migrations).await
 }
 
-/// Checks the settings and dependencies, and prints the findings.
+/// Checks the settings and dependencies, and prints the findings. If `DATABASE_URL` is not set, starts the private
+/// PostgreSQL, and creates it if necessary.
 pub async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
     let mut report = Report::default();
     report.ok("settings", "valid");

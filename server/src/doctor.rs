@@ -1,6 +1,7 @@
 //! `quota doctor`: checks the settings and dependencies of a server, and prints one line for each finding.
 //!
-//! Does not change anything. An unreachable dependency is a finding too. Every check has a time limit.
+//! Does not change anything, except that the command starts the private PostgreSQL if `DATABASE_URL` is not set, and
+//! creates it if necessary. An unreachable dependency is a finding too. Every check has a time limit.
 
 use std::fmt::Write as _;
 
