@@ -1,9 +1,9 @@
 //! A cache of PostgreSQL rows that tracks how long each entry is valid.
 //!
-//! Polls for invalidations empty the entries of all rows that have changed. So an entry is valid while the last poll is
-//! recent. Without a recent poll, an entry is valid for a second after it was loaded, and is then reloaded. While
-//! PostgreSQL is unavailable, an entry is still used for a grace period after it was last confirmed. After that,
-//! lookups fail, because the entry cannot be confirmed.
+//! Each poll for invalidations invalidates the entries of all rows that have changed since the previous poll. So an
+//! entry is valid while the last poll is recent. Without a recent poll, an entry is valid for a second after it was
+//! loaded, and is then reloaded. While PostgreSQL is unavailable, an entry is still used for a grace period after it
+//! was last confirmed. After that, lookups fail, because the entry cannot be confirmed.
 //!
 //! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until PostgreSQL responds
 //! again, entries within their grace period are used without waiting, and only a few at a time are reloaded in the
@@ -223,7 +223,8 @@ where
         None
     }
 
-    /// Returns a key's valid entry, or loads the entry with `load`.
+    /// Returns a key's valid entry, or loads the entry with `load`. While PostgreSQL is suspected to be unreachable,
+    /// and after a load has failed, returns the key's entry within its grace period instead.
     pub async fn get<F, Fut, L>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send + Sync + 'static,

@@ -119,7 +119,8 @@ impl ClientRateLimiter {
             }
         }
         self.check(governor, caller)?;
-        // The wider networks never outnumber the /64 networks, so they need no capacity of their own.
+        // A wider network is tracked only if one of its /64 networks has made a request, and each request keeps it
+        // tracked for a shorter time than the /64 network. So the wider networks need no capacity of their own.
         for (governor, (length, _)) in self.wider.iter().zip(WIDER) {
             if let Some(network) = caller.network(length) {
                 self.check(governor, network)?;

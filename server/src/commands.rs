@@ -10,7 +10,10 @@ use std::time::{Duration, Instant};
 
 use quota_server::{
     config::Config,
-    db::{self, embedded::EmbeddedPostgres},
+    db::{
+        self,
+        embedded::{EmbeddedError, EmbeddedPostgres},
+    },
     doctor::Report,
     telemetry::log::Log,
 };
@@ -26,6 +29,11 @@ async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<Embed
     }
 }
 
+/// Returns whether a running server uses the private PostgreSQL.
+fn is_in_use(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(EmbeddedError::InUse(_)))
+}
+
 /// Calls `work` with the URL of the configured database, or of an embedded one that runs during the call.
 async fn with_database<T>(
     config: &Config,
@@ -39,7 +47,8 @@ async fn with_database<T>(
     result
 }
 
-/// Applies pending migrations. Waits for up to 30 s for a database that is starting.
+/// Applies pending migrations. Retries for up to 30 s while the database cannot be reached, for example because it is
+/// starting.
 async fn apply_migrations(url: &SecretString) -> anyhow::Result<()> {
     let deadline = Instant::now() + Duration::from_secs(30);
     loop {
@@ -63,14 +72,16 @@ pub async fn migrate(config: Config, _log: Log) -> anyhow::Result<()> {
     with_database(&config, apply_migrations).await
 }
 
-/// Checks the settings and dependencies, and prints the findings.
+/// Checks the settings and dependencies, and prints the findings. If `DATABASE_URL` is not set and no server is running,
+/// starts the private PostgreSQL, and creates it if necessary.
 pub async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
     let mut report = Report::default();
     report.ok("settings", "valid");
-    report.addresses(&config).await;
+    let is_running = report.addresses(&config).await;
     report.connections(&config);
     report.mail(&config).await;
     match database(&config).await {
+        Err(error) if is_running && is_in_use(&error) => report.running_server(&config).await,
         Err(error) => report.failure("database", format!("{error:#}")),
         Ok((url, embedded)) => {
             report.dependencies(&config, &url).await;

@@ -281,7 +281,8 @@ impl Default for PasswordCost {
 pub struct ConfigErrors(pub Vec<String>);
 
 impl Config {
-    /// Sets the addresses that the server listens on. They differ from the settings if a port is 0.
+    /// Sets the addresses that the server listens on. They differ from the settings if a port is 0. Updates the public
+    /// URL too if it is the default, `http://` followed by the configured address.
     pub fn listens_on(
         &mut self,
         listen: SocketAddr,

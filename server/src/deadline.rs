@@ -1,17 +1,18 @@
 //! Deadlines that account for pauses of this process.
 //!
 //! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
-//! sockets. Which of the two its tasks see first is random. So if the timer itself fires late, the deadline is extended
-//! by the same amount, but only once, and by at most [`AT_MOST`]. If the response has still not arrived after that, the
-//! other side caused the delay.
+//! sockets. Which of the two its tasks see first is random. So if the timer itself fires late, the wait continues for
+//! as long as the timer was late, but only once, and for at most [`AT_MOST`]. If the response has still not arrived
+//! after that, the other side caused the delay.
 
 use std::{pin::pin, time::Duration};
 
 use tokio::time::{Instant, timeout_at};
 
-/// A deadline is extended if its timer fires at least this late. Timers usually fire up to a millisecond late.
+/// The wait continues after the deadline if the timer fires at least this late. Timers usually fire up to a millisecond
+/// late.
 const PAUSE: Duration = Duration::from_millis(2);
-/// The maximum extension of a deadline.
+/// How long the wait can continue after a timer that was late.
 const AT_MOST: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,7 +55,7 @@ mod tests {
     const LIMIT: Duration = Duration::from_millis(10);
 
     /// The response arrives in time, but passes through two tasks, like a response from Redis. The process is paused
-    /// until the deadline.
+    /// until after the deadline.
     #[tokio::test]
     async fn response_during_a_pause_is_in_time() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,7 +1,7 @@
 //! `--demo`: a tenant with a plan, a key and a service token to try.
 //!
-//! The demo is created only once. Its secrets are stored in the data directory, readable only by the owner, so that
-//! later startups can show them again. The database contains only their hashes.
+//! The demo is created once for each database. Its secrets are stored in the data directory, readable only by the
+//! owner, so that later startups can show them again. The database contains only their hashes.
 
 use std::{
     fs,
@@ -85,7 +85,7 @@ fn read(file: &Path) -> Option<Demo> {
     serde_json::from_slice(&fs::read(file).ok()?).ok()
 }
 
-/// Returns whether the stored demo exists in this database.
+/// Returns whether the stored demo's key exists in this database. `false` if this cannot be determined.
 async fn is_known(state: &AppState, demo: &Demo) -> bool {
     match SecretText::parse(Kind::ApiKey, demo.key.as_bytes()) {
         Some(key) => matches!(

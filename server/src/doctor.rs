@@ -1,8 +1,9 @@
 //! `quota doctor`: checks the settings and dependencies of a server, and prints one line for each finding.
 //!
-//! Does not change anything. An unreachable dependency is a finding too. Every check has a time limit.
+//! Does not change anything, except that the command starts the private PostgreSQL if `DATABASE_URL` is not set and no
+//! server is running, and creates it if necessary. An unreachable dependency is a finding too. Every check has a time limit.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, io};
 
 use secrecy::SecretString;
 use tokio::net::TcpListener;
@@ -10,7 +11,9 @@ use tokio::net::TcpListener;
 use crate::{
     config::{Config, RedisServers, RedisSettings},
     db::{self, Lanes, ServerInfo},
-    file_limit, invalidations,
+    file_limit,
+    health_check::Probe,
+    invalidations,
     mail::Mailer,
     redis::inspect::{self, Node},
 };
@@ -40,8 +43,10 @@ impl Report {
         let _ = writeln!(self.text, "{about}: {line}");
     }
 
-    /// Checks that the server can listen on the configured addresses.
-    pub async fn addresses(&mut self, config: &Config) {
+    /// Checks that the server can listen on the configured addresses, or that a server is already running with them.
+    /// Returns whether a server is running.
+    pub async fn addresses(&mut self, config: &Config) -> bool {
+        let is_running = config.listen.port() > 0 && Probe::Live.check(config.listen).await.is_ok();
         for (name, addr) in [
             ("QUOTA_LISTEN", Some(config.listen)),
             ("QUOTA_METRICS_LISTEN", config.metrics_listen),
@@ -50,8 +55,24 @@ impl Report {
             let Some(addr) = addr else { continue };
             match TcpListener::bind(addr).await {
                 Ok(_) => self.ok(name, format!("{addr} is available")),
+                Err(error) if is_running && error.kind() == io::ErrorKind::AddrInUse => {
+                    self.ok(name, format!("{addr} is in use; a server is running"));
+                }
                 Err(error) => self.failure(name, format!("cannot listen on {addr}: {error}")),
             }
+        }
+        is_running
+    }
+
+    /// Checks the database of the running server through that server, because another process cannot use the private
+    /// PostgreSQL.
+    pub async fn running_server(&mut self, config: &Config) {
+        match Probe::Ready.check(config.listen).await {
+            Ok(()) => self.ok(
+                "database",
+                "the running server uses the private PostgreSQL, and is ready",
+            ),
+            Err(error) => self.failure("database", format!("{error:#}")),
         }
     }
 

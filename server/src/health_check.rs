@@ -24,9 +24,9 @@ const MAX_BODY: usize = 16 << 10;
 pub enum Probe {
     /// Whether the process responds.
     Live,
-    /// Whether the features that need the database work.
+    /// Whether PostgreSQL responds, all migrations have been applied, and the server is not stopping.
     Ready,
-    /// Whether the server serves requests.
+    /// Whether the server serves requests and is not stopping.
     Serving,
 }
 

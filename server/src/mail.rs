@@ -178,7 +178,8 @@ impl Mailer {
     }
 }
 
-/// Returns the text without control characters, which could start another header field.
+/// Replaces control characters, which could start another header field, with spaces, and shortens the text to 200
+/// characters.
 fn one_line(text: &str) -> String {
     let visible = text
         .chars()

@@ -181,8 +181,9 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Reads the header fields. Returns `None` if the request is not plain because a field affects where the request
-    /// ends or how to respond.
+    /// Reads the header fields. Returns `None` if the request is not plain: a field affects where the request ends or
+    /// how to respond, a field that is read is repeated, `Host` is missing, or `Content-Length` or `Connection` has an
+    /// unusual value.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN];
         let (mut length, mut host, mut connection) = (None, None, None);

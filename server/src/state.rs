@@ -338,7 +338,7 @@ impl AppState {
         })))
     }
 
-    /// Drops invalidated entries from all caches of this replica.
+    /// Invalidates the cached copies of what has changed, in all caches of this replica.
     pub fn forget(&self, invalidations: &[Invalidation]) {
         let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);
@@ -351,7 +351,7 @@ impl AppState {
         self.sessions.forget_all();
     }
 
-    /// Drops the cache entries that a change committed by this replica invalidates, and publishes the change to other
+    /// Applies an invalidation, which this replica has committed, to this replica's caches, and publishes it to other
     /// replicas.
     pub fn invalidate(&self, invalidation: &Invalidation) {
         self.recent.announced(invalidation);
@@ -364,7 +364,8 @@ impl AppState {
         count_replicas(&self.db, self.replica_id, &*self.clock, &self.membership).await
     }
 
-    /// Makes readiness checks fail from now on.
+    /// From now on, readiness and serving checks fail, streams of decisions end, and HTTP/1 connections are closed
+    /// after their next response.
     pub fn begin_draining(&self) {
         self.draining.store(true, Ordering::Release);
     }

@@ -194,7 +194,7 @@ pub struct Account {
 }
 
 impl Account {
-    /// Applies an observation, unless a later one has been applied. Returns whether it was applied.
+    /// Applies an observation, unless it or a later one has already been applied. Returns whether it was applied.
     pub fn apply(&mut self, observation: Observation) -> bool {
         if self
             .last

@@ -1,6 +1,6 @@
 //! `quota usage`: a usage report for operators.
 //!
-//! Reads only PostgreSQL, so it works while no server is running.
+//! Needs only PostgreSQL, so it works while no server is running.
 
 use std::fmt::Write as _;
 
@@ -25,7 +25,7 @@ const FORGET_SECONDS: i64 = 60;
 #[derive(Debug)]
 pub enum Forgotten {
     Unknown,
-    /// The replica that owns the directory is running.
+    /// The report is less than a minute old, so the replica that owns the directory may still be running.
     Recent(ShipperReport),
     Removed(ShipperReport),
 }

@@ -7,8 +7,9 @@ use diesel::result::{DatabaseErrorKind, Error as DieselError};
 /// Why a query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
-    /// PostgreSQL is unreachable, shutting down or too slow, or the transaction conflicted with another transaction (a
-    /// lock timeout, a deadlock, a serialization failure). The same request may succeed when it is retried.
+    /// PostgreSQL is unreachable, starting, shutting down or too slow, no connection became available, or the
+    /// transaction conflicted with another transaction (a lock timeout, a deadlock, a serialization failure, a
+    /// partition created at the same time). The same request may succeed when it is retried.
     #[error("PostgreSQL is unavailable")]
     Unavailable(#[source] Box<dyn Error + Send + Sync>),
     /// The change violates a named constraint.
@@ -42,7 +43,8 @@ impl From<DieselError> for DbError {
                     | DatabaseErrorKind::UnableToSendCommand
                     | DatabaseErrorKind::SerializationFailure
             );
-            // Diesel exposes only the message. If `lc_messages` is not English, these errors become `Query`.
+            // Diesel exposes only the message. If `lc_messages` is not English, errors that are recognized by their
+            // message become `Query`.
             if is_transient_kind || TRANSIENT.iter().any(|part| info.message().contains(part)) {
                 return Self::Unavailable(Box::new(error));
             }

@@ -28,12 +28,12 @@ pub enum Lane {
     Requests,
     /// Lookups of API keys and service tokens, which unauthenticated clients can trigger.
     Lookups,
-    /// The quota ledger.
+    /// The quota ledgers of keys and tenants.
     Ledger,
     /// Shipping usage.
     Shipping,
-    /// Work that the health of the whole server depends on: polls for invalidations, counting replicas, readiness
-    /// checks.
+    /// Work that the health of the whole server depends on: polls for invalidations, heartbeats of replicas,
+    /// measurements of PostgreSQL's clock, readiness checks.
     Health,
 }
 
@@ -51,7 +51,8 @@ impl Lanes {
     /// Divides `total` connections among the lanes. `total` must be at least six.
     pub fn divide(total: usize) -> Self {
         let health = if total < 8 { 1 } else { 2 };
-        // If there are enough connections, the ledger gets two, so that returning tokens does not delay taking tokens.
+        // If there are enough connections, the ledgers get at least two, so that returning tokens does not delay taking
+        // tokens.
         let ledger = (total * 3 / 16).max(if total < 8 { 1 } else { 2 });
         // One connection is enough, because batches are written one after another.
         let shipping = 1;

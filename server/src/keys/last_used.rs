@@ -82,8 +82,8 @@ fn note(notes: &Notes, id: Uuid, now: UnixNanos) {
     *at = now.max(*at);
 }
 
-/// Removes and returns all times. The times are sorted by ID, so that replicas that write at the same time cannot
-/// deadlock.
+/// Removes and returns all times. The times are sorted by ID, so that replicas that write at the same time are unlikely
+/// to deadlock.
 fn take(notes: &Notes) -> Vec<(Uuid, UnixNanos)> {
     let mut all = notes
         .iter()

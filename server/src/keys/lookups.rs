@@ -1,13 +1,14 @@
 //! Looks up secrets in PostgreSQL by their hash. Lookups are batched, limited, and fair.
 //!
 //! Anyone can invent keys with a valid checksum, and each of these keys requires a lookup. Therefore, lookups have
-//! their own database connections. One of these connections is reserved for reloading known secrets, which are the
-//! secrets in this replica's cache. Lookups that arrive while all connections are busy share the next statement, so a
-//! few connections are enough for thousands of lookups per second.
+//! their own database connections. Lookups of unknown keys leave at least one of these connections for reloading known
+//! keys, which are the keys in this replica's cache, and for lookups of tokens. Lookups of tokens use at most two
+//! connections, and lookups of unknown tokens at most one. Lookups that arrive while all connections are busy share the
+//! next statement, so a few connections are enough for thousands of lookups per second.
 //!
-//! The number of concurrent lookups of unknown secrets is limited. At the limit, each caller still gets an equal share,
-//! and callers take turns in every batch. Therefore, a flood mostly affects the caller that causes the flood. Lookups
-//! of keys and lookups of service tokens are counted and batched separately.
+//! The number of concurrent lookups of unknown secrets is limited. Beyond the limit, each caller still gets an equal
+//! share, and callers take turns in every batch. Therefore, a flood mostly affects the caller that causes the flood.
+//! Lookups of keys and lookups of service tokens are counted and batched separately.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -34,7 +35,8 @@ use crate::{
 /// The maximum number of lookups per statement.
 const BATCH: usize = 200;
 
-/// The caller to whom a lookup is attributed. Without a tenant and an address, the caller is the server itself.
+/// The caller to whom a lookup is attributed. Without a tenant and an address, the caller is the server itself or a
+/// client without an address, such as on a Unix socket.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct LookupCaller {
     /// The owner of the service token in the request.
@@ -112,12 +114,13 @@ fn slices(hashes: &[Hash]) -> Vec<&[u8]> {
 }
 
 struct Settings {
-    /// The maximum number of lookups of unknown secrets.
+    /// The number of concurrent lookups of unknown secrets beyond which each caller is limited to its share. At most
+    /// twice as many are permitted.
     limit: usize,
     /// How long a lookup waits for its batch to start.
     wait: Duration,
-    /// The maximum number of concurrent batches. All batches but one may contain unknown secrets. If there is only one
-    /// batch, it may also contain unknown secrets.
+    /// The maximum number of concurrent batches. All batches but one may contain unknown secrets. If the maximum is
+    /// one, the batch may contain unknown secrets.
     workers: usize,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
@@ -287,7 +290,8 @@ impl<V: Send + 'static> Batches<V> {
             let own = queue.started.get(&caller).copied().unwrap_or(0);
             let callers = queue.started.len() + usize::from(own == 0);
             let is_within_share = own < (limit / callers).max(1);
-            // For any number of callers, the sum of all shares is at most twice the limit.
+            // The lookups of all callers can exceed the limit: each share is at least one lookup, and earlier callers
+            // may hold more than their current share. Therefore, the total is limited too.
             let is_allowed = queue.started_total < limit
                 || (is_within_share && queue.started_total < limit.saturating_mul(2));
             if !is_allowed {

@@ -1,8 +1,8 @@
 //! The part of a key's record that is the same for many keys: the plan, with its limits, and the tenant's access to paid
 //! plans.
 //!
-//! Keys on the same plan share one [`PlanRecord`], as long as they were loaded with the same values. Keys with a rate of
-//! their own share one with the keys that have the same rate.
+//! Keys on the same plan share one [`PlanRecord`], as long as they were loaded with the same values. Keys with a rate
+//! of their own share one with the keys on the plan that have the same rate.
 
 use std::{
     any::Any,
@@ -26,9 +26,10 @@ pub struct PlanRecord {
     pub id: PlanId,
     pub name: String,
     pub billing: Billing,
-    /// When the tenant's access to paid plans ends. 0 if the tenant has no access.
+    /// When the tenant's access to paid plans ends. 0 if the tenant has no access, and `u64::MAX` if the access does
+    /// not end.
     pub paid_access_until: UnixNanos,
-    /// The limits. Their version is that of any key on the plan.
+    /// The limits. Their version is that of the first key that used this record.
     pub policies: Policies,
     /// The quota that all keys of the tenant share while the tenant may not use paid plans. `None` if there is no such
     /// quota.
@@ -95,7 +96,7 @@ impl PlanRecords {
             return known;
         }
         let new = Arc::new(new);
-        // A record with the same hash is used by keys that were loaded before an edit.
+        // A record that this replaces is no longer shared: only keys that were loaded before an edit use it.
         records.all.insert(hash, Arc::downgrade(&new));
         if records.all.len() > 2 * records.used.max(FEW) {
             records.all.retain(|_, record| record.strong_count() > 0);

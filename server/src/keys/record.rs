@@ -57,7 +57,7 @@ pub enum Rejection {
     Unknown,
     Inactive,
     Expired,
-    /// The key is valid, but its plan is `paid` and its tenant has no active subscription.
+    /// The key is valid, but its plan is `paid` and its tenant has no access to paid plans.
     PaymentRequired,
 }
 
@@ -86,8 +86,9 @@ impl KeyRecord {
         Ok(())
     }
 
-    /// Returns the quota that the key shares with its tenant's other keys. Returns `None` if the tenant may use paid
-    /// plans, which requires billing to be on. Calls `now` only if access to paid plans expires.
+    /// Returns the quota that the key shares with its tenant's other keys. Returns `None` if there is no such quota, or
+    /// if the tenant may use paid plans, which requires billing to be on. Calls `now` only if access to paid plans
+    /// expires.
     #[inline]
     pub fn tenant_quota(
         &self,
@@ -98,8 +99,8 @@ impl KeyRecord {
         (!billing_on || !self.plan.has_paid_access(now)).then_some(quota)
     }
 
-    /// Returns whether to record a use at `now`. Returns `true` at most once for each second, so that busy keys do not
-    /// cause more writes than other keys.
+    /// Returns whether to record a use at `now`. Returns `true` once for each second, so that busy keys do not cause
+    /// more writes than other keys. Concurrent calls may all return `true`.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         #[expect(clippy::cast_possible_truncation, reason = "only equal seconds matter")]
         let second = now.secs() as u32;
@@ -127,7 +128,7 @@ pub struct ServiceRecord {
 }
 
 impl ServiceRecord {
-    /// Returns whether to record a use at `now`. Returns `true` at most once per second.
+    /// Returns whether to record a use at `now`. Returns `true` at most once per second, except to concurrent calls.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         let noted_at = self.noted_at.load(Ordering::Relaxed);
         let is_worth = Nanos(now.0.abs_diff(noted_at)) >= NOTE_EVERY;

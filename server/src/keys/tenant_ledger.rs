@@ -47,8 +47,8 @@ impl TenantLedger {
         Ok(taken)
     }
 
-    /// Takes tokens from existing rows. In a separate transaction, adds missing rows and takes tokens from these rows.
-    /// `asks` must be sorted.
+    /// Takes tokens from existing rows. Adds missing rows in a second transaction, and takes tokens from these rows in
+    /// a third. `asks` must be sorted.
     async fn take_sorted(&self, asks: &[Ask]) -> Vec<Result<tenant_quota::Taken, LedgerError>> {
         let gone = || Arc::new(NoSuchTenant) as LedgerError;
         let mut results: Vec<Result<_, LedgerError>> = match self.take_once(asks).await {

@@ -1,5 +1,5 @@
 //! The error responses of operations. Most of them follow from an operation's path and arguments. Some operations have
-//! additional errors.
+//! additional errors, or describe an error in more detail.
 
 use quota_common::ProblemCode;
 use serde_json::{Value, json};
@@ -20,7 +20,8 @@ const INVALID_OR_MISMATCH: &str = "Validation failed (see `errors`), or the `Ide
 const UNCHECKED: &str =
     "A dependency is unavailable, or usage can't be recorded. Retry after `Retry-After` seconds.";
 
-/// Errors of individual operations, in addition to those that follow from their paths and arguments.
+/// Errors of individual operations, in addition to those that follow from their paths and arguments. An entry replaces
+/// the error with the same status that would follow.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     use ProblemCode as P;
     &[

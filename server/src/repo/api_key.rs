@@ -313,7 +313,8 @@ fn with_facts() -> _ {
 /// Finds the keys whose current or previous secret has one of these hashes. Searches all tenants, and includes inactive
 /// keys. The order of the results is unspecified.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
-    // Select the number of the newest invalidation in the same statement, so that both come from the same snapshot.
+    // Select the number of the newest invalidation in the same statement, so that the number and the data come from the
+    // same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
     let rows = with_facts()

@@ -242,7 +242,7 @@ pub struct Shown {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Applied {
-    /// A later read has already been applied, so this read was ignored.
+    /// The read was ignored, because a later one has already been applied or the account no longer exists.
     Outdated,
     /// Access to paid plans has not changed.
     Same,
@@ -250,7 +250,8 @@ pub enum Applied {
     PaidAccess,
 }
 
-/// The columns of an account that a read can change.
+/// An account before a read: the number of the last applied read, whether and until when the tenant had access to paid
+/// plans, and the access.
 type Before = (i64, bool, Option<DateTime<Utc>>, String);
 
 /// Applies a read, unless a later one has already been applied. Also returns the previous access if the change belongs

@@ -48,9 +48,9 @@ pub struct DueEvent {
     pub attempts: i32,
 }
 
-/// Returns events that are due, oldest first, and counts an attempt for each. The next attempt is due after a delay
-/// that doubles each time, from 4 seconds to an hour, minus a random part of up to half. Until then, no other replica
-/// processes the event; if this process exits, the event is retried.
+/// Returns up to `limit` events, those that have been due the longest, in no particular order. Counts an attempt for
+/// each. The next attempt is due after a delay that doubles each time, from 4 seconds to an hour, minus a random part
+/// of up to half. Until then, no other replica processes the event; if this process exits, the event is retried.
 pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbError> {
     let claimed = sql_query(
         "UPDATE billing_events SET attempts = attempts + 1, \

@@ -26,7 +26,8 @@ pub struct Counts {
     /// The end of the current calendar month (UTC).
     #[diesel(sql_type = Timestamptz)]
     pub month_end: DateTime<Utc>,
-    /// The cost of requests allowed in the current month. Requests are included after about a second.
+    /// The cost of requests allowed in the current month. Requests are included after about a second. 0 without
+    /// metering.
     #[diesel(sql_type = BigInt)]
     pub counted: i64,
     /// The tokens that replicas have taken from the tenant's monthly quota, spent or not. `None` if no tokens have been

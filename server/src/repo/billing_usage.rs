@@ -24,7 +24,8 @@ pub struct OpenHour {
     #[diesel(sql_type = Timestamptz)]
     pub until: DateTime<Utc>,
     /// Whether the tenant's subscriptions were read after `until`. If so, all boundaries of billing periods before
-    /// `until` are known. Also true if the tenant has no subscriptions to read.
+    /// `until` are known. Also true if the tenant has no customer in Stripe, or if its subscriptions have never been
+    /// read.
     #[diesel(sql_type = Bool)]
     pub is_read: bool,
 }
@@ -134,7 +135,8 @@ pub async fn allow_scan(tx: &mut SystemTx) -> Result<(), DbError> {
     Ok(())
 }
 
-/// Returns the tenant's subscriptions, oldest first.
+/// Returns the tenant's subscriptions, oldest first. Omits subscriptions whose first payment never succeeded
+/// (`incomplete_expired`).
 pub async fn subscriptions(tx: &mut SystemTx, tenant: TenantId) -> Result<Vec<ChargedBy>, DbError> {
     let subscriptions = sql_query(
         "SELECT id, is_metered, started_at, ended_at, period_start, period_end FROM billing_subscriptions \
@@ -206,7 +208,8 @@ pub struct NewReport<'a> {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unbilled {
-    /// The tenant had no subscription at that time.
+    /// The tenant had no subscription at that time, or its subscription belonged to an account that has been
+    /// [replaced](super::stripe_account::switch).
     NoSubscription,
     /// The subscription has no price for usage.
     NotMetered,
@@ -339,7 +342,8 @@ pub struct DueReport {
 
 /// Returns the tenant's next due report, and counts an attempt. The next attempt is due after a delay that doubles each
 /// time, from 4 seconds to an hour, minus a random part of up to half. So the report is sent again if the response is
-/// lost or this process exits. Returns `None` if no report is due, or if another replica has taken over from `owner`.
+/// lost or this process exits. Returns `None` if no report is due, if the tenant has no customer, or if another replica
+/// has taken over from `owner`.
 pub async fn begin_attempt(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -372,7 +376,8 @@ pub async fn begin_attempt(
     Ok(due)
 }
 
-/// Makes the next attempt count as the first one, because Stripe no longer recognizes the report's identifier.
+/// Makes the current attempt count as the first one, because Stripe no longer recognizes the identifier from earlier
+/// attempts.
 pub async fn restart_attempts(
     tx: &mut SystemTx,
     tenant: TenantId,

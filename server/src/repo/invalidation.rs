@@ -137,7 +137,7 @@ fn invalidation((seq, tenant, name, id, at): Row) -> Invalidation {
 /// The maximum number of rows per read.
 pub const BATCH: u16 = 10_000;
 
-/// Returns the newest rows, in ascending order. Rows are deleted after a day.
+/// Returns up to [`BATCH`] of the newest rows, in ascending order. Rows are deleted after a day.
 pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     let rows = revocations::table
         .order(revocations::seq.desc())
@@ -207,7 +207,9 @@ struct SearchedRow {
     is_old: bool,
 }
 
-/// Returns the API keys that were deleted at least `age` ago, from the rows after number `seq`.
+/// Returns the API keys that no longer exist, from the rows after number `seq` that are at least `age` old. If a key
+/// was edited before it was deleted, the row of the edit may return it earlier, and the row of the deletion returns it
+/// again.
 pub async fn deleted_keys(
     tx: &mut SystemTx,
     seq: i64,

@@ -92,8 +92,9 @@ impl Lateness {
 
 /// Returns these keys' quota windows in which at least `percent` is used, unless an alert already says that the quota
 /// is used up. Considers current windows, windows that ended in the last 15 minutes, and windows in which the usage
-/// being checked occurred. Omits windows of the last kind if the key or its plan has been edited since, because their
-/// quota is unknown. Calculates the quota of a shortened window like [`quota_usage::take`](super::quota_usage::take).
+/// being checked occurred. Omits windows of the last kind if the key or its plan has been edited since they ended,
+/// because their quota is unknown. Calculates the quota of a shortened window like
+/// [`quota_usage::take`](super::quota_usage::take).
 pub async fn of_keys(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -160,8 +161,8 @@ pub struct TenantQuota {
     pub is_lifted_by_access: bool,
 }
 
-/// Returns the tenant's quota if at least `percent` of it is taken. Unlike the quota's ledger, the rollups also contain
-/// requests from times at which the quota did not apply.
+/// Returns the windows of the tenant's quota in which at least `percent` is taken, unless the tenant is exempt. Unlike
+/// the quota's ledger, the rollups also contain requests from times at which the quota did not apply.
 pub async fn of_tenant(
     tx: &mut SystemTx,
     tenant: TenantId,

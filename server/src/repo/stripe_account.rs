@@ -82,7 +82,7 @@ pub async fn customers(tx: &mut SystemTx, limit: i64) -> Result<Vec<String>, DbE
 pub struct EndedAccess {
     pub tenant_id: Uuid,
     pub before: Shown,
-    /// Whether keys on the tenant's paid plans worked.
+    /// Whether the tenant had access to paid plans, even if that access had already ended.
     pub had_paid_access: bool,
 }
 

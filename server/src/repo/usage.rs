@@ -5,7 +5,7 @@
 //! rank groups over a long range, it reads the daily rollup for whole UTC days and the 15-minute rollup for the rest of
 //! the range.
 //!
-//! All SQL text is constant. Values from callers are always bound as parameters.
+//! All SQL is assembled from constant parts. Values from callers are always bound as parameters.
 
 use std::fmt::Write as _;
 
@@ -143,7 +143,7 @@ impl Filter {
         };
         let _ = match (&self.endpoint, group) {
             (Some(_), _) => write!(sql, " AND u.endpoint = $4"),
-            // The join with the list of endpoints handles this case.
+            // The caller selects the endpoints, by a join with the list of endpoints or by their names.
             (None, Some(GroupBy::Endpoint)) => Ok(()),
             (None, _) => write!(sql, " AND u.endpoint = {ALL_ENDPOINTS}"),
         };
@@ -264,8 +264,8 @@ macro_rules! bind_series {
     }};
 }
 
-/// Counts requests by bucket and, if `groups` is set, also by group. `starts` contains the start of each bucket in
-/// ascending order; the last bucket ends at `to`. Omits buckets without requests.
+/// Counts requests by bucket and, if `groups` is set, also by these groups. `starts` contains the start of each bucket
+/// in ascending order; the last bucket ends at `to`. Omits buckets without requests.
 pub async fn series(
     tx: &mut TenantTx,
     filter: &Filter,

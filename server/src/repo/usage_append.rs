@@ -28,8 +28,8 @@ use crate::db::{DbError, SystemTx};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Appended {
     pub rows: u64,
-    /// The number of records whose key has too many endpoints. Rollups combine these endpoints; the log keeps their
-    /// names.
+    /// The number of records whose endpoint does not fit in the list of their key's endpoints. Rollups combine these
+    /// endpoints; the log keeps their names.
     pub folded: u64,
 }
 
@@ -142,7 +142,7 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
 }
 
 /// Assigns each record the next position in its tenant's log. Returns, for each tenant, the difference between a
-/// record's position and its place in the batch, starting at 1.
+/// record's position and its place in the batch, counted from 1.
 async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
     let taken = diesel::sql_query(TAKE_NUMBERS)
         .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))
@@ -161,8 +161,8 @@ async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>,
     Ok(numbers.collect())
 }
 
-/// Updates the lists of endpoints. Returns the endpoints that do not get their own rollups because the key or the
-/// tenant has too many.
+/// Updates the lists of endpoints. Returns the endpoints that do not get their own rollups, because the key or the
+/// tenant has too many, or because no key in the batch lists the endpoint.
 async fn add_endpoints(
     tx: &mut SystemTx,
     batch: &UsageBatch,

@@ -78,7 +78,7 @@ impl GroupKey {
 #[derive(Debug)]
 pub(super) struct Charged {
     pub tenant: Uuid,
-    /// The start of the interval, in seconds since the Unix epoch.
+    /// The start of the hour, in seconds since the Unix epoch.
     pub start: i64,
     pub cost: i64,
 }

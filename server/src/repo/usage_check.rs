@@ -19,7 +19,8 @@ const CHECK_LOCK: i64 = 7_226_424;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Differences {
-    /// The difference in requests between the log and the rollups, summed over all levels and tenants.
+    /// The highest minus the lowest number of requests among the log and the levels of the rollups, summed over all
+    /// tenants.
     pub log_and_rollups: i64,
     /// The cost that is in the ledger but was not recorded.
     pub ledger_excess: i64,
@@ -49,7 +50,7 @@ struct Excess {
 }
 
 /// Compares the log with every level of the rollups: the tenant's daily and 15-minute totals, keys, endpoints, plans,
-/// and endpoints of keys.
+/// endpoints of keys, and endpoints of plans.
 const LOG_AND_ROLLUPS: &str = r#"
 WITH day AS (SELECT $1::timestamp AT TIME ZONE 'UTC' AS start, ($1 + 1)::timestamp AT TIME ZONE 'UTC' AS until),
 levels AS (

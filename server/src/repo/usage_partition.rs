@@ -1,6 +1,7 @@
-//! Creates partitions of the usage tables in advance, and drops them after the retention period.
+//! Creates partitions of the usage tables in advance, drops them after the retention period, and deletes old rows that
+//! have no partition.
 //!
-//! Database functions do both, because only the tables' owner has the necessary rights; see the migration. Rows for a
+//! Database functions do this, because only the tables' owner has the necessary rights; see the migration. Rows for a
 //! day without a partition are in the default partition until a partition for that day is created.
 
 use std::time::Duration;
@@ -98,9 +99,9 @@ pub async fn delete_unpartitioned(
     Ok(deleted.number >= DELETED_ROWS)
 }
 
-/// Deletes cursors of segments whose records are too old to be accepted, and reports of replicas that have been silent
-/// for as long. `days` is the retention period of the log. The segments remain rejected even if the retention period is
-/// extended later.
+/// Deletes cursors that have not moved for two days and belong to segments whose records are too old to be accepted,
+/// and reports of replicas that have been silent for as long as that age. `days` is the retention period of the log.
+/// The segments remain rejected even if the retention period is extended later.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {
     diesel::sql_query(
         "WITH deleted AS ( \

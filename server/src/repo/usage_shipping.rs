@@ -112,7 +112,7 @@ pub async fn report(
     Ok(())
 }
 
-/// Deletes the report on a directory that no longer exists.
+/// Deletes the report on a directory that no longer exists or has been lost.
 pub async fn remove_report(tx: &mut SystemTx, directory: Uuid) -> Result<(), DbError> {
     diesel::sql_query("DELETE FROM usage_shippers WHERE directory_id = $1")
         .bind::<SqlUuid, _>(directory)

@@ -264,13 +264,13 @@ pub struct DueDelivery {
 #[derive(Debug, Clone, Copy)]
 pub struct Claim<'a> {
     pub limit: i64,
-    /// The maximum number of concurrent attempts per tenant.
+    /// The maximum number of this replica's concurrent attempts per tenant.
     pub per_tenant: i64,
-    /// The maximum number of concurrent attempts per webhook.
+    /// The maximum number of this replica's concurrent attempts per webhook.
     pub per_webhook: i64,
-    /// The tenant of each attempt in progress.
+    /// The tenant of each of this replica's attempts in progress.
     pub running_tenants: &'a [Uuid],
-    /// The webhook of each attempt in progress.
+    /// The webhook of each of this replica's attempts in progress.
     pub running_webhooks: &'a [Uuid],
     /// Tenants take turns, starting with the tenant after this one.
     pub after_tenant: Uuid,
@@ -283,7 +283,8 @@ pub struct Claim<'a> {
 const CONSIDERED: i64 = 256;
 
 /// Returns deliveries that are due, and counts an attempt for each. The next attempt is due after `lease_seconds`.
-/// Until then, no other replica sends the delivery; if this process exits, the delivery is retried.
+/// Until then, no other replica sends the delivery; if this process exits, the delivery is retried. Due deliveries that
+/// have already had `attempts_max` attempts are not returned, but marked as failed.
 ///
 /// The cost grows with the number of tenants that have pending deliveries, and with the number of these tenants'
 /// webhooks, each of which takes one index probe. The cost does not grow with the number of deliveries.

@@ -1,6 +1,12 @@
 //! Tests that `quota doctor` reports what works and what does not, and never prints a password.
 
-use std::{fs, net::SocketAddr, path::Path, process::Command, sync::Arc};
+use std::{
+    fs,
+    net::{SocketAddr, TcpListener},
+    path::Path,
+    process::Command,
+    sync::Arc,
+};
 
 use quota_server::db;
 use quota_testkit::{
@@ -10,7 +16,11 @@ use quota_testkit::{
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use secrecy::SecretString;
 
-use crate::support::{app::TestApp, postgres::TestDatabase};
+use crate::support::{
+    app::TestApp,
+    postgres::TestDatabase,
+    quota::{Quota, data_dir},
+};
 
 struct Output {
     text: String,
@@ -42,15 +52,23 @@ async fn database() -> TestDatabase {
 }
 
 async fn doctor(database: &TestDatabase, settings: &[(&str, &str)]) -> Output {
+    let mut all = vec![
+        ("DATABASE_URL", database.url()),
+        ("QUOTA_LISTEN", "127.0.0.1:0"),
+        ("QUOTA_METRICS_LISTEN", "off"),
+        // Connecting may be slow while other tests run.
+        ("QUOTA_REDIS_CONNECT_TIMEOUT", "5s"),
+    ];
+    all.extend(settings);
+    run(&all).await
+}
+
+/// Runs `quota doctor` with only these settings.
+async fn run(settings: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
     command
         .arg("doctor")
         .env_clear()
-        .env("DATABASE_URL", database.url())
-        .env("QUOTA_LISTEN", "127.0.0.1:0")
-        .env("QUOTA_METRICS_LISTEN", "off")
-        // Connecting may be slow while other tests run.
-        .env("QUOTA_REDIS_CONNECT_TIMEOUT", "5s")
         .envs(settings.iter().copied());
     let output = tokio::task::spawn(async move { command.output() })
         .await
@@ -211,6 +229,49 @@ async fn nodes_of_a_cluster_are_checked() {
     doctor(&database, &[("REDIS_URL", &cluster.url())])
         .await
         .says(&format!("warning: {}", cluster.nodes[1].addr()))
+        .succeeds();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn addresses_may_be_in_use_only_by_a_running_server() {
+    let database = database().await;
+    let other = TcpListener::bind("127.0.0.1:0").expect("a free port");
+    let addr = other.local_addr().expect("an address").to_string();
+    doctor(&database, &[("QUOTA_LISTEN", &addr)])
+        .await
+        .says(&format!("QUOTA_LISTEN: cannot listen on {addr}: "))
+        .fails();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn running_server_with_a_private_postgres_passes() {
+    let dir = data_dir();
+    let path = dir.path().display().to_string();
+    let server = Quota::start(dir.path());
+    let (addr, metrics) = (server.addr.to_string(), server.metrics_addr.to_string());
+    // The path is where `initdb` and `postgres` are found.
+    let programs = std::env::var("PATH").unwrap_or_default();
+    let settings = [
+        ("PATH", programs.as_str()),
+        ("QUOTA_DATA_DIR", &path),
+        ("QUOTA_LISTEN", &addr),
+        ("QUOTA_METRICS_LISTEN", &metrics),
+    ];
+    let output = run(&settings).await;
+    output
+        .says(&format!(
+            "QUOTA_LISTEN: {addr} is in use; a server is running\n"
+        ))
+        .says(&format!(
+            "QUOTA_METRICS_LISTEN: {metrics} is in use; a server is running\n"
+        ))
+        .says("database: the running server uses the private PostgreSQL, and is ready\n")
+        .succeeds();
+    server.stop();
+    run(&settings)
+        .await
+        .says(&format!("QUOTA_LISTEN: {addr} is available\n"))
+        .says("database: PostgreSQL ")
         .succeeds();
 }
 

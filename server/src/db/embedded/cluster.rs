@@ -57,12 +57,15 @@ pub(super) struct Cluster {
     pub(super) place: Place,
     pub(super) socket_dir: PathBuf,
     pub(super) log: PathBuf,
-    /// Locked until PostgreSQL has exited, so that the next server does not find PostgreSQL still shutting down.
+    /// Locked until PostgreSQL has exited, so that the next server does not find PostgreSQL still shutting down. If
+    /// this process is killed, the lock is released earlier, and the next server waits for the
+    /// [orphan](Self::stop_orphan).
     pub(super) _lock: File,
 }
 
 impl Cluster {
-    /// Starts PostgreSQL, which then takes a while to become [`ready`](Self::ready).
+    /// Stops an [orphan](Self::stop_orphan), and starts PostgreSQL, which then takes a while to become
+    /// [`ready`](Self::ready).
     pub(super) async fn launch(&self) -> Result<Guarded, EmbeddedError> {
         self.stop_orphan().await?;
         let log = OpenOptions::new()
@@ -242,7 +245,7 @@ pub(super) fn rotate(log: &Path) -> Result<(), EmbeddedError> {
     Ok(())
 }
 
-/// Returns the last lines of the part of the log after `begin`.
+/// Returns the last lines of the part of the log after `begin`, of which only the first MiB is read.
 fn tail(log: &Path, begin: u64) -> String {
     const LINES: usize = 10;
     let mut text = Vec::new();
@@ -275,7 +278,7 @@ fn running_in(dir: &Path) -> Vec<i32> {
 }
 
 /// Signals the cluster's postmaster, and waits until all of the cluster's processes have exited. Returns `false` if any
-/// are still running. Sessions notice on their own that their postmaster has exited.
+/// are still running after `limit`. Sessions notice on their own that their postmaster has exited.
 async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     let mut signalled = None;

@@ -153,7 +153,7 @@ async fn sources_take_turns() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn look_up_that_waits_too_long_for_a_batch_fails() {
+async fn lookup_that_waits_too_long_for_a_batch_fails() {
     let it = fixture(1000, 1);
     let begun = it.find(0, Some(from(1)));
     tokio::task::yield_now().await;

@@ -24,8 +24,8 @@ use crate::{
 
 const TENANT: Uuid = Uuid::from_u128(1);
 
-/// A store that pauses while it creates the handle of one key. At that point, the key's record has been built but is
-/// not cached.
+/// A store that pauses while it creates the handle of one key. At that point, the key's data has been read, but its
+/// record is not cached.
 #[derive(Debug)]
 struct PausingStore {
     inner: Arc<LocalStore>,
