@@ -18,7 +18,7 @@ use std::{
     },
 };
 
-use memmap2::{MmapOptions, MmapRaw};
+use memmap2::{Advice, MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use uuid::Uuid;
 
@@ -127,6 +127,12 @@ impl Segment {
             }
             // The pages are loaded now, so that the first writes do not wait for page faults.
             let map = MmapOptions::new().populate().map_raw(&file)?;
+            if !durable {
+                // The first write to each page would still have to mark the page as changed. The kernel later writes
+                // changed pages to disk, so in a durable file, this would delay the first responses. Linux before 5.14
+                // cannot do this.
+                let _ = map.advise(Advice::PopulateWrite);
+            }
             Ok((file, map))
         })();
         match created {
