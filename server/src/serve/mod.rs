@@ -295,6 +295,14 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         let stream = match &self.direct {
             None => Some(stream),
             Some(endpoint) => {
+                // A connection on which nothing has arrived does not need the future and the buffer of the service.
+                let waited = {
+                    let readable = pin!(stream.readable());
+                    self.supervise(&connection, readable, |_| {}).await
+                };
+                if log_end(waited, metrics).is_none() {
+                    return;
+                }
                 let direct = DirectService {
                     endpoint,
                     peer: peer.ip(),

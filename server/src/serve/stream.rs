@@ -2,6 +2,7 @@
 //! HTTP/2 frames are transferred.
 
 use std::{
+    future::poll_fn,
     io,
     pin::Pin,
     sync::Arc,
@@ -87,6 +88,18 @@ impl WatchedStream {
             Poll::Ready(Err(_)) => true,
             Poll::Pending => false,
         }
+    }
+
+    /// Waits until something can be read, or until the connection is asked to shut down.
+    pub(super) async fn readable(&self) -> io::Result<()> {
+        poll_fn(|context| {
+            if self.connection.shutdown() == Shutdown::None {
+                self.stream.poll_read_ready(context)
+            } else {
+                Poll::Ready(Ok(()))
+            }
+        })
+        .await
     }
 
     fn has_read(&mut self, mut bytes: &[u8]) {
