@@ -1,4 +1,5 @@
-//! The memory of a cached key: the growth of the server's resident memory while every key is used once.
+//! The memory of a cached key: the growth of the server's resident memory while every key is used once. The files of
+//! usage records, which the server maps, do not count.
 //!
 //! Four servers run one after another: with and without Redis, each with keys on a plan with and without quotas. The
 //! keys are inserted into the database directly, because creating them over HTTP would take longer.
@@ -35,7 +36,8 @@ use crate::{
 const CONNECTIONS: usize = 64;
 /// The number of keys per statement.
 const BATCH: usize = 10_000;
-/// The number of keys that are used before the first measurement, so that it includes what the server allocates once.
+/// The number of keys that are used before the first measurement. They are used for as many requests as the other keys,
+/// so that the measurement includes what the server allocates for requests and their usage.
 const WARM_UP: usize = 2_000;
 /// How often to send a request that is not allowed, and the pause before each repetition.
 const ATTEMPTS: u32 = 20;
@@ -107,15 +109,15 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         }
         println!();
         println!(
-            "The growth of the server's resident memory while {keys} keys on the same plan are used once each, over \
-             {CONNECTIONS} connections, and {} s afterward.",
+            "The growth of the server's resident memory, without mapped files, while {keys} keys on the same plan are \
+             used once each, over {CONNECTIONS} connections, and {} s afterward.",
             SETTLES.as_secs()
         );
         Ok(ExitCode::SUCCESS)
     })
 }
 
-/// Returns the resident memory before and after the keys are used.
+/// Returns the resident memory, without mapped files, before and after the keys are used.
 async fn measure(options: &Options, case: Case, keys: usize) -> Result<(u64, u64)> {
     let postgres = Postgres::start(&options.programs).await?;
     let redis = if case.has_redis {
@@ -142,12 +144,14 @@ async fn measure(options: &Options, case: Case, keys: usize) -> Result<(u64, u64
     let secrets = insert(&client, &plan, keys + WARM_UP).await?;
     let (warm_up, measured) = secrets.split_at(WARM_UP);
     let pid = server.pid()?;
-    use_each(server.addr, warm_up).await?;
+    for _ in 0..keys.div_ceil(WARM_UP) {
+        use_each(server.addr, warm_up).await?;
+    }
     sleep(SETTLES).await;
-    let before = resident(pid)?;
+    let before = anonymous(pid)?;
     use_each(server.addr, measured).await?;
     sleep(SETTLES).await;
-    Ok((before, resident(pid)?))
+    Ok((before, anonymous(pid)?))
 }
 
 /// Inserts keys on the plan, and returns their secrets.
@@ -226,9 +230,19 @@ async fn send(stream: &mut TcpStream, bytes: &mut [u8], secret: &str) -> Result<
 
 /// Returns a process's resident memory in bytes.
 pub(crate) fn resident(pid: Pid) -> Result<u64> {
+    status(pid, "VmRSS:")
+}
+
+/// Returns a process's resident memory in bytes, without its program and the files that it maps.
+fn anonymous(pid: Pid) -> Result<u64> {
+    status(pid, "RssAnon:")
+}
+
+/// Returns an amount of memory from the status that the kernel reports.
+fn status(pid: Pid, name: &str) -> Result<u64> {
     let path = Path::new("/proc").join(pid.to_string()).join("status");
     let status = fs::read_to_string(path)?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let line = status.lines().find_map(|line| line.strip_prefix(name));
     let kib: u64 = line
         .context("the process has no memory")?
         .trim()
