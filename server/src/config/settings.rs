@@ -228,7 +228,7 @@ settings! {
 
     /// Whether to respond to simple check requests directly, without the general HTTP server: on or off. Direct
     /// responses are identical to others, but take less CPU time.
-    direct_responses: "QUOTA_DIRECT_RESPONSES", "off", "MODE";
+    direct_responses: "QUOTA_DIRECT_RESPONSES", "on", "MODE";
 
     /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When the
     /// maximum is reached, connections that have not sent a request are closed first, then idle connections, and then

@@ -141,7 +141,7 @@ metrics! {
     password_queue_full: Counter, "password_queue_full",
         "Requests that got 503 because too many passwords were being hashed";
     direct_responses: Counter, "direct_responses",
-        "Responses written without the general HTTP server (`QUOTA_DIRECT_RESPONSES=on`)";
+        "Responses written without the general HTTP server (see `QUOTA_DIRECT_RESPONSES`)";
     requests_in_flight: Gauge, "requests_in_flight", "Requests in flight";
     panics: Counter, "panics", "Handlers that panicked";
     log_lines_dropped: Counter, "log_lines_dropped",

@@ -160,9 +160,10 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let cores = Cores::pick();
     let hyper = Server::bare("hyper", cores)?;
     let poem = Server::bare("poem", cores)?;
-    let logging = Server::quota(quota, "info", cores, &[])?;
-    let silent = Server::quota(quota, "info,quota_server::access=off", cores, &[])?;
-    let mut settings = vec![("QUOTA_DIRECT_RESPONSES", "on".to_owned())];
+    let mut settings = vec![("QUOTA_DIRECT_RESPONSES", "off".to_owned())];
+    let logging = Server::quota(quota, "info", cores, &settings)?;
+    let silent = Server::quota(quota, "info,quota_server::access=off", cores, &settings)?;
+    settings.clear();
     let memory = Server::quota(quota, "info", cores, &settings)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -181,7 +182,10 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     };
     // The plain poem server comes first, because the others are compared with it.
     let mut cases = vec![bare("bare poem", &poem), bare("bare hyper", &hyper)];
-    for (server, prefix) in [(&logging, ""), (&silent, "without access log: ")] {
+    for (server, prefix) in [
+        (&logging, "not direct: "),
+        (&silent, "not direct, without access log: "),
+    ] {
         cases.extend(Call::Echo.cases(server, &credentials(server)?, prefix)?);
     }
     for (server, prefix) in [(&memory, "direct, memory: "), (&redis, "direct, Redis: ")] {

@@ -92,10 +92,10 @@ pub(crate) fn run(
     let mut missing = Vec::new();
     let mut contenders = vec![bare(cores)?];
     for (name, is_shared, is_direct) in [
-        ("Quota, memory", false, false),
-        ("Quota, memory, direct responses", false, true),
-        ("Quota, Redis", true, false),
-        ("Quota, Redis, direct responses", true, true),
+        ("Quota, memory", false, true),
+        ("Quota, memory, without direct responses", false, false),
+        ("Quota, Redis", true, true),
+        ("Quota, Redis, without direct responses", true, false),
     ] {
         if options.includes(name) {
             let redis = redis(runtime, is_shared)?;
@@ -203,8 +203,8 @@ fn quota(
         // Otherwise, a slow response on a busy machine would count as an outage of Redis.
         settings.push(("QUOTA_REDIS_TIMEOUT", "250ms".to_owned()));
     }
-    if is_direct {
-        settings.push(("QUOTA_DIRECT_RESPONSES", "on".to_owned()));
+    if !is_direct {
+        settings.push(("QUOTA_DIRECT_RESPONSES", "off".to_owned()));
     }
     let server = Server::quota(binary, "info", cores, &settings)?;
     let (ample, scant) = quota_keys(server.addr)?;
