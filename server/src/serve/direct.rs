@@ -197,6 +197,9 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         let mut in_flight = None;
         let mut has_waited = !is_whole;
         let mut answered = 0;
+        // The response to a request that follows another one. Kept apart from the finished responses in `output`, so
+        // that these can be sent while this one waits.
+        let mut later = Vec::new();
         let next = loop {
             if answered == bytes.len() {
                 break Next::Incomplete;
@@ -223,13 +226,26 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             let marks = &self.connection.marks;
             let marks = (!marks.is_authenticated()).then_some(marks);
             {
+                let (finished, response) = if output.is_empty() {
+                    (None, &mut *output)
+                } else {
+                    (Some(&mut *output), &mut later)
+                };
                 // Pinned here, because it is large: moving it would cost more than most of what it does.
-                let answering = pin!(
+                let mut answering = pin!(
                     self.endpoint
-                        .answer(route, &request, self.peer, marks, output)
+                        .answer(route, &request, self.peer, marks, response)
                 );
-                has_waited |= while_open(stream, answering).await?;
+                let at_once = poll_fn(|context| Poll::Ready(answering.as_mut().poll(context)));
+                if at_once.await.is_pending() {
+                    has_waited = true;
+                    if let Some(finished) = finished {
+                        send(stream, finished).await?;
+                    }
+                    while_open(stream, answering).await?;
+                }
             }
+            output.append(&mut later);
             answered += length;
             if output.len() >= OUTPUT_MAX {
                 send(stream, output).await?;
@@ -251,21 +267,17 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
     }
 }
 
-/// Waits for a response, unless the client closes the connection. Returns whether the response was not ready at once.
+/// Waits for a response, unless the client closes the connection.
 async fn while_open(
     stream: &WatchedStream,
     mut answering: Pin<&mut impl Future<Output = ()>>,
-) -> io::Result<bool> {
-    let mut has_waited = false;
+) -> io::Result<()> {
     poll_fn(|context| match answering.as_mut().poll(context) {
-        Poll::Ready(()) => Poll::Ready(Ok(has_waited)),
+        Poll::Ready(()) => Poll::Ready(Ok(())),
         Poll::Pending if stream.is_closed(context) => {
             Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()))
         }
-        Poll::Pending => {
-            has_waited = true;
-            Poll::Pending
-        }
+        Poll::Pending => Poll::Pending,
     })
     .await
 }

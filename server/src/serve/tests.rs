@@ -124,6 +124,7 @@ both_ways!(
     client_that_reads_slowly_gets_its_whole_response,
     slow_request_after_a_pipelined_one_closes_the_connection,
     half_closed_connection_gets_its_responses_and_is_closed,
+    response_does_not_wait_for_the_next_request,
     idle_connection_does_not_delay_a_stop,
     request_of_a_client_that_leaves_is_canceled,
     request_in_flight_is_answered_when_the_server_stops,
@@ -185,6 +186,28 @@ async fn ask(stream: &mut TcpStream) {
             0,
             "the connection ended"
         );
+    }
+}
+
+/// The second of two pipelined requests never gets a response.
+async fn response_does_not_wait_for_the_next_request(way: Way) {
+    for half_closes in [false, true] {
+        let mut stream = connect_by(way).await;
+        stream
+            .write_all(
+                b"GET / HTTP/1.1\r\nHost: q\r\n\r\nGET /never HTTP/1.1\r\nHost: q\r\n\r\n",
+            )
+            .await
+            .unwrap();
+        if half_closes {
+            stream.shutdown().await.unwrap();
+        }
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"here") {
+            let read = timeout(Duration::from_secs(5), stream.read_buf(&mut answer)).await;
+            let length = read.expect("the first response is sent at once").unwrap();
+            assert_ne!(length, 0, "half-closed: {half_closes}");
+        }
     }
 }
 
