@@ -210,26 +210,31 @@ impl<'a> Production<'a> {
     pub async fn test(self, upgrade: &Upgrade, all: bool, backup: bool) -> Result<()> {
         let client = self.client().await?;
         let account = Account::register(&client, &self.base()).await?;
+        let target = self.target(&client, &account).await?;
         if all {
-            let tested = self.all(&client, &account, upgrade).await;
+            let tested = self.all(&client, &account, &target, upgrade).await;
             self.logs_of(tested)?;
         }
         if backup {
-            let target = self.target(&client, &account).await?;
             self.restored_from_backup(&account, target).await?;
         }
         Ok(())
     }
 
-    async fn all(&self, client: &Client, account: &Account, upgrade: &Upgrade) -> Result<()> {
+    async fn all(
+        &self,
+        client: &Client,
+        account: &Account,
+        target: &Target,
+        upgrade: &Upgrade,
+    ) -> Result<()> {
         self.until_healthy("quota", 2).await?;
         self.is_confined()?;
         self.routes(client).await?;
         self.is_exact(client, account).await?;
-        let target = self.target(client, account).await?;
-        self.upgraded(upgrade, &target).await?;
-        self.killed(&target).await?;
-        self.scaled(&target).await
+        self.upgraded(upgrade, target).await?;
+        self.killed(target).await?;
+        self.scaled(target).await
     }
 
     async fn target(&self, client: &Client, account: &Account) -> Result<Target> {
