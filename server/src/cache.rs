@@ -396,6 +396,12 @@ where
         self.empty_these(|key, entry| entry.value.as_ref().is_some_and(|row| gone(key, row)));
     }
 
+    /// Removes all entries, including those of rows that do not exist, and invalidates all loads in progress.
+    pub fn forget_all(&self) {
+        self.forget(|_, _| true);
+        self.inner.absent.clear();
+    }
+
     /// Frees the rows that have changed and were not loaded again.
     pub fn sweep(&self) {
         let freshness = &self.inner.freshness;

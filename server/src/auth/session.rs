@@ -324,7 +324,7 @@ impl Sessions {
 
     /// Removes all sessions from the cache.
     pub fn forget_all(&self) {
-        self.live.forget(|_, _| true);
+        self.live.forget_all();
     }
 
     /// Removes invalidated sessions from the cache.

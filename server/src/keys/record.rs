@@ -311,10 +311,10 @@ impl KeyStore {
         self.keys.sweep();
     }
 
-    /// Removes all records.
+    /// Removes all records, and forgets which secrets are unknown.
     pub fn forget_all(&self) {
-        self.keys.forget(|_, _| true);
-        self.tokens.forget(|_, _| true);
+        self.keys.forget_all();
+        self.tokens.forget_all();
     }
 
     /// Removes a secret from the cache of unknown secrets. Call after creating a key or token with that secret.

@@ -550,6 +550,49 @@ async fn changes_are_noticed_after_postgres_was_restored() {
     assert!((401..=403).contains(&app.echo(&key.text).await.status));
 }
 
+/// A key was deleted by mistake, and PostgreSQL is restored to an earlier time while the replicas run.
+#[tokio::test]
+async fn restored_key_is_accepted_again() {
+    let app = TestApp::start().await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({})).await;
+    let key = app.key(&account, &plan).await;
+    let other = app.database.connect().await;
+    let keep = format!(
+        "CREATE TABLE kept AS SELECT * FROM api_keys WHERE id = '{}'",
+        key.id
+    );
+    other.batch_execute(&keep).await.expect("the row is kept");
+    let call = app.request(
+        reqwest::Method::DELETE,
+        &format!("/admin/api-keys/{}", key.id),
+    );
+    assert_eq!(call.bearer(&account.access_token).send().await.status, 204);
+    for _ in 0..10 {
+        // The consumer keeps using the key, so its absence is cached.
+        assert_eq!(app.echo(&key.text).await.status, 401);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    other
+        .batch_execute(
+            "BEGIN; \
+             DELETE FROM revocations; \
+             SELECT setval(pg_get_serial_sequence('revocations', 'seq'), 1); \
+             INSERT INTO api_keys SELECT * FROM kept; \
+             COMMIT",
+        )
+        .await
+        .expect("the database is restored");
+    let began = Instant::now();
+    while app.echo(&key.text).await.status != 200 {
+        assert!(
+            began.elapsed() < AT_MOST,
+            "a restored key is still rejected"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 /// Simulates a restore that was followed by so many changes that the numbers are as high as before.
 #[tokio::test]
 async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
