@@ -120,7 +120,11 @@ impl Limiter {
             let state = handle.state.lock();
             return state.existing_denials()?.find(policies, cost, &*self.clock);
         };
-        self.remember(handle, policies, cost, &decision, self.clock.monotonic());
+        // A denial without a call only repeats the store's last denial. If it were recorded, repeated requests would
+        // prolong the denial.
+        if decision.is_allowed() {
+            self.remember(handle, policies, cost, &decision, self.clock.monotonic());
+        }
         Some(decision)
     }
 
