@@ -194,9 +194,7 @@ async fn response_does_not_wait_for_the_next_request(way: Way) {
     for half_closes in [false, true] {
         let mut stream = connect_by(way).await;
         stream
-            .write_all(
-                b"GET / HTTP/1.1\r\nHost: q\r\n\r\nGET /never HTTP/1.1\r\nHost: q\r\n\r\n",
-            )
+            .write_all(b"GET / HTTP/1.1\r\nHost: q\r\n\r\nGET /never HTTP/1.1\r\nHost: q\r\n\r\n")
             .await
             .unwrap();
         if half_closes {

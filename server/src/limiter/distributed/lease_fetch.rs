@@ -59,17 +59,23 @@ impl StoreCore {
             want,
             ..self.build_call(handle, terms, lease.take_unspent())
         };
-        runtime.spawn(fetch(LeaseFetch {
-            inner,
-            handle: Arc::clone(handle),
-            call,
-            terms,
-            for_later,
-            asked_at,
-            requests,
-            span: spans::current(),
-            active: true,
-        }));
+        let (handle, span) = (Arc::clone(handle), spans::current());
+        runtime.spawn(async move {
+            // Created inside the task: a runtime that has been shut down drops the task at once, while the key is still
+            // locked, and dropping a `LeaseFetch` locks the key.
+            fetch(LeaseFetch {
+                inner,
+                handle,
+                call,
+                terms,
+                for_later,
+                asked_at,
+                requests,
+                span,
+                active: true,
+            })
+            .await;
+        });
     }
 
     /// Returns the outcome for a request that got `unspent`. If `unspent` is empty, the request waited only for the

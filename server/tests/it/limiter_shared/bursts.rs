@@ -12,6 +12,7 @@ use std::{
 };
 
 use async_trait::async_trait;
+use futures_util::FutureExt as _;
 use parking_lot::Mutex;
 use quota_common::{
     id::{ApiKeyId, TenantId},
@@ -408,8 +409,35 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
         back_generation: generation,
         ..other
     });
-    sleep(TTL + Duration::from_millis(10)).await;
+    // Repeating the denial does not prolong it.
+    sleep(TTL - Duration::from_millis(5)).await;
+    assert!(!replica.admit(&policies, 1).await.is_allowed());
+    sleep(Duration::from_millis(15)).await;
     assert!(replica.admit(&policies, 1).await.is_allowed());
+}
+
+/// A runtime that has been shut down drops each new task at once.
+#[test]
+fn request_ends_although_the_runtime_has_been_shut_down() {
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        let handle = runtime.handle().clone();
+        let replica = runtime.block_on(async {
+            let far = Far::new(Duration::from_millis(2));
+            far.replica(OnRedisFailure::Share, alone())
+        });
+        runtime.shutdown_background();
+        let _context = handle.enter();
+        let request = std::panic::AssertUnwindSafe(|| {
+            // Nobody cares about the outcome, which may be a panic because there are no timers.
+            let _ = Box::pin(replica.admit(&plan(1, 100, false), 1)).now_or_never();
+        });
+        let _ = std::panic::catch_unwind(request);
+        let _ = ended.send(());
+    });
+    end.recv_timeout(Duration::from_secs(20))
+        .expect("the request does not block its thread");
 }
 
 /// A key that is denied repeatedly does not need a call for each request.
