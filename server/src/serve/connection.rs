@@ -218,7 +218,7 @@ impl Connection {
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
-    /// Records that the socket accepted bytes, which means that earlier requests have received a response.
+    /// Records that the socket accepted bytes, which means that the server has begun to respond to earlier requests.
     pub(super) fn has_written(&self) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
