@@ -1,8 +1,8 @@
-//! Checks `Cargo.lock` for known vulnerabilities, using a copy of the RustSec advisory database.
+//! Checks the [lock files](lock::FILES) for known vulnerabilities, using a copy of the RustSec advisory database.
 //!
 //! Runs only if `QUOTA_ADVISORY_DB` names such a copy, a directory or a `.tar.gz`. Downloads nothing, and prints the
-//! age of the copy. Vulnerabilities fail the check; other notices (unmaintained, unsound) are printed.
-//! `.config/advisories.toml` lists advisories that do not apply, each until a date.
+//! date and age of the newest advisory in the copy. Vulnerabilities fail the check; other notices (such as unmaintained
+//! or unsound) are printed. `.config/advisories.toml` lists advisories that do not apply, each until a date.
 
 use std::{
     collections::BTreeSet,

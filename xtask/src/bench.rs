@@ -1,5 +1,5 @@
 //! `cargo xtask bench`: the measurements and long tests. CONTRIBUTING.md lists them. Most of them are in `xtask/bench`;
-//! the others are ignored tests of the server, or in `xtask/desktop`.
+//! the others are tests of the server, or in `xtask/desktop`.
 
 use std::{
     ffi::OsString,

@@ -1,5 +1,5 @@
-//! `cargo xtask check`: formatting, lints, security advisories, documentation, unused dependencies, links and generated
-//! files.
+//! `cargo xtask check`: formatting, lints, lock files, security advisories, documentation, unused dependencies, links
+//! and generated files.
 
 use anyhow::Result;
 

@@ -1,4 +1,5 @@
-//! `cargo xtask console`: builds the console for the browser or for the desktop app, for the next build to embed.
+//! Builds the console for the browser (`cargo xtask console`), which the next build of the server embeds, or for the
+//! desktop app, which the next build of the app embeds.
 
 use std::{
     env,

@@ -1,4 +1,4 @@
-//! Lock files.
+//! Reads the lock files, and compares their versions.
 
 use std::{collections::BTreeSet, fs};
 

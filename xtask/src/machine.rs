@@ -100,7 +100,7 @@ pub(crate) const SLOWHTTPTEST: Need = Need {
     is_there: || on_path("slowhttptest").is_some(),
 };
 
-/// The compiler of libFuzzer.
+/// The compiler for libFuzzer.
 pub(crate) const CPP: Need = Need {
     name: "a C++ compiler (`c++`), for libFuzzer",
     package: "g++",
@@ -220,7 +220,8 @@ pub(crate) const PROMTOOL: Need = Need {
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;
 
-/// Fails if there is too little disk space for a build. Compilers would report this late, and with unclear messages.
+/// Prints a warning if there may be too little disk space for a build. Compilers would report this late, and with
+/// unclear messages.
 fn room() -> Result<()> {
     let target = target();
     let needed = if target.join("debug").exists() {
@@ -244,8 +245,8 @@ fn room() -> Result<()> {
     Ok(())
 }
 
-/// Installs missing programs and libraries from Debian's packages. On other systems, fails and lists the packages to
-/// install.
+/// Installs missing programs and libraries from Debian's packages. Fails and lists what is missing on other systems,
+/// and if this process neither runs as root nor can use sudo.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
     room()?;
     let missing: Vec<Need> = needs

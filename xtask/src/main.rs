@@ -139,7 +139,8 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Check formatting, lints, security advisories, documentation, unused dependencies, links and generated files
+    /// Check formatting, lints, lock files, security advisories, documentation, unused dependencies, links and
+    /// generated files
     Check,
     /// Write all generated files: server/src/schema.rs, openapi.json, .env.example
     Generate,

@@ -202,8 +202,8 @@ impl Drop for Throwaway {
     }
 }
 
-/// Returns the directory of `initdb` and `postgres`: from `pg_config` or the path, otherwise the newest of Debian's or
-/// Red Hat's packages.
+/// Returns the directory of `initdb`, `postgres` and `psql`: from `pg_config` or the path, otherwise the newest of
+/// Debian's or Red Hat's packages.
 pub(crate) fn binaries() -> Option<PathBuf> {
     let mut places = Vec::new();
     if let Ok(dir) = read(Command::new("/bin/sh").args(["-c", "pg_config --bindir"])) {

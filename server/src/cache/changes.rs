@@ -3,7 +3,8 @@
 //!
 //! A row belongs to up to three owners: its tenant, its plan, and the key itself. For each owner, a slot contains the
 //! generation of the owner's last change. A row has changed if one of its owners has changed in a later generation than
-//! the row was loaded in. So editing a plan takes the same time however many keys the plan has, and no memory per key.
+//! the row was loaded in. So editing a plan takes the same time however many keys the plan has, and needs no memory per
+//! key.
 //!
 //! Owners share slots. If two owners have the same slot, a change to one of them also invalidates the rows of the
 //! other, which costs one unnecessary load per row. A change is never missed.

@@ -1,4 +1,4 @@
-//! Polls for invalidations, changes, and whether PostgreSQL responds.
+//! Tracks polls for invalidations, changes to rows, and whether PostgreSQL responds.
 
 use std::sync::{
     Arc,
@@ -15,7 +15,7 @@ const TTL: Nanos = Nanos::from_secs(1);
 /// How long all entries are valid after the last poll. Polls are 150 ms apart.
 const POLL_FRESH: Nanos = Nanos::from_millis(750);
 
-/// Tracks polls for invalidations and whether PostgreSQL responds. Shared by all caches.
+/// Tracks polls for invalidations, changes to rows, and whether PostgreSQL responds. Shared by all caches.
 #[derive(Debug)]
 pub struct Freshness {
     clock: Arc<dyn Clock>,

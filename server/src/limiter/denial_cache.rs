@@ -83,7 +83,8 @@ impl Denied {
             believed = believed.min(rate_memory.unwrap_or(Nanos::MAX));
             match gcra.decide(now.saturating_add(debt(decision)), now, cost) {
                 Verdict::Wait { wait } => believed = believed.min(Nanos(wait.get())),
-                // The bucket refilled while the response was in transit, so the request now fits.
+                // The request fits into the bucket as reported, for example because the bucket refilled while the
+                // response was in transit.
                 Verdict::Fits { .. } => return None,
                 Verdict::NeverFits => {}
             }

@@ -5,7 +5,7 @@ use std::{error::Error, sync::Arc};
 /// Why no decision could be made. The request is not allowed, but the client may retry it.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum LimiterError {
-    /// The quota ledger failed or was too slow, and no tokens were available locally.
+    /// The quota ledger failed or was too slow, and too few tokens were available locally.
     #[error("the quota ledger is not available")]
     LedgerUnavailable(#[source] Arc<dyn Error + Send + Sync>),
     /// Too many keys are in use at the same time.

@@ -114,7 +114,8 @@ impl Membership {
             .store(slot.of.get().min(REPLICAS_MAX), Ordering::Relaxed);
     }
 
-    /// Returns the number of replicas in the last count, at least 1.
+    /// Returns the number of replicas in the last count, limited to a range from 1 to `REPLICAS_MAX`. Before the first
+    /// count, returns 1.
     #[inline]
     pub fn replica_count(&self) -> u64 {
         self.replica_count.load(Ordering::Relaxed)

@@ -172,7 +172,7 @@ impl Limiter {
         decision: &Decision,
         asked_at: Monotonic,
     ) {
-        // A degraded decision does not show what the store would decide.
+        // A degraded decision does not show what the shared counters would decide.
         if decision.degraded {
             return;
         }
@@ -199,8 +199,9 @@ impl Limiter {
         self.store.inspect(handle, policies).await
     }
 
-    /// Drops unused keys whose state is equivalent to the state of a new key, and prefetches quotas for the next day or
-    /// month. Call every [`PRUNE_EVERY`]. Returns the number of remaining keys.
+    /// Drops unused keys whose state is equivalent to the state of a new key, returns quota tokens that are not needed
+    /// soon, and prefetches quotas for the next day or month. Call every [`PRUNE_EVERY`]. Returns the number of
+    /// remaining keys.
     pub fn prune(&self) -> usize {
         if let Some(quotas) = &self.tenants {
             quotas.prune();

@@ -173,8 +173,8 @@ fn shared_state(decision: &Decision) -> Option<PolicyState> {
     })
 }
 
-/// Returns the decision for a request that its tenant's quota denies. `key` is the key's state. If the key's own quotas
-/// are exhausted too, these quotas are also reported as violated.
+/// Returns the decision for a request that its tenant's quota denies. `key` is the key's state. The key's own quotas
+/// that also have too few tokens for the request are reported as violated too.
 fn denial(key: Decision, tenant: &Decision, cost: NonZeroU32) -> Decision {
     let cost = u64::from(cost.get());
     let exhausted = [key.daily, key.monthly].into_iter().flatten();

@@ -30,9 +30,9 @@
 //! `QUOTA_USAGE_BACKLOG_MAX`. While the disk is full or read-only, decisions cannot be recorded, so no decisions are
 //! made.
 //!
-//! Denied requests do not cost their sender anything. While the backlog is more than half full, only a limited number
-//! of each tenant's denials per second are recorded, so that one tenant's denials cannot fill the backlog for everyone.
-//! The other denials are counted in a metric. Every allowed request is recorded.
+//! Denied requests do not cost their sender anything. Once the backlog is half full, and until it has fallen below a
+//! quarter, only a limited number of each tenant's denials per second are recorded, so that one tenant's denials cannot
+//! fill the backlog for everyone. The other denials are counted in a metric. Every allowed request is recorded.
 
 mod denials;
 mod directory;
@@ -212,8 +212,9 @@ impl Metering {
                 .is_spent(tenant, self.0.clock.monotonic())
     }
 
-    /// Records the decision made at the monotonic time `at`, which must be after the reservation. Call before the
-    /// response is sent.
+    /// Records the decision made at the monotonic time `at`, which must be after the reservation. If no
+    /// more denials of the tenant are recorded at the moment, a denial is only counted. Call before the response is
+    /// sent.
     #[inline]
     pub async fn record(
         &self,
@@ -290,7 +291,7 @@ impl Metering {
         recorder.is_some_and(|recorder| recorder.wants_spare())
     }
 
-    /// Creates segments in advance. Blocks.
+    /// Creates segments in advance, and replaces old ones. Blocks.
     pub fn prepare(&self) {
         if let Some(recorder) = &self.0.recorder {
             recorder.create_spare();
@@ -338,7 +339,7 @@ impl Metering {
         adopter.ship(&self.0.context, &self.0.root).await
     }
 
-    /// Ships the remaining records and deletes the segments. Call after the last request.
+    /// Ships the remaining records and deletes the segments, unless records remain. Call after the last request.
     pub async fn finish(&self) -> Result<(), ShipError> {
         let Some(recorder) = &self.0.recorder else {
             return Ok(());
@@ -355,7 +356,7 @@ impl Metering {
         shipper.finish(&self.0.context, recorder).await
     }
 
-    /// Logs a warning each time the backlog reaches half its maximum.
+    /// Updates whether the backlog is half full, and logs a warning each time it reaches half its maximum.
     fn watch_backlog(&self) {
         let metrics = &self.0.context.metrics;
         let bytes = u64::try_from(metrics.usage_backlog_bytes.get()).unwrap_or(0);

@@ -112,7 +112,7 @@ pub struct DecisionRecord<'a> {
     pub at: UnixNanos,
     pub cost: u32,
     pub outcome: RecordedOutcome,
-    /// `Retry-After` of a denial, or 0 if the denial had no `Retry-After`.
+    /// `Retry-After` in seconds, or 0 if the response has no `Retry-After`.
     pub retry_after_secs: u32,
     /// At most [`ENDPOINT_MAX`] bytes.
     pub endpoint: &'a str,

@@ -30,7 +30,7 @@ pub(super) struct Span {
     pub is_complete: bool,
     /// Whether reading stopped at a record that is still being written. Finished records may follow that record.
     pub is_blocked: bool,
-    /// The number of gaps in which no record could be read.
+    /// The number of gaps that begin with unreadable bytes. Gaps that begin with zeros do not count.
     pub damaged: u64,
 }
 
@@ -156,8 +156,8 @@ impl<'a> Scan<'a> {
         }
     }
 
-    /// Passes at most `left` of the records in `bytes` to `take`, and counts them down. Returns the number of bytes
-    /// processed, or `None` to stop reading.
+    /// Passes at most `left` of the records in `bytes` to `take`, and subtracts their number from `left`. Returns the
+    /// number of bytes processed, or `None` to stop reading.
     fn collect(
         &self,
         left: &mut usize,

@@ -1,4 +1,4 @@
-//! Makes records survive a machine crash, with one `fdatasync` for all waiting records.
+//! Makes records survive a machine crash, with one `fdatasync` per segment for all waiting records.
 
 use std::{io, sync::Arc, thread};
 
@@ -11,7 +11,7 @@ use super::segment::Segment;
 #[derive(Debug)]
 struct Group {
     segments: Vec<Arc<Segment>>,
-    /// `None` until the group has been written; then, whether that succeeded.
+    /// `None` until the group has been written; then, whether all of its segments were written.
     done: watch::Sender<Option<bool>>,
 }
 
@@ -55,8 +55,8 @@ impl Syncer {
         Ok(syncer)
     }
 
-    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing the segment has ever
-    /// failed.
+    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing the segment, or
+    /// another segment of the same group, has ever failed.
     pub async fn sync(&self, segment: Arc<Segment>) -> bool {
         let mut done = {
             let mut next = self.0.next.lock();

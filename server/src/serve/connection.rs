@@ -23,8 +23,8 @@ use super::{
 };
 use crate::connection_marks::ConnectionMarks;
 
-/// How long the socket's buffer may accept nothing before a response counts toward the memory limit. If the client reads
-/// at least 11 KB/s, the buffer accepts more of the response within this time.
+/// How long the socket's buffer may accept nothing before a response counts toward the memory limit. If the client
+/// reads at least 11 KB/s, the buffer accepts more of the response within this time.
 pub(super) const STALLED: Duration = Duration::from_secs(3);
 
 /// The phases of a connection, named after what the connection is waiting for.
@@ -42,7 +42,7 @@ pub(super) enum Phase {
     Handler,
 }
 
-/// Whether and how the table has asked a connection to shut down.
+/// Whether and how a connection has been asked to shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Shutdown {
@@ -66,9 +66,10 @@ pub(super) struct Connection {
     has_requested: AtomicBool,
     is_http2: AtomicBool,
     pub(super) marks: ConnectionMarks,
-    /// HTTP/1: the number of requests whose handler is running or whose response is being sent.
+    /// HTTP/1: the number of requests whose handler is running or whose response is being sent. Requests that are
+    /// served directly and arrive together count as one.
     in_flight: AtomicU32,
-    /// HTTP/1: the number of requests so far. Wraps around on overflow.
+    /// HTTP/1: the number of requests so far, counted in the same way. Wraps around on overflow.
     requests: AtomicU32,
     http2: Mutex<Requests>,
     /// `None` if the connection's memory use is not counted.
@@ -217,7 +218,7 @@ impl Connection {
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
-    /// Records that the socket accepted bytes, which means that earlier requests have received a response.
+    /// Records that the socket accepted bytes, which means that the server has begun to respond to earlier requests.
     pub(super) fn has_written(&self) {
         if !self.is_http2() {
             self.head_began.store(0, Ordering::Relaxed);
@@ -260,7 +261,8 @@ impl Connection {
         self.head_began.load(Ordering::Relaxed)
     }
 
-    /// Returns the number of HTTP/1 requests so far.
+    /// Returns the number of HTTP/1 requests so far. Requests that are served directly and arrive together count as
+    /// one.
     pub(super) fn requests(&self) -> u32 {
         self.requests.load(Ordering::Relaxed)
     }
@@ -337,7 +339,8 @@ impl Connection {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Stops counting the memory of the connection, which is about to be closed.
+    /// Stops counting the memory of the connection, which is about to be closed, toward the limits. Until the memory is
+    /// freed, it still counts when deciding whether to [pause](Self::should_pause) reading.
     pub(super) fn release_memory(&self) {
         self.is_released.store(true, Ordering::Relaxed);
         self.account();
@@ -431,8 +434,9 @@ impl Drop for Connection {
     }
 }
 
-/// A request whose response has been neither passed to hyper in full nor abandoned. Over HTTP/2, the client may not
-/// have read the response when the request ends; see [`http2`](super::http2).
+/// A request whose response has been neither passed to hyper in full nor abandoned, or a group of requests that are
+/// served directly and whose responses have not been sent. Over HTTP/2, the client may not have read the response when
+/// the request ends; see [`http2`](super::http2).
 #[derive(Debug)]
 pub(super) struct RequestInFlight {
     connection: Arc<Connection>,

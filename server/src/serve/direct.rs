@@ -2,8 +2,8 @@
 //!
 //! Requests that the endpoint accepts are served here, in order. For a plain request that the endpoint does not accept,
 //! the stream is lent to hyper. hyper can read only the bytes of that request, whose end is known. So hyper has not
-//! read any later bytes when its response has been sent. The first request that is not plain ends the direct service:
-//! hyper takes over the connection, starting with that request.
+//! read any later bytes when its response has been sent. The first request that is not plain, or that arrives in too
+//! many parts, ends the direct service: hyper takes over the connection, starting with that request.
 //!
 //! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`].
 
@@ -32,10 +32,10 @@ use crate::plain_request::{DirectEndpoint, Parsed, parse};
 const FIRST_READ: usize = 2 * 1024;
 /// Larger buffers are not kept between requests.
 const KEPT_MAX: usize = 8 * 1024;
-/// Once the responses to pipelined requests exceed this size, they are sent before the next request is handled.
+/// Once the responses to pipelined requests reach this size, they are sent before the next request is handled.
 const OUTPUT_MAX: usize = 32 * 1024;
-/// The maximum number of parts in which a request may arrive. The request is parsed from the beginning each time a part
-/// arrives.
+/// If a request arrives in more parts, hyper takes over the connection. The request is parsed from the beginning each
+/// time a part arrives.
 const PARTS_MAX: u32 = 16;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -51,7 +51,7 @@ pub(super) struct DirectService<'a, D> {
 /// The result of a read.
 enum Read {
     Bytes(usize),
-    /// The server is stopping.
+    /// The connection has been asked to shut down.
     Stop,
 }
 
@@ -66,8 +66,9 @@ enum Next {
 }
 
 impl<D: DirectEndpoint> DirectService<'_, D> {
-    /// Serves requests until the first request that is not plain. Returns the stream with that request, or `None` if
-    /// the connection has ended. Until then, `http` serves the requests that are not accepted, on `lent`.
+    /// Serves requests until hyper must take over the connection. Returns the stream, beginning with the first request
+    /// that has not received a response, or `None` if the connection has ended. Until then, `http` serves the requests
+    /// that are not accepted, on `lent`.
     pub(super) async fn serve<H>(
         &self,
         mut stream: WatchedStream,
@@ -184,8 +185,9 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         self.connection.shutdown() != Shutdown::None
     }
 
-    /// Responds to the complete requests in `bytes`. Returns the total length of these requests, and what follows them.
-    /// `is_whole` means that the bytes arrived together.
+    /// Responds to the requests at the start of `bytes`, up to the first request that is incomplete or not accepted.
+    /// Returns the total length of the requests that got a response, and what follows them. `is_whole` means that the
+    /// bytes arrived together.
     async fn answer(
         &self,
         bytes: &[u8],

@@ -81,9 +81,9 @@ const BACKLOG: u32 = 4096;
 const UNSENT: u32 = 64 * 1024;
 /// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
-/// No connections are accepted while more than this number of sockets are being closed to make room.
+/// No connections are accepted while more than this number of sockets are being closed to make room or to free memory.
 const CLOSING: usize = 16;
-/// How long an HTTP/2 connection may take to close after a graceful shutdown has started.
+/// How long an HTTP/2 connection without requests in flight may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
 
 /// An address that is reserved but does not accept connections yet.
@@ -336,11 +336,11 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         mut served: Pin<&mut F>,
         finish: impl Fn(Pin<&mut F>),
     ) -> Result<F::Output, End> {
-        // There is one timer for the lifetime of the connection. The timer is reset only when it fires, or when a
-        // deadline becomes earlier: about once per deadline, instead of twice per request.
+        // One timer serves all deadlines. The timer is reset only when it fires, or when a deadline becomes earlier:
+        // about once per deadline, instead of twice per request.
         let mut alarm = pin!(time::sleep(self.timeouts.header));
-        // The waker that `marks` and the alarm have. Most requests end before the alarm fires, and the task keeps its
-        // waker.
+        // The waker that was last registered with `marks`. Most polls have the same waker, and most requests end before
+        // the alarm fires, so most polls register nothing.
         let mut waker = None::<Waker>;
         let mut is_armed = false;
         let mut is_finishing = false;
@@ -349,7 +349,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
             let is_known = waker
                 .as_ref()
                 .is_some_and(|waker| waker.will_wake(context.waker()));
-            // A shutdown is announced before the waker is woken, which removes it.
+            // `shut_down` sets this state before it wakes the waker, and waking removes the waker from `marks`.
             if !is_known || connection.shutdown() != Shutdown::None {
                 connection.marks.register(context.waker());
                 waker = Some(context.waker().clone());
@@ -427,7 +427,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
     }
 }
 
-/// Logs or counts how a connection ended. Returns the result of the connection if it ended successfully.
+/// Logs a connection's error, or counts its timeout. Returns the result of the connection if it ended successfully.
 fn log_end<T, E: std::fmt::Display>(
     end: Result<Result<T, E>, End>,
     metrics: &ConnectionMetrics,

@@ -10,11 +10,11 @@ use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 const METRICS_CONNECTIONS: usize = 64;
 /// The maximum number of connections to the gRPC listener: enough for a hundred gateways with a few threads each.
 const GRPC_CONNECTIONS: usize = 512;
-/// How many bytes requests may use on all connections that have not authenticated: enough for hundreds of the largest
-/// request heads, or thousands of typical ones.
+/// How many bytes requests may use on all connections that have not authenticated: enough for more than a hundred of
+/// the largest request heads, or thousands of typical ones. More bytes are allowed if `QUOTA_BODY_LIMIT` is large.
 const MEMORY: usize = 8 * 1024 * 1024;
 /// How many bytes requests may use on one connection that has not authenticated: enough for 32 concurrent typical
-/// requests over HTTP/2.
+/// requests over HTTP/2. More bytes are allowed if `QUOTA_BODY_LIMIT` is large.
 const MEMORY_PER_CONNECTION: usize = 256 * 1024;
 /// How many bytes requests may use on all connections to the metrics listener.
 const METRICS_MEMORY: usize = 1024 * 1024;

@@ -79,8 +79,8 @@ impl WatchedStream {
         }
     }
 
-    /// Returns whether the client has closed the connection without sending more bytes. Otherwise, the task is woken
-    /// when the client closes the connection or sends something.
+    /// Returns whether the client has closed the connection without sending more bytes. If the client has neither
+    /// closed the connection nor sent anything, the task is woken when the client does so.
     pub(super) fn is_closed(&self, context: &mut Context<'_>) -> bool {
         let mut byte = [0];
         match self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte)) {

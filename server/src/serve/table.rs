@@ -98,14 +98,15 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns the time at which the connection became idle, if that is long enough ago to close the connection.
+    /// Returns the time at which the connection became idle, if that is long enough ago to close the connection. `None`
+    /// for connections from trusted proxies.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
     }
 
     /// Returns the time at which the client stopped reading a response, if that is long enough ago to close the
-    /// connection. `None` for connections that have authenticated.
+    /// connection. `None` for connections that do not count toward the limit for their address.
     fn stalled(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.stalled_since();
         let since = since.filter(|_| self.counted_at.is_some())?;
@@ -252,7 +253,8 @@ impl Table {
         limit
     }
 
-    /// Closes a connection, if one can be closed. Called when the process has no free file descriptors.
+    /// Closes a connection, if one can be closed. Returns whether a connection was closed. Called when a connection
+    /// could not be accepted, for example because the process has no free file descriptors.
     pub(super) fn close_spare(&self) -> bool {
         self.make_room(&mut self.open.lock(), None)
     }
@@ -315,8 +317,9 @@ impl Table {
         }
     }
 
-    /// Closes a connection to make room for one from `newcomer`. An address with few connections does not lose a
-    /// connection to an address with many.
+    /// Closes a connection to make room for one from `newcomer`, if one can be closed. Returns whether a connection was
+    /// closed. A connection that may be about to send its first request is closed only if its address has at least as
+    /// many connections as the address of the newcomer.
     fn make_room(&self, open: &mut Open, newcomer: Option<IpAddr>) -> bool {
         let now = Instant::now();
         let waiting = open
@@ -381,8 +384,8 @@ impl Table {
         None
     }
 
-    /// Closes connections that exceed the memory limit per connection. If the total memory limit is exceeded, also
-    /// closes the connections that use the most memory.
+    /// Closes connections that exceed the memory limit per connection. While more than three quarters of the total
+    /// limit is used, also closes connections whose addresses use the most memory.
     pub(super) fn free_memory(&self) {
         let mut open = self.open.lock();
         let mut of_address = HashMap::<IpNet, usize>::new();
@@ -413,7 +416,7 @@ impl Table {
         }
     }
 
-    /// Returns whether closed connections still use a lot of memory.
+    /// Returns whether all connections, including those that are being closed, use much more memory than the limit.
     pub(super) fn is_backlogged(&self) -> bool {
         self.memory.is_backlogged()
     }

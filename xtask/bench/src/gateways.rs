@@ -1,8 +1,9 @@
 //! Requests per second through gateways that check every request with Quota, compared with the same gateways as plain
 //! proxies, in the same run.
 //!
-//! Each gateway has a core to itself. Quota, the API behind the gateway and the load share the other core, so that the
-//! figures show what the check costs the gateway. Quota is called over plain HTTP.
+//! The gateways take turns on one core. Quota, the API behind the gateways and the load share another core, so that the
+//! figures show what the check costs the gateway. Quota is called without TLS: by Envoy's `ratelimit` filter over gRPC,
+//! and otherwise over HTTP.
 
 use std::{
     net::SocketAddr,

@@ -1,5 +1,6 @@
-//! Benchmarks of the server from outside: the cost of a request, and the behavior of gateways, of several replicas, and
-//! of deployments with outages, crashes, restarts and slow clients.
+//! Benchmarks of the server from outside: the cost of a request, the memory of a key, comparisons with other rate
+//! limiters, and the behavior of gateways, of several replicas, and of deployments with outages, crashes, restarts and
+//! slow clients.
 //!
 //! The cost of a request: Quota compared with a plain poem handler and a plain hyper handler, in the same run.
 //!

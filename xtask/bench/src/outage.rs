@@ -1,4 +1,5 @@
-//! Stops PostgreSQL under load. No decision may be lost or late, and the backlog must be shipped soon afterward.
+//! Stops PostgreSQL under load. Every request must be allowed and recorded exactly once, and the backlog must be
+//! shipped within [`AIM`] afterward.
 //!
 //! There is one server, with its own PostgreSQL. The load consists of requests with many keys to many endpoints, both
 //! Zipf-distributed, at a fixed rate: before the outage, while PostgreSQL is stopped, and until the backlog is shipped.

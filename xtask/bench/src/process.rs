@@ -1,4 +1,5 @@
-//! The servers under test. Each server is pinned to a given core, and is stopped when its [`Server`] is dropped.
+//! The servers under test. Each server is pinned to the core that is passed, if any, and is stopped when its [`Server`]
+//! is dropped.
 
 use std::{
     fs::{self, File},

@@ -77,7 +77,8 @@ fn size(engine: &Engine, tag: &str) -> Result<f64> {
     Ok(size / 1e6)
 }
 
-/// Checks that the image is small, has no shell, and does not run as root.
+/// Checks that the image is small, has no shell, does not run as root, and works without a network, without
+/// capabilities and read-only.
 pub fn check(engine: &Engine, image: &Image<'_>) -> Result<()> {
     let tag = image.tag;
     let size = size(engine, tag)?;

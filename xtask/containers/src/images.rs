@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::engine::{Engine, read, succeed};
 
-/// How long a pull may take to start.
+/// How long a pull may take.
 const PULL: Duration = Duration::from_secs(60);
 
 /// Makes sure that all images exist; with `compiled`, also the image that compiles the server.
@@ -86,7 +86,7 @@ fn stand_in(engine: &Engine, name: &str, context: &Path) -> Result<()> {
     )
 }
 
-/// Builds `debian:<suite>-slim` from this machine's package sources.
+/// Builds `debian:<suite>-slim` from this machine's package sources, unless the image exists or can be pulled.
 fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
     let name = format!("debian:{suite}-slim");
     if present(engine, &name)? {

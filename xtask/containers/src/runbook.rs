@@ -1,10 +1,11 @@
 //! The first six steps of `docs/RUNBOOK.md`, on a machine with nothing but Debian: a container with a container engine
 //! of its own.
 //!
-//! Runs the commands in the runbook as they are. Between the steps, the script adds what a container lacks compared
-//! with a machine: it makes control groups writable, starts the engine, which no service manager does, uses this
-//! checkout instead of the published repository and images of this engine instead of a registry, and trusts Caddy's own
-//! certificate authority. In place of a person at the console, `curl` creates the plan and the key.
+//! Runs the commands in the runbook as they are, except that the domain and the key are filled in, and that the image
+//! is loaded instead of built. Between the steps, the script adds what a container lacks compared with a machine: it
+//! makes control groups writable, starts the engine, which no service manager does, uses this checkout instead of the
+//! published repository and images of this engine instead of a registry, and trusts Caddy's own certificate authority.
+//! In place of a person at the console, `curl` creates the plan and the key.
 
 use std::{fs, process::Stdio, time::Instant};
 

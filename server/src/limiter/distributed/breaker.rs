@@ -55,7 +55,7 @@ struct BreakerState {
     outage: Outage,
 }
 
-/// A period in which this replica must not allow requests without the counters.
+/// A period in which this replica must not allow requests from its share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Pause {
     from: Monotonic,
@@ -77,7 +77,8 @@ pub(super) struct Outage {
 
 impl Outage {
     /// Returns whether the promised epoch may have started, and this replica may be about to use the counters again.
-    /// Requests that this replica allowed now would be in addition to the requests that the counters allow.
+    /// Requests that this replica allowed from its share now would be in addition to the requests that the counters
+    /// allow.
     pub(super) fn is_paused(self, now: Monotonic) -> bool {
         self.pause
             .is_some_and(|pause| pause.from <= now && now < pause.until)
@@ -186,7 +187,7 @@ impl CircuitBreaker {
     }
 
     /// Opens the breaker if it is closed, because the counters start a new epoch at `start` or slightly later, and
-    /// grant no tokens until then. From `start` on, this replica pauses: it allows no requests without the counters.
+    /// grant no tokens until then. From `start` on, this replica pauses: it allows no requests from its share.
     /// Like [`record_failure`](Self::record_failure), returns `true` if the call opens the breaker.
     pub(super) fn open_for_new_epoch(&self, start: Monotonic, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
@@ -199,7 +200,7 @@ impl CircuitBreaker {
     }
 
     /// Ends the pause at `until`, the deadline for the response to the first call in the promised epoch. After that,
-    /// this replica decides without the counters again.
+    /// this replica uses its share again.
     pub(super) fn end_pause_at(&self, until: Monotonic) {
         if let Some(pause) = &mut self.inner.lock().outage.pause {
             pause.until = until;

@@ -137,8 +137,8 @@ impl StoreCore {
         outcome
     }
 
-    /// Returns the time until the bucket is full, according to the counters. Returns `None` during an outage, and if
-    /// the counters do not respond in time.
+    /// Returns the time until the bucket is full, according to the counters. Returns `None` during an outage, before a
+    /// new epoch starts, and if the call fails or is late.
     pub(super) async fn look_up_debt(&self, handle: &KeyHandle, terms: Terms) -> Option<Nanos> {
         if self.breaker(handle).is_open() {
             return None;

@@ -1,4 +1,4 @@
-//! Sends heartbeats to counters in use, and probes counters during an outage.
+//! Sends heartbeats to counters, and probes counters during an outage.
 
 use std::{
     sync::{Arc, Weak},
@@ -35,7 +35,7 @@ const EPOCH_DELAY: Duration = Duration::from_millis(600);
 /// The counters postpone an unconfirmed start of an epoch only if they set the start at least this long ago, or at
 /// least one deadline ago if that is longer.
 const POSTPONED_AFTER: Duration = Duration::from_millis(50);
-/// How long an unused partition continues to get heartbeats.
+/// How long an unused partition of a cluster continues to get heartbeats. A single Redis server always gets heartbeats.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
 /// The maximum time between the starts of two consecutive calls by a replica that gets responses.
@@ -139,8 +139,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     breaker.record_use(used_at);
 }
 
-/// Sends heartbeats to partitions that are in use but have not had a recent call. Heartbeats also show recovering
-/// replicas that this replica gets responses.
+/// Sends heartbeats to a single Redis server, and to the partitions of a cluster that are in use, unless there has been
+/// a recent call. Heartbeats also show recovering replicas that this replica gets responses.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);

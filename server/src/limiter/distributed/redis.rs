@@ -7,6 +7,7 @@
 //! | key | value |
 //! |---|---|
 //! | `{prefix}:{q7}:k:<tenant id>:<key id>` | a bucket of partition 7 |
+//! | `{prefix}:{q7}:beat` | the bucket of heartbeats in partition 7, which is almost never stored |
 //! | `{prefix}:{q7}:epoch` | the epoch of partition 7 |
 //!
 //! A partition is one hash slot with its own epoch. In a cluster, each partition may lose its state separately. A

@@ -30,7 +30,7 @@
 --         13 generation in which the returned tokens were taken
 --         14 tokens that requests are waiting for; the rest of `want` is for later
 --         15 microseconds after which the caller counts the response as late
--- Returns  {0, now, granted, debt, g}, or {1, now, microseconds until the epoch starts}
+-- Returns  {0, now, granted, debt, g}, or {1, now, microseconds until the epoch starts or the caller may call again}
 --
 -- **Granting.** Waiting requests are granted as many tokens as the bucket contains. A grant that includes tokens for
 -- later is at most half of what the bucket contains, so that callers near the limit leave some tokens for each other.

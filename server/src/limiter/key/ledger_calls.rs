@@ -186,8 +186,8 @@ impl LedgerCalls {
         }
     }
 
-    /// Starts to fetch tokens, unless a call is in flight. Outside a runtime, does nothing; the next request tries
-    /// again.
+    /// Starts to fetch tokens, and to return tokens owed to windows that have not ended, unless a call is in flight.
+    /// While draining, does nothing. Outside a runtime, does nothing either; the next request tries again.
     #[cold]
     pub(in crate::limiter) fn start(
         self: &Arc<Self>,

@@ -41,7 +41,7 @@ pub(in crate::limiter) struct KeyState {
     pub(in crate::limiter) tat: UnixNanos,
     /// Debt beyond that of an empty bucket, left over from a larger burst.
     beyond: Nanos,
-    /// When tokens were last taken from the bucket or the plan was last edited, whichever is later.
+    /// When tokens were last taken from the bucket or its rate or burst was last edited, whichever is later.
     used_at: UnixNanos,
     /// `None` if the key has never had a quota.
     quotas: Option<Box<QuotaBlocks>>,
@@ -446,7 +446,8 @@ impl KeyState {
         }
     }
 
-    /// Returns what to fetch in advance for each quota.
+    /// Returns why the ledger should be called for each quota after a decision: to fetch tokens in advance, to return
+    /// tokens, or to query an exhausted quota again.
     pub(in crate::limiter) fn pending_refills(
         &self,
         decision: &Decision,

@@ -7,8 +7,8 @@
 //! Each handle has one lock, which is held only briefly. Atomics would not be enough, because all policies are decided
 //! together: with atomics, a request could be denied because of tokens that another denied request is about to return.
 //!
-//! Workers call the ledger, one call at a time per key and policy. A request waits only if too few tokens are available
-//! locally. If the request is canceled while it waits, no tokens are lost.
+//! Workers call the ledger, at most one call at a time for each block. A request waits only if too few tokens are
+//! available locally. If the request is canceled while it waits, no tokens are lost.
 
 use std::{
     collections::HashSet,
@@ -50,7 +50,7 @@ const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 /// Limits of the table, and timeouts for the ledger.
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
-    /// The maximum number of keys. Requests with additional keys get
+    /// The maximum number of keys, divided evenly among the shards. Requests with additional keys of a full shard get
     /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill that key's bucket.
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
@@ -184,7 +184,7 @@ impl KeyTable {
         shard.keys.retain(|NamedHandle(handle)| {
             let mut state = handle.state.lock();
             state.free_remote(monotonic);
-            // If the map has the only reference, no other reference can be created while the shard is locked.
+            // If the shard has the only reference, no other reference can be created while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
                 // Entering a new window allows returning its prefetched block even if no request arrives.

@@ -175,7 +175,7 @@ pub(in crate::limiter) struct Block {
     reserved: u64,
     /// The ledger's count of used tokens. Includes `held`, but not the tokens that are owed.
     used: u64,
-    /// When the block was last used or filled.
+    /// When the block was last used or filled, or the window was entered.
     spent_at: UnixNanos,
     pace: Pace,
     /// When the ledger last responded or failed.

@@ -9,7 +9,8 @@ use uuid::Uuid;
 use super::calendar::{QuotaWindow, Window};
 use crate::{clock::UnixNanos, limiter::policy::Policy};
 
-/// Identifies a row of the ledger, which contains the usage of one key and policy in one window.
+/// Identifies a row of the ledger, which contains the usage of one key and policy in one window. For the quota that all
+/// keys of a tenant share, `key` is the tenant's ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LedgerRow {
     pub tenant: TenantId,

@@ -87,8 +87,9 @@ pub struct TakeReply {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BucketState {
-    /// The counters have lost their state. A new epoch starts in `wait` microseconds with every bucket empty. Until
-    /// then, no tokens are granted.
+    /// The counters have lost their state, or callers have decided requests without the counters. A new epoch starts in
+    /// `wait` microseconds with every bucket empty. Until then, no tokens are granted. (A caller that would start
+    /// another epoch while the current one has just begun also gets this state, and may call again after `wait`.)
     Initializing { wait: u64 },
     Active {
         granted: u64,

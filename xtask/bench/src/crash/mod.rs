@@ -1,5 +1,5 @@
-//! Kills servers, Redis, and PostgreSQL in turn under load with `kill -9`. Then checks, by request ID, that no request
-//! that got a response is missing from the usage log or recorded twice.
+//! Kills servers, Redis, and PostgreSQL under load with `kill -9`. Then checks, by request ID, that no request that got
+//! a decision is missing from the usage log, and that no request is recorded twice.
 //!
 //! Three replicas share one data directory, so that each can adopt directories that another replica has left behind.
 //! Which process is killed, and when, is derived from a seed.
@@ -93,7 +93,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 #[derive(Default)]
 struct Kills {
     by_victim: BTreeMap<&'static str, u32>,
-    /// Number of servers killed while a request that had a response was not in the log yet.
+    /// The number of servers that were killed while a request that had got a decision was not in the log yet.
     before_commit: u32,
     in_flight: Vec<u64>,
 }
@@ -195,7 +195,7 @@ async fn storm(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Waits until this many requests are in flight, and returns their number.
+/// Waits until at least this many requests are in flight, and returns their number.
 async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {

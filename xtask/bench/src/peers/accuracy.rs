@@ -35,7 +35,7 @@ pub(super) const EDGE_PER_SECOND: u32 = 250;
 pub(crate) const ANY: Duration = Duration::from_secs(10);
 
 pub(crate) const LATE: Duration = Duration::from_millis(50);
-/// Time for noticing that Redis is late, or is no longer.
+/// Time for the servers to notice that Redis is available again, or that it responds late.
 const NOTICED: Duration = Duration::from_millis(1500);
 
 /// When Redis is killed and restarted, and when the load ends.
@@ -61,7 +61,7 @@ pub(crate) struct Counted {
 pub(crate) enum Mode {
     /// Requests are allowed without a limit.
     Open,
-    /// Requests are refused, although their limit is not reached.
+    /// Requests fail, although their limit is not reached.
     Closed,
     /// Limits still hold.
     Limits,

@@ -1,4 +1,5 @@
-//! Two instances of a server that share one Redis, which they reach through proxies that can delay it.
+//! Two instances of a server. Unless each counts alone, they share one Redis, which they reach through proxies that can
+//! delay its responses.
 
 use std::{cell::Cell, net::SocketAddr, time::Duration};
 

@@ -1,4 +1,4 @@
-//! The other servers: how they are started, and what they are called.
+//! The other servers: how they are started, and which requests they get.
 
 use std::{
     fs::{self, File},

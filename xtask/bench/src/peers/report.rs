@@ -318,7 +318,7 @@ fn below(it: &Counted) -> String {
     }
 }
 
-/// Returns by how much a count is greater than another, and in percent of the bound.
+/// Returns by how much a count is greater than another, and in percent of the smaller one.
 fn difference(greater: u64, less: u64) -> String {
     let difference = greater.saturating_sub(less);
     if difference == 0 {

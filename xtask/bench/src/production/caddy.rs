@@ -144,8 +144,8 @@ impl Caddy {
     }
 }
 
-/// Returns the Caddyfile with other ports, on loopback only, and with another name server. Everything else is as in
-/// production.
+/// Returns the Caddyfile with other ports, on loopback only, with another name server, and without the admin endpoint.
+/// Everything else is as in production.
 fn on_loopback(text: &str, https: u16, http: u16, names: SocketAddr) -> Result<String> {
     let mut text = text.to_owned();
     for (line, replacement) in [

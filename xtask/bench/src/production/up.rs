@@ -1,5 +1,5 @@
-//! `cargo xtask up`: a production-like deployment, for people to try out. Processes that exit are restarted until
-//! Ctrl-C.
+//! `cargo xtask up`: a production-like deployment, for people to try out. Until Ctrl-C, replicas and Caddy are
+//! restarted if they exit.
 
 use std::{
     fs::{self, File},

@@ -1,6 +1,6 @@
 //! Redis crashes, freezes, fails over, and goes silent under load.
 //!
-//! There is a key for each fallback setting, and all of them are used in the same processes at the same time. Some keys
+//! There are keys for each fallback setting, and all of them are used in the same processes at the same time. Some keys
 //! are used above their limit, to test the envelope. Other keys are used below their limit, on strict plans: they need
 //! Redis for every decision, so their latency shows the loss of Redis.
 

@@ -1,9 +1,9 @@
 //! The behavior of several replicas, measured from outside: replicas in separate processes, real PostgreSQL and Redis,
 //! an open-loop load, and a recount of allowed requests from the client's log.
 //!
-//! Uses only what is available to an operator: settings, HTTP and signals. If a limit is exceeded or another
-//! requirement is not met, the table lists a fault and the run fails. Every process and load that the benchmark starts
-//! is limited in number and duration, uses only the loopback interface, and stops when the benchmark exits.
+//! Uses only what is available to an operator: settings, HTTP, signals, PostgreSQL and Redis. If a limit is exceeded or
+//! another requirement is not met, the table lists a fault and the run fails. Every process and load that the benchmark
+//! starts is limited in number and duration, uses only the loopback interface, and stops when the benchmark exits.
 
 mod bursts;
 mod changes;
@@ -153,7 +153,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 async fn all(options: &Options) -> Result<ExitCode> {
     let mut tables = Vec::new();
-    // Some of the load is pinned to one core.
+    // Read at the start, because the table of costs pins this process to one core.
     let cores = std::thread::available_parallelism().map_or(0, Into::into);
     for only in Only::ALL.iter().filter(|it| options.only.contains(it)) {
         eprintln!("{only}");

@@ -24,7 +24,7 @@ pub(crate) struct Steady {
 }
 
 impl Steady {
-    /// Returns as many requests as fit into the time span.
+    /// Sets the number of requests to as many as fit into the time span.
     pub(crate) fn lasting(mut self, time: Duration) -> Self {
         #[expect(
             clippy::cast_possible_truncation,
@@ -136,9 +136,9 @@ pub(crate) fn drained_then(
         .collect()
 }
 
-/// Returns worst-case bursts for leases. Each cycle sends a steady stream to one replica, so that it prefetches many
-/// tokens; pauses for `phase`, so that they remain unspent; then sends a burst to all others at the same time, and
-/// finally to the first. The next cycle begins with the next replica.
+/// Returns worst-case bursts for leases, and when they end. Each cycle sends a steady stream to one replica, so that it
+/// prefetches many tokens; pauses for `phase`, so that they remain unspent; then sends a burst to all others, and at
+/// the same time a smaller and slower one to the first. The next cycle begins with the next replica.
 pub(crate) fn on_off(
     key: usize,
     from: Duration,

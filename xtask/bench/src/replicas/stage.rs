@@ -64,7 +64,7 @@ impl Stage {
         Self::around(options, replicas, urls, redis, settings).await
     }
 
-    /// Starts replicas that reach Redis through proxies.
+    /// Starts replicas with one URL of Redis each, such as that of a proxy.
     pub(crate) async fn around(
         options: &Options,
         replicas: usize,
