@@ -301,6 +301,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     self.supervise(&connection, readable, |_| {}).await
                 };
                 if log_end(waited, metrics).is_none() {
+                    // The socket is closed before the slot is free for another connection.
+                    drop(stream);
                     return;
                 }
                 let direct = DirectService {

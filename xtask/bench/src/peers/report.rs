@@ -307,25 +307,25 @@ fn rule(rule: Rule) -> &'static str {
 }
 
 fn above(it: &Counted) -> String {
-    difference(it.allowed, it.bound)
+    difference(it.allowed, it.bound, it.bound)
 }
 
 fn below(it: &Counted) -> String {
     if it.is_saturated {
-        difference(it.bound, it.allowed)
+        difference(it.bound, it.allowed, it.bound)
     } else {
         "limit not reached".to_owned()
     }
 }
 
-/// Returns by how much a count is greater than another, and in percent of the smaller one.
-fn difference(greater: u64, less: u64) -> String {
+/// Returns by how much a count is greater than another, and in percent of the bound.
+fn difference(greater: u64, less: u64, bound: u64) -> String {
     let difference = greater.saturating_sub(less);
     if difference == 0 {
         return "0".to_owned();
     }
     #[expect(clippy::cast_precision_loss, reason = "fewer than 2^52")]
-    let percent = difference as f64 * 100.0 / greater.min(less).max(1) as f64;
+    let percent = difference as f64 * 100.0 / bound.max(1) as f64;
     format!("{difference} ({percent:.1}%)")
 }
 
@@ -377,7 +377,8 @@ mod tests {
 
     #[test]
     fn differences_are_never_negative() {
-        assert_eq!(difference(600, 601), "0");
-        assert_eq!(difference(1200, 600), "600 (100.0%)");
+        assert_eq!(difference(600, 601, 601), "0");
+        assert_eq!(difference(1200, 600, 600), "600 (100.0%)");
+        assert_eq!(difference(600, 300, 600), "300 (50.0%)");
     }
 }

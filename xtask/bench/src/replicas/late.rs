@@ -95,13 +95,13 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                     // These requests come after the late responses have arrived and the first returns have been sent.
                     at_once(
                         key,
-                        BEFORE + delay + Duration::from_millis(50),
+                        first + delay + Duration::from_millis(50),
                         1,
                         LIMIT.1 + 50,
                     ),
                     at_once(
                         key,
-                        BEFORE + delay + Duration::from_millis(75),
+                        first + delay + Duration::from_millis(75),
                         2,
                         LIMIT.1 + 50,
                     ),
