@@ -1,6 +1,6 @@
 //! A server in the test's process, with its own database, used over HTTP.
 //!
-//! The responses to [`Call`]s are validated against the OpenAPI document: if the document contains the operation, it
+//! The response to each [`Call`] is validated against the OpenAPI document: if the document contains the operation, it
 //! must list the status, and a JSON body must match the schema.
 
 use std::{
