@@ -1,5 +1,5 @@
 # Functions that backup.sh and restore.sh share. They use the PostgreSQL server and the data directory of
-# compose.prod.yml, or those in DATABASE_URL and QUOTA_DATA_DIR.
+# compose.prod.yml, or those in DATABASE_URL (or DATABASE_URL_FILE) and QUOTA_DATA_DIR.
 
 fail() {
   echo "${0##*/}: $*" >&2
@@ -27,8 +27,8 @@ connect() {
   fi
 }
 
-# With sslmode=require, the server verifies the certificate against the machine's root certificates. PostgreSQL's own
-# programs do so only with verify-full.
+# With sslmode=require, the server verifies the certificate against the machine's root certificates, and its host name.
+# PostgreSQL's own programs verify both only with verify-full.
 verify_certificate() {
   local require="(^|[?&[:space:]])sslmode[[:space:]]*=[[:space:]]*'?require'?(&|[[:space:]]|\$)"
   local before after separator=' ' certificates

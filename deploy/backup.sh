@@ -5,8 +5,8 @@
 #   deploy/backup.sh /var/backups                   the installation of compose.prod.yml
 #
 #   DATABASE_URL_FILE=/etc/quota/secrets/database_url QUOTA_DATA_DIR=/var/lib/quota deploy/backup.sh /var/backups
-#                                                   any other installation; requires pg_dump, psql and tar. You can set
-#                                                   DATABASE_URL instead of DATABASE_URL_FILE
+#                                                   any other installation; requires pg_dump, pg_restore, psql and tar.
+#                                                   You can set DATABASE_URL instead of DATABASE_URL_FILE
 #
 # The backup contains the database, and the usage in the data directory that was not in the database yet. It contains
 # all usage up to the start of the backup, unless replicas have separate data directories with a backlog. The backup

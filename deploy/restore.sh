@@ -50,7 +50,7 @@ BEGIN
         END IF;
     END LOOP;
 END \$\$"
-# Restores the usage first, because this step can be repeated until the database is restored.
+# Restore the usage first, because this step can be repeated until the database is restored.
 restore_usage < "$backup/usage.tar"
 # Restore everything or nothing.
 postgres pg_restore --single-transaction --exit-on-error --no-owner < "$backup/quota.dump"

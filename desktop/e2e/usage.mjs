@@ -89,7 +89,7 @@ export async function recount(world) {
   await my.context.close();
 }
 
-/** Sends 151 times `scale` requests with three keys, and waits until the server has counted them. */
+/** Sends 154 * `scale` - 3 requests with three keys, and waits until the server has counted them. */
 async function traffic(my, replicas, scale) {
   const quota = 40 * scale;
   const wide = await my.api("POST", "/admin/plans", { name: "Wide", default_rpm: 600_000 });

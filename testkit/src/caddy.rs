@@ -12,7 +12,7 @@ use crate::wheel;
 const REQUIRED: [u32; 3] = [2, 11, 2];
 
 /// Returns the Caddy in `PATH` if it is recent enough, or otherwise the Caddy in `dir`, which is downloaded if it is
-/// missing.
+/// missing or not recent enough.
 pub fn recent(dir: &Path) -> io::Result<PathBuf> {
     let own = dir.join("caddy");
     for candidate in [Path::new("caddy"), &own] {

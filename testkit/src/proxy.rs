@@ -210,7 +210,7 @@ enum Direction {
     Down,
 }
 
-/// Data in transit, and the time when it arrives. Empty data marks the end of the stream.
+/// Data in transit, and the time when it arrives. Empty data marks the end of the stream, unless `last` is set.
 struct Piece {
     due: Instant,
     data: Vec<u8>,

@@ -173,7 +173,8 @@ async fn process_id(addr: SocketAddr, password: Option<&str>) -> Option<Pid> {
     Some(Pid::from_raw(pid.trim().parse().ok()?))
 }
 
-/// Sends one line to the Redis at `addr` and returns the reply, or `None` after a second.
+/// Sends one line to the Redis at `addr` and returns the reply, or `None` if the call fails or takes longer than a
+/// second.
 async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option<String> {
     let asked = async {
         let mut stream = TcpStream::connect(addr).await.ok()?;

@@ -13,7 +13,7 @@ use crate::wheel;
 const VERSION: &str = "3.7.15";
 
 /// Returns the Traefik in `PATH` if it has the right version, or otherwise the Traefik in `dir`, which is downloaded if
-/// it is missing.
+/// it is missing or has another version.
 pub fn program(dir: &Path) -> io::Result<PathBuf> {
     let own = dir.join("traefik");
     for candidate in [Path::new("traefik"), &own] {

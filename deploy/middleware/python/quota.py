@@ -49,8 +49,8 @@ def header(scope: Scope, name: str) -> list[str]:
 
 
 def api_key(scope: Scope) -> str | None:
-    """Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns None if there are several keys,
-    because the application could read a key that was not checked."""
+    """Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns None if there are different keys or
+    several values of either header, because the application could read a key that was not checked."""
     keys, credentials = header(scope, "x-api-key"), header(scope, "authorization")
     if len(keys) > 1 or len(credentials) > 1:
         return None

@@ -62,8 +62,8 @@ class Unavailable extends Error {
 }
 
 /**
- * Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns undefined if there are several keys,
- * because the application could read a key that was not checked.
+ * Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Returns undefined if there are different keys
+ * or several values of either header, because the application could read a key that was not checked.
  */
 export function apiKey(request: Request): string | undefined {
   const keys = [...(request.headersDistinct["x-api-key"] ?? [])];

@@ -1,7 +1,7 @@
 //! Tests subscriptions and charges while Stripe fails, and while the worker is stopped at random moments.
 //!
-//! Every kind of request to Stripe fails in every way, before and after its effect. The oracle is the fake's own state:
-//! customers, subscriptions, paid invoices and usage of each tenant.
+//! Requests of every kind to Stripe fail in random ways, before or after their effect. The oracle is the fake's own
+//! state: customers, subscriptions, paid invoices and usage of each tenant.
 
 use std::{
     collections::BTreeMap,
@@ -358,8 +358,8 @@ fn kills() -> u64 {
     std::env::var("BILLING_KILLS").map_or(6, |kills| kills.parse().expect("a number"))
 }
 
-/// Like the test above, but kills the whole server, which also handles the requests, with SIGKILL. The server is killed
-/// twice while each tenant subscribes and sends requests.
+/// Like the test above, but kills the whole server, which also handles the requests, with SIGKILL. For each tenant, the
+/// server is killed while it creates a Checkout Session, and again while it processes events and reports usage.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_are_charged_once_by_a_server_that_is_killed() {
     let world = World::new().await;
@@ -441,7 +441,7 @@ async fn tenants_are_charged_once_by_a_server_that_is_killed() {
         world.spend(&mut customer, &mut rng).await;
         drop(server);
 
-        // A server starts to process events and report usage immediately. Kill the server while it does so.
+        // After its start, a server immediately processes events and reports usage. Kill the server while it does so.
         world.time_passes().await;
         let server = start();
         tokio::time::sleep(Duration::from_micros(rng.u64(0..300_000))).await;

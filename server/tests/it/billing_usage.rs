@@ -25,7 +25,7 @@ use crate::{
 
 const DAY: Duration = Duration::from_hours(24);
 
-/// A server without jobs, and a tenant that subscribed some time ago.
+/// A server without background jobs, and a tenant with a plan marked `paid`.
 struct World {
     stripe: TestStripe,
     app: TestApp,

@@ -102,7 +102,7 @@ async fn flood_of_keys_with_wrong_checksums_causes_no_lookups() {
     quota.stop();
 }
 
-/// The number of files that this process has open in addition to the silent sockets.
+/// The number of files that this process may have open in addition to the hostile sockets.
 const OWN_FILES: usize = 600;
 const SILENT: usize = 20_000;
 /// Connections from one address, and addresses in one network: below the limits, so that only the total limit applies.
@@ -281,7 +281,7 @@ async fn clients_that_cancel_unread_responses_do_not_lock_out_others() {
     quota.stop();
 }
 
-/// The number of connections that use as much memory as they can without completing a request.
+/// The number of connections of each kind, which use as much memory as they can by sending or reading slowly.
 const SLOW: usize = 2000;
 /// The maximum increase in memory, in MiB. Handlers of many concurrent requests end a while after their connections
 /// close, and use most of the memory in a debug build.

@@ -1,4 +1,5 @@
-//! Tests the unchanged configurations in `deploy/gateways` in the real gateways, with Quota behind verified TLS.
+//! Tests the configurations in `deploy/gateways` in the real gateways, with Quota behind verified TLS. The placeholders
+//! are filled in as by a user, and addresses are replaced by loopback addresses.
 
 mod envoy_ratelimit;
 mod matrix;

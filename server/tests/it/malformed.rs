@@ -322,7 +322,7 @@ enum Kind {
     Grammar,
     /// A documented operation with valid credentials, over HTTP/1.
     Operation,
-    /// The same over HTTP/2, with other frames.
+    /// The same over HTTP/2, with several requests on a connection and sometimes with odd frames.
     Http2,
 }
 

@@ -62,7 +62,8 @@ async fn server_serves_the_same_document() {
     assert!(shown.text == openapi::text());
 }
 
-/// Otherwise, a shared cache might send a compressed document to clients that cannot decompress it.
+/// Without `Vary: Accept-Encoding`, a shared cache might send a compressed document to clients that cannot decompress
+/// it.
 #[tokio::test(flavor = "multi_thread")]
 async fn caches_distinguish_codings_even_if_every_origin_is_allowed() {
     let app = TestApp::setup().flag("--allowed-origins=*").start().await;

@@ -73,7 +73,7 @@ impl World {
         connection.expect("Redis responds")
     }
 
-    /// Returns the Redis key of the only shared record.
+    /// Returns the Redis key and the value of the only shared record.
     async fn only_record(&self) -> (String, Vec<u8>) {
         let mut redis = self.redis().await;
         let began = Instant::now();
@@ -425,7 +425,7 @@ async fn change_is_published_to_other_replicas() {
     assert_eq!(second.echo(&world.key.text).await.status, 200);
 }
 
-/// Returns the highest number that PostgreSQL has assigned.
+/// Returns the highest number that PostgreSQL has assigned to an invalidation.
 async fn newest_invalidation(app: &TestApp) -> i64 {
     let client = app.database.connect().await;
     let row = client

@@ -233,7 +233,7 @@ struct Attempt {
     operation: Operation,
     path: Box<dyn Fn(&str) -> String>,
     body: Body,
-    /// The type of the resource.
+    /// The parameter or field that takes the ID.
     names: &'static str,
 }
 

@@ -1,4 +1,5 @@
-//! Tests deliveries to webhooks: each delivery arrives, is signed, and is repeated until the endpoint accepts it.
+//! Tests deliveries to webhooks: each delivery is signed, and is attempted until the endpoint accepts it or the
+//! attempts are exhausted.
 //!
 //! To simulate the passage of time, the tests move the times in the database back.
 
@@ -274,7 +275,7 @@ async fn gone_endpoint_is_disabled_with_a_note() {
     assert_eq!(audit["items"][0]["target_id"], webhook.as_str());
     assert_eq!(audit["items"][0]["user_id"], Value::Null);
 
-    // After the webhook is enabled again, it has no note.
+    // When a webhook is enabled, the reason why it was disabled is removed.
     let path = format!("/admin/webhooks/{webhook}");
     let enabled = world.act("PATCH", &path, json!({"is_active": true})).await;
     assert_eq!(

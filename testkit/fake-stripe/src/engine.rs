@@ -151,7 +151,7 @@ impl State {
         id
     }
 
-    /// Charges the usage, finalizes the invoice, and tries to collect it.
+    /// Charges the usage, finalizes the invoice and, unless its `auto_advance` is false, tries to collect it.
     pub fn finalize(&mut self, id: &str) {
         if self.failing_finalizations > 0 {
             self.failing_finalizations -= 1;
@@ -287,7 +287,8 @@ impl State {
         }
     }
 
-    /// Records the payment of an invoice.
+    /// Records the payment of an invoice. If the invoice is the latest of its subscription, the payment activates a
+    /// subscription that was past due, unpaid or incomplete.
     pub fn mark_paid(&mut self, id: &str) {
         let invoice = self.find("invoice", id).expect("an invoice").clone();
         let mut transitions = invoice["status_transitions"].clone();
@@ -446,7 +447,7 @@ impl State {
             return Err(failure);
         }
         let customer = text(&session["customer"]);
-        // Until it is settled, a delayed payment is like a card that does not work.
+        // Until it is settled, a delayed payment is like a payment that the customer has not confirmed.
         let first = if delayed { Card::RequiresAction } else { card };
         self.cards.insert(customer.clone(), first);
         let items = session["_line_items"]

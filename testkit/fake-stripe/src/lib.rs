@@ -5,7 +5,7 @@
 //! that can be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can
 //! fail before or after their effect. The fake also serves its own Checkout page and customer portal.
 //!
-//! Every request is validated against Stripe's own description of its parameters.
+//! Every API request that is received over HTTP is validated against Stripe's own description of its parameters.
 //!
 //! The fake shares no code with Quota, so that the two cannot have the same mistakes.
 #![recursion_limit = "512"]
@@ -59,8 +59,8 @@ impl Drop for FakeStripe {
 }
 
 impl FakeStripe {
-    /// Starts a fake on a free port. Events are queued until [`deliver`](Self::deliver) or
-    /// [`deliver_all`](Self::deliver_all) sends them.
+    /// Starts a fake on a free port. Events are queued until [`deliver_all`](Self::deliver_all) sends them or
+    /// [`take_queued`](Self::take_queued) removes them.
     pub async fn start() -> io::Result<Self> {
         Self::start_on("127.0.0.1:0").await
     }

@@ -10,7 +10,8 @@ use crate::{
 const DAY: i64 = 86_400;
 
 impl State {
-    /// Accepts a meter event. Errors in its payload are found only later, and are then reported by a thin event.
+    /// Accepts a meter event. An unknown meter or an error in the payload does not fail the request, but is reported by
+    /// a thin event.
     pub fn use_meter(&mut self, params: &Value) -> Result<Value, Failure> {
         required(params, &["event_name", "payload"])?;
         let now = self.now();

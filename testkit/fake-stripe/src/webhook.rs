@@ -77,7 +77,7 @@ impl State {
             event["data"]["object"] = objects::as_of_2024(&event["data"]["object"]);
         }
         let body = event.to_string();
-        // Webhooks are checked against the machine's time, and the fake's own clock may be ahead of it.
+        // Webhooks are checked against the machine's time, from which the fake's own clock may differ.
         let now = machine_now();
         let fake_now = self.now();
         let secrets = self.secrets.get(endpoint).cloned().unwrap_or_default();

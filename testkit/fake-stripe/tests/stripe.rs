@@ -179,7 +179,7 @@ fn status_of<T: std::fmt::Debug>(result: Result<T, StripeError>) -> (u16, String
     }
 }
 
-/// An incomplete subscription becomes active through Checkout.
+/// A declined card leaves the Checkout session open. A good card completes it and creates an active subscription.
 #[tokio::test]
 async fn checkout_creates_an_active_subscription() {
     let shop = Shop::open().await;
@@ -305,8 +305,8 @@ async fn trials_end() {
     assert_eq!(shop.status(paused).await, "active");
 }
 
-/// Renewals move the periods of items; failed payments lead to past_due, and from there to active again, to
-/// unpaid or to canceled.
+/// Renewals move the periods of items. Failed payments lead to past_due. From there, a payment leads to active again,
+/// and the last failure leads to unpaid or canceled, or leaves the status unchanged.
 #[tokio::test]
 async fn failed_renewals_run_their_course() {
     for (outcome, last) in [
@@ -469,7 +469,7 @@ async fn faults_happen_before_or_after_the_effect() {
     again.send(&shop.client).await.expect("not replayed");
 }
 
-/// Covers duplicate identifiers, the time window, errors that are found later, and usage after finalization.
+/// Covers duplicate identifiers, the time window, errors that a thin event reports, and usage after finalization.
 #[tokio::test]
 async fn meters_count_each_identifier_once_and_charge_what_arrives_in_time() {
     let shop = Shop::open().await;

@@ -22,7 +22,7 @@ use crate::{Process, envoy, redis::free_port, traefik};
 /// Allows for a busy machine.
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
 
-/// A gateway. nginx, HAProxy and Caddy are Debian's; Envoy and Traefik are downloaded if they are missing.
+/// A gateway. nginx, HAProxy and Caddy must be installed; Envoy and Traefik are downloaded if they are missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Program {
     Caddy,
@@ -42,10 +42,10 @@ pub enum Parsing {
     Lenient,
 }
 
-/// What a user fills in, to check requests with Quota.
+/// The values for a gateway's configuration, which a user would fill in, and a fault for tests.
 pub struct Checked<'a> {
     pub quota_port: u16,
-    /// The certificate of the authority that the gateway trusts. Without it, the gateway calls Quota over plain HTTP.
+    /// The certificate of the authority that the gateway trusts. Without it, the gateway calls Quota without TLS.
     pub root: Option<&'a Path>,
     pub token: &'a str,
     pub api: SocketAddr,

@@ -71,20 +71,20 @@ impl QuotaLayer {
 }
 
 impl QuotaLayerBuilder {
-    /// How long a check may take, including the connection. Default: 1 second.
+    /// Sets how long a check may take, including the connection. Default: 1 second.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// What happens to a request if Quota cannot be reached in time. Default: [`OnUnavailable::Deny`].
+    /// Sets what happens to a request if Quota cannot be reached in time. Default: [`OnUnavailable::Deny`].
     pub fn on_unavailable(mut self, on_unavailable: OnUnavailable) -> Self {
         self.settings.on_unavailable = on_unavailable;
         self
     }
 
     /// Reads the API key from this header only. By default, the key is read from `X-API-Key` and from `Authorization:
-    /// Bearer qk_…`. A request with several keys is rejected.
+    /// Bearer qk_…`. A request with different keys, or with several values of such a header, is rejected.
     pub fn key_header(self, name: HeaderName) -> Self {
         self.key(move |parts| request::single(&parts.headers, &name).map(str::to_owned))
     }
@@ -95,15 +95,15 @@ impl QuotaLayerBuilder {
         self
     }
 
-    /// The cost of a request: how many requests it counts as, up to 1,000,000. Default: 1. A cost of 0 counts as 1. A
-    /// request with a cost above 1,000,000 gets 429.
+    /// Sets the cost of a request: how many requests it counts as, up to 1,000,000. Default: 1. A cost of 0 counts as
+    /// 1. A request with a cost above 1,000,000 gets 429.
     pub fn cost(mut self, cost: impl Fn(&Parts) -> u32 + Send + Sync + 'static) -> Self {
         self.settings.cost = Arc::new(cost);
         self
     }
 
-    /// The endpoint under which a request is recorded in usage. By default, the request's method and route, such as
-    /// `GET /orders/{id}`, if axum has matched the route; otherwise none.
+    /// Sets the endpoint under which a request is recorded in usage. By default, the request's method and route, such
+    /// as `GET /orders/{id}`, if axum has matched the route; otherwise none.
     ///
     /// Return names from a small set, not paths with IDs: usage reports list at most 256 endpoints per key.
     pub fn endpoint(
@@ -132,9 +132,11 @@ impl QuotaLayerBuilder {
         self
     }
 
+    /// Builds the layer. Does not connect to Quota.
+    ///
     /// # Errors
     ///
-    /// Fails if the URL, the service token or the certificates are invalid. Does not connect to Quota.
+    /// Fails if the URL, the service token or the certificates are invalid, or if the HTTP client cannot be created.
     pub fn build(self) -> Result<QuotaLayer, BuildError> {
         let check_url = check_url(&self.url).ok_or(BuildError::Url)?;
         let token = bearer(&self.service_token).ok_or(BuildError::ServiceToken)?;

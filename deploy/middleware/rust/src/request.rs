@@ -12,7 +12,7 @@ const MAX_ENDPOINT: usize = 128;
 /// Returns the API key from `X-API-Key` or `Authorization: Bearer qk_…`. Other credentials in `Authorization` belong to
 /// the service.
 ///
-/// Returns `None` if there are several keys or several values of either header, because the service could read a key
+/// Returns `None` if there are different keys or several values of either header, because the service could read a key
 /// that was not checked.
 pub(crate) fn api_key(headers: &HeaderMap) -> Option<String> {
     let bearer = match sent(headers, &header::AUTHORIZATION) {

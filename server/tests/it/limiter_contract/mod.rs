@@ -14,7 +14,8 @@ mod zones;
 
 pub(crate) use self::{ledger::TestLedger, world::START};
 
-/// Runs only on the local store: a remote store has its own clock, which a test cannot set back.
+/// Runs only on the local store: a remote store has its own clock, so it is not affected if a replica's clock is set
+/// back.
 #[tokio::test]
 async fn clock_set_back_does_not_lock_keys_out() {
     behavior::clock_set_back_does_not_lock_keys_out(&world::memory()).await;

@@ -1,7 +1,8 @@
 //! Compares the limiter with a simple model on random schedules.
 //!
 //! The model keeps a list of a bucket's events and, for each request, replays the list from the start, counting tokens
-//! as exact fractions. The model gets days and months from `chrono`. Every field of every decision is compared.
+//! as exact fractions. The model gets days and months from `chrono`. The outcome, the wait, the remaining tokens and
+//! the reset times of every decision are compared.
 
 use std::collections::HashMap;
 
@@ -235,7 +236,7 @@ enum Step {
     },
     /// Waits for a number of nanoseconds.
     Wait(u64),
-    /// Waits as long as the last denial stated, plus or minus a nanosecond.
+    /// Waits as long as the last denial stated, plus the given number of units of time.
     WaitAsTold(i8),
     /// Sets the clock back.
     Back(u64),
@@ -275,8 +276,8 @@ fn plan() -> impl Strategy<Value = Plan> {
     })
 }
 
-/// Runs `steps` on the limiter and the model, and returns the number of compared decisions. Waits are multiples of
-/// `grain` nanoseconds.
+/// Runs `steps` on the limiter and the model, and returns the number of compared decisions. The unit of time, of which
+/// every wait is a multiple, is `grain` nanoseconds.
 async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 {
     let mut model = Model::default();
     let mut key = Key::of(&world.start());

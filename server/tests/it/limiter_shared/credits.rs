@@ -7,7 +7,7 @@
 //! them.
 #![expect(
     clippy::disallowed_methods,
-    reason = "only this test reads the seed settings"
+    reason = "only tests read the seed settings"
 )]
 
 use std::{sync::Arc, time::Duration};
@@ -197,7 +197,8 @@ impl Counters {
 #[derive(Debug, Default)]
 struct Sum {
     returned: u64,
-    /// The total credit, and the total that the oracle would have allowed, both in full buckets.
+    /// The total credit in schedules without exceptions, and the total that the oracle would have allowed in them, both
+    /// in full buckets.
     credited: f64,
     allowed: f64,
     exceptions: u64,

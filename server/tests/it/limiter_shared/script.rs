@@ -361,7 +361,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     let BucketState::Initializing { wait } = take(plan(3, 100)).await else {
         panic!("Redis has lost the bucket's state");
     };
-    // The new epoch is two seconds old, and one token was used in it.
+    // In the first two seconds of the new epoch, 20 tokens refill, and the first call takes one of them.
     clock.advance(Duration::from_micros(wait) + Duration::from_secs(1));
     assert_eq!(granted(plan(4, 1)).await, 1);
     clock.advance(Duration::from_secs(1));
@@ -518,7 +518,7 @@ async fn a_bucket_that_expires_equals_one_that_is_kept() {
     );
 }
 
-/// Takes a few tokens from a bucket that would need a month to fill.
+/// Takes 1 and then 1,000 tokens from a bucket that would take a month to refill completely.
 #[tokio::test]
 async fn a_bucket_is_kept_until_it_is_full_and_not_much_longer() {
     let (server, redis) = started().await;

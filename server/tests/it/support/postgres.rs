@@ -92,7 +92,8 @@ impl TestDatabase {
 impl Drop for TestDatabase {
     fn drop(&mut self) {
         let sql = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
-        // `drop` cannot wait on the test's runtime. Failures are ignored: leftovers are removed with the cluster.
+        // `drop` cannot wait on the test's runtime. Failures are ignored: leftovers are removed with the cluster, or by
+        // the next process that uses the cluster's slot.
         let _ = thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread()
                 .enable_all()
@@ -269,7 +270,7 @@ async fn drop_leftovers(admin_url: &str) {
 }
 
 /// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template. The hash covers
-/// the migrations in this binary, and the content of the files, which may be newer.
+/// the versions of the migrations in this binary, and the content of the files, which may be newer.
 fn migrations_hash() -> u64 {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)

@@ -144,7 +144,7 @@ pub(crate) async fn wait_for_access(app: &TestApp, account: &Account, access: &s
     }
 }
 
-/// Waits until requests with a key get the given status.
+/// Waits until requests with a key get the given status. Returns how long that took.
 pub(crate) async fn wait_for_status(app: &TestApp, key: &str, status: u16) -> Duration {
     let began = Instant::now();
     loop {

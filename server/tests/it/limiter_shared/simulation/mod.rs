@@ -11,7 +11,7 @@
 //! that seed and prints its requests.
 #![expect(
     clippy::disallowed_methods,
-    reason = "only these tests read the seed settings"
+    reason = "only tests read the seed settings"
 )]
 
 mod judge;

@@ -37,7 +37,8 @@ pub(super) enum Plant {
     RefusesCrowds,
     /// A denial is repeated for a number of seconds, no matter what Redis would decide.
     RemembersDenials(u64),
-    /// After every ten admissions, a request is admitted without taking tokens, as if a lease were spent twice.
+    /// After every ten admissions that waited for Redis, a request is admitted without taking tokens, as if a lease
+    /// were spent twice.
     SpendsTwice,
     /// Each replica has its own counters.
     SharesNothing,
@@ -244,7 +245,7 @@ impl Planted {
         }
     }
 
-    /// Denies requests that the plan's fallback setting would admit without Redis.
+    /// If the planted error says so, denies requests that the plan's fallback setting has admitted without Redis.
     fn without_redis(&self, decision: Decision, policies: &Policies) -> Decision {
         let denies = match self.plant {
             Plant::DeniesWithoutRedis(choice) => policies.on_failure() == Some(choice),
@@ -303,12 +304,10 @@ impl LimitStore for Planted {
                     return Some(self.denied(handle, policies));
                 }
             }
-            // Admit a request without taking tokens after every ten admissions.
             Plant::SpendsTwice if self.admitted.load(Ordering::Relaxed) >= 10 => {
                 self.admitted.store(0, Ordering::Relaxed);
                 return Some(self.allowed(handle, policies));
             }
-            // Admit a request without Redis after every ten admissions.
             Plant::OpenWithoutOutage
                 if policies.on_failure() == Some(OnRedisFailure::Open)
                     && self.admitted.load(Ordering::Relaxed) >= 10 =>

@@ -20,7 +20,8 @@ struct Row {
 pub(super) struct Registry(Mutex<Vec<Row>>);
 
 impl Registry {
-    /// Refreshes the row of a replica and counts all rows, like the server's background job.
+    /// Refreshes the row of a replica and counts the rows that were refreshed recently, like the server's background
+    /// job.
     pub(super) fn count(&self, replica: usize, membership: &Membership, now: u64) {
         let mut rows = self.0.lock();
         match rows.iter_mut().find(|row| row.replica == replica) {

@@ -72,7 +72,7 @@ pub(super) struct Entry {
     pub(super) degraded: bool,
     /// Whether the daily quota denied the request, and whether the monthly quota did.
     pub(super) denied_by: [bool; 2],
-    /// Tokens of the key that Redis had granted when the response arrived; `None` once Redis had lost its state.
+    /// Tokens of the key that Redis had granted when the response arrived; `None` once Redis had reported a new epoch.
     pub(super) granted: Option<u64>,
 }
 

@@ -9,7 +9,7 @@ use quota_common::plan::OnRedisFailure;
 
 use super::run::key_id;
 
-/// The maximum number of requests per key, so that a seed takes only milliseconds.
+/// The approximate maximum number of requests per key in ordinary scenes, so that a seed takes only milliseconds.
 const REQUESTS_MAX: usize = 700;
 
 #[derive(Debug, Clone)]
@@ -213,7 +213,7 @@ impl Scene {
         scene
     }
 
-    /// Replicas that join and leave at any time.
+    /// Replicas join, stop or crash at any time.
     fn membership(&mut self, rng: &mut Rng) {
         let mut gone = 0;
         for _ in 0..rng.usize(1..=3) {
@@ -255,7 +255,7 @@ impl Scene {
     }
 
     /// Sends requests to one replica, to which Redis responds too late, so that granted tokens are returned. Then sends
-    /// requests to all other replicas: the returned tokens must not be available twice.
+    /// requests to other replicas: the returned tokens must not be available twice.
     fn late_returns(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let plan = Plan {
@@ -303,7 +303,7 @@ impl Scene {
         }
     }
 
-    /// For a few seconds, Redis responds to every replica too late. Then Redis recovers. The key's bucket is emptied
+    /// For 2 to 20 seconds, Redis responds to every replica too late. Then Redis recovers. The key's bucket is emptied
     /// before these seconds, and the key gets more requests than its limit allows afterward.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
@@ -512,7 +512,6 @@ impl Scene {
             quotas: [None; 2],
             load: "edited outage",
         });
-        // A replica detects the outage through its calls.
         self.faults.push(Fault {
             at,
             lasts: edit - at,

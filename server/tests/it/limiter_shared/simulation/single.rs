@@ -518,8 +518,8 @@ pub(super) fn a_handle(limiter: &Limiter) -> Arc<KeyHandle> {
         .unwrap()
 }
 
-/// PostgreSQL may respond more slowly than Redis is allowed to, and many requests on a `closed` plan may wait for
-/// PostgreSQL. Neither counts as an outage.
+/// PostgreSQL may respond more slowly than Redis is allowed to. A request on a `closed` plan that waits for PostgreSQL
+/// is not rejected as in an outage.
 #[test]
 fn a_slow_ledger_does_not_count_as_an_outage() {
     paused(async {

@@ -146,12 +146,12 @@ pub(super) struct World {
     pub(super) stalled: watch::Sender<bool>,
     pub(super) calls: Mutex<Calls>,
     pub(super) slow: AtomicU64,
-    /// Whether a response reported that the state was lost.
+    /// Whether a response, which may have been lost, reported a new epoch.
     pub(super) initialized_again: AtomicBool,
-    /// The partitions and times of the responses that reported a loss of state.
+    /// The partitions and times of the responses that reported a new epoch.
     pub(super) epochs: Mutex<Vec<(u16, u64)>>,
     /// Tokens that no replica can spend, because they were granted in responses that arrived late or never, or returned
-    /// by calls that never arrived.
+    /// by calls that never arrived or to which Redis responded with a new epoch.
     pub(super) missed: Mutex<Vec<Missed>>,
     /// The partitions and times of responses that arrived in time.
     pub(super) heard: Mutex<Vec<(u16, u64)>>,
