@@ -1,6 +1,6 @@
 //! Checks every kind of request that Quota sends to Stripe against Stripe's description of its API.
 //!
-//! The fake checks every request in all tests. This test sends each kind of request at least once.
+//! The fake checks every request in all tests. This test sends each kind of request in [`OPERATIONS`] at least once.
 
 use std::{
     collections::BTreeSet,
