@@ -29,6 +29,16 @@ async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<Embed
     }
 }
 
+/// Like [`database`], but does not create an embedded database. Returns `None` if it has not been created.
+async fn existing_database(
+    config: &Config,
+) -> anyhow::Result<Option<(SecretString, Option<EmbeddedPostgres>)>> {
+    if config.database_url.is_none() && !EmbeddedPostgres::is_created(&config.data_dir).await? {
+        return Ok(None);
+    }
+    database(config).await.map(Some)
+}
+
 /// Returns whether a running server uses the private PostgreSQL.
 fn is_in_use(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(EmbeddedError::InUse(_)))
@@ -73,18 +83,23 @@ pub async fn migrate(config: Config, _log: Log) -> anyhow::Result<()> {
 }
 
 /// Checks the settings and dependencies, and prints the findings. If `DATABASE_URL` is not set and no server is running,
-/// starts the private PostgreSQL, and creates it if necessary.
+/// starts the private PostgreSQL, but does not create it.
 pub async fn doctor(config: Config, _log: Log) -> anyhow::Result<()> {
     let mut report = Report::default();
     report.ok("settings", "valid");
     let is_running = report.addresses(&config).await;
     report.connections(&config);
     report.mail(&config).await;
-    match database(&config).await {
+    let replicas = report.redis(&config).await;
+    match existing_database(&config).await {
         Err(error) if is_running && is_in_use(&error) => report.running_server(&config).await,
         Err(error) => report.failure("database", format!("{error:#}")),
-        Ok((url, embedded)) => {
-            report.dependencies(&config, &url).await;
+        Ok(None) => report.ok(
+            "database",
+            "PostgreSQL is installed; the server creates its private database at the first startup",
+        ),
+        Ok(Some((url, embedded))) => {
+            report.database(&config, replicas, &url).await;
             if let Some(embedded) = embedded {
                 embedded.stop().await;
             }

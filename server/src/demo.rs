@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use crate::{
     auth::AuthError,
+    cache::Unconfirmed,
     db::DbError,
     keys::LookupCaller,
     repo::{
@@ -35,6 +36,10 @@ pub enum DemoError {
     Auth(#[from] AuthError),
     #[error("cannot create the demo: {0}")]
     Db(#[from] DbError),
+    #[error("cannot look up the demo: {0}")]
+    Unconfirmed(#[from] Unconfirmed),
+    #[error("cannot read the demo's secrets in the data directory")]
+    Read(#[source] io::Error),
     #[error("cannot store the demo's secrets in the data directory")]
     Io(#[from] io::Error),
     #[error("cannot generate random numbers")]
@@ -52,8 +57,8 @@ struct Demo {
 /// Creates the demo if it does not exist, and returns a description of it.
 pub async fn create_once(state: &AppState) -> Result<String, DemoError> {
     let file = state.config.data_dir.join(FILE);
-    let demo = match read(&file) {
-        Some(demo) if is_known(state, &demo).await => demo,
+    let demo = match read(&file)? {
+        Some(demo) if is_known(state, &demo).await? => demo,
         _ => create(state, &file).await?,
     };
     let base = &state.config.public_url;
@@ -81,22 +86,23 @@ pub async fn create_once(state: &AppState) -> Result<String, DemoError> {
     Ok(lines.join("\n"))
 }
 
-fn read(file: &Path) -> Option<Demo> {
-    serde_json::from_slice(&fs::read(file).ok()?).ok()
+/// Returns the stored demo, or `None` if the file does not exist or is damaged.
+fn read(file: &Path) -> Result<Option<Demo>, DemoError> {
+    match fs::read(file) {
+        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(DemoError::Read(error)),
+    }
 }
 
-/// Returns whether the stored demo's key exists in this database. `false` if this cannot be determined.
-async fn is_known(state: &AppState, demo: &Demo) -> bool {
-    match SecretText::parse(Kind::ApiKey, demo.key.as_bytes()) {
-        Some(key) => matches!(
-            state
-                .keys
-                .key(&key, state.clock.monotonic(), LookupCaller::default())
-                .await,
-            Ok(Some(_))
-        ),
-        None => false,
-    }
+/// Returns whether the stored demo's key exists in this database.
+async fn is_known(state: &AppState, demo: &Demo) -> Result<bool, Unconfirmed> {
+    let Some(key) = SecretText::parse(Kind::ApiKey, demo.key.as_bytes()) else {
+        return Ok(false);
+    };
+    let now = state.clock.monotonic();
+    let found = state.keys.key(&key, now, LookupCaller::default()).await?;
+    Ok(found.is_some())
 }
 
 async fn create(state: &AppState, file: &Path) -> Result<Demo, DemoError> {

@@ -1,7 +1,7 @@
 //! `quota doctor`: checks the settings and dependencies of a server, and prints one line for each finding.
 //!
-//! Does not change anything, except that the command starts the private PostgreSQL if `DATABASE_URL` is not set and no
-//! server is running, and creates it if necessary. An unreachable dependency is a finding too. Every check has a time limit.
+//! Does not change anything, except that the command starts an existing private PostgreSQL if `DATABASE_URL` is not set
+//! and no server is running. An unreachable dependency is a finding too. Every check has a time limit.
 
 use std::{fmt::Write as _, io};
 
@@ -99,10 +99,11 @@ impl Report {
         }
     }
 
-    pub async fn dependencies(&mut self, config: &Config, url: &SecretString) {
+    /// Checks Redis. Returns the configured or connected number of replicas, whichever is larger.
+    pub async fn redis(&mut self, config: &Config) -> usize {
         let mut replicas = config.replicas;
         if let Some(settings) = &config.redis {
-            let connected = self.redis(config, settings).await;
+            let connected = self.redis_servers(config, settings).await;
             if connected > replicas {
                 self.warning(
                     "redis",
@@ -121,11 +122,16 @@ impl Report {
                 "not configured: limits are kept in memory, for a single replica",
             );
         }
+        replicas
+    }
+
+    /// Checks the database, and that it allows enough connections for this number of replicas.
+    pub async fn database(&mut self, config: &Config, replicas: usize, url: &SecretString) {
         if let Some(host) = db::plaintext_host(url).await {
             self.warning("database", plaintext(&host));
         }
         match db::inspect(url).await {
-            Ok(server) => self.database(config, replicas, &server),
+            Ok(server) => self.database_server(config, replicas, &server),
             Err(error) => self.failure("database", db::chain(&error)),
         }
     }
@@ -149,7 +155,7 @@ impl Report {
         }
     }
 
-    fn database(&mut self, config: &Config, replicas: usize, server: &ServerInfo) {
+    fn database_server(&mut self, config: &Config, replicas: usize, server: &ServerInfo) {
         self.ok("database", format!("PostgreSQL {}", server.version));
         self.ok(
             "database",
@@ -179,8 +185,8 @@ impl Report {
         );
     }
 
-    /// Checks Redis. Returns the number of connected replicas.
-    async fn redis(&mut self, config: &Config, settings: &RedisSettings) -> usize {
+    /// Checks the servers of Redis. Returns the number of connected replicas.
+    async fn redis_servers(&mut self, config: &Config, settings: &RedisSettings) -> usize {
         let servers = &settings.servers;
         let tls = if servers.tls() { " over TLS" } else { "" };
         self.ok("redis", format!("{}: {servers}{tls}", servers.mode()));

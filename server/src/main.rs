@@ -190,7 +190,7 @@ where
             for error in errors.iter().chain(&unknown) {
                 eprintln!("{error}");
             }
-            anyhow::bail!("invalid settings; the server was not started");
+            anyhow::bail!("invalid settings");
         }
     };
     let log = Log::start(config.log_format);

@@ -110,7 +110,7 @@ fn delivery(text: &mut String, times: Times, reports: &[ShipperReport]) {
     let bytes: i64 = reports.iter().map(|it| it.pending_bytes).sum();
     let _ = writeln!(
         text,
-        "Usage is complete up to {} ({lag} s ago). Not delivered yet: {pending} records, {bytes} bytes.",
+        "Usage is complete up to {} ({lag} s ago). Not shipped yet: {pending} records, {bytes} bytes.",
         times.complete_until.format("%Y-%m-%dT%H:%M:%SZ"),
     );
     if reports.is_empty() {

@@ -19,7 +19,10 @@ mod cluster;
 mod error;
 mod place;
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
 
 use tokio::{sync::watch, task::JoinHandle};
 
@@ -60,6 +63,20 @@ impl EmbeddedPostgres {
     /// runs on the current runtime.
     pub async fn start(data_dir: &Path) -> Result<Self, EmbeddedError> {
         Self::start_with(data_dir, &[]).await
+    }
+
+    /// Returns whether the cluster in `data_dir` has been created. Fails if it has not been created and PostgreSQL is not
+    /// installed.
+    pub async fn is_created(data_dir: &Path) -> Result<bool, EmbeddedError> {
+        let place = match fs::canonicalize(data_dir) {
+            Ok(data_dir) => Place::find(&data_dir)?,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(EmbeddedError::file("cannot inspect", data_dir)(error)),
+        };
+        if place.is_none() && installed_binaries().await.is_empty() {
+            return Err(EmbeddedError::NotInstalled);
+        }
+        Ok(place.is_some())
     }
 
     /// Starts the cluster like [`start`](Self::start), with additional PostgreSQL settings.

@@ -82,8 +82,7 @@ fn note(notes: &Notes, id: Uuid, now: UnixNanos) {
     *at = now.max(*at);
 }
 
-/// Removes and returns all times. The times are sorted by ID, so that replicas that write at the same time are unlikely
-/// to deadlock.
+/// Removes and returns all times, sorted by ID.
 fn take(notes: &Notes) -> Vec<(Uuid, UnixNanos)> {
     let mut all = notes
         .iter()

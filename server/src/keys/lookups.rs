@@ -1,49 +1,43 @@
 //! Looks up secrets in PostgreSQL by their hash. Lookups are batched, limited, and fair.
 //!
 //! Anyone can invent keys with a valid checksum, and each of these keys requires a lookup. Therefore, lookups have
-//! their own database connections. Lookups of unknown keys leave at least one of these connections for reloading known
-//! keys, which are the keys in this replica's cache, and for lookups of tokens. Lookups of tokens use at most two
+//! their own database connections. Lookups of unknown keys and tokens together leave at least one of these connections
+//! for reloading known keys and tokens, which are those in this replica's cache. Lookups of tokens use at most two
 //! connections, and lookups of unknown tokens at most one. Lookups that arrive while all connections are busy share the
 //! next statement, so a few connections are enough for thousands of lookups per second.
 //!
 //! The number of concurrent lookups of unknown secrets is limited. Beyond the limit, each caller still gets an equal
 //! share, and callers take turns in every batch. Therefore, a flood mostly affects the caller that causes the flood.
-//! Lookups of keys and lookups of service tokens are counted and batched separately.
+//! Lookups of keys and lookups of service tokens are counted and batched separately, and take turns in using the
+//! connections for unknown secrets.
 
-use std::{
-    collections::{HashMap, VecDeque},
-    sync::Arc,
-    time::Duration,
-};
+mod queue;
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, future::BoxFuture};
 use parking_lot::Mutex;
 use quota_common::{ServiceTokenId, TenantId};
-use tokio::{sync::oneshot, time::timeout};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, oneshot},
+    time::timeout,
+};
 
 use crate::{
     cache::{Freshness, Unconfirmed},
-    client_guard::ClientNetwork,
     config::Config,
     db::{self, Db, DbError, Lane},
     repo::{api_key, api_key::KeyFacts, service_token},
     secret_text::Hash,
-    spans::{self, Parent},
+    spans,
     telemetry::metrics::Metrics,
 };
 
+pub use self::queue::LookupCaller;
+use self::queue::{Queue, Waiting};
+
 /// The maximum number of lookups per statement.
 const BATCH: usize = 200;
-
-/// The caller to whom a lookup is attributed. Without a tenant and an address, the caller is the server itself or a
-/// client without an address, such as on a Unix socket.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
-pub struct LookupCaller {
-    /// The owner of the service token in the request.
-    pub tenant: Option<TenantId>,
-    /// The network that the request came from.
-    pub address: Option<ClientNetwork>,
-}
 
 /// Batched lookups of API keys and service tokens. Cloning is cheap.
 #[derive(Debug, Clone)]
@@ -63,10 +57,12 @@ impl Lookups {
     ) -> Self {
         let db = db.on(Lane::Lookups);
         let connections = db.lanes().lookups;
+        let for_unknown = Arc::new(Semaphore::new(for_unknown(connections)));
         let settings = |workers| Settings {
             limit: config.key_lookups,
             wait: config.database.wait,
             workers,
+            for_unknown: for_unknown.clone(),
             freshness: freshness.clone(),
             metrics: metrics.clone(),
         };
@@ -122,8 +118,15 @@ struct Settings {
     /// The maximum number of concurrent batches. All batches but one may contain unknown secrets. If the maximum is
     /// one, the batch may contain unknown secrets.
     workers: usize,
+    /// The database connections that unknown secrets of all kinds may use. Waiting workers get them in turn.
+    for_unknown: Arc<Semaphore>,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
+}
+
+/// Returns how many of `connections` unknown secrets may use.
+fn for_unknown(connections: usize) -> usize {
+    connections.saturating_sub(1).max(1)
 }
 
 type Query<V> = dyn Fn(Vec<Hash>) -> BoxFuture<'static, Result<Answers<V>, DbError>> + Send + Sync;
@@ -147,100 +150,6 @@ struct BatchState<V> {
     settings: Settings,
     query: Box<Query<V>>,
     queue: Mutex<Queue<V>>,
-}
-
-struct Waiting<V> {
-    id: u64,
-    hash: Hash,
-    answer: oneshot::Sender<Result<Option<V>, Unconfirmed>>,
-    /// The span that the lookup belongs to, if its request is traced.
-    span: Option<Parent>,
-}
-
-struct Queue<V> {
-    next_id: u64,
-    known: VecDeque<Waiting<V>>,
-    unknown: HashMap<LookupCaller, VecDeque<Waiting<V>>>,
-    /// The callers in `unknown`, in the order of their turns.
-    turns: VecDeque<LookupCaller>,
-    /// The number of lookups of unknown secrets in progress by caller, including lookups that are not queued yet.
-    started: HashMap<LookupCaller, usize>,
-    /// The sum of `started`.
-    started_total: usize,
-    workers: usize,
-    /// The number of workers whose batch contains unknown secrets.
-    on_unknown: usize,
-}
-
-impl<V> Default for Queue<V> {
-    fn default() -> Self {
-        Self {
-            next_id: 0,
-            known: VecDeque::new(),
-            unknown: HashMap::new(),
-            turns: VecDeque::new(),
-            started: HashMap::new(),
-            started_total: 0,
-            workers: 0,
-            on_unknown: 0,
-        }
-    }
-}
-
-impl<V> Queue<V> {
-    /// Removes and returns the next lookup of the caller whose turn it is.
-    fn next_unknown(&mut self) -> Option<Waiting<V>> {
-        while let Some(caller) = self.turns.pop_front() {
-            let Some(waiting) = self.unknown.get_mut(&caller) else {
-                continue;
-            };
-            let next = waiting.pop_front();
-            if waiting.is_empty() {
-                self.unknown.remove(&caller);
-            } else {
-                self.turns.push_back(caller);
-            }
-            if next.is_some() {
-                return next;
-            }
-        }
-        None
-    }
-
-    fn push(&mut self, caller: Option<LookupCaller>, waiting: Waiting<V>) {
-        let Some(caller) = caller else {
-            self.known.push_back(waiting);
-            return;
-        };
-        let own = self.unknown.entry(caller).or_default();
-        if own.is_empty() {
-            self.turns.push_back(caller);
-        }
-        own.push_back(waiting);
-    }
-
-    /// Removes a waiting lookup. Returns whether the lookup was still waiting.
-    fn remove(&mut self, caller: Option<LookupCaller>, id: u64) -> bool {
-        let waiting = match caller {
-            None => Some(&mut self.known),
-            Some(caller) => self.unknown.get_mut(&caller),
-        };
-        let Some(waiting) = waiting else {
-            return false;
-        };
-        // Search from the front: the lookup that has waited longest is the first to give up.
-        let Some(at) = waiting.iter().position(|it| it.id == id) else {
-            return false;
-        };
-        waiting.remove(at);
-        if let Some(caller) = caller
-            && self.unknown.get(&caller).is_some_and(VecDeque::is_empty)
-        {
-            self.unknown.remove(&caller);
-            self.turns.retain(|it| *it != caller);
-        }
-        true
-    }
 }
 
 /// A permitted lookup, which counts toward the limits until it is dropped.
@@ -342,20 +251,21 @@ impl<V: Send + 'static> Batches<V> {
         };
         queue.push(caller, waiting);
         let is_missing = queue.workers < self.0.settings.workers
-            && (caller.is_none() || queue.on_unknown < self.for_unknown());
+            && (caller.is_none() || (!queue.is_waiting && self.may_take_unknown(&queue)));
         queue.workers += usize::from(is_missing);
         drop(queue);
         if is_missing {
             tokio::spawn(work(Worker {
                 batches: self.clone(),
+                slot: None,
                 has_ended: false,
             }));
         }
         id
     }
 
-    fn for_unknown(&self) -> usize {
-        self.0.settings.workers.saturating_sub(1).max(1)
+    fn may_take_unknown(&self, queue: &Queue<V>) -> bool {
+        queue.on_unknown < for_unknown(self.0.settings.workers)
     }
 }
 
@@ -385,6 +295,8 @@ impl<V: Send + 'static> Lookup<V> {
 
 struct Worker<V: Send + 'static> {
     batches: Batches<V>,
+    /// The permission to use a connection for unknown secrets that the worker has waited for.
+    slot: Option<OwnedSemaphorePermit>,
     has_ended: bool,
 }
 
@@ -396,16 +308,34 @@ impl<V: Send + 'static> Drop for Worker<V> {
     }
 }
 
+enum Step<V: Send + 'static> {
+    Run(Batch<V>),
+    /// Only unknown secrets are left, and they have to wait for a connection.
+    Wait,
+    End,
+}
+
 impl<V: Send + 'static> Worker<V> {
-    /// Returns the next batch, with known secrets first. If there is nothing to look up, ends the worker.
-    fn next(&mut self) -> Option<Batch<V>> {
+    /// Returns the next batch, with known secrets first. If there is nothing to look up now, ends the worker.
+    fn next(&mut self) -> Step<V> {
         let batches = self.batches.clone();
         let mut queue = batches.0.queue.lock();
         let known = queue.known.len().min(BATCH);
         let mut list = queue.known.drain(..known).collect::<Vec<_>>();
+        let mut slot = self.slot.take();
         let mut has_unknown = false;
-        if queue.on_unknown < batches.for_unknown() {
-            while list.len() < BATCH
+        if list.len() < BATCH && !queue.turns.is_empty() && batches.may_take_unknown(&queue) {
+            slot = slot.or_else(|| {
+                batches
+                    .0
+                    .settings
+                    .for_unknown
+                    .clone()
+                    .try_acquire_owned()
+                    .ok()
+            });
+            while slot.is_some()
+                && list.len() < BATCH
                 && let Some(next) = queue.next_unknown()
             {
                 list.push(next);
@@ -416,14 +346,36 @@ impl<V: Send + 'static> Worker<V> {
             // The worker must end while the lock is held, so that the next lookup starts a new worker.
             queue.workers -= 1;
             self.has_ended = true;
-            return None;
+            if queue.turns.is_empty() || queue.is_waiting || !batches.may_take_unknown(&queue) {
+                return Step::End;
+            }
+            queue.is_waiting = true;
+            return Step::Wait;
         }
         queue.on_unknown += usize::from(has_unknown);
         drop(queue);
-        Some(Batch {
+        Step::Run(Batch {
             batches,
             list,
-            has_unknown,
+            slot: slot.filter(|_| has_unknown),
+        })
+    }
+
+    /// Waits for a connection for unknown secrets. The worker does not count meanwhile, so that it does not keep known
+    /// secrets from being looked up. Returns `None` if there are enough other workers now.
+    async fn wait(batches: Batches<V>) -> Option<Self> {
+        let slot = batches.0.settings.for_unknown.clone().acquire_owned().await;
+        let mut queue = batches.0.queue.lock();
+        queue.is_waiting = false;
+        if queue.workers == batches.0.settings.workers {
+            return None;
+        }
+        queue.workers += 1;
+        drop(queue);
+        Some(Self {
+            batches,
+            slot: slot.ok(),
+            has_ended: false,
         })
     }
 }
@@ -432,7 +384,8 @@ impl<V: Send + 'static> Worker<V> {
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,
-    has_unknown: bool,
+    /// The permission to use a connection for unknown secrets, if the batch contains any.
+    slot: Option<OwnedSemaphorePermit>,
 }
 
 impl<V: Send + 'static> Batch<V> {
@@ -455,15 +408,22 @@ impl<V: Send + 'static> Batch<V> {
 
 impl<V: Send + 'static> Drop for Batch<V> {
     fn drop(&mut self) {
-        if self.has_unknown {
+        if self.slot.is_some() {
             self.batches.0.queue.lock().on_unknown -= 1;
         }
     }
 }
 
 async fn work<V: Send + 'static>(mut worker: Worker<V>) {
-    while let Some(batch) = worker.next() {
-        batch.run().await;
+    loop {
+        match worker.next() {
+            Step::Run(batch) => batch.run().await,
+            Step::Wait => match Worker::wait(worker.batches.clone()).await {
+                Some(next) => worker = next,
+                None => return,
+            },
+            Step::End => return,
+        }
     }
 }
 
@@ -476,6 +436,7 @@ impl<V: Send + 'static> Batches<V> {
             limit: 1000,
             wait: Duration::from_secs(5),
             workers: 2,
+            for_unknown: Arc::new(Semaphore::new(1)),
             freshness: Arc::new(Freshness::new(clock)),
             metrics: Arc::default(),
         };

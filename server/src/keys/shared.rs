@@ -211,20 +211,22 @@ impl SharedKeys {
     }
 
     fn may_write_absent(&self) -> bool {
-        // The upper bits contain the second, and the lower bits contain the count.
         let second = self.0.context.freshness.now().0 / 1_000_000_000;
-        let counted = self
-            .0
-            .absent_written
-            .update(Ordering::Relaxed, Ordering::Relaxed, |old| {
-                if old >> 16 == second {
-                    (old + 1).min(old | 0xffff)
-                } else {
-                    second << 16
-                }
-            });
-        counted >> 16 != second || counted & 0xffff < ABSENT_PER_SECOND
+        is_within_rate(&self.0.absent_written, second)
     }
+}
+
+/// Counts an entry for an invalid secret. The upper bits of `written` contain the second, and the lower 16 bits contain
+/// the count.
+fn is_within_rate(written: &AtomicU64, second: u64) -> bool {
+    let before = written.update(Ordering::Relaxed, Ordering::Relaxed, |old| {
+        if old >> 16 == second {
+            (old + 1).min(old | 0xffff)
+        } else {
+            (second << 16) | 1
+        }
+    });
+    before >> 16 != second || before & 0xffff < ABSENT_PER_SECOND
 }
 
 /// Returns how long an entry is kept.
@@ -354,6 +356,15 @@ mod tests {
             bytes[at] ^= 1;
             assert!(open::<KeyFacts>(&key(1), "a", &[7; 32], &bytes).is_none());
             assert!(open::<KeyFacts>(&key(1), "a", &[7; 32], &whole[..at]).is_none());
+        }
+    }
+
+    #[test]
+    fn entries_for_invalid_secrets_are_limited_in_every_second() {
+        let written = AtomicU64::new(0);
+        for second in [0, 1, 2, 7] {
+            let counted = (0..70_000).filter(|_| is_within_rate(&written, second));
+            assert_eq!(counted.count(), 200, "in second {second}");
         }
     }
 

@@ -107,7 +107,8 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// Updates `last_used_at` of many rows in one statement. Never moves it backward.
+/// Updates `last_used_at` of many rows in one statement. Never moves it backward. Locks the rows in the order of their
+/// IDs, so that replicas that write at the same time do not deadlock.
 async fn touch(
     tx: &mut SystemTx,
     table: &'static str,
@@ -115,9 +116,12 @@ async fn touch(
 ) -> Result<(), DbError> {
     let (ids, times): (Vec<Uuid>, Vec<DateTime<Utc>>) = used.iter().copied().unzip();
     diesel::sql_query(format!(
-        "UPDATE {table} t SET last_used_at = u.at \
-         FROM unnest($1, $2) AS u (id, at) \
-         WHERE t.id = u.id AND (t.last_used_at IS NULL OR t.last_used_at < u.at)"
+        "WITH locked AS MATERIALIZED ( \
+             SELECT t.id, u.at FROM unnest($1, $2) AS u (id, at) JOIN {table} t ON t.id = u.id \
+             WHERE t.last_used_at IS NULL OR t.last_used_at < u.at \
+             ORDER BY t.id FOR NO KEY UPDATE OF t \
+         ) \
+         UPDATE {table} t SET last_used_at = l.at FROM locked l WHERE t.id = l.id"
     ))
     .bind::<Array<SqlUuid>, _>(ids)
     .bind::<Array<Timestamptz>, _>(times)

@@ -265,6 +265,7 @@ async fn running_server_with_a_private_postgres_passes() {
         .says(&format!(
             "QUOTA_METRICS_LISTEN: {metrics} is in use; a server is running\n"
         ))
+        .says("redis: not configured")
         .says("database: the running server uses the private PostgreSQL, and is ready\n")
         .succeeds();
     server.stop();
@@ -273,6 +274,34 @@ async fn running_server_with_a_private_postgres_passes() {
         .says(&format!("QUOTA_LISTEN: {addr} is available\n"))
         .says("database: PostgreSQL ")
         .succeeds();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn invalid_settings_are_named() {
+    run(&[("QUOTA_LISTEN", "8080")])
+        .await
+        .says("QUOTA_LISTEN: ")
+        .says("invalid settings\n")
+        .fails();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn private_postgres_is_not_created() {
+    let dir = data_dir();
+    let path = dir.path().join("data").display().to_string();
+    let programs = std::env::var("PATH").unwrap_or_default();
+    let settings = [
+        ("PATH", programs.as_str()),
+        ("QUOTA_DATA_DIR", &path),
+        ("QUOTA_LISTEN", "127.0.0.1:0"),
+        ("QUOTA_METRICS_LISTEN", "off"),
+    ];
+    run(&settings)
+        .await
+        .says("database: PostgreSQL is installed; the server creates its private database at the first startup\n")
+        .says("redis: not configured")
+        .succeeds();
+    assert!(!Path::new(&path).exists());
 }
 
 /// Writes a certificate, and the certificate of the authority that issued it.

@@ -7,6 +7,7 @@ use std::{
 };
 
 use chrono::TimeDelta;
+use quota_server::secret_text::{Kind, SecretText};
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -309,5 +310,51 @@ async fn unread_large_responses_of_a_tenant_are_limited() {
     while app.act(&a, "GET", &path, Value::Null).await.status != 200 {
         assert!(began.elapsed() < Duration::from_secs(10));
         tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn lookups_of_unknown_keys_and_tokens_leave_a_connection_for_known_ones() {
+    // Two connections for lookups.
+    let app = TestApp::setup()
+        .flag("--database-pool=6")
+        .flag("--database-lock-timeout=60s")
+        .flag("--database-statement-timeout=60s")
+        .flag("--database-wait=10s")
+        .without_jobs();
+    let app = Arc::new(app.start().await);
+    let secret = |kind| SecretText::generate(kind).unwrap().reveal();
+    let (key, token) = (secret(Kind::ApiKey), secret(Kind::ServiceToken));
+    let (holder, observer) = (app.database.connect().await, app.database.connect().await);
+    let lock = "BEGIN; LOCK TABLE api_keys, service_tokens IN ACCESS EXCLUSIVE MODE";
+    holder.batch_execute(lock).await.unwrap();
+    let mut requests = JoinSet::new();
+    let by_key = app.clone();
+    requests.spawn(async move { by_key.echo(&key).await });
+    let by_token = app.clone();
+    requests.spawn(async move {
+        let check = by_token.post("/v1/check", json!({"key": "qk_1"}));
+        check.bearer(&token).send().await
+    });
+    let waiting = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database \
+                   WHERE datname = current_database() AND NOT granted \
+                   AND relation IN ('api_keys'::regclass, 'service_tokens'::regclass)";
+    let waiting = async || {
+        observer
+            .query_one(waiting, &[])
+            .await
+            .unwrap()
+            .get::<_, i64>(0)
+    };
+    while waiting().await == 0 {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    // Give the other lookup time to reach the lock.
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(waiting().await, 1);
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    while let Some(answer) = requests.join_next().await {
+        let answer = answer.unwrap();
+        assert_eq!(answer.status, 401, "{}", answer.text);
     }
 }

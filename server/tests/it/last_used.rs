@@ -18,13 +18,13 @@ fn at(secs: u64) -> UnixNanos {
     UnixNanos::from_secs(SECOND + secs)
 }
 
-/// Inserts keys whose IDs are in order.
+/// Inserts keys whose IDs are in order. The last key is inserted first.
 async fn insert_keys(app: &TestApp, account: &Account, database: &Client) -> Vec<Uuid> {
     let plan = app.plan(account, json!({})).await;
     let insert = format!(
         "INSERT INTO api_keys (tenant_id, id, plan_id, name, prefix, key_hash) \
          SELECT '{}', lpad(to_hex(n), 32, '0')::uuid, '{plan}', 'Key', 'qk_00000000', \
-         sha256(n::text::bytea) FROM generate_series(1, {KEYS}) AS n",
+         sha256(n::text::bytea) FROM generate_series({KEYS}, 1, -1) AS n",
         account.tenant_id
     );
     database.batch_execute(&insert).await.unwrap();
@@ -83,6 +83,48 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     database.batch_execute(reset).await.unwrap();
     app.state.last_used.flush(&app.state.db).await.unwrap();
     assert!(written(&database).await.iter().all(Option::is_none));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_are_locked_in_the_order_of_their_ids() {
+    let app = TestApp::setup()
+        .flag("--database-lock-timeout=60s")
+        .flag("--database-statement-timeout=60s")
+        .without_jobs()
+        .start()
+        .await;
+    let account = app.register().await;
+    let mut database = app.database.connect().await;
+    let ids = insert_keys(&app, &account, &database).await;
+    database.batch_execute("ANALYZE api_keys").await.unwrap();
+    let observer = app.database.connect().await;
+    for id in &ids[..BATCH] {
+        app.state.last_used.key(ApiKeyId(*id), at(1));
+    }
+    let locked = database.transaction().await.unwrap();
+    let lock = format!("SELECT FROM api_keys WHERE id = '{}' FOR UPDATE", ids[500]);
+    locked.batch_execute(&lock).await.unwrap();
+    let (last_used, db) = (app.state.last_used.clone(), app.state.db.clone());
+    let flush = tokio::spawn(async move { last_used.flush(&db).await });
+    let waiting = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database \
+                   WHERE datname = current_database() AND locktype = 'tuple' AND granted";
+    while observer
+        .query_one(waiting, &[])
+        .await
+        .unwrap()
+        .get::<_, i64>(0)
+        == 0
+    {
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
+    let free = "SELECT id FROM api_keys ORDER BY id FOR NO KEY UPDATE SKIP LOCKED";
+    let free = observer.query(free, &[]).await.unwrap();
+    let free = free.iter().map(|row| row.get(0)).collect::<Vec<Uuid>>();
+    assert!(free == ids[501..], "{} keys are free", free.len());
+    locked.rollback().await.unwrap();
+    flush.await.unwrap().unwrap();
+    let now = written(&database).await;
+    assert!(now[..BATCH].iter().all(|it| *it == Some(1)));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -14,6 +14,7 @@ mod billing_usage;
 mod clock_skew;
 mod console_calls;
 mod deleted_keys;
+mod demo;
 mod direct;
 mod doctor;
 mod embedded;

@@ -245,13 +245,15 @@ pub(super) fn rotate(log: &Path) -> Result<(), EmbeddedError> {
     Ok(())
 }
 
-/// Returns the last lines of the part of the log after `begin`, of which only the first MiB is read.
+/// Returns the last lines of the part of the log after `begin`, of which only the last MiB is read.
 fn tail(log: &Path, begin: u64) -> String {
     const LINES: usize = 10;
+    const MAX: u64 = 1024 * 1024;
     let mut text = Vec::new();
     let read = File::open(log).and_then(|mut file| {
-        file.seek(SeekFrom::Start(begin))?;
-        file.take(1024 * 1024).read_to_end(&mut text)
+        let end = file.metadata()?.len();
+        file.seek(SeekFrom::Start(begin.max(end.saturating_sub(MAX))))?;
+        file.take(MAX).read_to_end(&mut text)
     });
     if let Err(error) = read {
         return format!("(unreadable: {error})");
@@ -307,4 +309,25 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
 fn is_postgres(process: &Path) -> bool {
     fs::read_link(process.join("exe"))
         .is_ok_and(|exe| exe.file_name() == Some(OsStr::new("postgres")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tail_is_the_end_of_a_log_of_any_length() {
+        let dir = tempfile::tempdir().unwrap();
+        let log = dir.path().join("postgres.log");
+        let earlier = "earlier\n";
+        for lines in [3_usize, 10, 200_000] {
+            let text = (0..lines)
+                .map(|n| format!("line {n}\n"))
+                .collect::<String>();
+            fs::write(&log, format!("{earlier}{text}")).unwrap();
+            let last = (0..lines).skip(lines.saturating_sub(10));
+            let last = last.map(|n| format!("line {n}")).collect::<Vec<_>>();
+            assert_eq!(tail(&log, earlier.len() as u64), last.join("\n"));
+        }
+    }
 }

@@ -51,10 +51,26 @@ pub(super) struct Place {
 pub(super) type RunAs = Option<User>;
 
 impl Place {
+    /// Returns the place of the existing cluster, or `None` if no cluster has been created.
+    pub(super) fn find(data_dir: &Path) -> Result<Option<Self>, EmbeddedError> {
+        if let Some(place) = Self::existing(&data_dir.join("postgres"))? {
+            return Ok(Some(place));
+        }
+        if !geteuid().is_root() {
+            return Ok(None);
+        }
+        Self::existing(&fallback_home(data_dir).join("postgres"))
+    }
+
+    /// Returns the place of the existing cluster, or chooses a place for a new cluster.
     pub(super) async fn choose(data_dir: &Path) -> Result<Self, EmbeddedError> {
         let here = data_dir.join("postgres");
-        if let Some(place) = Self::existing(&here)? {
-            place.check_reach(&place.cluster).await?;
+        if let Some(place) = Self::find(data_dir)? {
+            if place.cluster == here {
+                place.check_reach(&place.cluster).await?;
+            } else {
+                tracing::info!(cluster = %place.cluster.display(), "the data of the private PostgreSQL is outside the data directory");
+            }
             return Ok(place);
         }
         if !geteuid().is_root() {
@@ -63,12 +79,8 @@ impl Place {
                 user: None,
             });
         }
-        let fallback_home = Path::new(FALLBACK_HOME).join(short_name(data_dir));
+        let fallback_home = fallback_home(data_dir);
         let fallback = fallback_home.join("postgres");
-        if let Some(place) = Self::existing(&fallback)? {
-            tracing::info!(cluster = %fallback.display(), "the data of the private PostgreSQL is outside the data directory");
-            return Ok(place);
-        }
         let user = unprivileged_user()?;
         let place = Self {
             cluster: here,
@@ -95,7 +107,7 @@ impl Place {
     }
 
     /// Returns the cluster at `path` with its owner, or `None` if there is no cluster.
-    pub(super) fn existing(path: &Path) -> Result<Option<Self>, EmbeddedError> {
+    fn existing(path: &Path) -> Result<Option<Self>, EmbeddedError> {
         let metadata = match fs::metadata(path) {
             Ok(metadata) => metadata,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -252,6 +264,11 @@ fn nameless(uid: Uid, gid: Gid) -> User {
         dir: PathBuf::from("/"),
         shell: PathBuf::from("/bin/sh"),
     }
+}
+
+/// Returns the directory for the cluster of `data_dir` if the cluster cannot be in `data_dir`.
+fn fallback_home(data_dir: &Path) -> PathBuf {
+    Path::new(FALLBACK_HOME).join(short_name(data_dir))
 }
 
 /// Returns a short name that is derived from a path and unique to that path.

@@ -4,7 +4,7 @@ use futures_util::future::join_all;
 use tokio::sync::Semaphore;
 
 use super::*;
-use crate::clock::SystemClock;
+use crate::{client_guard::ClientNetwork, clock::SystemClock};
 
 /// A database that processes one batch per permit. It records the number of hashes in each statement.
 struct Fixture {
@@ -14,12 +14,22 @@ struct Fixture {
 }
 
 fn fixture(limit: usize, workers: usize) -> Fixture {
+    fixture_on(
+        limit,
+        workers,
+        &Arc::new(Semaphore::new(for_unknown(workers))),
+    )
+}
+
+/// Like [`fixture`], with connections for unknown secrets that other fixtures use too.
+fn fixture_on(limit: usize, workers: usize, for_unknown: &Arc<Semaphore>) -> Fixture {
     let permits = Arc::new(Semaphore::new(0));
     let statements = Arc::new(Mutex::new(Vec::new()));
     let settings = Settings {
         limit,
         wait: Duration::from_millis(500),
         workers,
+        for_unknown: for_unknown.clone(),
         freshness: Arc::new(Freshness::new(Arc::new(SystemClock::new()))),
         metrics: Arc::default(),
     };
@@ -95,6 +105,49 @@ async fn one_connection_is_reserved_for_known_secrets() {
         [1, 1, 1],
         "the known secret is looked up separately"
     );
+}
+
+#[tokio::test(start_paused = true)]
+async fn unknown_keys_and_tokens_take_turns_and_leave_a_connection_for_known_secrets() {
+    let connections = Arc::new(Semaphore::new(1));
+    let [keys, tokens] = [(); 2].map(|()| fixture_on(1000, 2, &connections));
+    let settle = || tokio::time::sleep(Duration::from_millis(1));
+    let statements = || {
+        (
+            keys.statements.lock().clone(),
+            tokens.statements.lock().clone(),
+        )
+    };
+    keys.find(1, Some(from(1)));
+    settle().await;
+    tokens.find(1, Some(from(1)));
+    settle().await;
+    keys.find(3, Some(from(1)));
+    settle().await;
+    assert_eq!(statements(), (vec![1], vec![]));
+    keys.find(0, None);
+    settle().await;
+    assert_eq!(statements(), (vec![1, 1], vec![]));
+    keys.permits.add_permits(2);
+    settle().await;
+    assert_eq!(
+        statements(),
+        (vec![1, 1], vec![1]),
+        "it is the turn of the tokens"
+    );
+    tokens.permits.add_permits(1);
+    settle().await;
+    assert_eq!(statements(), (vec![1, 1, 1], vec![1]));
+    keys.permits.add_permits(1);
+    settle().await;
+    for it in [&keys, &tokens] {
+        let queue = it.batches.0.queue.lock();
+        assert_eq!(
+            (queue.workers, queue.on_unknown, queue.is_waiting),
+            (0, 0, false)
+        );
+    }
+    assert_eq!(connections.available_permits(), 1);
 }
 
 #[tokio::test(start_paused = true)]

@@ -640,7 +640,7 @@ async fn limits_show_what_another_replica_took_of_the_rate() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn operators_see_the_largest_tenants_and_what_is_not_delivered() {
+async fn operators_see_the_largest_tenants_and_what_is_not_shipped() {
     let it = world(json!({})).await;
     let now = now();
     let mut records = (0..7).map(|_| it.record(now)).collect::<Vec<_>>();
@@ -672,7 +672,7 @@ async fn operators_see_the_largest_tenants_and_what_is_not_delivered() {
     };
     let text = report(&[]);
     assert!(
-        text.contains("Not delivered yet: 70 records, 7000 bytes."),
+        text.contains("Not shipped yet: 70 records, 7000 bytes."),
         "{text}"
     );
     let line = |part: &str| {
