@@ -45,7 +45,7 @@ response! {
     pub struct AlertSettings {
         /// Whether alerts are sent by email.
         pub email: bool,
-        /// Users with these roles receive the emails.
+        /// Members with these roles receive the emails.
         pub email_roles: Vec<Role>,
         /// Whether a mail server is configured (`SMTP_URL`). Without a mail server, emails are written to files instead
         /// of being sent.
@@ -59,7 +59,7 @@ update! {
         /// Whether alerts are sent by email.
         #[garde(skip)]
         pub email: Option<bool>,
-        /// Users with these roles receive the emails.
+        /// Members with these roles receive the emails.
         #[garde(skip)]
         pub email_roles: Option<Vec<Role>>,
     }

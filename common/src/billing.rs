@@ -36,7 +36,7 @@ response! {
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
-        /// When keys on plans marked `paid` will stop working: when the subscription is canceled, or when the grace
+        /// When keys on plans marked `paid` will stop working: when the subscription ends, or when the grace
         /// period after a failed payment ends. `null` if no end is scheduled.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
@@ -52,7 +52,7 @@ response! {
         /// subscription.
         pub has_customer: bool,
         /// When this information was last retrieved from Stripe. For a tenant with a subscription, the information is
-        /// retrieved about every 10 minutes: if the last retrieval was more than half an hour ago, Stripe could not be
+        /// retrieved about every 10 minutes. So if the last retrieval was more than half an hour ago, Stripe could not be
         /// reached, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is

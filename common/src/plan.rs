@@ -85,7 +85,7 @@ request! {
         /// Whether to check every request against the shared counters instead of a local lease. Default: false.
         #[garde(skip)]
         pub strict: Option<bool>,
-        /// Behavior while Redis is unreachable. Default: the server default.
+        /// Behavior while Redis is unreachable. If omitted, the server default applies.
         #[garde(skip)]
         pub on_redis_failure: Option<OnRedisFailure>,
         /// Default: `free`.

@@ -180,7 +180,7 @@ async function fails(my, receiver) {
   await counts(my, 2);
   await my.inspect("webhook-failing");
   await my.navigate("Webhooks").click();
-  await page.getByRole("row", { name: /Alerts.*Failing\s*First failed/ }).waitFor();
+  await page.getByRole("row", { name: /Alerts.*Failing\s*Started failing/ }).waitFor();
   await my.inspect("webhooks");
   await page.locator("main").getByRole("link", { name: "Alerts", exact: true }).click();
   await counts(my, 2);

@@ -68,7 +68,7 @@ const STRIPE_PAGES: NonZeroU32 = NonZeroU32::new(20).unwrap();
 /// How many test events and redeliveries a tenant may request per minute.
 const WEBHOOK_REQUESTS: NonZeroU32 = NonZeroU32::new(30).unwrap();
 
-/// The state of a server. Cloning is cheap.
+/// The state of a replica. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct AppState(Arc<Services>);
 

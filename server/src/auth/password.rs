@@ -185,7 +185,7 @@ type Job = Box<dyn FnOnce(&Argon2<'static>) + Send>;
 
 struct Waiter<T> {
     party: u64,
-    /// The round of the party's previous waiter in the queue plus one, or 0 if the party had no waiters.
+    /// One more than the round of the party's previous waiter in the queue, or 0 if the party had no waiters.
     round: u64,
     waiter: T,
 }

@@ -184,7 +184,7 @@ pub async fn delete(tx: &mut TenantTx, id: Uuid) -> Result<bool, DbError> {
         == 1)
 }
 
-/// Returns the number of keys on each plan. Omits plans without keys.
+/// Returns the number of keys on each of these plans. Omits plans without keys.
 async fn key_counts(tx: &mut TenantTx, ids: &[Uuid]) -> Result<HashMap<Uuid, u64>, DbError> {
     let counts = api_keys::table
         .filter(api_keys::tenant_id.eq(tx.tenant().0))

@@ -63,6 +63,12 @@ async fn doctor(database: &TestDatabase, settings: &[(&str, &str)]) -> Output {
     run(&all).await
 }
 
+/// Returns the path on which `initdb` and `postgres` are found.
+#[expect(clippy::disallowed_methods, reason = "the path is not a setting")]
+fn programs() -> String {
+    std::env::var("PATH").unwrap_or_default()
+}
+
 /// Runs `quota doctor` with only these settings.
 async fn run(settings: &[(&str, &str)]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quota"));
@@ -249,8 +255,7 @@ async fn running_server_with_a_private_postgres_passes() {
     let path = dir.path().display().to_string();
     let server = Quota::start(dir.path());
     let (addr, metrics) = (server.addr.to_string(), server.metrics_addr.to_string());
-    // The path is where `initdb` and `postgres` are found.
-    let programs = std::env::var("PATH").unwrap_or_default();
+    let programs = programs();
     let settings = [
         ("PATH", programs.as_str()),
         ("QUOTA_DATA_DIR", &path),
@@ -289,7 +294,7 @@ async fn invalid_settings_are_named() {
 async fn private_postgres_is_not_created() {
     let dir = data_dir();
     let path = dir.path().join("data").display().to_string();
-    let programs = std::env::var("PATH").unwrap_or_default();
+    let programs = programs();
     let settings = [
         ("PATH", programs.as_str()),
         ("QUOTA_DATA_DIR", &path),

@@ -117,9 +117,12 @@ async fn keys_are_locked_in_the_order_of_their_ids() {
     {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
-    let free = "SELECT id FROM api_keys ORDER BY id FOR NO KEY UPDATE SKIP LOCKED";
+    let free = "SELECT id::text FROM api_keys ORDER BY id FOR NO KEY UPDATE SKIP LOCKED";
     let free = observer.query(free, &[]).await.unwrap();
-    let free = free.iter().map(|row| row.get(0)).collect::<Vec<Uuid>>();
+    let free = free.iter().map(|row| row.get::<_, String>(0));
+    let free = free
+        .map(|id| id.parse().expect("a UUID"))
+        .collect::<Vec<Uuid>>();
     assert!(free == ids[501..], "{} keys are free", free.len());
     locked.rollback().await.unwrap();
     flush.await.unwrap().unwrap();

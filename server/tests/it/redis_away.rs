@@ -186,7 +186,7 @@ async fn lost_buckets_are_empty_even_if_the_first_start_did_not_reach_redis() {
         redis.restart().await;
         let app = start(TestApp::setup().database(database)).await;
         let second = admitted(&app).await;
-        // One token per second refills.
+        // The bucket is refilled with one token per second.
         assert!(
             second < 50,
             "{second} admitted, first start reached Redis: {is_reached}"

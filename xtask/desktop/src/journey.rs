@@ -158,7 +158,7 @@ async fn main_journey(
     Ok(alerts)
 }
 
-/// Sends requests with the key until one gets this status: a change takes effect within a second.
+/// Sends requests with the key until one gets this status, because a change can take a second to take effect.
 async fn send_until(page: &App, status: u16) -> Result<()> {
     until(&format!("status {status}"), TIMEOUT, async || {
         page.press("Send 1").await?;

@@ -4,7 +4,7 @@ use http::{HeaderMap, HeaderName, header, request::Parts};
 
 const API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 const KEY_PREFIX: &str = "qk_";
-/// The maximum length of a key. Quota rejects checks with longer keys.
+/// The maximum length of a key. Quota rejects check requests with longer keys.
 const MAX_KEY: usize = 256;
 /// The maximum length of an endpoint. Quota rejects checks with longer endpoints.
 const MAX_ENDPOINT: usize = 128;

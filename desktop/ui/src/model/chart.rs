@@ -37,7 +37,7 @@ pub struct Bar {
 }
 
 impl Bar {
-    /// Describes the bar, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1%)`.
+    /// Returns a description of the bar, such as `14:00–15:00 CET · 1,204 allowed · 38 rejected (3.1%)`.
     pub fn text(&self) -> String {
         let Self {
             time,

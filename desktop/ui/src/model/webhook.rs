@@ -121,7 +121,7 @@ fn status(it: &Webhook, now: i64) -> Markup {
         (WebhookStatus::DisabledByQuota, Some(reason), _) => reason.clone(),
         (WebhookStatus::Failing, _, Some(since)) => {
             format!(
-                "First failed {}",
+                "Started failing {}",
                 relative(since.inner().timestamp_millis(), now)
             )
         }

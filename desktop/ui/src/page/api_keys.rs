@@ -167,7 +167,7 @@ fn NoKeys(is_filtered: bool, plans: Loader<Vec<Plan>>, creating: RwSignal<bool>)
         .into_any();
     }
     view! {
-        <EmptyState shape=Shape::Key title="No keys yet" about="Create one key per client, so you can limit, rotate or deactivate clients separately.">
+        <EmptyState shape=Shape::Key title="No keys yet" about="Create one key per client, so you can limit each client separately, and rotate or deactivate its key without affecting the others.">
             {move || match plans.ready() {
                 Some(plans) if plans.is_empty() => {
                     view! { <a class="button primary" href="/console/plans?new=1">"Create a plan first"</a> }.into_any()

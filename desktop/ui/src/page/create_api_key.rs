@@ -66,7 +66,7 @@ fn CreateForm(
     new: NewSecret,
     on_changed: Callback<()>,
 ) -> impl IntoView {
-    // If the plans were still being loaded when the dialog opened, the form appears later.
+    // If the plans are still being loaded when the dialog opens, the form does not exist until later.
     form.reset();
     focus_soon("#key_name");
     let name = RwSignal::new(String::new());

@@ -91,7 +91,7 @@ impl Attempt {
             u64::try_from(cleared).unwrap_or(u64::MAX),
             self.counted_in_redis.unwrap_or(0),
         ];
-        // Without a runtime, the process is about to exit.
+        // If there is no runtime, the process is about to exit.
         let runtime = tokio::runtime::Handle::try_current().ok()?;
         Some(runtime.spawn(async move {
             let keys = keys.iter().map(String::as_str).collect::<Vec<_>>();

@@ -321,12 +321,9 @@ mod tests {
         let log = dir.path().join("postgres.log");
         let earlier = "earlier\n";
         for lines in [3_usize, 10, 200_000] {
-            let text = (0..lines)
-                .map(|n| format!("line {n}\n"))
-                .collect::<String>();
-            fs::write(&log, format!("{earlier}{text}")).unwrap();
-            let last = (0..lines).skip(lines.saturating_sub(10));
-            let last = last.map(|n| format!("line {n}")).collect::<Vec<_>>();
+            let text = (0..lines).map(|n| format!("line {n}")).collect::<Vec<_>>();
+            fs::write(&log, format!("{earlier}{}\n", text.join("\n"))).unwrap();
+            let last = &text[lines.saturating_sub(10)..];
             assert_eq!(tail(&log, earlier.len() as u64), last.join("\n"));
         }
     }

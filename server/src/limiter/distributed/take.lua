@@ -78,7 +78,8 @@ local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
 -- delay is longer than that call may take.
 local PROMISED = delay - 100000
 -- An unconfirmed start is postponed only once this many microseconds of the delay have passed. By then, a caller that
--- received the start in time has confirmed it. Otherwise, callers could postpone each other's starts indefinitely.
+-- received the start in time has confirmed it. If starts were postponed earlier,
+-- callers could postpone the start of the epoch for each other indefinitely.
 local KNOWN = math.max(50000, tonumber(ARGV[15]))
 -- By this many microseconds after the start of an epoch, callers that were promised the epoch have received and
 -- confirmed a response. The confirmation requires two calls, each of which may take one deadline.

@@ -1,4 +1,4 @@
-//! Calendar quotas: windows of days and months, and blocks of tokens from the ledger.
+//! Calendar quotas: their windows (calendar days and months), and the blocks of tokens taken from the ledger.
 
 pub(super) mod block;
 pub(super) mod calendar;

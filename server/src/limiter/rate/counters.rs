@@ -10,7 +10,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 
 use crate::clock::Nanos;
 
-/// A time on the counters' clock, in microseconds since the Unix epoch. Zero means that there is no time.
+/// A time on the counters' clock, in microseconds since the Unix epoch. Zero stands for no time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct CounterMicros(pub u64);

@@ -77,7 +77,7 @@ impl Gcra {
         tat.min(now.saturating_add(self.tau))
     }
 
-    /// Returns whether `cost` tokens may be taken at `now`. `tat` must be [settled](Self::settled).
+    /// Decides whether `cost` tokens may be taken at `now`. `tat` must be [settled](Self::settled).
     pub fn decide<T: Instant>(self, tat: T, now: T, cost: NonZeroU32) -> Verdict<T> {
         let price = self.price(cost);
         if price > self.tau {

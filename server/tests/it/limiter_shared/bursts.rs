@@ -410,7 +410,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
         ..other
     });
     // Repeating the denial does not prolong it.
-    sleep(TTL - Duration::from_millis(5)).await;
+    sleep(TTL.mul_f64(0.95)).await;
     assert!(!replica.admit(&policies, 1).await.is_allowed());
     sleep(Duration::from_millis(15)).await;
     assert!(replica.admit(&policies, 1).await.is_allowed());
@@ -582,7 +582,7 @@ async fn late_responses_grant_nothing_twice() {
     assert!(served >= 100, "{served} of {most}");
 }
 
-/// With a real Redis and a round-trip time of 20 ms, a burst takes two calls.
+/// With a real Redis and a round-trip time of 20 ms, 620 simultaneous requests need only a few calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_takes_two_calls_to_a_distant_redis() {
     let server = RedisServer::start().await;

@@ -23,8 +23,8 @@ const PROMISED: u64 = 100_000;
 /// or after the deadline of calls if that is longer.
 const KNOWN: u64 = 50_000;
 
-/// How long after the start of a confirmed epoch other callers cannot begin another epoch, in microseconds, in addition
-/// to three deadlines.
+/// For this many microseconds plus three deadlines after the start of a confirmed epoch, other callers cannot begin
+/// another epoch.
 const SETTLED: u64 = 50_000;
 
 /// How long after a confirmed response there is certainly no outage, in microseconds.

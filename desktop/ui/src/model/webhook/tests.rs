@@ -76,7 +76,7 @@ fn status_says_who_stopped_deliveries_and_why() {
             "a=1&amp;b=2",
             &format!("href=\"/console/webhooks/{ID}\""),
             ">Enabled<",
-            ">First failed 1 minute ago<",
+            ">Started failing 1 minute ago<",
             ">Disabled<",
             reason,
         ],
