@@ -4,12 +4,12 @@
 use quota_common::{ApiKeyId, ServiceTokenId};
 use quota_server::clock::UnixNanos;
 use serde_json::{Value, json};
-use tokio_postgres::Client;
+use tokio_postgres::{Client, Transaction};
 use uuid::Uuid;
 
 use crate::support::app::{Account, TestApp};
 
-/// The number of keys: enough for more than two batches.
+/// A number of keys that is enough for more than two batches.
 const KEYS: u128 = 2_500;
 const BATCH: usize = 1_000;
 const SECOND: u64 = 1_785_738_360;
@@ -18,17 +18,28 @@ fn at(secs: u64) -> UnixNanos {
     UnixNanos::from_secs(SECOND + secs)
 }
 
-/// Inserts keys whose IDs are in order. The last key is inserted first.
-async fn insert_keys(app: &TestApp, account: &Account, database: &Client) -> Vec<Uuid> {
+/// Inserts `count` keys. Returns their IDs in order. The last key is inserted first.
+async fn insert_keys(
+    app: &TestApp,
+    account: &Account,
+    database: &Client,
+    count: u128,
+) -> Vec<Uuid> {
     let plan = app.plan(account, json!({})).await;
     let insert = format!(
         "INSERT INTO api_keys (tenant_id, id, plan_id, name, prefix, key_hash) \
          SELECT '{}', lpad(to_hex(n), 32, '0')::uuid, '{plan}', 'Key', 'qk_00000000', \
-         sha256(n::text::bytea) FROM generate_series({KEYS}, 1, -1) AS n",
+         sha256(n::text::bytea) FROM generate_series({count}, 1, -1) AS n",
         account.tenant_id
     );
     database.batch_execute(&insert).await.unwrap();
-    (1..=KEYS).map(Uuid::from_u128).collect()
+    (1..=count).map(Uuid::from_u128).collect()
+}
+
+/// Locks a key until the end of the transaction.
+async fn lock(transaction: &Transaction<'_>, id: Uuid) {
+    let lock = format!("SELECT FROM api_keys WHERE id = '{id}' FOR UPDATE");
+    transaction.batch_execute(&lock).await.unwrap();
 }
 
 /// Returns the time at which each key was last used, in seconds, in the order of IDs.
@@ -51,17 +62,13 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
         .await;
     let account = app.register().await;
     let mut database = app.database.connect().await;
-    let ids = insert_keys(&app, &account, &database).await;
+    let ids = insert_keys(&app, &account, &database, KEYS).await;
     for id in &ids {
         app.state.last_used.key(ApiKeyId(*id), at(1));
     }
     // A key of the second batch is locked.
     let locked = database.transaction().await.unwrap();
-    let lock = format!(
-        "SELECT FROM api_keys WHERE id = '{}' FOR UPDATE",
-        ids[1_500]
-    );
-    locked.batch_execute(&lock).await.unwrap();
+    lock(&locked, ids[1_500]).await;
     assert!(app.state.last_used.flush(&app.state.db).await.is_err());
     // In the meantime, one key is used again, and two keys are used according to a clock that is behind.
     app.state.last_used.key(ApiKeyId(ids[1_500]), at(3));
@@ -85,6 +92,7 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     assert!(written(&database).await.iter().all(Option::is_none));
 }
 
+/// PostgreSQL reads a table of this size in the order in which its rows were inserted.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_are_locked_in_the_order_of_their_ids() {
     let app = TestApp::setup()
@@ -95,39 +103,39 @@ async fn keys_are_locked_in_the_order_of_their_ids() {
         .await;
     let account = app.register().await;
     let mut database = app.database.connect().await;
-    let ids = insert_keys(&app, &account, &database).await;
+    let ids = insert_keys(&app, &account, &database, 300).await;
     database.batch_execute("ANALYZE api_keys").await.unwrap();
     let observer = app.database.connect().await;
-    for id in &ids[..BATCH] {
+    for id in &ids[..10] {
         app.state.last_used.key(ApiKeyId(*id), at(1));
     }
     let locked = database.transaction().await.unwrap();
-    let lock = format!("SELECT FROM api_keys WHERE id = '{}' FOR UPDATE", ids[500]);
-    locked.batch_execute(&lock).await.unwrap();
+    lock(&locked, ids[5]).await;
     let (last_used, db) = (app.state.last_used.clone(), app.state.db.clone());
     let flush = tokio::spawn(async move { last_used.flush(&db).await });
     let waiting = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database \
                    WHERE datname = current_database() AND locktype = 'tuple' AND granted";
-    while observer
-        .query_one(waiting, &[])
-        .await
-        .unwrap()
-        .get::<_, i64>(0)
-        == 0
-    {
+    let waiting = async || {
+        observer
+            .query_one(waiting, &[])
+            .await
+            .unwrap()
+            .get::<_, i64>(0)
+    };
+    while waiting().await == 0 {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
     let free = "SELECT id::text FROM api_keys ORDER BY id FOR NO KEY UPDATE SKIP LOCKED";
     let free = observer.query(free, &[]).await.unwrap();
-    let free = free.iter().map(|row| row.get::<_, String>(0));
-    let free = free
-        .map(|id| id.parse().expect("a UUID"))
-        .collect::<Vec<Uuid>>();
-    assert!(free == ids[501..], "{} keys are free", free.len());
+    let free: Vec<Uuid> = free
+        .iter()
+        .map(|row| row.get::<_, String>(0).parse().unwrap())
+        .collect();
+    assert!(free == ids[6..], "{} keys are free", free.len());
     locked.rollback().await.unwrap();
     flush.await.unwrap().unwrap();
     let now = written(&database).await;
-    assert!(now[..BATCH].iter().all(|it| *it == Some(1)));
+    assert!(now[..10].iter().all(|it| *it == Some(1)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,7 +148,7 @@ async fn later_use_wins_also_when_two_replicas_write_at_once() {
         .await;
     let account = one.register().await;
     let database = one.database.connect().await;
-    let ids = insert_keys(&one, &account, &database).await;
+    let ids = insert_keys(&one, &account, &database, KEYS).await;
     for (n, id) in ids.iter().enumerate() {
         let (early, late) = if n % 2 == 0 {
             (&one, &other)
