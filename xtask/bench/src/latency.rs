@@ -43,6 +43,14 @@ struct Percentiles {
     p99: f64,
 }
 
+impl Percentiles {
+    /// Those of a server that cannot keep up.
+    const ENDLESS: Self = Self {
+        p50: f64::INFINITY,
+        p99: f64::INFINITY,
+    };
+}
+
 pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let cores = Cores::pick();
     let poem = Server::bare("poem", cores)?;
@@ -87,9 +95,11 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
                 .block_on(&runtime, open_loop(case, rate, time))
                 .with_context(|| case.name)?;
             case.server.empty_log()?;
-            figures.push(percentiles(times));
+            figures.push(times.map_or(Percentiles::ENDLESS, percentiles));
         }
     }
+    let poem = median(measured[0].iter().map(|it| it.p99));
+    ensure!(poem.is_finite(), "the plain server cannot keep up");
     print(&cases, &measured, rate, time, cores);
     Ok(())
 }
@@ -135,8 +145,8 @@ impl Schedule {
     }
 }
 
-/// Sends requests at this rate. Returns their response times.
-async fn open_loop(case: &Case, rate: f64, time: Duration) -> Result<Vec<Duration>> {
+/// Sends requests at this rate. Returns their response times, or `None` if the server cannot keep up.
+async fn open_loop(case: &Case, rate: f64, time: Duration) -> Result<Option<Vec<Duration>>> {
     let mut streams = Vec::new();
     for _ in 0..CONNECTIONS {
         let stream = TcpStream::connect(case.server.addr).await?;
@@ -165,16 +175,12 @@ async fn open_loop(case: &Case, rate: f64, time: Duration) -> Result<Vec<Duratio
         times.extend(of_connection);
         others += of_other_status;
     }
-    ensure!(
-        backlog <= BACKLOG_MAX,
-        "{backlog} requests were waiting at the end of a round: the server cannot keep up"
-    );
     // A plan of one request per minute admits a few.
     ensure!(
         !times.is_empty() && others * 100 <= times.len(),
         "unexpected responses: {others}"
     );
-    Ok(times)
+    Ok((backlog <= BACKLOG_MAX).then_some(times))
 }
 
 /// Sends requests when they are due, or as soon as the response to the previous one has arrived. Returns the response
@@ -236,19 +242,24 @@ fn print(
     for (case, figures) in cases.iter().zip(measured) {
         // Compared per round, because a disturbance affects both.
         let pairs = figures.iter().zip(poem);
-        println!(
-            "| {} | {:.0} | {:.0} | {:.2} |",
-            case.name,
-            median(figures.iter().map(|it| it.p50)),
-            median(figures.iter().map(|it| it.p99)),
-            median(pairs.map(|(it, poem)| it.p99 / poem.p99)),
-        );
+        let ratio = median(pairs.map(|(it, poem)| it.p99 / poem.p99));
+        if ratio.is_finite() {
+            println!(
+                "| {} | {:.0} | {:.0} | {ratio:.2} |",
+                case.name,
+                median(figures.iter().map(|it| it.p50)),
+                median(figures.iter().map(|it| it.p99)),
+            );
+        } else {
+            println!("| {} | – | – | – |", case.name);
+        }
     }
     println!();
     println!(
         "Medians of {} rounds of {} ms, with the cases taking turns; {rate:.0} requests/s, which is {:.0}% of what \
          bare poem serves when saturated, on {CONNECTIONS} keep-alive connections. Response times count from the \
-         time at which a request is due. {} Target: at most 1.2.",
+         time at which a request is due. {} –: the server could not keep up in at least half of the rounds; `quota` \
+         shares its core with its PostgreSQL, to which it writes usage. Target: at most 1.2.",
         poem.len(),
         time.as_millis(),
         FRACTION * 100.0,
