@@ -1,5 +1,5 @@
-//! A network of its own for a measurement, with the kernel settings of Caddy's container. Nothing but the measurement is
-//! affected by these settings.
+//! A network of its own for a measurement, with the settings of Caddy's container that affect connections. Nothing but the
+//! measurement is affected by these settings.
 
 use std::{
     env, fs,
@@ -12,14 +12,18 @@ use nix::unistd::Uid;
 
 /// Tells the process that it runs in its own network.
 const FLAG: &str = "--in-own-network";
+/// The variable that configures the Go runtime.
+const GO: &str = "GODEBUG";
 const COMPOSE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/compose.prod.yml");
 
 /// Runs this process again, with the same arguments and [`FLAG`], in a network of its own.
 pub(super) fn run_again() -> Result<ExitCode> {
     let compose = fs::read_to_string(COMPOSE).context("cannot read compose.prod.yml")?;
     let setting = setting(&compose).context("compose.prod.yml has no kernel setting")?;
+    let go = variable(&compose, GO).context("compose.prod.yml has no setting for Go")?;
     let mut command = Command::new("unshare");
-    command.arg("--net");
+    // Caddy inherits the variable.
+    command.arg("--net").env(GO, go);
     if !Uid::effective().is_root() {
         command.args(["--user", "--map-current-user", "--keep-caps"]);
     }
@@ -49,6 +53,13 @@ fn setting(compose: &str) -> Option<(&str, &str)> {
     Some((name.trim(), value.trim()))
 }
 
+/// Returns the value of an environment variable in a Compose file.
+fn variable<'a>(compose: &'a str, name: &str) -> Option<&'a str> {
+    let mut lines = compose.lines().map(str::trim);
+    let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))?;
+    Some(value.trim())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -59,5 +70,12 @@ mod tests {
         let (name, value) = setting(&compose).unwrap();
         assert_eq!(name, "net.ipv4.tcp_notsent_lowat");
         assert!(value.parse::<u32>().is_ok(), "{value}");
+    }
+
+    #[test]
+    fn the_compose_file_turns_off_multipath_tcp() {
+        let compose = fs::read_to_string(COMPOSE).unwrap();
+        assert_eq!(variable(&compose, GO), Some("multipathtcp=0"));
+        assert_eq!(variable(&compose, "GODEBUGS"), None);
     }
 }
