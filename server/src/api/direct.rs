@@ -8,10 +8,7 @@ mod response;
 
 use std::{cell::RefCell, net::IpAddr, pin::pin};
 
-use poem::{
-    IntoResponse as _, Response,
-    http::{HeaderValue, StatusCode, header},
-};
+use poem::http::{HeaderValue, StatusCode, header};
 use quota_common::limit::Check;
 
 use self::response::{CommonHeaders, ResponseWriter};
@@ -20,8 +17,8 @@ use super::{
     client_ip::client_of,
     fast_path::{CHECK, ECHO, FORWARD_AUTH},
     fields::text,
-    json::{self, Json},
-    limit::{self, Deny, StatusOnly},
+    json,
+    limit::{self, Checked, Deny, StatusOnly},
     limit_headers::{self, HeaderSink as _},
     problem::ApiError,
     request_context::{RequestContext, RequestId},
@@ -82,7 +79,7 @@ impl Route {
 enum Success {
     /// The caller, whose limits the headers report, and the time in the body, as JSON.
     Echo(AdmittedKey, [u8; limit::TIME]),
-    Check(Response),
+    Check(Checked),
     ForwardAuth(StatusOnly),
 }
 
@@ -150,8 +147,8 @@ impl DirectDecisions {
                 let media_type = request.field(header::CONTENT_TYPE.as_str()).and_then(text);
                 json::check_media_type(media_type)?;
                 let body = json::parse_body::<Check>(media_type, request.body)?;
-                let result = pin!(limit::check(context, &caller, &body)).await?;
-                Success::Check(Json(result).into_response())
+                let checked = pin!(limit::check(context, &caller, &body)).await?;
+                Success::Check(checked)
             }
             Route::ForwardAuth(deny) => {
                 let caller = pin!(GatewayCaller::of(context, request)).await?;
@@ -185,6 +182,16 @@ impl DirectDecisions {
                     StatusCode::OK
                 });
             }
+            Ok(Success::Check(checked)) => {
+                return with_empty_body(|body| {
+                    let written = checked.write(body);
+                    debug_assert!(written.is_ok(), "writing to memory does not fail");
+                    let mut response = ResponseWriter::begin(out, StatusCode::OK);
+                    response.set_static(header::CONTENT_TYPE, json::MEDIA_TYPE);
+                    self.finish(id, response, body, now);
+                    StatusCode::OK
+                });
+            }
             Ok(Success::ForwardAuth(answer)) => {
                 let mut response = ResponseWriter::begin(out, answer.status);
                 answer.write_headers(&mut response);
@@ -201,7 +208,6 @@ impl DirectDecisions {
                     status
                 });
             }
-            Ok(Success::Check(response)) => response,
             Err(error) => {
                 let response = error.into_response(id, base);
                 match route {

@@ -67,7 +67,7 @@ impl IntoResponse for NoContent {
     }
 }
 
-fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
+pub fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
     match serde_json::to_vec(value) {
         Ok(body) => {
             let length = body.len();

@@ -1,6 +1,8 @@
 //! `/v1`: the endpoints that check rate limits. All of them use [`decide`].
 
-use std::{cell::Cell, collections::BTreeMap, num::NonZeroU32, pin::pin, sync::Arc};
+mod checked;
+
+use std::{cell::Cell, num::NonZeroU32, pin::pin, sync::Arc};
 
 use poem::{
     IntoResponse, Request, Response, Result,
@@ -14,9 +16,10 @@ use poem_openapi::{
 };
 use quota_common::{
     ApiKeyId, Timestamp,
-    limit::{Check, CheckCode, CheckResult, Echo, LimitState},
+    limit::{Check, Echo},
 };
 
+pub use self::checked::{Checked, check};
 use super::{
     Tag,
     admitted::{AdmittedKey, GatewayCaller, ServiceCaller, decide},
@@ -25,11 +28,10 @@ use super::{
     json::Json,
     json_text,
     limit_headers::{self, GatewayDecision, HeaderSink},
-    problem::{ApiError, challenge, wire_name},
+    problem::{ApiError, challenge},
     request_context::RequestContext,
 };
 use crate::{
-    clock::UnixNanos,
     keys::{KeyRecord, Rejection},
     limiter::Decision,
 };
@@ -181,22 +183,6 @@ pub enum Deny {
     TooManyRequests,
 }
 
-fn time(at: UnixNanos) -> Timestamp {
-    let last =
-        || Timestamp::from_unix_secs(253_402_300_799).expect("the last second of 9999 is a time");
-    Timestamp::from_unix_secs(at.secs_ceil()).unwrap_or_else(last)
-}
-
-fn limits(decision: &Decision) -> Vec<LimitState> {
-    let show = decision.states().map(|state| LimitState {
-        policy: wire_name(state.policy),
-        limit: state.limit,
-        remaining: state.remaining,
-        reset_at: time(state.reset_at),
-    });
-    show.collect()
-}
-
 fn echo(caller: &AdmittedKey) -> Result<Echo, ApiError> {
     Ok(Echo {
         key_id: caller.record.id(),
@@ -249,65 +235,6 @@ pub fn write_echo(
     out.extend_from_slice(time);
     out.push(b'}');
     Ok(())
-}
-
-pub async fn check(
-    context: &RequestContext,
-    caller: &ServiceCaller,
-    body: &Check,
-) -> Result<CheckResult, ApiError> {
-    let cost = body
-        .cost
-        .and_then(|cost| NonZeroU32::new(cost.into()))
-        .unwrap_or(NonZeroU32::MIN);
-    let tenant = Some(caller.token.tenant);
-    let endpoint: &str = body.endpoint.as_ref().map_or("", |it| it);
-    let decided = pin!(decide(context, &body.key, cost, tenant, endpoint)).await?;
-    Ok(match decided {
-        Ok((record, decision)) => CheckResult {
-            allowed: decision.is_allowed(),
-            code: if decision.is_allowed() {
-                CheckCode::Allowed
-            } else if decision.violated().is_empty() {
-                CheckCode::ReducedCapacity
-            } else {
-                CheckCode::QuotaExceeded
-            },
-            key_id: Some(record.id()),
-            plan: Some(record.plan.name.clone()),
-            limits: limits(&decision),
-            retry_after: decision.retry_after_secs(),
-            headers: limit_headers::pairs(&record, &decision)
-                .into_iter()
-                .map(|(name, value)| (name.to_owned(), value))
-                .collect(),
-        },
-        Err(refused) => CheckResult {
-            allowed: false,
-            code: match refused.rejection {
-                Rejection::Unknown => CheckCode::UnknownKey,
-                Rejection::Inactive => CheckCode::InactiveKey,
-                Rejection::Expired => CheckCode::ExpiredKey,
-                Rejection::PaymentRequired => CheckCode::PaymentRequired,
-            },
-            key_id: refused.record.as_ref().map(|record| record.id()),
-            plan: refused
-                .record
-                .as_ref()
-                .map(|record| record.plan.name.clone()),
-            limits: vec![],
-            retry_after: None,
-            headers: if refused.rejection == Rejection::PaymentRequired {
-                BTreeMap::new()
-            } else {
-                [(
-                    "WWW-Authenticate".to_owned(),
-                    r#"Bearer realm="quota", error="invalid_token""#.to_owned(),
-                )]
-                .into()
-            },
-        },
-    })
 }
 
 /// Decides on a request that a gateway has received.
@@ -363,9 +290,9 @@ impl LimitApi {
         caller: ServiceCaller,
         request: &Request,
         body: Json<Check>,
-    ) -> Result<Json<CheckResult>, ApiError> {
+    ) -> Result<Checked, ApiError> {
         let context = RequestContext::of(request)?;
-        Ok(Json(check(context, &caller, &body.0).await?))
+        check(context, &caller, &body.0).await
     }
 
     /// Check a request (status only, for gateways)
@@ -394,7 +321,10 @@ mod tests {
     use uuid::Uuid;
 
     use super::*;
-    use crate::limiter::{Outcome, Policy, PolicyState};
+    use crate::{
+        clock::UnixNanos,
+        limiter::{Outcome, Policy, PolicyState},
+    };
 
     fn decision(secs: u64) -> Decision {
         let at = UnixNanos::from_secs(secs);

@@ -6,9 +6,10 @@
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11 and are structured fields (RFC
 //! 9651). `X-RateLimit-*` follow the older convention. `X-Quota-Decision` is for gateways.
 
-use std::{fmt::Write, sync::OnceLock};
+use std::{borrow::Cow, fmt::Write, sync::OnceLock};
 
 use poem::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
+use serde::{Serialize, Serializer};
 
 use crate::{
     keys::KeyRecord,
@@ -118,28 +119,37 @@ struct FixedValues {
     with_tenant: OnceLock<HeaderValue>,
 }
 
+impl FixedValues {
+    fn of<'a>(record: &'a KeyRecord, decision: &Decision) -> &'a Self {
+        record.plan.headers.get_or_init(|| Self {
+            limit: HeaderValue::from(decision.rate.limit),
+            policy: value(policy_field(&record.policies, None, None).as_bytes()),
+            with_tenant: OnceLock::new(),
+        })
+    }
+
+    /// Returns the value of [`POLICY`].
+    fn policy(&self, policies: &Policies, decision: &Decision) -> Cow<'_, HeaderValue> {
+        match decision.tenant_monthly {
+            _ if !is_usual(decision) => Cow::Owned(all_policies(policies, decision)),
+            None => Cow::Borrowed(&self.policy),
+            Some(_) => {
+                let with_tenant = || all_policies(policies, decision);
+                Cow::Borrowed(self.with_tenant.get_or_init(with_tenant))
+            }
+        }
+    }
+}
+
 /// Writes all headers of a decision except [`DECISION`], including `Retry-After`.
 pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
-    let fixed = record.plan.headers.get_or_init(|| FixedValues {
-        limit: HeaderValue::from(rate.limit),
-        policy: value(policy_field(&record.policies, None, None).as_bytes()),
-        with_tenant: OnceLock::new(),
-    });
+    let fixed = FixedValues::of(record, decision);
     headers.expect(FIELDS);
     headers.set(LIMIT, &fixed.limit);
     headers.set_number(REMAINING, rate.remaining);
     headers.set_number(RESET, rate.reset_at.secs_ceil());
-    match decision.tenant_monthly {
-        _ if !is_usual(decision) => headers.set(POLICY, &all_policies(&record.policies, decision)),
-        None => headers.set(POLICY, &fixed.policy),
-        Some(_) => {
-            let with_tenant = fixed
-                .with_tenant
-                .get_or_init(|| all_policies(&record.policies, decision));
-            headers.set(POLICY, with_tenant);
-        }
-    }
+    headers.set(POLICY, &fixed.policy(&record.policies, decision));
     headers.set_text(STATE, StateField::of(decision).as_bytes());
     if is_degraded(decision) {
         headers.set_static(DEGRADED, REDIS_AWAY);
@@ -152,29 +162,55 @@ pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decis
     }
 }
 
-/// Returns the same headers as pairs of strings, for a service to pass on.
-pub fn pairs(record: &KeyRecord, decision: &Decision) -> Vec<(&'static str, String)> {
+/// A value in [`Pairs`].
+enum PairValue<'a> {
+    Text(&'static str),
+    Header(Cow<'a, HeaderValue>),
+    Number(u64),
+    State(StateField),
+}
+
+/// The same headers as pairs of strings, for a service to pass on: a map in JSON, in the order of the names.
+pub struct Pairs<'a>([Option<(&'static str, PairValue<'a>)>; 8]);
+
+pub fn pairs<'a>(record: &'a KeyRecord, decision: &Decision) -> Pairs<'a> {
     let rate = decision.rate;
-    let mut pairs = vec![
-        ("X-RateLimit-Limit", rate.limit.to_string()),
-        ("X-RateLimit-Remaining", rate.remaining.to_string()),
-        ("X-RateLimit-Reset", rate.reset_at.secs_ceil().to_string()),
-        (
-            "RateLimit-Policy",
-            policy_field(&record.policies, Some(decision), decision.tenant_monthly),
-        ),
-        ("RateLimit", StateField::of(decision).as_str().to_owned()),
-    ];
-    if is_degraded(decision) {
-        pairs.push(("X-Quota-Degraded", REDIS_AWAY.to_owned()));
+    let fixed = FixedValues::of(record, decision);
+    let policy = fixed.policy(&record.policies, decision);
+    let is_denied = !decision.is_allowed();
+    let wait = decision.retry_after_secs().filter(|_| is_denied);
+    Pairs([
+        is_denied.then_some(("Cache-Control", PairValue::Text("no-store"))),
+        Some(("RateLimit", PairValue::State(StateField::of(decision)))),
+        Some(("RateLimit-Policy", PairValue::Header(policy))),
+        wait.map(|secs| ("Retry-After", PairValue::Number(secs))),
+        is_degraded(decision).then_some(("X-Quota-Degraded", PairValue::Text(REDIS_AWAY))),
+        Some(("X-RateLimit-Limit", PairValue::Number(rate.limit))),
+        Some(("X-RateLimit-Remaining", PairValue::Number(rate.remaining))),
+        Some((
+            "X-RateLimit-Reset",
+            PairValue::Number(rate.reset_at.secs_ceil()),
+        )),
+    ])
+}
+
+impl Serialize for Pairs<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let pairs = self.0.iter().flatten();
+        serializer.collect_map(pairs.map(|(name, value)| (name, value)))
     }
-    if !decision.is_allowed() {
-        pairs.push(("Cache-Control", "no-store".to_owned()));
-        if let Some(secs) = decision.retry_after_secs() {
-            pairs.push(("Retry-After", secs.to_string()));
+}
+
+impl Serialize for PairValue<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Text(text) => serializer.serialize_str(text),
+            // The values consist of policy names and numbers.
+            Self::Header(value) => serializer.serialize_str(value.to_str().unwrap_or_default()),
+            Self::Number(number) => serializer.serialize_str(itoa::Buffer::new().format(*number)),
+            Self::State(state) => serializer.serialize_str(state.as_str()),
         }
     }
-    pairs
 }
 
 /// Returns whether the decision was made without Redis. Only such a decision can deny a request without naming a

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use quota_common::limit::CheckResult;
 use quota_server::{
     api::problem::ApiError,
     clock::{Clock as _, SystemClock, TestClock},
@@ -38,7 +39,16 @@ async fn key(app: &TestApp, account: &Account, plan: Value) -> Key {
 }
 
 async fn check(app: &TestApp, token: &str, body: Value) -> Answer {
-    app.post("/v1/check", body).bearer(token).send().await
+    let answer = app.post("/v1/check", body).bearer(token).send().await;
+    if answer.status == 200 {
+        // The server writes the JSON without creating a `CheckResult`.
+        let result: CheckResult = serde_json::from_str(&answer.text).expect("a check result");
+        assert_eq!(
+            answer.text,
+            serde_json::to_string(&result).expect("valid JSON")
+        );
+    }
+    answer
 }
 
 async fn forward(app: &TestApp, token: &str, key: &str, query: &str) -> Answer {
