@@ -194,7 +194,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--postgres", &database.url()])
             .args(&arguments[1..]);
         Some(database)
-    } else if is("crash") || is("outage") || is("memory") {
+    } else if is("crash") || is("outage") || is("memory") || is("scale") {
         let programs = postgres::binaries().context("no PostgreSQL is installed")?;
         command
             .arg(&arguments[0])

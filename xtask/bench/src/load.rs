@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use bytes::Bytes;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -40,30 +41,43 @@ impl Load {
         time: Duration,
         request: &[u8],
     ) -> Result<Statuses> {
-        self.runtime.block_on(async {
-            let mut connections = JoinSet::new();
-            let end = Instant::now() + time;
-            for _ in 0..CONNECTIONS {
-                connections.spawn(connection(server, end, request.to_vec()));
-            }
-            let mut all = Statuses::new();
-            while let Some(statuses) = connections.join_next().await {
-                for (status, count) in statuses?? {
-                    *all.entry(status).or_default() += count;
-                }
-            }
-            Ok(all)
-        })
+        let request = Bytes::copy_from_slice(request);
+        let requests = closed_loop(server, time, move || request.clone());
+        self.runtime.block_on(requests)
     }
 }
 
-async fn connection(server: SocketAddr, end: Instant, request: Vec<u8>) -> Result<Statuses> {
+/// Sends requests for this long. `request` returns the next one.
+pub(crate) async fn closed_loop(
+    server: SocketAddr,
+    time: Duration,
+    request: impl Fn() -> Bytes + Clone + Send + 'static,
+) -> Result<Statuses> {
+    let mut connections = JoinSet::new();
+    let end = Instant::now() + time;
+    for _ in 0..CONNECTIONS {
+        connections.spawn(connection(server, end, request.clone()));
+    }
+    let mut all = Statuses::new();
+    while let Some(statuses) = connections.join_next().await {
+        for (status, count) in statuses?? {
+            *all.entry(status).or_default() += count;
+        }
+    }
+    Ok(all)
+}
+
+async fn connection(
+    server: SocketAddr,
+    end: Instant,
+    request: impl Fn() -> Bytes,
+) -> Result<Statuses> {
     let mut stream = TcpStream::connect(server).await.context("cannot connect")?;
     stream.set_nodelay(true)?;
     let mut bytes = vec![0; 16 * 1024];
     let mut statuses = Statuses::new();
     while Instant::now() < end {
-        stream.write_all(&request).await?;
+        stream.write_all(&request()).await?;
         let mut read = 0;
         let status = loop {
             let n = stream.read(&mut bytes[read..]).await?;

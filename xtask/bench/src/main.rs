@@ -16,6 +16,7 @@ mod gateways;
 mod http1;
 mod latency;
 mod load;
+mod many_keys;
 mod memory;
 mod metering;
 mod outage;
@@ -26,6 +27,7 @@ mod production;
 mod replica;
 mod replicas;
 mod rounds;
+mod scale;
 mod traces;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -102,6 +104,8 @@ enum Command {
     Up(production::up::Options),
     /// Measure the behavior of several replicas, and print tables
     Replicas(replicas::Options),
+    /// Measure what becomes slower with more keys, and print a table
+    Scale(scale::Options),
     /// Compare Quota with other rate limiters, and write a document with tables and charts
     Peers(peers::Options),
     /// Run a plain poem handler on a free port
@@ -140,6 +144,7 @@ fn main() -> Result<ExitCode> {
         Command::SlowClients(options) => return production::slow_clients::run(&options),
         Command::Up(options) => return production::up::run(&options),
         Command::Replicas(options) => return replicas::run(&options),
+        Command::Scale(options) => return scale::run(&options),
         Command::Peers(options) => peers::run(&options)?,
         Command::Poem => floor::serve(floor::poem)?,
         Command::Hyper => floor::serve(floor::hyper)?,

@@ -6,42 +6,28 @@
 
 use std::{
     fs,
-    net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use clap::Args;
 use nix::unistd::Pid;
-use quota_server::secret_text::{Kind, SecretText};
 use quota_testkit::redis::RedisServer;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    task::JoinSet,
-    time::sleep,
-};
-use tokio_postgres::Client;
+use tokio::time::sleep;
 
 use crate::{
-    http1,
-    load::echo,
+    many_keys::{insert, use_each},
     postgres::Postgres,
     process::Server,
     replicas::tenant::{Plan, Tenant},
 };
 
 const CONNECTIONS: usize = 64;
-/// The number of keys per statement.
-const BATCH: usize = 10_000;
 /// The number of keys that are used before the first measurement. They are used for as many requests as the other keys,
 /// so that the measurement includes what the server allocates for requests and their usage.
 const WARM_UP: usize = 2_000;
-/// How often to send a request that is not allowed, and the pause before each repetition.
-const ATTEMPTS: u32 = 20;
-const PAUSE: Duration = Duration::from_millis(500);
 /// How long the server is idle before each measurement. It drops the state of idle keys every 10 s.
 const SETTLES: Duration = Duration::from_secs(12);
 
@@ -141,91 +127,17 @@ async fn measure(options: &Options, case: Case, keys: usize) -> Result<(u64, u64
     };
     let plan = tenant.plan(server.addr, &plan).await?;
     let client = postgres.connect().await?;
-    let secrets = insert(&client, &plan, keys + WARM_UP).await?;
+    let secrets = insert(&client, &plan, 0..keys + WARM_UP, |_| "Memory".to_owned()).await?;
     let (warm_up, measured) = secrets.split_at(WARM_UP);
     let pid = server.pid()?;
     for _ in 0..keys.div_ceil(WARM_UP) {
-        use_each(server.addr, warm_up).await?;
+        use_each(server.addr, warm_up, CONNECTIONS).await?;
     }
     sleep(SETTLES).await;
     let before = anonymous(pid)?;
-    use_each(server.addr, measured).await?;
+    use_each(server.addr, measured, CONNECTIONS).await?;
     sleep(SETTLES).await;
     Ok((before, anonymous(pid)?))
-}
-
-/// Inserts keys on the plan, and returns their secrets.
-async fn insert(client: &Client, plan: &str, count: usize) -> Result<Vec<String>> {
-    let mut secrets = Vec::with_capacity(count);
-    while secrets.len() < count {
-        let batch = (0..BATCH.min(count - secrets.len()))
-            .map(|_| SecretText::generate(Kind::ApiKey))
-            .collect::<Result<Vec<_>, _>>()?;
-        let prefixes = batch.iter().map(SecretText::prefix).collect::<Vec<_>>();
-        let hashes = batch
-            .iter()
-            .map(|it| it.hash().to_vec())
-            .collect::<Vec<_>>();
-        client
-            .execute(
-                "INSERT INTO api_keys (tenant_id, id, plan_id, name, prefix, key_hash) \
-                 SELECT plan.tenant_id, gen_random_uuid(), plan.id, 'Memory', new.prefix, new.hash \
-                 FROM plans AS plan, unnest($2::text[], $3::bytea[]) AS new (prefix, hash) \
-                 WHERE plan.id = $1::text::uuid",
-                &[&plan, &prefixes, &hashes],
-            )
-            .await?;
-        secrets.extend(batch.iter().map(SecretText::reveal));
-    }
-    client.batch_execute("VACUUM ANALYZE api_keys").await?;
-    Ok(secrets)
-}
-
-/// Sends one request with each key.
-async fn use_each(server: SocketAddr, secrets: &[String]) -> Result<()> {
-    let mut connections = JoinSet::new();
-    for part in secrets.chunks(secrets.len().div_ceil(CONNECTIONS)) {
-        connections.spawn(connection(server, part.to_vec()));
-    }
-    while let Some(done) = connections.join_next().await {
-        done??;
-    }
-    Ok(())
-}
-
-async fn connection(server: SocketAddr, secrets: Vec<String>) -> Result<()> {
-    let mut stream = TcpStream::connect(server).await?;
-    stream.set_nodelay(true)?;
-    let mut bytes = vec![0; 16 << 10];
-    for secret in secrets {
-        // On a busy machine, a lookup or a call to Redis may take too long.
-        for attempt in 1.. {
-            let status = send(&mut stream, &mut bytes, &secret).await?;
-            if status == 200 {
-                break;
-            }
-            ensure!(
-                attempt < ATTEMPTS && matches!(status, 429 | 503),
-                "a request got {status}"
-            );
-            sleep(PAUSE).await;
-        }
-    }
-    Ok(())
-}
-
-/// Sends one request, and returns the status of the response.
-async fn send(stream: &mut TcpStream, bytes: &mut [u8], secret: &str) -> Result<u16> {
-    stream.write_all(&echo(secret)).await?;
-    let mut read = 0;
-    loop {
-        let n = stream.read(&mut bytes[read..]).await?;
-        ensure!(n > 0, "the server closed a connection");
-        read += n;
-        if let Some((status, _)) = http1::answer(&bytes[..read])? {
-            return Ok(status);
-        }
-    }
 }
 
 /// Returns a process's resident memory in bytes.

@@ -23,6 +23,13 @@ const STARTED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Settings of a cluster that is removed at the end.
 const THROWAWAY: &[&str] = &["fsync=off", "full_page_writes=off", "max_wal_size=2GB"];
+/// The same, with statistics about statements.
+const THROWAWAY_WITH_STATISTICS: &[&str] = &[
+    "fsync=off",
+    "full_page_writes=off",
+    "max_wal_size=2GB",
+    "shared_preload_libraries=pg_stat_statements",
+];
 
 pub(crate) struct Postgres {
     programs: PathBuf,
@@ -39,6 +46,22 @@ pub(crate) struct Postgres {
 impl Postgres {
     /// Starts a new cluster, which is removed when this [`Postgres`] is dropped.
     pub(crate) async fn start(programs: &Path) -> Result<Self> {
+        Self::throwaway(programs, THROWAWAY).await
+    }
+
+    /// Starts a new cluster that can have the extension `pg_stat_statements`, if it is installed on the machine. The
+    /// cluster is removed when this [`Postgres`] is dropped.
+    pub(crate) async fn start_with_statistics(programs: &Path) -> Result<Self> {
+        let library = programs.join("../lib/pg_stat_statements.so");
+        let settings = if library.exists() {
+            THROWAWAY_WITH_STATISTICS
+        } else {
+            THROWAWAY
+        };
+        Self::throwaway(programs, settings).await
+    }
+
+    async fn throwaway(programs: &Path, settings: &'static [&'static str]) -> Result<Self> {
         let dir = tempfile::Builder::new()
             .prefix("quota-crash-")
             .permissions(<fs::Permissions as std::os::unix::fs::PermissionsExt>::from_mode(0o711))
@@ -49,7 +72,7 @@ impl Postgres {
             cluster: dir.path().join("cluster"),
             port: free_port(),
             password: None,
-            settings: THROWAWAY,
+            settings,
             running: None,
             _dir: Some(dir),
         };

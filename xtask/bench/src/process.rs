@@ -149,7 +149,7 @@ impl Server {
             if Instant::now() > deadline {
                 bail!("quota was not ready within {STARTED_WITHIN:?}:\n{text}");
             }
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
 

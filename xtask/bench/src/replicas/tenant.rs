@@ -14,6 +14,8 @@ use tokio::net::TcpStream;
 /// A signed-in owner, who can use any replica.
 #[derive(Clone)]
 pub(crate) struct Tenant {
+    email: String,
+    /// Valid for 15 minutes.
     token: String,
 }
 
@@ -67,14 +69,15 @@ pub(crate) struct Key {
 
 impl Tenant {
     pub(crate) async fn register(server: SocketAddr) -> Result<Self> {
-        let account = json!({
-            "email": format!("bench-{:08x}@example.com", fastrand::u32(..)),
-            "password": "correct horse battery staple 47",
-        });
-        let account = call(server, Method::POST, "/auth/register", None, Some(&account)).await?;
-        Ok(Self {
-            token: text(&account, "access_token")?,
-        })
+        let email = format!("bench-{:08x}@example.com", fastrand::u32(..));
+        let token = access_token(server, "/auth/register", &email).await?;
+        Ok(Self { email, token })
+    }
+
+    /// Gets a new access token.
+    pub(crate) async fn sign_in(&mut self, server: SocketAddr) -> Result<()> {
+        self.token = access_token(server, "/auth/login", &self.email).await?;
+        Ok(())
     }
 
     /// Returns the JSON of a response, or an error unless the response is a success.
@@ -120,6 +123,12 @@ impl Tenant {
         let id = self.plan(server, plan).await?;
         self.key(server, &id).await
     }
+}
+
+async fn access_token(server: SocketAddr, path: &str, email: &str) -> Result<String> {
+    let account = json!({"email": email, "password": "correct horse battery staple 47"});
+    let account = call(server, Method::POST, path, None, Some(&account)).await?;
+    text(&account, "access_token")
 }
 
 fn text(value: &Value, name: &str) -> Result<String> {
