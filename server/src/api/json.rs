@@ -272,6 +272,35 @@ pub(super) async fn receive(
 
 /// Parses and validates a body.
 pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Result<T, ApiError> {
+    let value: T = match object(bytes) {
+        Some(value) => value,
+        // Parse the bytes again to find out what is wrong.
+        None => diagnose(bytes)?,
+    };
+    value.validate().map_err(|report| {
+        let errors = report
+            .into_inner()
+            .into_iter()
+            .map(|(path, error)| FieldError {
+                field: path.to_string(),
+                message: error.message().to_owned(),
+            });
+        ApiError::invalid_fields(errors.collect())
+    })?;
+    Ok(value)
+}
+
+/// Parses a JSON object. Returns `None` for anything else, even for an array of the object's values, which serde would
+/// accept.
+fn object<T: DeserializeOwned>(bytes: &[u8]) -> Option<T> {
+    let is_object = bytes.trim_ascii_start().starts_with(b"{");
+    is_object
+        .then(|| serde_json::from_slice(bytes).ok())
+        .flatten()
+}
+
+/// Parses bytes like [`object`], and names the field that is wrong.
+fn diagnose<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     // A body that is not a JSON object results in 400, and an object of the wrong shape in 422.
     let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| {
         let detail = if bytes.is_empty() {
@@ -290,19 +319,8 @@ pub fn parse<T: DeserializeOwned + Validate<Context = ()>>(bytes: &[u8]) -> Resu
     drop(value);
     // Parse the bytes again: in the value, only the last of several fields with the same name remains.
     let mut reader = serde_json::Deserializer::from_slice(bytes);
-    let value: T = serde_path_to_error::deserialize(&mut reader)
-        .map_err(|error| ApiError::invalid_fields(vec![rejected_field(&error)]))?;
-    value.validate().map_err(|report| {
-        let errors = report
-            .into_inner()
-            .into_iter()
-            .map(|(path, error)| FieldError {
-                field: path.to_string(),
-                message: error.message().to_owned(),
-            });
-        ApiError::invalid_fields(errors.collect())
-    })?;
-    Ok(value)
+    serde_path_to_error::deserialize(&mut reader)
+        .map_err(|error| ApiError::invalid_fields(vec![rejected_field(&error)]))
 }
 
 /// Returns the field that could not be deserialized. For missing, duplicate, and unknown fields, the name comes from
@@ -390,6 +408,9 @@ mod tests {
             "[]",
             "7",
             "{\"name\":\"x\"} {}",
+            "{\"name\":\"x\",\"default_rpm\":1} {}",
+            "[\"x\",1]",
+            " [\"x\",1,null,null,null]",
             "\u{feff}{}",
         ] {
             assert_eq!(rejection(body), (400, vec![]), "{body}");
