@@ -74,7 +74,7 @@ response! {
 }
 
 request! {
-    /// Request body for registering.
+    /// Request body for creating an account.
     pub struct Register {
         #[garde(dive)]
         pub email: Email,

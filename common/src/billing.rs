@@ -36,8 +36,8 @@ response! {
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
-        /// When keys on plans marked `paid` will stop working: when the subscription ends, or when the grace
-        /// period after a failed payment ends. `null` if no end is scheduled.
+        /// When keys on plans marked `paid` will stop or stopped working: at the end of the subscription, or at the end
+        /// of the grace period after a failed payment. `null` if no end is scheduled.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,

@@ -149,10 +149,10 @@ response! {
         pub requests_today: u64,
         /// Number of requests denied today.
         pub rejected_today: u64,
-        /// Number of requests yesterday before the current time of day. Usage is counted in 15-minute intervals, so the
+        /// Number of requests yesterday, up to the current time of day. Usage is counted in 15-minute intervals, so the
         /// last interval is prorated.
         pub requests_yesterday: u64,
-        /// Number of requests denied yesterday before the current time of day.
+        /// Number of requests denied yesterday, up to the current time of day.
         pub rejected_yesterday: u64,
         /// When the current day started.
         pub today: Timestamp,
@@ -160,8 +160,8 @@ response! {
         pub time_zone: String,
         /// All requests before this time are counted.
         pub complete_until: Timestamp,
-        /// Of the quotas of active, unexpired keys, the one that is closest to its limit. `null` if none of them has
-        /// been used.
+        /// The quota that is closest to being used up, among those of active, unexpired keys. `null` if none of these
+        /// quotas has been used.
         pub closest_to_limit: Option<QuotaStatus>,
         /// Keys and quotas that need attention: at most 20 of each kind, the most urgent of a kind first.
         pub attention: Vec<Attention>,

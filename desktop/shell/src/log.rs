@@ -34,7 +34,7 @@ pub fn redacted(text: &str) -> Cow<'_, str> {
 /// Writes one log file per day into `folder`. If the log cannot be written, prints the error to standard error and
 /// continues without a log.
 pub fn start(folder: &Path) {
-    // If the folder is missing, the appender would print an error before creating it.
+    // If the folder were missing, the appender would print an error before creating it.
     let _ = fs::create_dir_all(folder);
     let file = RollingFileAppender::builder()
         .rotation(Rotation::DAILY)

@@ -24,7 +24,7 @@ impl Fields for PlainRequest<'_> {
 
 /// Returns a value as text if it contains only visible ASCII characters, spaces, and tabs.
 pub fn text(value: &[u8]) -> Option<&str> {
-    // Without branches, so that the compiler checks many bytes at once.
+    // Branch-free, so that the compiler can vectorize the check.
     let is_text = value.iter().fold(true, |is_text, byte| {
         is_text & ((*byte == b'\t') | (b' '..0x7f).contains(byte))
     });

@@ -177,7 +177,7 @@ impl PlanApi {
 
     /// Update a plan
     ///
-    /// Takes effect on all replicas within one second. Usage isn't reset: an update does not grant a new burst or
+    /// Takes effect on all replicas within one second. Usage is not reset: an update does not grant a new burst or
     /// quota. If the burst equals the rate, changing the rate also changes the burst, unless you send `burst`.
     #[oai(
         path = "/plans/:plan_id",

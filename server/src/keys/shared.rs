@@ -368,7 +368,7 @@ mod tests {
         }
     }
 
-    /// Someone could write back an old copy of an entry after it has expired in Redis.
+    /// After an entry has expired in Redis, someone could write back an old copy of it.
     #[test]
     fn entries_from_the_past_or_future_are_rejected() {
         let recent = |now| entry().is_recent(now);

@@ -22,11 +22,21 @@ pub(super) fn add_response_headers(document: &mut Value) {
 
 fn headers_of_status(status: &str) -> Map<String, Value> {
     let mut headers = Map::new();
-    if matches!(status, "429" | "503") {
-        headers.insert("Retry-After".into(), json!({
-            "description": "Seconds to wait before retrying, rounded up, at least 1. Absent if the request can never be allowed.",
-            "schema": {"type": "integer", "minimum": 1},
-        }));
+    let retry_after = match status {
+        "429" => Some(
+            "Seconds to wait before retrying, rounded up, at least 1. Absent if the request can never be allowed.",
+        ),
+        "503" => Some("Seconds to wait before retrying, rounded up, at least 1."),
+        _ => None,
+    };
+    if let Some(description) = retry_after {
+        headers.insert(
+            "Retry-After".into(),
+            json!({
+                "description": description,
+                "schema": {"type": "integer", "minimum": 1},
+            }),
+        );
     }
     if status == "401" {
         headers.insert("WWW-Authenticate".into(), json!({

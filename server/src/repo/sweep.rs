@@ -30,7 +30,7 @@ pub enum Expired {
     Replicas,
     /// Processed webhooks from Stripe. Kept for as long as Stripe lists them.
     BillingEvents,
-    /// Usage to charge. Kept for more than a year.
+    /// Usage to charge. Kept for 400 days, or until it has been reported.
     BillingUsage,
     BillingReports,
     /// Problems that Stripe found in usage. Kept for as long as the usage.

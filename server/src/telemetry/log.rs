@@ -28,8 +28,8 @@ const FLUSH_EVERY: Duration = Duration::from_millis(50);
 const FLUSH_AT: usize = 64 * 1024;
 /// The maximum number of bytes that wait for standard output. Further access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
-/// The maximum number of bytes of access log lines and other events together that wait for standard output. Higher than
-/// [`MAX_WAITING`], so that a flood of access log lines does not displace other events.
+/// The maximum number of bytes that wait for standard output, including both access log lines and other events. Further
+/// events are dropped. Higher than [`MAX_WAITING`], so that a flood of access log lines does not displace other events.
 const MAX_WAITING_EVENTS: usize = MAX_WAITING + 1024 * 1024;
 /// How long the process waits on exit for the last lines to be written.
 const STOP_WITHIN: Duration = Duration::from_secs(1);

@@ -195,7 +195,7 @@ metrics! {
     usage_records_damaged: Counter, "usage_records_damaged",
         "Places in segments where a usage record was expected but could not be read";
     usage_segments_rejected: Counter, "usage_segments_rejected",
-        "Segments that are older than the usage log and were not shipped";
+        "Segments that were not shipped because they are older than `QUOTA_USAGE_RETENTION`";
     usage_decisions_rejected: Counter, "usage_decisions_rejected",
         "Requests that got 503 because usage could not be recorded";
     usage_denials_unrecorded: Counter, "usage_denials_unrecorded",

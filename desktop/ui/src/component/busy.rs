@@ -22,7 +22,7 @@ pub fn ignore_clicks_on_busy_buttons() {
             ev.stop_propagation();
         }
     });
-    // The capture phase comes before the button's own listener.
+    // In the capture phase, this listener runs before the button's own.
     let _ = window().add_event_listener_with_callback_and_bool(
         "click",
         stop.as_ref().unchecked_ref(),

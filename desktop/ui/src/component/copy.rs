@@ -44,7 +44,7 @@ pub fn CopyButton(
         </button>
         <span role="status" class="copied" class:visually-hidden=move || !failed.get()>
             {move || match (failed.get(), copied.get()) {
-                (true, _) => "Couldn't copy. Select the text.",
+                (true, _) => "Couldn't copy. Select the text and copy it manually.",
                 (_, true) => "Copied",
                 _ => "",
             }}

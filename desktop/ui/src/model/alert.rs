@@ -10,7 +10,7 @@ use super::{
     burn_down,
     key::time_markup,
     markup::{Markup, element, with_text},
-    text::{capitalized, count, date_time, number, quoted},
+    text::{capitalized, count, date_time, enumerated, number, quoted},
 };
 
 fn owner(alert: &QuotaAlert) -> &str {
@@ -162,11 +162,10 @@ pub fn email_warning(settings: &AlertSettings) -> Option<&'static str> {
 pub fn recipients(settings: &AlertSettings) -> String {
     let roles = settings.email_roles.iter();
     let names: Vec<&str> = roles.map(|it| role_members(*it)).collect();
-    match names.split_last() {
-        Some(_) if !settings.email => "Off".to_owned(),
-        None => "Off".to_owned(),
-        Some((only, [])) => capitalized(only),
-        Some((last, rest)) => capitalized(&format!("{} and {last}", rest.join(", "))),
+    if names.is_empty() || !settings.email {
+        "Off".to_owned()
+    } else {
+        capitalized(&enumerated(&names))
     }
 }
 

@@ -10,7 +10,7 @@ use super::{
     markup::{Markup, element, with_text},
     meter::Meter,
     money::money,
-    text::{count, date_time, number, relative},
+    text::{count, date_time, enumerated, number, relative},
 };
 
 /// While a tenant is subscribed, the server reads its subscription more often than this, unless Stripe is unreachable.
@@ -302,13 +302,16 @@ pub fn limits(state: &BillingState, now: i64) -> Markup {
     } else {
         element("div", &[("class", "meters wide")], &meters)
     };
-    let rate = it
-        .free_plan_rpm
-        .map(|n| format!("{} per minute", count(n.into(), "request", "requests")));
-    let quota = it
+    let requests =
+        |number: u64, per: &str| format!("{} per {per}", count(number, "request", "requests"));
+    let rate = it.free_plan_rpm.map(|n| requests(n.into(), "minute"));
+    let quotas = it
         .free_plan_quota
-        .map(|n| format!("a daily and monthly quota of {}", number(n)));
-    let bounds: Vec<String> = rate.into_iter().chain(quota).collect();
+        .map(|n| ["day", "month"].map(|per| requests(n, per)));
+    let bounds: Vec<String> = rate
+        .into_iter()
+        .chain(quotas.into_iter().flatten())
+        .collect();
     if !bounds.is_empty() {
         // Without billing, plans marked `paid` work like other plans.
         let plans = if state.enabled {
@@ -316,7 +319,7 @@ pub fn limits(state: &BillingState, now: i64) -> Markup {
         } else {
             "Plans"
         };
-        let text = format!("{plans} are limited to {}.", bounds.join(", and "));
+        let text = format!("{plans} are limited to {}.", enumerated(&bounds));
         all.push(with_text("p", &[("class", "muted small-text")], &text));
     }
     all

@@ -1,6 +1,6 @@
 //! Descriptions of bulk actions on API keys.
 
-use super::text::{count, quoted};
+use super::text::{count, enumerated, quoted};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BulkAction {
@@ -50,11 +50,7 @@ impl BulkAction {
         if names.len() > shown {
             list.push(format!("{} more", names.len() - shown));
         }
-        let list = match &list[..] {
-            [] => String::new(),
-            [one] => one.clone(),
-            [most @ .., last] => format!("{} and {last}", most.join(", ")),
-        };
+        let list = enumerated(&list);
         let usage = match (names.len(), recently_used) {
             (1, 0) => "It was not used in the last 24 hours.".to_owned(),
             (1, _) => "It was used in the last 24 hours.".to_owned(),

@@ -171,7 +171,7 @@ fn notice(it: &Webhook, now: i64) -> Markup {
             "Quota disabled this webhook. {reason} Events are not being sent. Fix the endpoint, then enable the webhook again."
         ),
         (WebhookStatus::Failing, _, Some(since)) => format!(
-            "Deliveries started failing {}. Quota disables a webhook if all deliveries fail for 3 days.",
+            "Deliveries started failing {}. Quota disables a webhook if all attempts fail for 3 days.",
             relative(since.inner().timestamp_millis(), now)
         ),
         _ => return Markup::default(),

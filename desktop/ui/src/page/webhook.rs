@@ -103,7 +103,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         <Confirm
             confirmation=dialogs.disabling
             title=Signal::derive(move || format!("Disable webhook {}?", quoted(&name.get())))
-            message="Events aren't sent until you enable the webhook again. Pending deliveries are canceled, but you can redeliver them later."
+            message="Events that occur while the webhook is disabled are never sent. Pending deliveries are canceled, but you can redeliver them later."
             action="Disable webhook"
             run=Callback::new(move |()| set_enabled.run(false))
         />

@@ -162,7 +162,7 @@ mod tests {
         let entry = [field(1, b"api_key"), field(2, b"qk_1")].concat();
         let descriptor = [
             field(1, &entry),
-            // The override of the limit, which Quota does not use: 5 per minute.
+            // A limit override of 5 per minute, which Quota ignores.
             field(2, &[0x08, 5, 0x10, 2]),
             field(3, &[0x08, 9]),
             vec![0x20, 1],

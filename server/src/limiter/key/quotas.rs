@@ -17,7 +17,7 @@ pub(super) struct QuotaBlocks {
     pub(super) daily: Block,
     pub(super) monthly: Block,
     /// Notified when requests that wait for quota tokens should check again: when a ledger call for this key or a
-    /// reservation has ended. `None` if no requests wait.
+    /// reservation has ended. `None` if no requests are waiting.
     pub(super) call_ended: Option<Arc<Notify>>,
 }
 

@@ -30,7 +30,7 @@ use crate::support::app::{Setup, TestApp};
 /// The time after which a server that sends nothing is certain to be waiting for the client. The server has nothing
 /// else to wait for, because all keys are cached.
 const QUIET: Duration = Duration::from_millis(300);
-/// The time within which every connection closes, because the client stops sending.
+/// The time within which every connection must close after the client stops sending.
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
 /// The credentials in requests.

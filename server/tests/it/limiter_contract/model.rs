@@ -226,7 +226,7 @@ impl From<Decision> for Expected {
     }
 }
 
-/// A step for the limiter and the model.
+/// A step that is applied to both the limiter and the model.
 #[derive(Debug, Clone)]
 enum Step {
     /// Sends `times` requests that cost `cost` each.

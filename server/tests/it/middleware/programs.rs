@@ -73,7 +73,7 @@ impl Program {
         };
         let output = tempfile::tempdir().expect("a directory");
         let log = output.path().join("log");
-        // Retry, because another process may take the port in the meantime.
+        // Retry, because another process may take the port before the program binds it.
         for _ in 0..5 {
             let port = free_port();
             let mut command = command(port);

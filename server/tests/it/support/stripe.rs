@@ -173,7 +173,7 @@ pub(crate) async fn paid_key(app: &TestApp, account: &Account) -> String {
     app.key(account, &plan).await.text
 }
 
-/// Runs `quota billing` with a fake. Returns its exit status and its output.
+/// Runs `quota billing` against a fake Stripe. Returns the command's exit status and output.
 pub(crate) async fn billing_command(
     database: &TestDatabase,
     stripe: &FakeStripe,

@@ -194,13 +194,13 @@ fn only_limits_that_exist_are_shown() {
     assert_eq!(
         text(&limits(&state, NOW)),
         "Requests this month 61,500 of 100,000 used Resets in 4 days \
-         Plans not marked Paid are limited to 60 requests per minute, and a daily and monthly quota of 10,000."
+         Plans not marked Paid are limited to 60 requests per minute, 10,000 requests per day and 10,000 requests per month."
     );
     state.enabled = false;
     let off = text(&limits(&state, NOW));
     assert!(
         off.ends_with(
-            "Plans are limited to 60 requests per minute, and a daily and monthly quota of 10,000."
+            "Plans are limited to 60 requests per minute, 10,000 requests per day and 10,000 requests per month."
         ),
         "{off}"
     );
