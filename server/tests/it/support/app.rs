@@ -423,7 +423,7 @@ impl TestApp {
         self.get("/v1/echo").header("X-API-Key", key).send().await
     }
 
-    /// Returns a value of `/metrics`, or 0 if it is missing.
+    /// Returns a value of `/metrics`, or 0 if there is no value with these labels yet.
     pub(crate) async fn metric(&self, name: &str) -> f64 {
         let url = format!("http://{}/metrics", self.metrics_addr);
         let text = self
@@ -435,6 +435,16 @@ impl TestApp {
             .text()
             .await
             .expect("metrics");
+        let family = name.split('{').next().unwrap_or_default();
+        let suffixes = ["_total", "_sum", "_count", "_bucket"];
+        let family = suffixes
+            .iter()
+            .find_map(|suffix| family.strip_suffix(suffix))
+            .unwrap_or(family);
+        assert!(
+            text.contains(&format!("# TYPE {family} ")),
+            "there is no metric {family}"
+        );
         text.lines()
             .find_map(|line| {
                 line.strip_prefix(name)?
