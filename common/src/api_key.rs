@@ -29,7 +29,7 @@ response! {
         /// The first characters of the key, which identify it without revealing it.
         pub prefix: String,
         /// Whether the key is active: `false` if it is deactivated. Requests with an inactive key are rejected and do
-        /// not count against any limit. Does not depend on the expiry: for an expired key, this can be `true`.
+        /// not count against any limit. Does not reflect the expiry: an expired key can still have the value `true`.
         pub is_active: bool,
         /// When the key expires. After that time, requests with the key are rejected. `null` if the key never expires.
         pub expires_at: Option<Timestamp>,

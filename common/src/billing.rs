@@ -30,8 +30,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct BillingState {
-        /// Whether billing is set up on this server. If billing is not set up, plans marked `paid` work like other
-        /// plans.
+        /// Whether billing is on. If billing is off, plans marked `paid` work like other plans.
         pub enabled: bool,
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
@@ -52,7 +51,7 @@ response! {
         /// subscription.
         pub has_customer: bool,
         /// When this information was last retrieved from Stripe. For a tenant with a subscription, the information is
-        /// retrieved about every 10 minutes. So if the last retrieval was more than half an hour ago, Stripe could not be
+        /// retrieved about every 10 minutes. If the last retrieval was more than half an hour ago, Stripe could not be
         /// reached, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is
@@ -104,7 +103,7 @@ response! {
         pub projected_total: Option<u64>,
         /// Stripe has received all usage before this time. `null` if usage is not charged.
         pub reported_until: Option<Timestamp>,
-        /// Usage in this period that should have been charged but cannot be.
+        /// Usage in this period that should be charged but cannot be.
         pub not_charged: u64,
         /// The most recent problem with the tenant's usage that Stripe has reported in this period.
         pub last_error: Option<BillingUsageError>,
@@ -112,7 +111,7 @@ response! {
 }
 
 response! {
-    /// A problem that Stripe found in usage after accepting it.
+    /// A problem that Stripe found in reported usage after accepting the report.
     #[derive(Debug, Eq)]
     pub struct BillingUsageError {
         /// Stripe's code for the problem, such as `meter_event_customer_not_found`.
@@ -133,11 +132,11 @@ response! {
         pub requests: BillingLimit,
         /// When `requests.used` is reset to zero.
         pub requests_reset_at: Timestamp,
-        /// Maximum rate and burst of plans that are not marked `paid` or, if billing is not set up, of all plans.
+        /// Maximum rate and maximum burst of plans that are not marked `paid` or, if billing is off, of all plans.
         /// `null` for no limit.
         pub free_plan_rpm: Option<u32>,
-        /// Maximum daily and monthly quota of plans that are not marked `paid` or, if billing is not set up, of all
-        /// plans. `null` for no limit.
+        /// Maximum daily quota and maximum monthly quota of plans that are not marked `paid` or, if billing is off, of
+        /// all plans. `null` for no limit.
         pub free_plan_quota: Option<u64>,
     }
 }
@@ -153,7 +152,7 @@ response! {
 }
 
 response! {
-    /// A Stripe Checkout page.
+    /// A link to a Stripe Checkout page.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct CheckoutPage {
@@ -169,7 +168,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct PortalPage {
-        /// The URL to open in a browser. The URL expires within minutes.
+        /// The URL to open in a browser. It expires within minutes.
         pub url: String,
     }
 }

@@ -51,8 +51,8 @@ response! {
         pub items: Vec<Decision>,
         /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
         pub next_cursor: Option<String>,
-        /// Number of decisions in the log that match the filters. `null` if requests to `endpoint` are counted only in
-        /// `other`, or if more than 50,000 requests have this `request_id`.
+        /// Number of decisions in the log that match the filters. `null` if requests to `endpoint` are not counted
+        /// separately, or if more than 50,000 requests have this `request_id`.
         pub total: Option<u64>,
         /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive the decisions after this page. Opaque.
         pub last_event_id: String,

@@ -9,8 +9,8 @@ use crate::{
 };
 
 text_enum! {
-    /// Whether a plan requires a subscription. If billing is set up on the server, keys on a `paid` plan work only
-    /// while the tenant has a subscription that is active, in its trial, or past due but within the grace period.
+    /// Whether a plan requires a subscription. If billing is on, keys on a `paid` plan work only while the tenant has a
+    /// subscription that is active, in its trial, or past due but within the grace period.
     #[derive(Default)]
     pub enum Billing {
         #[default]

@@ -163,7 +163,7 @@ response! {
         /// The quota that is closest to being used up, among those of active, unexpired keys. `null` if none of these
         /// quotas has been used.
         pub closest_to_limit: Option<QuotaStatus>,
-        /// Keys and quotas that need attention: at most 20 of each kind, the most urgent of a kind first.
+        /// Keys and quotas that need attention: at most 20 of each kind, with the most urgent of each kind first.
         pub attention: Vec<Attention>,
     }
 }
@@ -240,9 +240,9 @@ response! {
     #[derive(Debug, Eq)]
     pub struct BurnDownPoint {
         pub at: Timestamp,
-        /// What remained of the quota at that time.
+        /// How much of the quota remained at that time.
         pub remaining: u64,
-        /// What would remain of the quota if it were used at an even pace over the whole window.
+        /// How much of the quota would remain if it were used at an even pace over the whole window.
         pub ideal_remaining: u64,
     }
 }
@@ -263,14 +263,14 @@ response! {
         pub starts_at: Timestamp,
         /// When the day or month ends and the full quota is available again.
         pub resets_at: Timestamp,
-        /// Evenly spaced points that start at `starts_at`, and a last point at `complete_until`.
+        /// Evenly spaced points starting at `starts_at`, and a final point at `complete_until`.
         pub points: Vec<BurnDownPoint>,
         /// The current pace: cost per hour over the most recent quarter of the elapsed time (at least the last hour).
         pub pace_per_hour: f64,
         /// When the quota will be used up at the current pace. `null` if the quota won't be used up before it resets.
         /// If the quota is already used up, this equals `complete_until`.
         pub used_up_at: Option<Timestamp>,
-        /// What will remain of the quota at the reset, at the current pace.
+        /// How much of the quota will remain when it resets, at the current pace.
         pub projected_remaining: u64,
         /// All requests before this time are counted.
         pub complete_until: Timestamp,

@@ -83,7 +83,7 @@ export async function errors(world) {
   await limit("Rate limit").getByText("From the plan").waitFor();
   await limit("Burst").getByText("6,000").waitFor();
   await limit("Daily quota").getByText("50,000").waitFor();
-  await limit("Daily quota").getByText("Resets at midnight, UTC").waitFor();
+  await limit("Daily quota").getByText("Resets at midnight (UTC)").waitFor();
   await limit("Monthly quota").getByText("Unlimited").waitFor();
   await my.button("Edit").click();
   await my.field("Rate override (optional)").fill("120");

@@ -48,7 +48,7 @@ export async function trouble(world) {
 
   // Without data, there is nothing to export.
   await page.goto(`${base}/console/usage?range=custom`);
-  await my.heading("Choose a first and a last day").waitFor();
+  await my.heading("Choose a first and last day").waitFor();
   assert.ok(await my.button("Export CSV").isDisabled());
   await page.goto(`${base}/console/usage`);
   await page.getByRole("row", { name: /Web shop/ }).waitFor();

@@ -68,8 +68,8 @@ impl Audited for AuditedSettings<'_> {
 impl AlertApi {
     /// List quota alerts
     ///
-    /// Returns alerts, newest first. An alert is created when 50, 80 or 100 percent of a quota has been used, once for
-    /// each threshold in each day or month. Alerts are kept for 90 days after the quota has reset.
+    /// Returns alerts, newest first. An alert is created when 50, 80 or 100% of a quota has been used, at most once for
+    /// each threshold in each day or month. Alerts are kept for 90 days after the quota resets.
     #[oai(path = "/alerts", method = "get", operation_id = "list_alerts")]
     async fn list(
         &self,
@@ -102,7 +102,7 @@ impl AlertApi {
 
     /// Update the alert settings
     ///
-    /// Applies to alerts that are created from now on.
+    /// The new settings apply only to alerts that are created after the update.
     #[oai(
         path = "/alert-settings",
         method = "patch",

@@ -151,7 +151,7 @@ impl ApiKeyApi {
         caller: ReadingTenant,
         /// Include only keys on this plan.
         plan_id: Query<Option<PlanId>>,
-        /// Include only keys with this status. Every key has exactly one.
+        /// Include only keys with this status. Every key has exactly one status.
         status: Query<Option<ApiKeyStatus>>,
         /// Include only keys whose `is_active` has this value, whether or not they have expired. `true` includes expired
         /// keys; use `status=active` to exclude them.

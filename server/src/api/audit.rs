@@ -69,7 +69,7 @@ impl AuditApi {
         /// Include only events about the resource with this ID.
         #[oai(validator(max_length = 64))]
         target_id: Query<Option<String>>,
-        /// Include only events of users whose email contains this string.
+        /// Include only events caused by users whose email contains this string.
         #[oai(validator(max_length = 200))]
         actor: Query<Option<String>>,
         /// Include only events about resources whose name contains this string.

@@ -173,8 +173,8 @@ impl AuthApi {
     ///
     /// Creates a session and returns its tokens. Failed sign-ins are limited per account and network. Send the
     /// `device_token` of an earlier sign-in to identify a known device: its attempts are counted separately, so failed
-    /// sign-ins from other devices do not lock it out. With `X-Quota-Session: cookie`, sent from this server's own
-    /// pages, all tokens are set as cookies instead of being returned in the body.
+    /// sign-ins from other devices do not delay its sign-ins. With `X-Quota-Session: cookie`, sent from this server's
+    /// own pages, all tokens are set as cookies instead of being returned in the body.
     #[oai(path = "/login", method = "post", operation_id = "login")]
     async fn login(
         &self,

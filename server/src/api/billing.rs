@@ -145,8 +145,9 @@ impl BillingApi {
 
     /// Start a subscription
     ///
-    /// Returns a Stripe Checkout page where the tenant can subscribe. If an earlier page is still open, returns that
-    /// page, so a tenant can't subscribe twice. Fails with 409 if the tenant already has a subscription.
+    /// Returns a link to a Stripe Checkout page where the tenant can subscribe. If an earlier page is still open,
+    /// returns a link to that page, so that a tenant cannot subscribe twice. Fails with 409 if the tenant already has a
+    /// subscription.
     #[oai(path = "/checkout", method = "post", operation_id = "start_checkout")]
     async fn checkout(
         &self,

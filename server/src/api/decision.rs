@@ -82,10 +82,10 @@ fn filter(
 impl DecisionApi {
     /// List decisions
     ///
-    /// Returns decisions on requests with a known key, newest first: which key called which endpoint, whether it was
-    /// allowed, and which policy denied it. Filter by `request_id`, the response's `X-Request-Id`, to find out why a
-    /// request was denied. If matches are rare, a page may have fewer items than `limit` even though it has a
-    /// `next_cursor`.
+    /// Returns decisions on requests with a known key, newest first: which key called which endpoint, whether the
+    /// request was allowed, and if not, which policy denied it. Filter by `request_id`, the response's `X-Request-Id`,
+    /// to find out why a request was denied. If matches are rare, a page may have fewer items than `limit` even though
+    /// it has a `next_cursor`.
     #[oai(path = "/decisions", method = "get", operation_id = "list_decisions")]
     #[expect(
         clippy::too_many_arguments,

@@ -42,7 +42,7 @@ impl HealthApi {
 
     /// Serving
     ///
-    /// Returns 503 only while the server is stopping. Use this check, not `/health/ready`, for load balancers and
+    /// Returns 503 only while the server is stopping. Use this endpoint, not `/health/ready`, for load balancers and
     /// Kubernetes readiness probes: requests with cached keys still work while PostgreSQL is unreachable.
     #[oai(path = "/serving", method = "get", operation_id = "serving")]
     async fn serving(&self) -> Result<Json<Health>, ApiError> {

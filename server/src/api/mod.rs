@@ -58,7 +58,7 @@ pub enum Tag {
     /// Create, rotate, deactivate and delete API keys.
     #[oai(rename = "API keys")]
     ApiKeys,
-    /// Sets of rate limits and quotas, which apply separately to each API key on the plan.
+    /// Sets of rate limits and quotas, which apply separately to each API key on a plan.
     Plans,
     /// Credentials your gateways and middleware use to call the check endpoints.
     #[oai(rename = "Service tokens")]

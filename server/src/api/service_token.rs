@@ -120,7 +120,7 @@ impl ServiceTokenApi {
 
     /// Get a service token
     ///
-    /// Returns the service token's name and dates, without its secret.
+    /// Returns the service token without its secret.
     #[oai(
         path = "/service-tokens/:token_id",
         method = "get",

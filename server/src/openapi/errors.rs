@@ -151,7 +151,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (
                     P::NotSubscribed,
-                    "Billing is off, or the tenant has never subscribed.",
+                    "Billing is off, or the tenant has never started a subscription.",
                 ),
                 (P::Unavailable, STRIPE_UNAVAILABLE),
             ],

@@ -356,7 +356,7 @@ fn Help(commands: Commands) -> impl IntoView {
                     .filter(|command| !command.keys.is_empty() && commands.allows(command))
                     .map(|command| view! { <tr><th scope="row">{command.name}</th><td><Keycaps keys=command.keys/></td></tr> })
                     .collect_view()}
-                <tr><th scope="row">"Close a dialog"</th><td><kbd>"Esc"</kbd></td></tr>
+                <tr><th scope="row">"Close dialog"</th><td><kbd>"Esc"</kbd></td></tr>
             </tbody>
         </table>
         <label class="check">

@@ -36,7 +36,7 @@ pub fn all_clear(requests: Pair) -> String {
         ),
     };
     format!(
-        "All clear. No quotas are close to their limit, no keys are about to expire, and {rejected} in the last 24 hours."
+        "All clear. No quotas are nearly used up, no keys are about to expire, and {rejected} in the last 24 hours."
     )
 }
 

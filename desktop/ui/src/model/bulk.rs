@@ -52,7 +52,7 @@ impl BulkAction {
         }
         let list = enumerated(&list);
         let usage = match (names.len(), recently_used) {
-            (1, 0) => "It was not used in the last 24 hours.".to_owned(),
+            (1, 0) => "It wasn't used in the last 24 hours.".to_owned(),
             (1, _) => "It was used in the last 24 hours.".to_owned(),
             (_, 0) => "None were used in the last 24 hours.".to_owned(),
             (_, 1) => "1 was used in the last 24 hours.".to_owned(),

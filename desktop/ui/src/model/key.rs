@@ -93,7 +93,7 @@ pub fn limit_details(key: &ApiKey, plan: &Plan, time_zone: &str) -> Markup {
     };
     let quota = |label: &str, quota: Option<u64>, reset: &str| {
         let (value, note) = match quota {
-            Some(quota) => (number(quota), format!("Resets {reset}, {time_zone}")),
+            Some(quota) => (number(quota), format!("Resets {reset} ({time_zone})")),
             None => ("Unlimited".to_owned(), String::new()),
         };
         limit_row(label, &value, &note)
@@ -167,7 +167,7 @@ mod tests {
         let after = key_details(&key(true, None), Some(&plan), NOW).to_string();
         assert!(after.contains("&lt;Pro&gt;"), "{after}");
         let limits = limit_details(&key(true, None), &plan, "UTC").to_string();
-        for text in ["600/min", "Resets at midnight, UTC", "Unlimited"] {
+        for text in ["600/min", "Resets at midnight (UTC)", "Unlimited"] {
             assert!(limits.contains(text), "{text} is not in {limits}");
         }
     }

@@ -29,7 +29,7 @@ impl Right {
 /// Explains why a role cannot use a page.
 pub fn no_access(role: Role, what: &str) -> String {
     format!(
-        "Your role ({}) doesn't have access to {what}. Ask an owner or an admin of your organization.",
+        "Your role ({}) doesn't have access to {what}. To get access, ask an owner or an admin of your organization.",
         role.as_str()
     )
 }
@@ -58,7 +58,7 @@ mod tests {
     fn reason_names_the_role_and_the_page() {
         assert_eq!(
             no_access(Role::Billing, "the audit log"),
-            "Your role (billing) doesn't have access to the audit log. Ask an owner or an admin of your organization."
+            "Your role (billing) doesn't have access to the audit log. To get access, ask an owner or an admin of your organization."
         );
     }
 }

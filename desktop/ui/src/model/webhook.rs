@@ -218,7 +218,7 @@ pub fn check_url(text: &str) -> Result<(), &'static str> {
     match rest {
         _ if text.len() > WEBHOOK_URL_MAX => Err("Must be at most 2,000 characters"),
         Some(rest) if !rest.is_empty() && rest.bytes().all(|it| it.is_ascii_graphic()) => Ok(()),
-        Some(_) => Err("Enter a complete URL without spaces or special characters"),
+        Some(_) => Err("Enter a complete URL without spaces or non-ASCII characters"),
         None => Err("Must start with https://"),
     }
 }
@@ -421,7 +421,7 @@ pub fn event_types() -> Markup {
     let rows = [
         (
             THRESHOLD_REACHED,
-            "Sent when 50, 80 or 100% of a quota has been used, once per threshold in each day or month.",
+            "Sent when 50, 80 or 100% of a daily or monthly quota has been used, at most once for each threshold in each day or month.",
         ),
         ("webhook.test", "Sent when you test the webhook."),
     ]

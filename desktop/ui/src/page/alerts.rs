@@ -56,7 +56,7 @@ pub fn Alerts() -> impl IntoView {
     let show = move |page: Page<QuotaAlert>| {
         if page.items.is_empty() {
             return view! {
-                <EmptyState shape=Shape::Alerts title="No alerts yet" about="Quota creates an alert when 50, 80 or 100% of a daily or monthly quota is used. Set quotas in your plans.">
+                <EmptyState shape=Shape::Alerts title="No alerts yet" about="Quota creates an alert when 50, 80 or 100% of a daily or monthly quota has been used. Set quotas in your plans.">
                     {untrack(move || session.can_read()).then(|| view! { <a class="button" href="/console/plans">"View plans"</a> })}
                 </EmptyState>
             }

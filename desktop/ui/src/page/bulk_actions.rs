@@ -235,7 +235,7 @@ fn MoveForm(
     view! {
         <DialogForm form open action="Move keys" submit>
             <SelectField form name="plan_id" id="move_plan" label="Plan" value=plan options required=true/>
-            <p class="muted">"Within a second, the plan's limits apply to these keys. Usage isn't reset. Rate overrides are kept."</p>
+            <p class="muted">"Within a second, the plan's limits will apply to these keys. Usage isn't reset. Rate overrides are kept."</p>
         </DialogForm>
     }
 }

@@ -148,7 +148,7 @@ pub fn NewKeyDialog(new: NewSecret, on_close: Callback<()>) -> impl IntoView {
             new
             title=Signal::derive(move || format!("Save your key for {}", text::quoted(&new.name.get())))
             noun="key"
-            recovery="If you lose it, rotate it."
+            recovery="If you lose it, rotate the key."
             on_close
         >
             <h3>"Try it"</h3>

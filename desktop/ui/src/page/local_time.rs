@@ -7,7 +7,7 @@ use crate::component::browser_time_zone;
 /// Returns the hint below the field for a key's expiry.
 pub fn expiry_hint() -> String {
     format!(
-        "The key stops working at this time ({}). Leave blank for never.",
+        "The key stops working at this time ({}). Leave blank for no expiry.",
         browser_time_zone()
     )
 }

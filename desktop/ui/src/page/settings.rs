@@ -138,7 +138,7 @@ fn Password() -> impl IntoView {
         form.send(api::change_password(body), move |()| {
             let _ = current.try_set(String::new());
             let _ = new.try_set(String::new());
-            toasts.succeed("Password changed. All other sessions were signed out.");
+            toasts.succeed("Password changed. All other sessions were revoked.");
         });
     };
     view! {

@@ -252,7 +252,7 @@ pub fn TryIt(
                         .then(|| view! { <button type="button" class="button small" on:click=move |_| stopped.set(true)>"Stop"</button> })
                 }}
             </div>
-            <p class="muted small-text">"Sends real requests to GET /v1/echo, which count against this key's limits and quotas."</p>
+            <p class="muted small-text">"Sends real requests to GET /v1/echo. They count against this key's rate limit and quotas."</p>
             <Alert error=Signal::derive(move || results.get().failure)/>
             <ResponseSummary results secret key/>
             <Policies results bucket clock/>

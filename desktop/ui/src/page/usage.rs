@@ -106,7 +106,7 @@ pub fn UsagePage() -> impl IntoView {
             what="usage"
             show=move |data| match data {
                 None => view! {
-                    <EmptyState shape=Shape::Search title="Choose a first and a last day" about="The last day can't be before the first day. Both days are included."/>
+                    <EmptyState shape=Shape::Search title="Choose a first and last day" about="The last day can't be before the first day. Both days are included."/>
                 }
                     .into_any(),
                 Some(data) => view! { <Report data was_used/> }.into_any(),
@@ -364,7 +364,7 @@ fn NoRequests(was_used: Signal<bool>) -> impl IntoView {
     move || {
         if is_filtered {
             view! {
-                <EmptyState shape=Shape::Search title="No matching requests" about="No requests in this range match these filters.">
+                <EmptyState shape=Shape::Search title="No matching requests" about="No requests in this range match the filters.">
                     <a class="button" href="/console/usage">"Clear filters"</a>
                 </EmptyState>
             }

@@ -114,7 +114,7 @@ fn CreateForm(
     };
     view! {
         <DialogForm form open action="Create webhook" locked=true submit>
-            <Field form name="name" id="webhook_name" label="Name" value=name required=true hint="The system that receives the events, such as a chat channel"/>
+            <Field form name="name" id="webhook_name" label="Name" value=name required=true hint="What receives the events, such as a chat channel"/>
             <Field form name="url" id="webhook_url" label="URL" kind="url" value=url required=true check=check_url placeholder="https://hooks.example.com/quota" hint=URL_HINT/>
         </DialogForm>
     }

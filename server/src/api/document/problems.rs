@@ -97,7 +97,7 @@ curl {base}/auth/refresh -H "Content-Type: application/json" \
             r#"curl -X POST {base}/billing/portal -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::BillingOff => (
-            "Retrying won't help. This request shows whether billing is set up on this server.",
+            "Retrying won't help. This request shows whether billing is on.",
             r#"curl {base}/billing -H "Authorization: Bearer $ACCESS_TOKEN""#,
         ),
         ProblemCode::HeadersTooLarge => (

@@ -129,15 +129,15 @@ fn url_is_checked_before_it_is_sent() {
         ("ftp://hooks.example.com", "Must start with https://"),
         (
             "https://",
-            "Enter a complete URL without spaces or special characters",
+            "Enter a complete URL without spaces or non-ASCII characters",
         ),
         (
             "https://a b",
-            "Enter a complete URL without spaces or special characters",
+            "Enter a complete URL without spaces or non-ASCII characters",
         ),
         (
             "https://ü.example",
-            "Enter a complete URL without spaces or special characters",
+            "Enter a complete URL without spaces or non-ASCII characters",
         ),
         (&format!("{longest}a"), "Must be at most 2,000 characters"),
     ] {
