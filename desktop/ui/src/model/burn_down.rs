@@ -96,7 +96,7 @@ pub fn projection(burn: &BurnDown, now: i64, clock: &dyn Fn(i64) -> String) -> S
         Some(at) if at > now && at < reset => {
             let early = countdown((reset - at).unsigned_abs() / 1000);
             format!(
-                "At this pace, the quota will be used up {}, {early} before it resets. {resets}",
+                "At this pace, the quota will be used up on {}, {early} before it resets. {resets}",
                 clock(at)
             )
         }
@@ -148,7 +148,7 @@ mod tests {
         let text = |burn: &BurnDown| projection(burn, NOON, &clock);
         assert_eq!(
             text(&burn(800, Some("2026-11-26T15:00:00Z"), 0)),
-            "At this pace, the quota will be used up 3 h, 9 h 0 min before it resets. Resets 12 h."
+            "At this pace, the quota will be used up on 3 h, 9 h 0 min before it resets. Resets 12 h."
         );
         assert_eq!(
             text(&burn(200, None, 600)),
