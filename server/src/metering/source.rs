@@ -70,7 +70,7 @@ pub(super) enum SourceState {
     Open,
     /// Everything was shipped.
     Complete,
-    /// The segment is older than the usage log and has no cursor.
+    /// The segment is older than `QUOTA_USAGE_RETENTION` and has no cursor.
     Rejected,
 }
 
@@ -282,7 +282,7 @@ pub(super) async fn ship(
                     tracing::error!(
                         segment = %source.head.id,
                         started_at = %DateTime::from(source.head.started_at),
-                        "this segment is older than the usage log and will not be shipped; it was kept for inspection"
+                        "this segment is older than QUOTA_USAGE_RETENTION and will not be shipped; it was kept for inspection"
                     );
                     return Ok(shipped);
                 }
