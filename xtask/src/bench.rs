@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    cargo, desktop, machine,
+    cargo, desktop, instructions, machine,
     postgres::{self, Throwaway},
     root, say, succeed, target, test_server, up,
 };
@@ -145,6 +145,11 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
         && first == "malformed"
     {
         return malformed(rest);
+    }
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "instructions"
+    {
+        return instructions::run(rest).map(|()| ExitCode::SUCCESS);
     }
     if let Some((first, rest)) = arguments.split_first()
         && first == "usage"

@@ -1,14 +1,15 @@
-//! `cargo xtask check`: formatting, lints, lock files, security advisories, documentation, unused dependencies, links
-//! and generated files.
+//! `cargo xtask check`: formatting, lints, lock files, security advisories, documentation, unused dependencies, links,
+//! generated files and instruction counts.
 
 use anyhow::Result;
 
 use crate::{
-    advisories, cargo, console, dependencies, desktop, generate, links, lock, machine, say, succeed,
+    advisories, cargo, console, dependencies, desktop, generate, instructions, links, lock,
+    machine, say, succeed,
 };
 
 pub(crate) fn check() -> Result<()> {
-    machine::install(&[&[machine::POSTGRES], &desktop::NEEDS[..]].concat())?;
+    machine::install(&[&instructions::NEEDS[..], &desktop::NEEDS].concat())?;
     say("cargo fmt --check");
     succeed(cargo().args(["fmt", "--all", "--check"]))?;
     lock::check()?;
@@ -36,6 +37,7 @@ pub(crate) fn check() -> Result<()> {
     )?;
     documentation(&console)?;
     generate::check()?;
+    instructions::check()?;
     say("all checks passed");
     Ok(())
 }

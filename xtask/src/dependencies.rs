@@ -77,7 +77,8 @@ fn declared(manifest: &Table) -> Vec<String> {
     names
 }
 
-/// Appends all Rust files in a folder, except files of nested crates.
+/// Appends all Rust files in a folder, except files of nested crates. Also appends files in other folders that are
+/// included with a `path` attribute.
 fn read_sources(folder: &Path, source: &mut String) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
@@ -86,10 +87,24 @@ fn read_sources(folder: &Path, source: &mut String) -> Result<()> {
                 read_sources(&path, source)?;
             }
         } else if path.extension().is_some_and(|it| it == "rs") {
-            source.push_str(&fs::read_to_string(&path)?);
+            let text = fs::read_to_string(&path)?;
+            for module in modules_elsewhere(&text) {
+                let path = folder.join(module);
+                source.push_str(
+                    &fs::read_to_string(&path)
+                        .with_context(|| format!("cannot read {}", path.display()))?,
+                );
+            }
+            source.push_str(&text);
         }
     }
     Ok(())
+}
+
+/// Returns the paths in `path` attributes.
+fn modules_elsewhere(text: &str) -> impl Iterator<Item = &str> {
+    let attributes = text.lines().map(str::trim);
+    attributes.filter_map(|it| it.strip_prefix("#[path = \"")?.strip_suffix("\"]"))
 }
 
 /// Returns whether a line of code contains `name` as a whole word.
@@ -107,7 +122,14 @@ fn mentions(source: &str, name: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{declared, mentions};
+    use super::{declared, mentions, modules_elsewhere};
+
+    #[test]
+    fn modules_in_other_folders_are_found() {
+        let source = "#[path = \"../../a/b.rs\"]\nmod b;\nmod c;\n";
+        let found: Vec<&str> = modules_elsewhere(source).collect();
+        assert_eq!(found, ["../../a/b.rs"]);
+    }
 
     #[test]
     fn a_dependency_is_used_when_code_names_it_as_a_whole_word() {

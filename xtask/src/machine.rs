@@ -100,6 +100,12 @@ pub(crate) const SLOWHTTPTEST: Need = Need {
     is_there: || on_path("slowhttptest").is_some(),
 };
 
+pub(crate) const VALGRIND: Need = Need {
+    name: "Valgrind, for counting instructions",
+    package: "valgrind",
+    is_there: || on_path("valgrind").is_some(),
+};
+
 /// The compiler for libFuzzer.
 pub(crate) const CPP: Need = Need {
     name: "a C++ compiler (`c++`), for libFuzzer",

@@ -269,10 +269,17 @@ async fn drop_leftovers(admin_url: &str) {
     }
 }
 
+/// Returns the directory of the migrations. The benchmarks also use this file, in a crate in another directory.
+fn migrations() -> PathBuf {
+    let mut folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
+    let found = folders.find_map(|it| Some(it.join("migrations")).filter(|it| it.is_dir()));
+    found.expect("there are migrations")
+}
+
 /// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template. The hash covers
 /// the versions of the migrations in this binary, and the content of the files, which may be newer.
 fn migrations_hash() -> u64 {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
+    let dir = migrations();
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)
         .expect("there are migrations")
         .map(|entry| entry.expect("a readable entry").path().join("up.sql"))
@@ -301,7 +308,7 @@ fn migrations_hash() -> u64 {
 async fn each_database_is_a_copy_of_the_migrated_template() {
     async fn migrate(url: String) -> Result<(), tokio_postgres::Error> {
         let client = connect(&url).await;
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../migrations");
+        let dir = migrations();
         let mut files: Vec<PathBuf> = fs::read_dir(dir)
             .expect("there are migrations")
             .map(|entry| entry.expect("a readable entry").path().join("up.sql"))
