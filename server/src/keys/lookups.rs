@@ -295,7 +295,7 @@ impl<V: Send + 'static> Lookup<V> {
 
 struct Worker<V: Send + 'static> {
     batches: Batches<V>,
-    /// The permission to use a connection for unknown secrets that the worker has waited for.
+    /// The permit for which the worker has waited, to use a connection for unknown secrets.
     slot: Option<OwnedSemaphorePermit>,
     has_ended: bool,
 }
@@ -361,8 +361,8 @@ impl<V: Send + 'static> Worker<V> {
         })
     }
 
-    /// Waits for a connection for unknown secrets. The worker does not count meanwhile, so that it does not keep known
-    /// secrets from being looked up. Returns `None` if there are enough other workers now.
+    /// Waits for a connection for unknown secrets. While the worker waits, it does not count, so that it does not keep
+    /// known secrets from being looked up. Returns `None` if there are enough other workers now.
     async fn wait(batches: Batches<V>) -> Option<Self> {
         let slot = batches.0.settings.for_unknown.clone().acquire_owned().await;
         let mut queue = batches.0.queue.lock();
@@ -380,7 +380,8 @@ impl<V: Send + 'static> Worker<V> {
     }
 }
 
-/// The lookups of one statement. If the batch is dropped because of a panic or with the runtime, its lookups fail.
+/// The lookups of one statement. If the batch is dropped because of a panic or together with the runtime, its lookups
+/// fail.
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,

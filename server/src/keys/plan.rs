@@ -2,7 +2,7 @@
 //! plans.
 //!
 //! Keys on the same plan share one [`PlanRecord`], as long as they were loaded with the same values. Keys with a rate
-//! of their own share one with the keys on the plan that have the same rate.
+//! of their own share a record with the other keys on the plan that have the same rate.
 
 use std::{
     any::Any,
@@ -50,7 +50,7 @@ impl Attachment {
 }
 
 impl PlanRecord {
-    /// Returns whether keys can use either record.
+    /// Returns whether keys can use the two records interchangeably.
     fn is_like(&self, other: &Self) -> bool {
         let facts = |it: &Self| (it.tenant, it.id, it.billing, it.paid_access_until);
         facts(self) == facts(other)
@@ -96,7 +96,8 @@ impl PlanRecords {
             return known;
         }
         let new = Arc::new(new);
-        // A record that this replaces is no longer shared: only keys that were loaded before an edit use it.
+        // If this replaces a record, the old record is no longer shared: only keys that were loaded before an edit use
+        // it.
         records.all.insert(hash, Arc::downgrade(&new));
         if records.all.len() > 2 * records.used.max(FEW) {
             records.all.retain(|_, record| record.strong_count() > 0);

@@ -37,7 +37,8 @@ const NOTE_EVERY: Nanos = Nanos::from_secs(1);
 
 /// An API key with its limits, and a handle to the state of the limits.
 ///
-/// There is one for each cached key, so it is small: everything that many keys have in common is in the plan's record.
+/// This struct is small, because there is one for each cached key: everything that many keys have in common is in the
+/// plan's record.
 #[derive(Debug)]
 pub struct KeyRecord {
     pub plan: Arc<PlanRecord>,
@@ -380,8 +381,8 @@ fn record(
         headers: Attachment::default(),
     });
     Ok(KeyRecord {
-        // The version increases with every change. Each key has its own: a version read with one key says nothing about
-        // a key that was read earlier.
+        // The version increases with every change. Each key has its own version: a version read with one key says
+        // nothing about a key that was read earlier.
         policies: plan
             .policies
             .clone()

@@ -19,9 +19,9 @@
 //! **Trust.** Anyone with access to Redis could write entries. Each entry is stored under the hash of its secret, and
 //! sealed for that hash with a key of this installation ([`Seal`]). Therefore, writing to Redis can make entries
 //! unreadable, but cannot give a key more access. An entry also contains the time when it was written. An entry is
-//! rejected soon after its lifetime, so that an old copy cannot be written back later. Unreadable entries, and entries
-//! that are too old or from the future, are treated as missing. Entries from a different database history are also
-//! ignored: after PostgreSQL has been restored from a backup, the same numbers are assigned a second time.
+//! rejected soon after its lifetime ends, so that an old copy cannot be written back later. Unreadable entries, and
+//! entries that are too old or from the future, are treated as missing. Entries from a different database history are
+//! also ignored: after PostgreSQL has been restored from a backup, the same numbers are assigned a second time.
 //!
 //! While Redis is unreachable, every lookup is an immediate miss. If Redis does not respond, lookups in progress wait
 //! for up to `QUOTA_REDIS_TIMEOUT`, and lookups during the next second skip Redis.

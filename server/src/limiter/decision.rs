@@ -17,7 +17,7 @@ pub enum Outcome {
         /// The violated policies. Empty only if the decision is degraded: this replica's share has too few tokens, but
         /// the limit itself may not have been reached.
         violated: PolicySet,
-        /// Nanoseconds until the same request would be allowed if no other request takes tokens: the longest wait among
+        /// Nanoseconds until the same request would be allowed if no other request took tokens: the longest wait among
         /// the violated policies. `None` if the request can never be allowed because its cost exceeds a limit.
         retry_after: Option<NonZeroU64>,
     },

@@ -24,7 +24,7 @@ const REJECTED: &str = "rejected";
 /// The extension of rejected files that an earlier version left in the directory of their replica.
 const EARLIER_EXTENSION: &str = "refused";
 
-/// The minimum age of an unfinished directory before it is deleted. Creating one takes milliseconds.
+/// The minimum age of an unfinished directory before it is deleted. Creating a directory takes milliseconds.
 const LEFT: Duration = Duration::from_hours(1);
 
 /// A directory whose lock this process holds.

@@ -345,7 +345,8 @@ impl Metering {
             return Ok(());
         };
         recorder.close();
-        // A segment that is being created would keep the directory from being empty. Creating one takes milliseconds.
+        // A segment that is being created would keep the directory from being empty. Creating a segment takes
+        // milliseconds.
         for _ in 0..100 {
             if !recorder.is_creating() {
                 break;

@@ -357,8 +357,8 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
     }
 }
 
-/// What a disk may contain after the machine failed. The disk keeps the writes that it has confirmed. It may have kept
-/// any part of later writes, down to single sectors, and a page that was never written back may read as zeros.
+/// What a disk may contain after the machine has failed. The disk keeps the writes that it has confirmed. It may have
+/// kept any part of later writes, down to single sectors, and a page that was never written back may read as zeros.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,

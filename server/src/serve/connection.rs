@@ -447,7 +447,7 @@ pub(super) struct RequestInFlight {
 }
 
 impl RequestInFlight {
-    /// Sets the time at which an HTTP/1 request ends, so that the clock is not read when it does.
+    /// Sets the time at which an HTTP/1 request ends, so that the clock does not have to be read when the request ends.
     pub(super) fn ends_at(&mut self, time: u64) {
         self.ends_at = time;
     }

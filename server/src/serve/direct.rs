@@ -1,9 +1,9 @@
 //! Serves plain requests directly from the bytes of a connection, without hyper.
 //!
 //! Requests that the endpoint accepts are served here, in order. For a plain request that the endpoint does not accept,
-//! the stream is lent to hyper. hyper can read only the bytes of that request, whose end is known. So hyper has not
-//! read any later bytes when its response has been sent. The first request that is not plain, or that arrives in too
-//! many parts, ends the direct service: hyper takes over the connection, starting with that request.
+//! the stream is lent to hyper. hyper can read only the bytes of that request, whose end is known. So by the time
+//! hyper's response has been sent, hyper has not read any later bytes. The first request that is not plain, or that
+//! arrives in too many parts, ends the direct service: hyper takes over the connection, starting with that request.
 //!
 //! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`].
 
@@ -233,7 +233,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                 } else {
                     (Some(&mut *output), &mut later)
                 };
-                // Pinned here, because it is large: moving it would cost more than most of what it does.
+                // Pinned here, because it is large: moving it would cost more than most of the work that it does.
                 let mut answering = pin!(
                     self.endpoint
                         .answer(route, &request, self.peer, marks, response)
@@ -252,7 +252,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             if output.len() >= OUTPUT_MAX {
                 send(stream, output).await?;
             }
-            // A read may contain hundreds of requests, during which other tasks could not run.
+            // One read may contain hundreds of requests. Other tasks must be able to run in between.
             task::coop::consume_budget().await;
         };
         if !output.is_empty() {
@@ -261,7 +261,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         if let Some(request) = &mut in_flight
             && !has_waited
         {
-            // Only microseconds have passed.
+            // Only microseconds have passed since the requests arrived.
             request.ends_at(arrived);
         }
         drop(in_flight);

@@ -234,7 +234,7 @@ async fn slow_header_fields_close_the_connection(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// This also applies if the timer is still set to the deadline of an earlier request.
+/// The timer may still be set to the deadline of an earlier request.
 async fn every_request_gets_the_full_header_timeout(way: Way) {
     let mut stream = connect_by(way).await;
     time::sleep(HEADER / 2).await;
@@ -871,7 +871,7 @@ mod http2 {
     }
 }
 
-/// Reads nothing, and has a small buffer of its own.
+/// Connects a client that reads nothing and has a small receive buffer.
 async fn client_that_does_not_read(addr: SocketAddr) -> TcpStream {
     let client = TcpSocket::new_v4().expect("a socket");
     client.set_recv_buffer_size(4096).expect("it is possible");

@@ -115,7 +115,7 @@ fn facts(id: u16, plan_id: Uuid, plan_name: &str) -> KeyFacts {
     }
 }
 
-/// There is one record per cached key, so its size determines how many keys fit into memory.
+/// There is one record per cached key, so the size of a record determines how many keys fit into memory.
 #[test]
 fn a_record_is_small() {
     assert!(size_of::<KeyRecord>() <= 56, "{}", size_of::<KeyRecord>());

@@ -70,7 +70,7 @@ impl Hash for NamedHandle {
 mod tests {
     use super::*;
 
-    /// There is one handle per cached key, so its size determines how many keys fit into memory.
+    /// There is one handle per cached key, so the size of a handle determines how many keys fit into memory.
     #[test]
     fn a_handle_without_quotas_and_leases_is_small() {
         assert!(size_of::<KeyHandle>() <= 104, "{}", size_of::<KeyHandle>());

@@ -291,7 +291,7 @@ impl LedgerCalls {
         }
     }
 
-    /// Starts to return the tokens that `call` was to give back but has not.
+    /// Starts to return the tokens that `call` was supposed to return but has not returned.
     pub(super) fn give_back_of(self: &Arc<Self>, call: &Call) {
         for (window_start, n) in &call.order.give_back {
             self.give_back(call.row(*window_start), *n);

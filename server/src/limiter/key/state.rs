@@ -32,7 +32,7 @@ use crate::{
 
 /// The state of one key.
 ///
-/// There is one for each cached key, so it is small. What only some keys need is boxed.
+/// This struct is small, because there is one for each cached key. Data that only some keys need is boxed.
 #[derive(Debug)]
 pub(in crate::limiter) struct KeyState {
     /// The limits that were last applied to this state.
@@ -41,7 +41,7 @@ pub(in crate::limiter) struct KeyState {
     pub(in crate::limiter) tat: UnixNanos,
     /// Debt beyond that of an empty bucket, left over from a larger burst.
     beyond: Nanos,
-    /// When tokens were last taken from the bucket or its rate or burst was last edited, whichever is later.
+    /// When tokens were last taken from the bucket, or when its rate or burst was last edited, whichever is later.
     used_at: UnixNanos,
     /// `None` if the key has never had a quota.
     quotas: Option<Box<QuotaBlocks>>,

@@ -55,8 +55,9 @@ pub struct KeyTableSettings {
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
-    /// The time after which a ledger call is abandoned. It is longer than requests wait, because tokens granted by a
-    /// late response can still be spent, while tokens granted by an abandoned call are lost until their window ends.
+    /// The time after which a ledger call is abandoned. This time is longer than the time for which requests wait,
+    /// because tokens granted by a late response can still be spent, while tokens granted by an abandoned call are lost
+    /// until their window ends.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
     pub connections: LedgerConnections,
@@ -187,7 +188,8 @@ impl KeyTable {
             // If the shard has the only reference, no other reference can be created while the shard is locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
-                // Entering a new window allows returning its prefetched block even if no request arrives.
+                // Once the state has entered a new window, the prefetched block of that window can be returned even if
+                // no request arrives.
                 state.enter_windows(now, self.membership.replica_count());
                 for policy in [Policy::Daily, Policy::Monthly] {
                     self.calls.return_unneeded(handle, &mut state, policy, now);

@@ -271,8 +271,8 @@ impl Block {
     }
 
     /// Switches to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens from the
-    /// old window are owed to that window: that window may not have ended (if the clock was set back), and if it has,
-    /// returning the tokens makes its row show the actual usage.
+    /// old window are owed to that window, because the window may not have ended (if the clock was set back). If the
+    /// window has ended, returning the tokens makes its row show the actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();

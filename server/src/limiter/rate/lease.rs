@@ -270,8 +270,8 @@ impl Lease {
         self.count(n);
     }
 
-    /// Counts the tokens of a request toward the lease size, unless it needs more than the largest lease. A lease would
-    /// not help such a request, and the tokens would be missing elsewhere.
+    /// Counts the tokens of a request toward the lease size, unless the request needs more than the largest lease. A
+    /// lease would not help such a request, and the tokens would be missing elsewhere.
     fn count(&mut self, n: u64) {
         if self.terms.is_none_or(|terms| n <= terms.max_lease_size()) {
             self.needed = self.needed.saturating_add(n);
@@ -430,9 +430,9 @@ impl Lease {
         self.view.unwrap_or_default().seen
     }
 
-    /// Records that a call was granted `granted` of the tokens that it wanted. If it got fewer, the bucket is nearly
-    /// empty. The next call then requests tokens for later as if requests were waiting for them, so that the last
-    /// tokens are neither left unused while requests are denied nor fetched one by one.
+    /// Records that a call was granted `granted` of the tokens that it wanted. If the call got fewer, the bucket is
+    /// nearly empty. The next call then requests tokens for later as if requests were waiting for them, so that the
+    /// last tokens are neither left unused while requests are denied nor fetched one by one.
     pub(in crate::limiter) fn record_grant(&mut self, granted: u64, want: u64) {
         if want > 0 {
             self.fell_short = granted < want;
