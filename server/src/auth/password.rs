@@ -269,7 +269,8 @@ impl Drop for Place {
         }
         drop(places);
         if let Some(next) = next {
-            // If this waiter has given up, the permit is dropped again, which passes it on to the next one.
+            // If this waiter has given up, sending drops the permit, and dropping the permit passes it on to the next
+            // waiter.
             let _ = next.send(Self(self.0.clone()));
         }
     }

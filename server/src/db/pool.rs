@@ -203,8 +203,8 @@ impl Db {
         SystemTx::begin(self.pool()).await
     }
 
-    /// Returns an error if PostgreSQL is unreachable. The probe distinguishes an outage from the failure of one
-    /// transaction, for example because a statement took too long.
+    /// Returns an error if PostgreSQL is unreachable. The probe distinguishes an outage from a single failed
+    /// transaction, such as one with a statement that took too long.
     pub async fn probe(&self) -> Result<(), DbError> {
         self.system().await?.commit().await
     }

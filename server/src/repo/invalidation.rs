@@ -208,8 +208,8 @@ struct SearchedRow {
 }
 
 /// Returns the API keys that no longer exist, from the rows after number `seq` that are at least `age` old. If a key
-/// was edited before it was deleted, the row of the edit may return it earlier, and the row of the deletion returns it
-/// again.
+/// was edited before it was deleted, the key may be returned twice: for the row of the edit, and again for the row of
+/// the deletion.
 pub async fn deleted_keys(
     tx: &mut SystemTx,
     seq: i64,

@@ -37,7 +37,7 @@ pub struct UsageRecord<Text = String> {
     pub request_id: Text,
 }
 
-/// What the records of a group have in common. They are counted in the same rows of the rollups.
+/// The fields that the records of a group have in common. These records are counted in the same rows of the rollups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct GroupKey {
     tenant: Uuid,

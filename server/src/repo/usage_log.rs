@@ -164,7 +164,7 @@ pub async fn list(
 
 /// Returns the number of matching decisions in the log. Returns `None` if the rollups do not count the endpoint
 /// separately. Also returns `None` if more than [`SEARCHED_ROWS`] rows have the same request ID, which is possible
-/// because callers can choose it.
+/// because callers can choose request IDs.
 ///
 /// The log and the rollups are written together, and the log is deleted by whole days. Therefore, the rollups of the
 /// remaining days count exactly the rows in the log.

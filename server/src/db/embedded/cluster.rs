@@ -245,7 +245,7 @@ pub(super) fn rotate(log: &Path) -> Result<(), EmbeddedError> {
     Ok(())
 }
 
-/// Returns the last lines of the part of the log after `begin`, of which only the last MiB is read.
+/// Returns the last lines of the log after `begin`. Reads at most the last MiB.
 fn tail(log: &Path, begin: u64) -> String {
     const LINES: usize = 10;
     const MAX: u64 = 1024 * 1024;
