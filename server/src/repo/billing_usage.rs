@@ -453,7 +453,8 @@ pub struct Uncharged {
     pub now: DateTime<Utc>,
 }
 
-/// Returns the usage from the last 40 days that has not been charged.
+/// Returns the cost in reports from the last 40 days that will not be charged, and the age of the oldest usage that
+/// Stripe has not received.
 pub async fn uncharged(tx: &mut SystemTx) -> Result<Uncharged, DbError> {
     let uncharged = sql_query(
         "SELECT coalesce(sum(value) FILTER (WHERE reason IN ('too_old', 'finalized', 'rejected', 'unclear')), 0)::bigint \

@@ -30,10 +30,10 @@ pub enum Expired {
     Replicas,
     /// Processed webhooks from Stripe. Kept for as long as Stripe lists them.
     BillingEvents,
-    /// Usage to charge. Kept for 400 days, or until it has been reported.
+    /// Usage to charge that is more than 400 days old. Kept until all of it is part of reports.
     BillingUsage,
     BillingReports,
-    /// Problems that Stripe found in usage. Kept for as long as the usage.
+    /// Problems that Stripe found in usage, received more than 400 days ago.
     BillingMeterErrors,
     /// Completed deliveries that are more than 30 days old.
     WebhookDeliveries,

@@ -100,8 +100,8 @@ pub async fn delete_unpartitioned(
 }
 
 /// Deletes cursors that have not moved for two days and belong to segments whose records are too old to be accepted,
-/// and reports of replicas that have been silent for as long as that age. `days` is the retention period of the log.
-/// The segments remain rejected even if the retention period is extended later.
+/// and reports of replicas that have been silent for two days longer than the retention period of the log. `days` is
+/// this retention period. The segments remain rejected even if the retention period is extended later.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {
     diesel::sql_query(
         "WITH deleted AS ( \

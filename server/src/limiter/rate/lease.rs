@@ -392,9 +392,10 @@ impl Lease {
         (back.tokens > 0).then_some(back)
     }
 
-    /// Returns whether to start a task that returns unspent tokens. The task is needed if no current or later call is
-    /// expected to return the tokens, or if there are more of them than a lease contains, because other replicas may
-    /// need them before the next call. If the result is `true`, counts the task as started.
+    /// Returns whether to start a task that returns unspent tokens. The task is needed if no call is in flight (apart
+    /// from late calls), and either no later call is expected to return the tokens, or there are more tokens than a
+    /// lease contains, which other replicas may need before the next call. If the result is `true`, counts the task as
+    /// started.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
         let most = self.terms.map_or(0, |terms| self.to_hold(terms));
         let begins = self.back.tokens > 0
