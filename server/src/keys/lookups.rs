@@ -295,7 +295,7 @@ impl<V: Send + 'static> Lookup<V> {
 
 struct Worker<V: Send + 'static> {
     batches: Batches<V>,
-    /// The permit for which the worker has waited, to use a connection for unknown secrets.
+    /// The permit to use a connection for unknown secrets, if the worker has waited for one.
     slot: Option<OwnedSemaphorePermit>,
     has_ended: bool,
 }

@@ -28,8 +28,8 @@ use crate::clock::{Clock, Monotonic, Nanos, UnixNanos};
 /// A key's denial cache. Empty until the first decision by a remote store.
 #[derive(Debug, Default)]
 pub(super) struct DenialCache {
-    /// The fingerprint of the policies in the store's last decision. `None` before the first decision. Decisions under
-    /// other policies are neither used nor kept.
+    /// The fingerprint of the policies that the store's last decision applied. `None` before the first decision.
+    /// Decisions under other policies are neither used nor kept.
     fingerprint: Option<u64>,
     /// The TAT of the local bucket, which starts full when the policies are edited. The local bucket never allows a
     /// request, since the store decides every request that is not denied here. The store keeps the usage, but its

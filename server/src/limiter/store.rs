@@ -32,8 +32,8 @@ use crate::clock::Nanos;
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
 ///   crash loses at most one block (a hundredth of the quota, at least one and at most 10,000 tokens), the tokens that
 ///   requests were waiting for, and tokens that were being returned. Draining returns all unused tokens, unless the
-///   ledger does not confirm the return in time. A failed ledger call may lose the tokens that it was to take. A
-///   replica does not keep an unused block for long while other replicas may need it. A change of time zone takes
+///   ledger does not confirm the return in time. A failed ledger call may lose the tokens that it was supposed to take.
+///   A replica does not keep an unused block for long while other replicas may need it. A change of time zone takes
 ///   effect when the current window ends, or immediately if nothing was used in that window. The next window lasts
 ///   until the end of the day or month in the new zone, with a proportional quota. Windows never overlap.
 /// - *Edits.* Usage is kept when policies change: an edit does not refill a bucket or a quota. But a bucket that has

@@ -130,7 +130,7 @@ impl Segment {
             if !durable {
                 // The first write to each page would still have to mark the page as changed. The kernel later writes
                 // changed pages to disk, so in a durable file, this would delay the first responses. Linux before 5.14
-                // does not support this advice. Any other error means that writing to the memory would kill the
+                // does not support `PopulateWrite`. Any other error means that writing to the memory would kill the
                 // process.
                 match map.advise(Advice::PopulateWrite) {
                     Err(error) if error.kind() != io::ErrorKind::InvalidInput => return Err(error),

@@ -252,7 +252,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             if output.len() >= OUTPUT_MAX {
                 send(stream, output).await?;
             }
-            // One read may contain hundreds of requests. Other tasks must be able to run in between.
+            // One read may contain hundreds of requests. Other tasks must be able to run between them.
             task::coop::consume_budget().await;
         };
         if !output.is_empty() {
