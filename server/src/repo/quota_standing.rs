@@ -90,7 +90,7 @@ impl Lateness {
     }
 }
 
-/// Returns these keys' quota windows in which at least `percent` is used, unless an alert already says that the quota
+/// Returns these keys' quota windows in which at least `percent` is taken, unless an alert already says that the quota
 /// is used up. Considers current windows, windows that ended in the last 15 minutes, and windows in which the usage
 /// being checked occurred. Omits windows of the last kind if the key or its plan has been edited since they ended,
 /// because their quota is unknown. Calculates the quota of a shortened window like

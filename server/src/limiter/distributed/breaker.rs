@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The breaker opens after [`FAILURES`] consecutive failures without a success for [`SILENCE`]. The second condition is
-/// needed because if the process is not scheduled for a moment, many of its calls fail at the same time even though the
+/// needed because many calls fail at the same time if the process is not scheduled for a moment, even though the
 /// counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
