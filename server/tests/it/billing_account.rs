@@ -270,7 +270,7 @@ async fn key_that_may_not_read_its_account_is_compared_by_its_customers() {
     wait_for_access(&right, &world.account, "canceled").await;
     assert_eq!(world.stored().await, Some((None, false)));
     right.stop().await;
-    // A key with the permission adds the missing account ID.
+    // With a key that has the permission, the server stores the missing account ID.
     world.own.fake.heal();
     let _complete = world.start(&world.own).await;
     let began = Instant::now();

@@ -1,4 +1,4 @@
-//! Requests with which servers are made to disagree get no direct responses, unless they are plain. No bytes of a body
+//! Requests that are meant to make servers disagree get no direct responses, unless they are plain. No bytes of a body
 //! are handled as a request, and the responses are those of hyper.
 
 use super::{grammar::Case, pair::Pair};

@@ -41,7 +41,7 @@ struct Bucket {
     clock: u64,
     interval: i128,
     burst: i128,
-    /// The time until the bucket is full. If negative, the bucket has been full for this long.
+    /// The time until the bucket is full. If this is negative, the bucket has been full for this long.
     missing: i128,
     /// Debt beyond that of an empty bucket, from before the burst was lowered. This debt decreases while the bucket is
     /// full.

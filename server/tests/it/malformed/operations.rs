@@ -1,5 +1,5 @@
-//! Requests to the documented operations, with valid credentials, whose paths, queries, headers and bodies follow the
-//! schemas in most parts.
+//! Requests to the documented operations, with valid credentials. In most parts, their paths, queries, headers and
+//! bodies follow the schemas.
 
 use std::fmt::Write as _;
 

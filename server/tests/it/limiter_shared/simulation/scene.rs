@@ -679,7 +679,7 @@ fn load(
         }
     };
     let mean = if dear { 3 } else { 1 };
-    // As many requests as a full bucket has tokens for, on average.
+    // On average, as many requests as the tokens of a full bucket allow.
     let whole = (plan.burst / mean).max(1);
     let name = match rng.u8(..5) {
         0 | 1 => {
