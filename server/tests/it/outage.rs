@@ -77,7 +77,7 @@ async fn world(change: impl FnOnce(Setup) -> Setup) -> World {
 }
 
 impl World {
-    /// Sets the fault of open and new connections. `Refuse` also resets every open connection.
+    /// Sets the fault that affects open and new connections. `Refuse` also resets every open connection.
     fn lose(&self, fault: Fault) {
         self.proxy.set(fault);
         if fault == Fault::Refuse {
