@@ -1,6 +1,6 @@
 //! Finds the ends of responses.
 
-/// Returns the value of a header in a response or request. Names are compared without case.
+/// Returns the value of a header in a response or request. Names are compared case-insensitively.
 pub(super) fn value<'a>(head: &'a str, name: &str) -> Option<&'a str> {
     head.lines().skip(1).find_map(|line| {
         let (found, value) = line.split_once(':')?;

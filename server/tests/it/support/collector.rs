@@ -82,7 +82,7 @@ impl Collector {
         self.state.lock().headers.get(name).cloned()
     }
 
-    /// Returns whether any request contained a text.
+    /// Returns whether any request contained the given text.
     pub(crate) fn has_received(&self, text: &str) -> bool {
         let state = self.state.lock();
         state
