@@ -4,7 +4,7 @@
 //! most of the lines that a busy server logs are access log lines. Everything else goes through `tracing`. Metrics are
 //! atomics in [`metrics::Metrics`], which are formatted for each scrape. [`traces::Traces`] sends the
 //! [spans](crate::spans) of some requests to a collector. Logs, metrics and traces must not delay requests, and must
-//! not contain keys, tokens, passwords or emails.
+//! not contain keys, tokens, passwords or email addresses.
 
 pub mod log;
 pub mod metrics;
