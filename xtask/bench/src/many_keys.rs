@@ -55,23 +55,27 @@ pub(crate) async fn insert(
     Ok(secrets)
 }
 
-/// Sends one request with each key, over several connections.
+/// Sends one request with each key, over several connections. Returns how many requests were sent again because they
+/// were not allowed.
 pub(crate) async fn use_each(
     server: SocketAddr,
     secrets: &[String],
     connections: usize,
-) -> Result<()> {
+) -> Result<u32> {
     let mut all = JoinSet::new();
-    for part in secrets.chunks(secrets.len().div_ceil(connections).max(1)) {
-        all.spawn(connection(server, part.to_vec()));
+    for first in 0..connections.min(secrets.len()) {
+        let part = secrets[first..].iter().step_by(connections);
+        all.spawn(connection(server, part.cloned().collect()));
     }
+    let mut repeated = 0;
     while let Some(done) = all.join_next().await {
-        done??;
+        repeated += done??;
     }
-    Ok(())
+    Ok(repeated)
 }
 
-async fn connection(server: SocketAddr, secrets: Vec<String>) -> Result<()> {
+async fn connection(server: SocketAddr, secrets: Vec<String>) -> Result<u32> {
+    let mut repeated = 0;
     let mut client = KeyClient::connect(server).await?;
     for secret in secrets {
         // On a busy machine, a lookup or a call to Redis may take too long.
@@ -84,10 +88,11 @@ async fn connection(server: SocketAddr, secrets: Vec<String>) -> Result<()> {
                 attempt < ATTEMPTS && matches!(status, 429 | 503),
                 "a request got {status}"
             );
+            repeated += 1;
             sleep(PAUSE).await;
         }
     }
-    Ok(())
+    Ok(repeated)
 }
 
 /// A connection that sends one request at a time.

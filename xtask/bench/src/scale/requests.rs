@@ -111,8 +111,9 @@ pub(super) async fn first_requests(
     let number = f64::from(u32::try_from(secrets.len())?);
     let before = lookups(client, counts).await?;
     let began = Instant::now();
-    use_each(server, secrets, connections).await?;
+    let repeated = use_each(server, secrets, connections).await?;
     let took = began.elapsed();
+    ensure!(repeated == 0, "{repeated} first requests were not allowed");
     let after = lookups(client, counts).await?;
     let lookups = match before.zip(after) {
         Some((before, after)) => {
