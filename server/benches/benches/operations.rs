@@ -9,7 +9,7 @@ use std::{
 };
 
 use criterion::Criterion;
-use quota_operations::{Operation, World};
+use quota_operations::{Operation, World, migrate};
 
 /// Returns the number after `--instructions`: how many times to run each operation.
 fn times() -> Option<u64> {
@@ -28,6 +28,7 @@ fn measured(operation: &mut Operation, times: u64) {
 }
 
 fn main() {
+    migrate();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()

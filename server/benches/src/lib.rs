@@ -3,4 +3,7 @@
 mod support;
 mod world;
 
-pub use self::world::{Operation, World};
+pub use self::{
+    support::migrate,
+    world::{Operation, World},
+};
