@@ -164,7 +164,7 @@ async function running(world) {
     await page.locator("#pasted_key").fill(created.key);
   };
   await openKey("Wide", { default_rpm: 60_000 });
-  await page.getByText("count against this key's limits").waitFor();
+  await page.getByText("count against this key's rate limit and quotas").waitFor();
   await my.button("Send until 429").click();
   await page.getByText("300 requests sent, none rejected.").waitFor({ timeout: 60_000 });
   await my.status(200);

@@ -70,15 +70,19 @@ pub(super) fn picture(file: &str) -> Option<Response> {
     Some(respond(*bytes, WEBP, HOUR, CSP))
 }
 
-/// Returns the paragraphs and the table of `docs/PERFORMANCE.md` as HTML.
+/// Returns the paragraphs and the table of the first section of `docs/PERFORMANCE.md` as HTML.
 fn performance() -> String {
     let mut paragraphs = String::new();
     let mut rows = Vec::new();
-    for line in PERFORMANCE.lines() {
+    let first_section = PERFORMANCE
+        .lines()
+        .take_while(|line| !line.starts_with("## "));
+    for line in first_section {
+        let line = without_links(line);
         match line.strip_prefix("| ").and_then(|it| it.strip_suffix(" |")) {
             Some(row) => rows.push(row.split(" | ").map(marked).collect::<Vec<_>>()),
             None if line.is_empty() || line.starts_with(['#', '|']) => {}
-            None => paragraphs.push_str(&["<p>", &marked(line), "</p>\n"].concat()),
+            None => paragraphs.push_str(&["<p>", &marked(&line), "</p>\n"].concat()),
         }
     }
     let row = |(number, cells): (usize, &Vec<String>)| {
@@ -98,6 +102,29 @@ fn performance() -> String {
     format!(
         "{paragraphs}<table class=\"facts\">\n<thead>{head}</thead>\n<tbody>\n{body}</tbody>\n</table>"
     )
+}
+
+/// Replaces links in Markdown, which lead to other files of the repository, with their texts.
+fn without_links(line: &str) -> String {
+    let (mut text, mut rest) = (String::new(), line);
+    while let Some((before, after)) = rest.split_once('[') {
+        text.push_str(before);
+        let link = after.split_once("](").and_then(|(label, target)| {
+            let (_, after) = target.split_once(')')?;
+            Some((label, after))
+        });
+        rest = match link {
+            Some((label, after)) => {
+                text.push_str(label);
+                after
+            }
+            None => {
+                text.push('[');
+                after
+            }
+        };
+    }
+    text + rest
 }
 
 /// Returns the page at `/`: the page about Quota, or a short page with links to the operator's console and API docs.
@@ -151,9 +178,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn links_become_their_texts() {
+        assert_eq!(without_links("a [b](c.md) d [e](f#g)."), "a b d e.");
+        assert_eq!(without_links("[a], [b] (c)"), "[a], [b] (c)");
+    }
+
+    #[test]
     fn front_page_has_no_placeholder_left_and_escapes_what_it_is_given() {
         let full = front_page(&Landing::Full, "https://quota.example.com");
         assert!(!full.contains("{{"), "{full}");
+        assert!(!full.contains("]("), "a link in Markdown");
+        let facts = performance();
+        let cells = |tag: &str| facts.matches(tag).count();
+        assert_eq!(cells("<th scope=\"col\">"), 3);
+        assert_eq!(cells("<td>"), 2 * cells("<th scope=\"row\">"));
         assert!(
             full.contains("git clone https://"),
             "the address of the source"
