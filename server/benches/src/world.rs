@@ -85,9 +85,7 @@ impl Side {
             exhausted,
         }
     }
-}
 
-impl Side {
     /// Sends requests at a constant pace, so that the replica takes a large lease.
     async fn obtain_lease(&self) {
         let Key { record, .. } = &self.usable;
