@@ -170,7 +170,7 @@ fn Frame(current: Memo<ConsolePage>) -> impl IntoView {
     };
     let lazy = |page| view! { <LazyPage page/> }.into_any();
     let commands = Commands::new(sign_out, Callback::new(move |right| session.has(right)));
-    // The current page. If the user's role has no access to the page, also the name of what the page shows.
+    // The current page and, if the user's role has no access to the page, the name of what the page shows.
     let shown = Memo::new(move |_| {
         let page = current.get();
         let (right, what) = page.right();

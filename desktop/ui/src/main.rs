@@ -1,8 +1,8 @@
 //! Quota's console.
 //!
 //! The same UI runs in a browser and in the desktop app. The UI makes the calls in [`quota_common::call`] through
-//! [`api`], and never handles tokens or server addresses. Every module except [`model`] requires a browser and is
-//! compiled only for WebAssembly.
+//! [`api`], which hides how requests are sent and where the session's tokens are stored. Every module except [`model`]
+//! requires a browser and is compiled only for WebAssembly.
 //!
 //! A module imports only from modules on the lines above its own; `tests/source.rs` checks this.
 //!

@@ -25,7 +25,7 @@ pub struct Session {
     /// Whether the session ended while the user was signed in. If so, the sign-in page says that the session has ended.
     pub has_expired: RwSignal<bool>,
     /// The full keys that were created or rotated in this window. They are discarded when the page is closed or
-    /// reloaded, or the session ends.
+    /// reloaded, or when the session ends.
     pub known_keys: RwSignal<Vec<(ApiKeyId, String)>>,
     toasts: Toasts,
 }

@@ -1,11 +1,12 @@
-//! Sends calls from a browser to the server that served the page. Scripts cannot read the session's cookies.
+//! Sends calls from a browser to the server that served the page. Scripts cannot read the cookies that contain the
+//! session's tokens.
 //!
 //! When the access token has expired, this module refreshes the token and sends the call again. Concurrent calls share
 //! one refresh. If the server rejects the refresh, the session has ended, and the call returns the server's 401.
 //!
 //! All windows of a browser share its cookies. If the user signs in to another account in one window, the other windows
-//! still show the previous account. These windows notice that the session's readable CSRF cookie has changed, and stop
-//! sending calls.
+//! still show the previous account. They notice that the session's CSRF cookie, which scripts can read, has changed,
+//! and stop sending calls.
 
 use std::cell::RefCell;
 

@@ -40,7 +40,7 @@ pub use error::{CallError, CallResult, TestResponse};
 pub use transport::{add_server, forget_server, host_status, ready, use_server};
 pub use transport::{copy, is_secure, notify, open_billing, origin, quit, save_file, try_key};
 
-/// A call in progress. The future is boxed, so that each page does not contain its own copy of the call's state
+/// A call in progress. The future is boxed, because otherwise each page would contain a copy of the call's state
 /// machine.
 pub type PendingCall<T> = Pin<Box<dyn Future<Output = CallResult<T>>>>;
 

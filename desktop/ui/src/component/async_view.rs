@@ -1,7 +1,7 @@
 //! Loads data from the server, shows it, and offers to retry after a failure.
 //!
-//! Most functions erase the type of the data, because compiling these functions for each type would make the download a
-//! quarter larger.
+//! Most functions erase the type of the data, because compiling these functions for each type would make the download
+//! 25% larger.
 
 use std::{any::Any, marker::PhantomData, pin::Pin, sync::Arc, time::Duration};
 
@@ -255,7 +255,7 @@ pub fn Async<T, V>(
     /// Completes the error message `Couldn't load …`.
     #[prop(default = "this page")]
     what: &'static str,
-    /// Whether the view is inside a card. An error then has no frame of its own.
+    /// Whether the view is inside a card. If so, errors have no frame of their own.
     #[prop(optional)]
     inside: bool,
     show: impl Fn(T) -> V + Send + Sync + 'static,

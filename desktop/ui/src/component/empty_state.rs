@@ -9,7 +9,7 @@ pub fn EmptyState(
     shape: Shape,
     #[prop(into)] title: String,
     #[prop(into)] about: String,
-    /// Whether the page shows nothing else. The title is then the page's heading.
+    /// Whether the page shows nothing else. If so, the title is the page's heading.
     #[prop(optional)]
     standalone: bool,
     #[prop(optional)] children: Option<Children>,

@@ -91,8 +91,8 @@ pub fn input_filter(
     .into_any()
 }
 
-/// The filters of a list. On phones, only `search` is visible at first. A button shows the others, and says how many of
-/// `names`, their query parameters, are set.
+/// The filters of a list. On phones, only `search` is visible at first. A button shows the other filters. `names` are
+/// the query parameters of the other filters; the button's label contains the number of parameters that are set.
 pub fn filter_bar(
     class: &'static str,
     names: &'static [&'static str],

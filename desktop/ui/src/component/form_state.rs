@@ -1,8 +1,8 @@
 //! The state of a form: whether it is being submitted, and the errors of its fields.
 //!
-//! Fields register themselves. A field shows an error when the user leaves it or submits the form; editing the field
-//! clears the error. If the user leaves a field by pressing a mouse button, the error appears only when the button is
-//! released. Otherwise, the error could move the element that the user is clicking.
+//! Fields register themselves. An invalid field shows an error when the user leaves the field or submits the form.
+//! Editing the field clears the error. If the user leaves a field by pressing a mouse button, the error appears only
+//! when the button is released. Otherwise, the error could move the element that the user is clicking.
 
 use leptos::{ev::SubmitEvent, prelude::*, task::spawn_local};
 
@@ -59,7 +59,7 @@ impl FormState {
         });
     }
 
-    /// Clears all errors before the form is shown again.
+    /// Clears all errors. Call before showing the form again.
     pub fn reset(self) {
         self.errors.set(Vec::new());
         self.failure.set(None);
@@ -84,7 +84,8 @@ impl FormState {
         });
     }
 
-    /// Starts a submission. If a field is invalid, shows its error, focuses it, and returns `false`.
+    /// Starts a submission. If any fields are invalid, shows their errors, focuses the first of these fields, and
+    /// returns `false`.
     fn begin(self) -> bool {
         let errors: Vec<_> = self.fields.with_value(|fields| {
             fields
@@ -144,7 +145,7 @@ impl FormState {
         }
     }
 
-    /// Returns the error that does not belong to any field of this form.
+    /// Returns the error of the last submission if the error does not belong to a field of this form.
     pub fn failure(self) -> Signal<Option<CallError>> {
         self.failure.into()
     }

@@ -84,8 +84,8 @@ pub fn Modal(
                     ev.prevent_default();
                 }
             }
-            // If the user presses Escape twice, browsers close the dialog even if `cancel` was prevented. To avoid
-            // this, the key itself is handled.
+            // If the user presses Escape twice, browsers close the dialog even if `cancel` was prevented. To prevent
+            // this, the key press itself is handled.
             on:keydown=move |ev: KeyboardEvent| {
                 if locked.get_untracked() && ev.key() == "Escape" {
                     ev.prevent_default();

@@ -1,7 +1,7 @@
 //! Delays work while a mouse button is pressed.
 //!
-//! A message that appears while a mouse button is pressed can move the element under the pointer. The button is then
-//! released over a different element, and the browser sends no click. Touches generate the same events as a mouse.
+//! A message that appears while a mouse button is pressed can move the element under the pointer. The mouse button is
+//! then released over a different element, and the browser sends no click. Touches generate the same events as a mouse.
 
 use std::{
     cell::{Cell, RefCell},

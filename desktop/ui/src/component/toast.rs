@@ -1,5 +1,5 @@
 //! Short messages, shown one at a time. Success messages disappear on their own. Errors remain until the user dismisses
-//! them, goes to another page, or has had time to read them before a success message.
+//! them or goes to another page. A success message also removes errors that the user has had time to read.
 //!
 //! An open dialog makes everything outside it inert, so the messages move into the dialog.
 

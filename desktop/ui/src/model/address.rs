@@ -47,7 +47,8 @@ impl ConsolePage {
         }
     }
 
-    /// Returns the right that the page requires, and the name of what it shows, as in `You don't have access to plans`.
+    /// Returns the right that the page requires, and the name of what the page shows, as in `Your role doesn't have
+    /// access to plans`.
     pub const fn right(self) -> (Right, &'static str) {
         match self {
             Self::Plans => (Right::Read, "plans"),

@@ -104,7 +104,7 @@ pub fn newer(alerts: &[QuotaAlert], than: QuotaAlertId) -> impl Iterator<Item = 
 }
 
 /// Returns the alerts to announce. Before the first check, `announced` is `None`, and no alert is announced, because
-/// the alerts may be from days ago. `alerts` are sorted, newest first.
+/// the alerts may be from days ago. `alerts` must be sorted newest first.
 pub fn unannounced(
     alerts: &[QuotaAlert],
     announced: Option<QuotaAlertId>,
@@ -115,7 +115,7 @@ pub fn unannounced(
     })
 }
 
-/// Sums up new alerts in one message.
+/// Summarizes new alerts in one message.
 pub fn announcement(new: &[QuotaAlert]) -> Option<String> {
     // A burst of requests can cross several thresholds of the same quota. Only the highest threshold matters.
     let highest = new.iter().max_by_key(|it| it.threshold)?;
@@ -150,7 +150,7 @@ pub const fn role_members(role: Role) -> &'static str {
     }
 }
 
-/// Warns that emails are turned on but the server cannot send them.
+/// Returns a warning if emails are turned on but the server cannot send them.
 pub fn email_warning(settings: &AlertSettings) -> Option<&'static str> {
     let is_on = settings.email && !settings.email_roles.is_empty();
     (is_on && !settings.can_email).then_some(

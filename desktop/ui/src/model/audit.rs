@@ -67,7 +67,8 @@ pub fn field_changes(
         .collect()
 }
 
-/// Sums up an event in one line, such as `Rate 600 → 300/min`. Returns an empty string if the action's name is enough.
+/// Summarizes an event in one line, such as `Rate 600 → 300/min`. Returns an empty string if the action's name is
+/// enough.
 pub fn summary(event: &AuditEvent, plan_name: &dyn Fn(&str) -> Option<String>) -> String {
     let object = |value: &Option<Value>| value.as_ref().and_then(Value::as_object).cloned();
     let is_webhook = event.target_type == "webhook";
@@ -210,8 +211,8 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
-/// Returns a value as JSON on one line. Does not use serde_json, whose tables for exact fractions would make the
-/// download larger.
+/// Returns a value as JSON on one line. Does not use serde_json, whose tables for formatting floating-point numbers
+/// would make the download larger.
 pub fn compact(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),

@@ -325,8 +325,8 @@ pub fn limits(state: &BillingState, now: i64) -> Markup {
     all
 }
 
-/// Warns that keys on a paid plan do not work. If `is_saved` is false, the plan is about to become a paid plan. Returns
-/// `None` if the keys work.
+/// Returns a warning if keys on a paid plan do not work. If `is_saved` is false, the plan is about to become a paid
+/// plan.
 pub fn paid_warning(it: &BillingState, keys: u64, is_saved: bool) -> Option<String> {
     (!it.paid_plans_work && keys > 0).then(|| {
         let (requests, verb) = match (is_saved, keys) {

@@ -105,7 +105,7 @@ fn count_keys(keys: usize) -> String {
     count(keys as u64, "key", "keys")
 }
 
-/// Compares text with a phrase, ignoring case, thousands separators, and extra spaces.
+/// Returns whether the user has typed the phrase. Ignores case, thousands separators, and extra spaces.
 pub fn is_phrase(typed: &str, phrase: &str) -> bool {
     let words = |text: &str| {
         text.replace(',', "")

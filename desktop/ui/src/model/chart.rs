@@ -275,7 +275,7 @@ fn hatch() -> Markup {
     element("defs", &[], &[pattern])
 }
 
-/// Returns the indexes of the bars that have a label. They are evenly spaced and start at 0.
+/// Returns the indexes of the bars that have a label. The indexes are evenly spaced and start at 0.
 fn label_positions(bars: usize) -> impl Iterator<Item = usize> {
     let step = bars.div_ceil(MAX_LABELS).max(1);
     (0..bars).step_by(step)

@@ -27,8 +27,8 @@ impl Live {
         self.waiting.front().or_else(|| self.rows.front())
     }
 
-    /// Returns the number of new decisions in `page`, which is sorted newest first. Returns `None` if all of them are
-    /// new.
+    /// Returns the number of new decisions in `page`, which must be sorted newest first. Returns `None` if all of these
+    /// decisions are new.
     pub fn count_new(&self, page: &[Decision]) -> Option<usize> {
         let newest = self.newest()?;
         page.iter().position(|it| it.id == newest.id)

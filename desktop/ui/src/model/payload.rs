@@ -4,7 +4,8 @@ use serde_json::Value;
 
 use super::audit::compact;
 
-/// The fields to show first, as in the body of the event's request. The server returns fields in alphabetical order.
+/// The fields to show first, because they come first in the body of a webhook. The API returns fields in alphabetical
+/// order.
 const FIRST: [&str; 2] = ["type", "timestamp"];
 
 /// Formats the body of an event, one field per line.

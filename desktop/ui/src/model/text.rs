@@ -14,7 +14,7 @@ pub fn list_total(n: u64) -> String {
     format!("{}{more}", number(n))
 }
 
-/// Joins items as in a sentence.
+/// Joins items into a list for use in a sentence, such as `a, b and c`.
 pub fn enumerated<T: AsRef<str>>(items: &[T]) -> String {
     match items {
         [] => String::new(),
@@ -45,7 +45,7 @@ pub fn quoted(name: &str) -> String {
     format!("\"\u{2068}{short}\u{2069}\"")
 }
 
-/// Formats a duration in its largest unit.
+/// Formats a duration in a single unit, such as `3 hours`.
 fn duration(secs: u64) -> String {
     match secs {
         0..3600 => count(secs / 60, "minute", "minutes"),
@@ -145,7 +145,7 @@ impl Gateway {
     /// Returns the configuration for a server at `origin`, such as `https://quota.example.com`. `files` contains the
     /// configurations of all gateways, each below a line with the gateway's name.
     pub fn configuration(self, files: &str, origin: &str, token: &str) -> String {
-        // The server's tests run these files in real gateways. The files' leading comments are removed here.
+        // The server's tests run real gateways with these files. The console does not show the files' leading comments.
         let file = |name: &str| {
             let start = format!("=== {name}\n");
             let text = files.split_once(&*start).map_or("", |(_, text)| text);
@@ -175,7 +175,7 @@ impl Gateway {
             }
             _ => (authority, format!("{authority}:{default}")),
         };
-        // nginx, HAProxy and Envoy configure scheme, address, and certificate separately.
+        // In nginx, HAProxy and Envoy, the scheme, the address, and the certificate are configured separately.
         let text = if scheme == "http" {
             text.split("\n    transport_socket:")
                 .next()

@@ -250,7 +250,7 @@ fn response(it: &WebhookDelivery) -> String {
 }
 
 /// Describes the next attempt. While an attempt is in progress, `next_attempt_at` is the time at which the server would
-/// repeat it after a crash.
+/// repeat the attempt after a crash.
 fn next_attempt(it: &WebhookDelivery, now: i64) -> Markup {
     match it.next_attempt_at {
         Some(_) if it.attempts > 0 && it.error.is_none() => Markup::text("Sending…"),

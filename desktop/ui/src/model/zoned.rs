@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn days_start_at_midnight_also_when_clocks_change() {
+    fn days_start_at_midnight_even_when_clocks_change() {
         // March 29, 2026 has 23 hours, and October 25 has 25.
         for (date, start, hours) in [
             ("2026-03-28", 1_774_652_400_000, 24),

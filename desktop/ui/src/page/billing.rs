@@ -225,8 +225,8 @@ fn stripe_button(
                     });
                     poll(visit, loader);
                 }
-                // The button remains busy while the browser leaves this page. The browser may restore the page later in
-                // the same state.
+                // The button remains busy while the browser leaves this page, but not forever, because the browser may
+                // later restore the page in the same state.
                 Ok(()) => gloo_timers::future::TimeoutFuture::new(4000).await,
                 Err(error) => {
                     let _ = visit.failure.try_set(Some(explained(error)));
@@ -252,7 +252,7 @@ fn stripe_button(
     .into_any()
 }
 
-/// Explains that a Stripe page could not be opened, because Stripe or the database is unavailable.
+/// If Stripe or the database is unavailable, replaces the error's text with one that says that nothing was charged.
 fn explained(mut error: CallError) -> CallError {
     if error.is(ProblemCode::Unavailable)
         && let CallError::Problem(problem) = &mut error

@@ -66,7 +66,8 @@ fn CreateForm(
     new: NewSecret,
     on_changed: Callback<()>,
 ) -> impl IntoView {
-    // If the plans are still being loaded when the dialog opens, the form does not exist until later.
+    // The form may not exist yet when the dialog opens, because the plans are still being loaded. Therefore, the form
+    // itself focuses its first field.
     form.reset();
     focus_soon("#key_name");
     let name = RwSignal::new(String::new());

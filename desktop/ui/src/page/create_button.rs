@@ -8,7 +8,7 @@ pub fn can_create() -> bool {
     untrack(move || session.can_manage())
 }
 
-/// Shown only to users whose role can create the resource.
+/// A button that is shown only to users whose role can create the resource.
 #[component]
 pub fn CreateButton(open: RwSignal<bool>, label: &'static str) -> impl IntoView {
     let session = session();

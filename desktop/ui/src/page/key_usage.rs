@@ -32,7 +32,7 @@ const DECISIONS: u32 = 10;
 /// How often to update the meters as the burst refills.
 const SECOND: Duration = Duration::from_secs(1);
 
-/// The limits and their load time in milliseconds since the Unix epoch.
+/// The limits, and the time when they were loaded, in milliseconds since the Unix epoch.
 pub type LoadedLimits = (KeyLimits, i64);
 
 /// The requests of the last day and the latest decisions. They are loaded together, so that the chart and the list

@@ -18,7 +18,7 @@ use crate::{
 
 /// How often to check for alerts, in clock ticks. Two ticks are one minute.
 const EVERY: u32 = 2;
-/// The highest number of new alerts that is shown.
+/// The maximum number of new alerts to show.
 const MAX_COUNT: u32 = 20;
 
 /// Alerts that the user has not seen in this browser.

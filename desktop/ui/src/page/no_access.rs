@@ -1,4 +1,4 @@
-//! The page that replaces a page that the user's role cannot use.
+//! The page that is shown instead of a page that the user's role cannot use.
 
 use leptos::prelude::*;
 
@@ -10,7 +10,7 @@ use crate::{
 
 #[component]
 pub fn NoAccess(
-    /// What the page that this page replaces shows, such as `plans`.
+    /// What the user's role has no access to, such as `plans`.
     what: &'static str,
 ) -> impl IntoView {
     let session = session();

@@ -121,8 +121,8 @@ pub fn Plans() -> impl IntoView {
     }
 }
 
-/// Returns a warning about paid plans that do not work. `keys` is the number of keys on one plan; `None` means all keys
-/// on paid plans.
+/// Returns a warning if paid plans do not work. `keys` is the number of keys on one plan; `None` means all keys on paid
+/// plans.
 fn warning(billing: Option<Loader<BillingState>>, keys: Option<u64>) -> Option<String> {
     billing?
         .with(|it| paid_warning(it, keys.unwrap_or(it.paid_keys), keys.is_none()))

@@ -13,7 +13,7 @@ use crate::{
     session::session,
 };
 
-/// How long the old secret can stay valid: the value in seconds, and its label.
+/// The choices for how long the old secret stays valid: each value in seconds, with its label.
 pub const GRACE_PERIODS: [(&str, &str); 5] = [
     ("0", "Revoke now"),
     ("3600", "Keep for 1 hour"),
@@ -60,7 +60,8 @@ fn RotateForm(
     let submit = move || {
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
-            // The call confirms that the previous secret may be revoked only if the user can see the warning below.
+            // The call confirms that the previous secret may be revoked, but only if the user can see the warning in
+            // the dialog.
             replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {

@@ -1,4 +1,4 @@
-//! Sends requests with a key, and shows how its token bucket drains and refills.
+//! Sends requests with a key, and shows how the key's token bucket drains and refills.
 
 use std::time::Duration;
 
@@ -40,8 +40,8 @@ struct Results {
     failure: Option<CallError>,
     /// Whether *Send until 429* ended without a 429 response.
     never_rejected: bool,
-    /// The key's limits, and the value of `allowed` when the limits were loaded. Responses report only the limit that
-    /// is closest to exhaustion.
+    /// The key's limits, and the value of `allowed` when the limits were loaded. Responses report only the rate limit
+    /// and the policy that is closest to exhaustion.
     limits: Option<(Vec<LimitState>, u64)>,
 }
 
@@ -312,7 +312,7 @@ async fn load_limits(key: Option<ApiKeyId>, results: RwSignal<Results>) {
     }
 }
 
-/// Shows a meter for each quota after the last response. The rate has its own chart, so a meter for the rate is shown
+/// Shows a meter for each quota, as of the last response. The rate has its own chart, so a meter for the rate is shown
 /// only if the rate limit denied the request.
 #[component]
 fn Policies(

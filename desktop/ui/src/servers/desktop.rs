@@ -1,7 +1,7 @@
 //! The desktop app's additions to the console.
 //!
-//! While the server is unreachable, the app shows previously loaded data. A banner shows when the data was loaded, with
-//! a button to retry. Another banner appears if no keychain is available to store sessions.
+//! While the server is unreachable, the app shows previously loaded data. A banner shows when the data was loaded, and
+//! has a button to retry. Another banner appears if no keychain is available to store sessions.
 
 use std::cell::RefCell;
 
@@ -63,7 +63,7 @@ pub fn Banners() -> impl IntoView {
     }
 }
 
-/// Names the server in use and lets users choose another server. Shown while the user is signed out.
+/// Shows the server in use and lets users choose another server. Shown while the user is signed out.
 #[component]
 pub fn ServerPicker() -> impl IntoView {
     view! {
