@@ -67,7 +67,7 @@ export async function actions(world) {
     ["Starter (copy)", "60", "7", "900"],
   );
   await my.inspect("plan-duplicate");
-  // An error in an open dialog is above its backdrop and can be dismissed there.
+  // While a dialog is open, messages appear inside the dialog and can be dismissed there.
   await page.evaluate(() => {
     Object.defineProperty(navigator.clipboard, "writeText", { configurable: true, value: () => Promise.reject(new Error("no")) });
   });

@@ -18,7 +18,7 @@ export async function errors(world) {
   assert.equal(await dialog.count(), 0);
   await my.inspect("keys-without-plan");
 
-  // Errors appear when the user leaves a field or submits the form, in the console's own words, and disappear on input.
+  // Errors appear when the user leaves a field or submits the form, and disappear when the user types.
   await page.getByRole("link", { name: "Create a plan first" }).click();
   await my.heading("Create plan").waitFor();
   await my.button("Create plan").click();
@@ -40,7 +40,7 @@ export async function errors(world) {
   await page.mouse.move(button.x + button.width / 2, button.y + button.height - 2);
   await page.mouse.down();
   await page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve))));
-  assert.deepEqual(await my.button("Create plan").boundingBox(), button, "it does not move while it is pressed");
+  assert.deepEqual(await my.button("Create plan").boundingBox(), button, "the button does not move while it is pressed");
   await page.mouse.up();
   await page.locator(".field.invalid").getByText("Must be at most 60,000,000").waitFor();
   await page.waitForFunction(() => document.activeElement.id === "burst", undefined, { timeout: 5000 });
@@ -72,7 +72,7 @@ export async function errors(world) {
   await page.getByLabel("I've saved this key").check();
   await my.button("Done").click();
 
-  // The list shows when the key was last used, without a reload of the page.
+  // The list shows when the key was last used, without reloading the page.
   await page.getByRole("row", { name: /App .*just now/ }).waitFor();
 
   // The key's page shows its limits, and updates its last use.

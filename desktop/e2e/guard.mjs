@@ -38,8 +38,8 @@ export async function guard(world) {
   // An expired access token, whether removed by the browser or rejected by the server, is refreshed without the user
   // noticing.
   const access = async () => (await context.cookies()).find((it) => /quota_access$/.test(it.name));
-  // Removes only this cookie. `clearCookies` with a name briefly removes all cookies, and calls made during that time
-  // sign the user out.
+  // Removes only the access cookie. `clearCookies` with a name briefly removes all cookies, and calls made during that
+  // time sign the user out.
   const expire = async () => {
     await context.addCookies([{ ...(await access()), expires: 1 }]);
     assert.equal(await access(), undefined);

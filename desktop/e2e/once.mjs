@@ -1,5 +1,5 @@
-// Tests that users cannot lose a secret that is shown once, neither while its request is in progress nor by leaving the
-// page.
+// Tests that users cannot lose a secret that is shown only once, either while its request is in progress or by leaving
+// the page.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";
@@ -40,7 +40,7 @@ export async function once(world) {
     await page.waitForTimeout(200);
     assert.equal(prompts, before + 1, `${what}: the browser asks before reloading`);
   };
-  /** Delays the response to the button's request, and tries to leave in the meantime. */
+  /** Delays the response to the button's request, and tries to leave the page before the response arrives. */
   const submitSlowly = async (address, button) => {
     let release;
     const released = new Promise((resolve) => {

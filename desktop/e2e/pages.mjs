@@ -41,7 +41,7 @@ async function windows(world) {
   await second.locator(".account").getByText(grace.email).waitFor();
   assert.equal(await nameOf(grace), before, "the new account was not changed");
 
-  // Signing in to the same account again continues in every window.
+  // After the user signs in to the same account again, every window works.
   await second.goto(`${base}/console/settings`);
   await second.getByLabel("Your name").fill("Grace Hopper");
   world.latest = page;
@@ -53,7 +53,7 @@ async function windows(world) {
   await second.locator("form", { has: second.getByLabel("Your name") }).getByRole("button", { name: "Save changes" }).click();
   await second.getByText("Changes saved").waitFor();
   assert.equal(await nameOf(grace), "Grace Hopper");
-  // A window that shows another account does not sign out this account.
+  // *Sign out* in a window that still shows the previous account does not sign out the current account.
   world.latest = page;
   await ada.button("Sign out").click();
   await ada.heading("Sign in").waitFor();
@@ -94,7 +94,7 @@ async function changes(world) {
   assert.match(await row("API key deleted", "Partner").innerText(), new RegExp(`${new Date().getFullYear()}`));
   await my.button("Details of API key deleted: Partner").click();
   await page.locator(".detail-row:not([hidden])").getByText("Starter").waitFor();
-  assert.equal(await page.locator(".detail-row:not([hidden]) del").count(), 0, "a deletion is no difference");
+  assert.equal(await page.locator(".detail-row:not([hidden]) del").count(), 0, "a deletion shows no old values");
   await my.inspect("audit-named");
   const resource = page.locator("#target_type");
   const action = page.locator("#action");
@@ -194,8 +194,8 @@ async function running(world) {
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
   await my.inspect("key-daily");
 
-  // Every quota is shown after each request, although responses report only the limit closest to exhaustion. The meter
-  // of the rate refills.
+  // Every quota is shown after each request, although responses report only the rate limit and the policy closest to
+  // exhaustion. The meter of the rate refills.
   await openKey("Both", { default_rpm: 60, burst: 4, daily_quota: 100, monthly_quota: 1000 });
   const meter = (name) => page.locator(".try .meter").filter({ hasText: name });
   await my.button("Send 1").click();
@@ -213,7 +213,7 @@ async function running(world) {
   // The meters at the top of the page show the same usage.
   await page.locator(".meters.wide .meter").filter({ hasText: "Burst" }).getByText("0 of 4 used").waitFor();
   await page.locator(".meters.wide .meter").filter({ hasText: "Daily quota" }).getByText(`${allowed} of 100 used`).waitFor();
-  // Without the key, its results are not shown.
+  // After the key is removed from the field, its results are no longer shown.
   await page.locator("#pasted_key").fill("");
   await page.locator(".outcome").waitFor({ state: "detached" });
 

@@ -13,7 +13,7 @@ export async function tour(world) {
   await page.goto(`${base}/console/plans`);
   await my.heading("Sign in").waitFor();
   assert.match(page.url(), /\/console\/sign-in\?next=%2Fconsole%2Fplans$/);
-  // Measures how much a first visit transfers, which the build limits too, and when the page is usable.
+  // Measures how many bytes a first visit transfers, and how long it takes until the page is usable.
   const first = await page.evaluate(() => {
     const loaded = [...performance.getEntriesByType("navigation"), ...performance.getEntriesByType("resource")];
     const named = loaded.filter((it) => new URL(it.name).pathname.startsWith("/console")).map((it) => [it.name, it]);

@@ -124,15 +124,16 @@ async function leavesWhileSending(my, { api_key, key }) {
 }
 
 /**
- * The page says that loading takes long, and loading ends. After a timeout, an error says that a change may have taken
- * effect.
+ * If loading takes long, the page says so, and loading ends after a timeout. If a change times out, an error says that
+ * the change may still take effect.
  */
 async function nothingResponds(my) {
   const { page, base } = my;
   await page.goto(`${base}/console/settings`);
   await my.heading("Profile").waitFor();
   const calls = /\/admin\/(plans|api-keys)/;
-  // The response arrives after the note about slow loading and before the timeout, which gets its usual length again.
+  // The response arrives after the note about slow loading and before the timeout. For this purpose, the timeout is
+  // restored to its usual length.
   await page.route(calls, async (route) => {
     await pause(6000);
     await route.continue().catch(() => {});

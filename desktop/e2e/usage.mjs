@@ -364,7 +364,7 @@ async function liveTail(my, log, app, slow) {
   await drawer.getByLabel("Request ID").press("Tab");
   await drawer.getByLabel("Outcome").selectOption("rejected");
   await page.waitForFunction((count) => document.querySelectorAll("dialog[open] tbody tr").length === count, log.count().rejected);
-  // While the server is unreachable, the list shows that, and continues afterward.
+  // While the server is unreachable, the list says that it is reconnecting. It continues afterward.
   const calls = /\/admin\/decisions/;
   await page.route(calls, (route) => route.abort());
   await drawer.getByText("Reconnecting…").waitFor();

@@ -28,7 +28,7 @@ class Receiver {
     return receiver;
   }
 
-  /** Returns the signature of a request by each secret, computed as the documentation describes. */
+  /** Returns the signature of a request with each secret, computed as the documentation describes. */
   static signatures({ headers, body }, secrets) {
     return secrets.map((secret) => {
       const key = Buffer.from(secret.replace("whsec_", ""), "base64");
@@ -258,7 +258,7 @@ async function rotates(my, receiver, first) {
   await result(my, "The endpoint responded with status 200.");
 }
 
-/** Tests too many test events, and a server that fails. */
+/** Tests what the page shows after too many test events, and while the server fails. */
 async function reportsErrors(my) {
   const { page, base, world } = my;
   const problem = (slug, status, detail) => (route) =>
@@ -297,7 +297,7 @@ async function reportsErrors(my) {
   await counts(my, 4);
 }
 
-/** Tests editing a webhook, disabling it, and a webhook that the server disables. */
+/** Tests editing and disabling a webhook, and a webhook that the server disables. */
 async function stops(my, receiver) {
   const { page } = my;
   await press(my, "Edit");

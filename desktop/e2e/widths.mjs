@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { active, isBilling } from "./billing.mjs";
 
-/** Every fifth width, and the widths next to the style sheet's breakpoints. Other widths look like adjacent widths. */
+/** The tested widths: every fifth width, and the widths next to the style sheet's breakpoints. */
 const steps = Array.from({ length: 321 }, (_, at) => 320 + 5 * at);
 const breakpoints = [30, 56, 73, 80].flatMap((rem) => [16 * rem - 1, 16 * rem, 16 * rem + 1]);
 const all = [...new Set([...steps, ...breakpoints])].sort((a, b) => a - b);
