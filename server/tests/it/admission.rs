@@ -223,7 +223,7 @@ async fn gateway_may_have_more_connections_than_the_limit_per_address() {
         .map(|stream| ask(stream, "/v1/echo", &key.text));
     let statuses = join_all(asked).await;
     assert!(statuses.iter().all(|it| *it == Some(200)), "{statuses:?}");
-    // Many more connections follow one after another while the others are idle.
+    // Many more connections follow one after another while the first connections are idle.
     sleep(Duration::from_millis(1200)).await;
     for _ in 0..3 * LIMIT {
         let mut stream = connect_from(1, &app).await;

@@ -656,7 +656,7 @@ async fn keys_with_an_alert_at_100_percent_are_skipped() {
     assert_eq!(of_daily.map(|it| it.1).collect::<Vec<_>>(), [50, 80, 100]);
     // The key's usage under its other quota is still read.
     assert_eq!(read().await, [of("monthly", 10)]);
-    // The alert of an earlier window does not count.
+    // Alerts of an earlier window do not count.
     world
         .sql(
             "UPDATE quota_alerts SET window_start = window_start - interval '2 days', \

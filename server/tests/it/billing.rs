@@ -817,7 +817,7 @@ async fn customer_that_was_deleted_is_replaced_by_one_customer() {
         };
         let mut pages = tokio::join!(checkout(&first), checkout(&second));
         for (page, app) in [(&mut pages.0, &first), (&mut pages.1, &second)] {
-            // A replica returns 503 while the other one is creating the session.
+            // A replica returns 503 while the other replica is creating the session.
             if page.status == 503 {
                 *page = checkout(app).await;
             }

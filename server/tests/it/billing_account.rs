@@ -332,7 +332,7 @@ async fn operator_can_switch_to_another_account() {
     assert_eq!(world.other.fake.all("customer").len(), 1);
 }
 
-/// Without `--switch-account`, setting up the objects in another account does not switch the server to it.
+/// Without `--switch-account`, setting up the objects in another account does not switch the server to that account.
 #[tokio::test(flavor = "multi_thread")]
 async fn command_switches_to_another_account_only_when_asked() {
     let world = World::new().await;

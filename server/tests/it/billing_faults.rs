@@ -1,7 +1,7 @@
 //! Tests subscriptions and charges while Stripe fails, and while the worker is stopped at random moments.
 //!
-//! Requests of every kind to Stripe fail in random ways, before or after their effect. The oracle is the fake's own
-//! state: customers, subscriptions, paid invoices and usage of each tenant.
+//! Requests of every kind to Stripe fail in random ways, before or after their effect. The oracle is the state of the
+//! fake Stripe: the customers, subscriptions, paid invoices and usage of each tenant.
 
 use std::{
     collections::BTreeMap,
@@ -123,7 +123,7 @@ impl World {
         client.query_one(query, &[]).await.expect("a count").get(0)
     }
 
-    /// Makes all retries due, and all claims expire.
+    /// Makes all retries due, and lets all claims expire.
     async fn time_passes(&self) {
         for statement in [
             "UPDATE billing_events SET due_at = now() WHERE outcome IS NULL",

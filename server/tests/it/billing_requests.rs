@@ -1,6 +1,7 @@
 //! Checks every kind of request that Quota sends to Stripe against Stripe's description of its API.
 //!
-//! The fake checks every request in all tests. This test sends each kind of request in [`OPERATIONS`] at least once.
+//! The fake Stripe checks every request in all tests. This test sends each kind of request in [`OPERATIONS`] at least
+//! once.
 
 use std::{
     collections::BTreeSet,

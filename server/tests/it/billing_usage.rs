@@ -134,7 +134,7 @@ impl World {
         panic!("reports are still pending");
     }
 
-    /// Returns the usage that the fake has counted for the tenant.
+    /// Returns the usage that the fake Stripe has counted for the tenant.
     fn counted(&self) -> Vec<Usage> {
         let customer = self.stripe.customer_of(&self.account);
         let all = self.stripe.fake.usage().into_iter();

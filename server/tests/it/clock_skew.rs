@@ -24,7 +24,7 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// By how much the replicas' clocks are wrong, as faketime reads it.
+/// By how much the replicas' clocks are wrong, in faketime's format.
 const CLOCKS: [&str; 3] = ["+0s", "+120s", "-120s"];
 const RPM: u32 = 3000;
 const BURST: u32 = 60;

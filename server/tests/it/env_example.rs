@@ -40,7 +40,7 @@ fn variables(example: &str) -> Vec<(String, String, String)> {
     all
 }
 
-/// Returns the lines that name a variable, from a server that did not start.
+/// Returns the lines that name a variable, from the error output of a server that did not start.
 fn faults(output: &Output) -> Vec<String> {
     let stderr = text(&output.stderr);
     let lines = stderr.lines().filter(|line| !line.starts_with("quota: "));

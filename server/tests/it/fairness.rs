@@ -315,7 +315,7 @@ async fn unread_large_responses_of_a_tenant_are_limited() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lookups_of_unknown_keys_and_tokens_leave_a_connection_for_known_ones() {
-    // Two connections for lookups.
+    // A pool of six connections has two connections for lookups.
     let app = TestApp::setup()
         .flag("--database-pool=6")
         .flag("--database-lock-timeout=60s")

@@ -281,7 +281,7 @@ async fn clients_that_cancel_unread_responses_do_not_lock_out_others() {
     quota.stop();
 }
 
-/// The number of connections of each kind, which use as much memory as they can by sending or reading slowly.
+/// The number of connections of each kind. The connections use as much memory as they can by sending or reading slowly.
 const SLOW: usize = 2000;
 /// The maximum increase in memory, in MiB. Handlers of many concurrent requests end a while after their connections
 /// close, and use most of the memory in a debug build.

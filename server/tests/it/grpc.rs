@@ -220,7 +220,7 @@ async fn key_that_admits_nothing_is_over_limit_and_charged_nothing() {
         assert_eq!(challenge.contains("invalid_token"), sent, "{entries:?}");
         assert_eq!(reply.problem()["status"], 401);
     }
-    // In memory, entries are much larger than in the message.
+    // Entries are much larger in memory than in the message, so their number is limited.
     for (entries, expected) in [
         (32, Code::Ok),
         (33, Code::OverLimit),

@@ -30,7 +30,7 @@ use crate::support::{
 /// A time limit that holds on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(5);
 const CHANGES: usize = 120;
-/// The number of changes in progress.
+/// The number of concurrent changes.
 const AT_ONCE: usize = 5;
 
 struct World {

@@ -159,7 +159,7 @@ async fn searches_of_a_long_list_find_exactly_the_matching_keys() {
     .map(str::to_owned);
     check_searches(&app, &account, &keys, &searches).await;
 
-    // There are more keys than are counted.
+    // The tenant has more keys than the server counts.
     let (ids, total) = pages(&app, &account, "sort=name", 2).await;
     assert_eq!((ids.len(), total), (200, 10_000));
     let (ids, total) = pages(&app, &account, "is_active=false", 20).await;
@@ -198,7 +198,7 @@ async fn searches_use_the_indexes() {
     let app = TestApp::setup().without_jobs().start().await;
     let (account, _) = account_with_keys(&app, 5000).await;
     let client = app.database.connect().await;
-    // Otherwise, PostgreSQL would scan the whole table, because it is small.
+    // Otherwise, PostgreSQL would scan the whole table, because the table is small.
     client
         .batch_execute("SET enable_seqscan = off")
         .await

@@ -144,8 +144,8 @@ fn module_of(path: &str) -> &str {
         .trim_end_matches(".rs")
 }
 
-/// Returns the code without line comments, which mention modules as well. A `//` in a string cuts its line short, which
-/// does not hide imports.
+/// Returns the code without line comments, because comments also mention modules. A `//` in a string cuts its line
+/// short, which does not hide imports.
 fn code(source: &str) -> String {
     let lines = source
         .lines()

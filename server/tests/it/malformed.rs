@@ -30,7 +30,7 @@ use crate::support::app::TestApp;
 
 const REQUESTS: u64 = 3000;
 const AT_A_TIME: usize = 64;
-/// The maximum number of requests of a caller. An access token expires.
+/// The maximum number of requests of a caller, because the caller's access token expires.
 const PER_CALLER: u64 = 5000;
 /// How long an HTTP/2 connection stays open after the last frame.
 const QUIET: Duration = Duration::from_millis(300);
@@ -315,7 +315,7 @@ fn request(random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// How a request is written.
+/// How a request is generated and encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     /// HTTP/1, from the grammar above.
@@ -388,7 +388,7 @@ async fn answers(server: SocketAddr, caller: &Caller, seed: u64) -> (Vec<u8>, Ve
     (request, answers)
 }
 
-/// Registers an account, and creates what requests refer to.
+/// Registers an account, and creates the resources that requests refer to.
 async fn caller(app: &TestApp) -> Caller {
     let account = app.register().await;
     let plan = app.plan(&account, json!({"default_rpm": 600})).await;
@@ -462,8 +462,8 @@ fn count(
     found
 }
 
-/// In debug builds only, h2 0.4.20 asserts that a connection has no streams when it ends. Malformed frames can violate
-/// this assertion.
+/// In debug builds only, h2 0.4.20 asserts that a connection has no streams when the connection ends. Malformed frames
+/// can violate this assertion.
 fn is_debug_assertion_of_h2(panic: &PanicHookInfo<'_>) -> bool {
     let file = panic.location().map_or("", |it| it.file());
     file.contains("/h2-0.") && file.ends_with("/counts.rs")

@@ -284,7 +284,7 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
         let (mut records, mut rounds) = (0, 0);
         while writing.load(Ordering::Relaxed) {
             let config = &app.state.config;
-            // The replay may wait too long for another transaction.
+            // A replay that waits too long for another transaction fails.
             if let Ok(replayed) = metering::replay(config, &db, &directory).await {
                 assert!(replayed.is_owned);
                 records += replayed.records;
@@ -668,7 +668,7 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
         make_ancient(&ancient);
     }
     std::fs::write(left.join("1.segment"), "not a segment").expect("there is space");
-    // An earlier version left rejected segments here.
+    // An earlier version left rejected segments in this directory.
     std::fs::write(left.join("2.refused"), "refused").expect("there is space");
     world
         .app
@@ -975,7 +975,8 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     assert!(unanswered <= in_flight, "{unanswered} of {in_flight}");
 }
 
-/// Sends requests one after another. Returns the server's relevant system calls, in order, or `None` without strace.
+/// Sends requests one after another. Returns the server's relevant system calls, in order, or `None` if strace is not
+/// available.
 async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
     let database = database().await;
     let (data, http) = (data_dir(), Client::new());

@@ -195,7 +195,7 @@ async fn admits_exactly_the_quota(program: Program) {
     assert!(allowed > QUOTA / 2, "{statuses:?}");
 }
 
-/// Tests failures, and responses that are not a decision, of Quota or of another server at its address.
+/// Tests failures and responses that are not a decision, from Quota or from another server at Quota's address.
 async fn without_a_decision_the_setting_applies(program: Program) {
     let quota = Substitute::start().await;
     let mut setting = Setting {

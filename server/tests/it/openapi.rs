@@ -258,7 +258,7 @@ impl Sender {
             "{id}.{field}: {text} for {}",
             short(body)
         );
-        // A rotation within a grace period conflicts, and the error names the field that confirms it.
+        // A rotation within a grace period conflicts, and the error names the field that confirms the rotation.
         assert!(
             !names(&answer, field) || (id, answer.status) == ("rotate_api_key", 409),
             "{id}: {text} for {}",
@@ -649,7 +649,7 @@ async fn documented_bounds_of_parameters_are_enforced() {
 async fn unknown_values_of_enum_parameters_are_rejected() {
     let sender = Sender::new().await;
     let mut tried = Vec::new();
-    // `forward_auth` has only `deny`, and checks the service token first.
+    // Exclude `forward_auth`: its only parameter is `deny`, and the operation checks the service token first.
     let admin = |it: &Operation| it.path.starts_with("/admin/");
     for operation in operations().into_iter().filter(admin) {
         let parameters = operation.meta["parameters"].as_array();

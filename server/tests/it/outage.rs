@@ -1,5 +1,5 @@
-//! PostgreSQL becomes unreachable and recovers. Keys in memory are served for a while, no unconfirmed key is admitted,
-//! nothing hangs, and there are no internal errors.
+//! Tests that make PostgreSQL unreachable for a while: keys in memory are served during the grace period, no
+//! unconfirmed key is admitted, no request hangs, and there are no internal errors.
 
 use std::{
     path::PathBuf,
@@ -249,7 +249,7 @@ async fn unreachable_ledger_reduces_capacity_and_never_exceeds_a_quota() {
             break;
         }
     }
-    // These tokens were available locally or prefetched.
+    // The tokens of the served requests were available locally or were prefetched.
     assert!(
         served <= 9 && refused == 3,
         "{served} served, {refused} refused"
@@ -344,7 +344,7 @@ async fn only_the_first_requests_wait_when_postgres_goes_silent() {
         assert_eq!(app.echo(&key.text).await.status, 200);
         keys.push(key);
     }
-    // Another replica, which can always reach PostgreSQL.
+    // Start another replica, which can always reach PostgreSQL.
     let other = TestApp::setup()
         .database(Arc::clone(&app.database))
         .start()
@@ -507,7 +507,7 @@ async fn change_that_waits_too_long_for_a_lock_is_503() {
     assert_eq!(patch().send().await.status, 200);
 }
 
-/// The numbers of changes restart below those that were polled, as after restoring a backup.
+/// The numbers of changes start again at a number below those that were already polled, as after restoring a backup.
 #[tokio::test]
 async fn changes_are_noticed_after_postgres_was_restored() {
     let app = TestApp::start().await;
@@ -672,7 +672,7 @@ async fn give_up_sign_ins(world: World) {
         app.post("/auth/login", body).send().await.status
     };
     assert_eq!(sign_in(PASSWORD).await, 200);
-    // Verified attempts do count.
+    // Attempts whose password is verified do count.
     for _ in 0..5 {
         assert_eq!(sign_in("incorrect-harbour-quilt").await, 401);
     }

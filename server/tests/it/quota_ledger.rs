@@ -118,7 +118,7 @@ async fn take(ledger: &PostgresLedger, request: TakeRequest) -> Taken {
     taken.remove(0).expect("a response")
 }
 
-/// The replicas have different time zones, and all open the first window of each key at the same time.
+/// The replicas use different time zones, and all of them open the first window of each key at the same time.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_that_open_a_window_concurrently_agree_on_one() {
     let world = World::with_keys(30).await;
@@ -152,7 +152,8 @@ async fn replicas_that_open_a_window_concurrently_agree_on_one() {
     assert_eq!(world.overlaps().await, 0);
 }
 
-/// Many keys with two blocks each, as when stopping cleanly. Set `DRAIN_KEYS=100000` to measure a large number.
+/// Returns the blocks of many keys, with two blocks for each key, like a clean stop. Set `DRAIN_KEYS=100000` to measure
+/// a large number.
 #[tokio::test(flavor = "multi_thread")]
 async fn drain_returns_the_blocks_of_many_keys_exactly() {
     let count = drain_keys();

@@ -389,7 +389,7 @@ async fn subscribed(subscription: &mut Subscription) {
     assert_eq!(next(subscription).await, Event::Subscribed);
 }
 
-/// Returns the number of losses until the subscription was restored.
+/// Returns how often the subscription was lost before it was restored.
 async fn lost_then_subscribed(subscription: &mut Subscription) -> usize {
     let mut lost = 0;
     loop {

@@ -106,8 +106,8 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
     );
 }
 
-/// A replica that has stopped is not counted. However, replicas that start soon afterward still learn of it, because
-/// its share may have admitted requests that Redis does not know of.
+/// A replica that has stopped is not counted. However, replicas that start soon afterward still learn of the stopped
+/// replica, because its share may have admitted requests that Redis does not know of.
 #[tokio::test(flavor = "multi_thread")]
 async fn stopped_replica_is_remembered_longer_than_it_is_counted() {
     let app = TestApp::setup().without_jobs().start().await;

@@ -1,5 +1,5 @@
-//! Tests `restore.sh` on a machine where older data remains, after an interruption, and against a hostile user of the
-//! server. Also tests the encrypted connection that both scripts use.
+//! Tests `restore.sh` on a machine where older data remains, after an interruption, and with a data directory whose
+//! owner is hostile. Also tests the encrypted connections of the backup script.
 
 use std::{
     fs,
@@ -199,7 +199,7 @@ async fn interrupted_restore_can_be_repeated() {
     assert_complete(&empty, data.path(), &ids).await;
 }
 
-/// An unprivileged user.
+/// The ID of an unprivileged user.
 const NOBODY: u32 = 65_534;
 
 /// Restores as root into another user's data directory, with a `tar` that simulates a race with this user's processes:

@@ -93,7 +93,7 @@ fn redis_flag(server: &RedisServer) -> String {
     format!("--redis-url={}", server.url())
 }
 
-/// Allows for late responses while other tests run.
+/// Returns a setting that allows for late responses while other tests run.
 fn slow() -> &'static str {
     "--redis-timeout=2s"
 }

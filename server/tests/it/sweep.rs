@@ -1,4 +1,4 @@
-//! Tests that expired rows are deleted, no matter how many there are and even if one kind cannot be deleted.
+//! Tests that expired rows are deleted, no matter how many there are, and even if rows of one kind cannot be deleted.
 
 use std::{sync::Arc, time::Duration};
 
@@ -203,7 +203,8 @@ async fn deliveries_of_deleted_webhooks_are_deleted() {
                  now() + interval '1 hour' FROM generate_series(1, {count}) n;"
         )
     };
-    // Two webhooks that are deleted, one before and one after the webhook that is kept.
+    // Insert deliveries of the webhook that exists and of two webhooks that do not exist. The IDs of the latter sort
+    // before and after the ID of the webhook that exists.
     let rows = [
         insert("'00000000-0000-0000-0000-000000000001'", 2000),
         insert(&format!("'{webhook}'"), 3),

@@ -626,7 +626,8 @@ async fn database_denies_a_tenant_every_row_of_another() {
     let pattern = a.marks().join("|");
     let mut reachable = 0;
     for (table, rows) in &theirs {
-        // An empty table would not prove anything, so add a row for each tenant here when you add a table.
+        // An empty table would not prove anything. When you add a table, also add rows for it to the tenants of this
+        // test.
         assert!(
             !rows.is_empty() || OF_NO_TENANT.contains(&table.as_str()),
             "{table} has no row of A's"

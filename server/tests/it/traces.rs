@@ -80,7 +80,7 @@ async fn trusted_proxy_decides_whether_a_request_is_traced() {
     }
 }
 
-/// Clients control this header, and must not be able to have all their requests traced.
+/// Clients control the `traceparent` header, and must not be able to have all their requests traced.
 #[tokio::test(flavor = "multi_thread")]
 async fn other_peers_do_not_decide_whether_a_request_is_traced() {
     for direct in ["on", "off"] {

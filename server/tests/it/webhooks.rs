@@ -1,7 +1,7 @@
 //! Tests deliveries to webhooks: each delivery is signed, and is attempted until the endpoint accepts it or the
 //! attempts are exhausted.
 //!
-//! To simulate the passage of time, the tests move the times in the database back.
+//! To simulate the passage of time, the tests change the times in the database to earlier times.
 
 use std::time::Duration;
 

@@ -4,7 +4,7 @@
 use super::{grammar::Case, pair::Pair};
 use crate::smuggling::cases::{Attacker, HIDING, Hidden, ODD, filled, not_hidden};
 
-/// Cases that are plain requests: other header fields than the known ones do not affect how a request is read.
+/// The cases that are plain requests, because their unusual header fields do not affect how a request is parsed.
 const IS_PLAIN: [&str; 4] = [
     "TE with an underscore",
     "length with a method override",
@@ -47,7 +47,7 @@ async fn compare(pair: &Pair, name: &str, bytes: &[u8]) {
     }
 }
 
-/// Compares the responses to these cases, of which at least some are recorded.
+/// Compares the responses to these cases. Also checks that there are more usage records than cases.
 async fn compare_all(cases: &[(&str, &str)]) {
     let pair = Pair::start().await;
     let attacker = Attacker {

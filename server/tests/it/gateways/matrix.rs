@@ -255,7 +255,7 @@ fn tables(seen: &[Vec<Seen>]) -> String {
     for (name, is_in) in HEADERS {
         let _ = write!(text, "| {name} |");
         for cases in seen {
-            // Only the cases with a response from Quota that is not forged.
+            // Consider only the cases in which Quota responds and the response is not forged.
             let mut statuses: Vec<String> = cases[..6]
                 .iter()
                 .filter(|it| is_in(&it.response))

@@ -246,7 +246,7 @@ pub(super) async fn a_rest_across_an_edit_refills_at_the_lower_rate(world: &Worl
     // From the first request on, the plan's rate applies.
     world.advance(Duration::from_millis(500));
     assert_eq!(key.admitted(&fast, 200).await, 50);
-    // A smaller bucket refills from empty, too, and holds at most its burst.
+    // A smaller bucket also refills from empty, and holds at most its burst.
     world.advance(Duration::from_secs(30));
     assert_eq!(key.admitted(&Plan::rate(60, 10), 200).await, 10);
 }
@@ -280,7 +280,7 @@ pub(super) async fn key_finds_its_handle_again(world: &World) {
     assert!(Arc::ptr_eq(&key.handle, &Key::of(&limiter).handle));
     drop(key);
     settle().await;
-    // A key is not pruned while tokens are missing from its bucket or it holds a block.
+    // A key is not pruned while tokens are missing from its bucket, or while it holds a block.
     assert_eq!(limiter.prune(), 1);
     assert_eq!(Key::of(&limiter).ask(&plan, 1).await.rate.remaining, 1);
     world.advance(Duration::from_mins(1));

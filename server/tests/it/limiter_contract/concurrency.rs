@@ -27,8 +27,8 @@ fn asker<F: Future<Output = Result<Decision, LimiterError>>>() -> impl Fn(F) -> 
     move |asked| runtime.block_on(asked).unwrap()
 }
 
-/// Threads send requests as fast as they can while the clock advances. At least the burst and at most the burst and the
-/// refill are allowed.
+/// Threads send requests as fast as they can while the clock advances. The number of allowed requests is at least the
+/// burst, and at most the burst plus the refill.
 #[test]
 fn threads_get_exactly_the_burst_and_the_refill() {
     for far in [false, true] {

@@ -30,8 +30,8 @@ enum Event {
     Grant(u32),
     /// A plan edit, with the new emission interval and burst.
     Plan(i128, i128),
-    /// The state of a full bucket: its debt (0 or less: the bucket has been full for this long), and when tokens were
-    /// last taken.
+    /// The state of a full bucket: its debt, and when tokens were last taken. The debt is 0 or negative, and its
+    /// absolute value is the time for which the bucket has been full.
     Full(i128, u64),
 }
 
@@ -41,7 +41,8 @@ struct Bucket {
     clock: u64,
     interval: i128,
     burst: i128,
-    /// The time until the bucket is full. If this is negative, the bucket has been full for this long.
+    /// The time until the bucket is full. If negative, the absolute value is the time for which the bucket has been
+    /// full.
     missing: i128,
     /// Debt beyond that of an empty bucket, from before the burst was lowered. This debt decreases while the bucket is
     /// full.
@@ -357,8 +358,7 @@ fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
 fn compare(seed: u8, set_up: fn() -> World, jumps: bool, decisions: u64) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
-        // Time is paused, so that requests stop waiting for the ledger when it responds, not because the machine is
-        // busy.
+        // Time is paused, so that requests wait for the ledger until it responds, even if the machine is busy.
         .start_paused(true)
         .build()
         .unwrap();

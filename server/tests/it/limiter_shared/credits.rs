@@ -197,8 +197,8 @@ impl Counters {
 #[derive(Debug, Default)]
 struct Sum {
     returned: u64,
-    /// The total credit in schedules without exceptions, and the total that the oracle would have allowed in them, both
-    /// in full buckets.
+    /// The total credit in schedules without exceptions, and the total that the oracle would have allowed in these
+    /// schedules. The unit of both totals is one full bucket.
     credited: f64,
     allowed: f64,
     exceptions: u64,

@@ -366,7 +366,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(plan(4, 1)).await, 1);
     clock.advance(Duration::from_secs(1));
     assert_eq!(granted(plan(5, 100)).await, 19);
-    // The larger burst has only the refill until the bucket has refilled completely.
+    // With the larger burst, only the refill is available until the bucket has refilled completely.
     clock.advance(Duration::from_secs(5));
     assert_eq!(granted(plan(5, 100)).await, 50);
     clock.advance(Duration::from_secs(100));
@@ -394,7 +394,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
 
 /// After a loss of state, a denied request is enough for the counters to know the key's plan: if the rate is raised
 /// later, the bucket has refilled at the earlier rate until then. Without such a request, the counters know only the
-/// later plan, and the bucket has refilled at its rate since the epoch started.
+/// later plan, and the bucket has refilled at the later plan's rate since the epoch started.
 #[tokio::test]
 async fn a_denial_in_a_new_epoch_counts_as_a_use_of_the_plan() {
     let (_server, redis) = started().await;
@@ -638,7 +638,7 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
 
 /// A replica whose responses are always late keeps reporting its outage. If its call arrives exactly when an epoch
 /// starts, before the other replicas have confirmed a response in the epoch, the replica must not begin another epoch.
-/// Otherwise, no replica would recover while its calls continue to arrive at such times.
+/// Otherwise, no replica would recover while calls of the slow replica continue to arrive at such times.
 #[tokio::test]
 async fn a_caller_with_slow_responses_does_not_delay_the_others() {
     let (_server, redis) = started().await;

@@ -59,7 +59,7 @@ pub(super) fn connection(random: &mut Rng, caller: &Caller) -> Vec<u8> {
 fn request(random: &mut Rng, caller: &Caller, stream: u32) -> Vec<u8> {
     let request = operations::request(random, caller);
     let mut block = match random.u8(..20) {
-        // Without the pseudo-header fields, or with the path of a proxy request.
+        // Omit the pseudo-header fields, or use the method or path of a proxy request or an empty path.
         0 => Vec::new(),
         1 => head("CONNECT", &request.target),
         2 => head(&request.method, "http://q/v1/echo"),

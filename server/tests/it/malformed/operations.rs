@@ -1,4 +1,4 @@
-//! Requests to the documented operations, with valid credentials. In most parts, their paths, queries, headers and
+//! Requests to the documented operations, with valid credentials. Most parts of their paths, queries, headers and
 //! bodies follow the schemas.
 
 use std::fmt::Write as _;
@@ -111,7 +111,7 @@ fn resolve(schema: &Value) -> &Value {
     schema
 }
 
-/// Returns JSON that follows the schema in most parts.
+/// Returns JSON, most parts of which follow the schema.
 fn sample(random: &mut Rng, caller: &Caller, schema: &Value, depth: u8) -> String {
     let schema = resolve(schema);
     if random.u8(..20) == 0 || depth == 0 {
@@ -198,7 +198,7 @@ fn string(random: &mut Rng, caller: &Caller, schema: &Value) -> String {
     }
 }
 
-/// Encodes text for a path or query. Some of it stays as it is, some is encoded incorrectly.
+/// Encodes text for a path or query. Sometimes returns the text unencoded or encoded incorrectly.
 fn encoded(random: &mut Rng, text: &str) -> String {
     match random.u8(..12) {
         0 => text.to_owned(),

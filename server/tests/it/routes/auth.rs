@@ -160,8 +160,8 @@ async fn refresh_token_works_once_and_its_predecessor_gets_the_same_successor() 
     let third = refresh(&app, &second.text("refresh_token")).await;
     assert_eq!(third.status, 200);
 
-    // This token is no longer the predecessor of the current one, so someone must have copied it, and the whole family
-    // ends.
+    // This token is no longer the predecessor of the current token, so someone must have copied it, and the whole
+    // session family ends.
     assert_eq!(refresh(&app, &account.refresh_token).await.status, 401);
     assert_eq!(
         refresh(&app, &third.text("refresh_token")).await.status,
@@ -737,7 +737,7 @@ async fn signing_out_revokes_only_its_own_session_and_needs_its_token() {
         );
     }
     assert_eq!(me(&app, &account.access_token).await, 200);
-    // Signing out works with any token of the family, and reuse is not treated as theft here.
+    // Signing out works with any token of the family, and does not treat reuse as theft.
     let next = refresh(&app, &account.refresh_token).await;
     let out = json!({"refresh_token": account.refresh_token});
     assert_eq!(app.post("/auth/logout", out).send().await.status, 204);
@@ -1170,7 +1170,7 @@ async fn known_device_signs_in_during_an_attack_from_many_networks() {
     );
     let new_device = login_from_network(&app, "203.0.113.77", &owner.email, PASSWORD).await;
     assert_eq!(new_device.status, 200);
-    // A token that no server has issued is not a device.
+    // A token that no server has issued does not identify a device.
     let mut forged = renewed.clone();
     let other = if &forged[40..41] == "A" { "B" } else { "A" };
     forged.replace_range(40..41, other);
@@ -1701,7 +1701,7 @@ async fn devices_of_an_account_are_counted_together() {
     assert_eq!(guesses, 10);
 }
 
-/// An attacker who can write to Redis can delay sign-ins, but not for longer than Quota itself would.
+/// An attacker who can write to Redis can delay sign-ins, but not for longer than Quota itself would delay them.
 #[tokio::test(flavor = "multi_thread")]
 async fn contents_of_redis_delay_sign_ins_no_longer_than_the_maximum_wait() {
     let redis = quota_testkit::redis::RedisServer::start().await;

@@ -1160,7 +1160,7 @@ async fn fast_path_and_router_respond_alike() {
     }
 }
 
-/// Returns the header that gateways rely on.
+/// Returns the value of `X-Quota-Decision`, on which gateways rely.
 fn decision(answer: &Answer) -> &str {
     answer.header("x-quota-decision").unwrap_or("none")
 }

@@ -49,7 +49,7 @@ pub(crate) fn not_hidden(attacker: &Attacker<'_>) -> Vec<u8> {
     HIDDEN.replace("KEY", attacker.key).into_bytes()
 }
 
-/// Names and texts of requests with a hidden request. They are one request each: if a server does not reject them, the
+/// Names and texts of requests with a hidden request. Each text is one request: if a server does not reject it, the
 /// hidden request is part of the body.
 pub(crate) const HIDING: &[(&str, &str)] = &[
     (

@@ -95,7 +95,7 @@ async fn relay(
 }
 
 impl Upstream {
-    /// Sends a request, which may be followed by more of it, and returns the next response. Connects again if the server
+    /// Sends a request, the rest of which may follow later, and returns the next response. Connects again if the server
     /// has closed the connection. Returns `None` if there is no response or the client disconnects.
     async fn exchange(
         &mut self,

@@ -1,7 +1,7 @@
-//! A server that is vulnerable to request smuggling, to prove that the tests notice.
+//! A server that is vulnerable to request smuggling. It proves that the tests detect the vulnerability.
 //!
-//! It honors any field that resembles `Transfer-Encoding: chunked` even if there is a length, ignores the bodies of GET
-//! requests, and keeps the connection open.
+//! The server honors any field that resembles `Transfer-Encoding: chunked` even if there is a length, ignores the
+//! bodies of GET requests, and keeps the connection open.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 

@@ -124,7 +124,8 @@ impl Setup {
                 .await,
             ),
         };
-        // All requests of a test come from the same address, so limits per address would apply to them together.
+        // All requests of a test come from the same address, so limits per address would apply to all of them together.
+        // Therefore, these limits are off.
         let mut flags = vec![
             "test".to_owned(),
             "--auth-rpm=0".into(),

@@ -1,4 +1,4 @@
-//! A Caddy with the repository's `Caddyfile`, on loopback.
+//! Caddy with the repository's `Caddyfile`, on loopback addresses.
 
 use std::{
     fs,

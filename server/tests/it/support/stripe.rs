@@ -25,7 +25,7 @@ pub(crate) struct TestStripe {
 }
 
 impl TestStripe {
-    /// Starts a fake with a monthly price, a price for usage and a webhook endpoint.
+    /// Starts a fake Stripe with a monthly price, a price for usage and a webhook endpoint.
     pub(crate) async fn start() -> Self {
         let fake = FakeStripe::start().await.expect("loopback has a free port");
         let post = |path: &str, form: &str| {
@@ -57,7 +57,7 @@ impl TestStripe {
         }
     }
 
-    /// Configures a server to bill through the fake.
+    /// Configures a server to bill through the fake Stripe.
     pub(crate) fn configure(&self, setup: Setup) -> Setup {
         setup
             .flag(format!("--stripe-secret-key={SECRET_KEY}"))
@@ -65,7 +65,7 @@ impl TestStripe {
             .flag(format!("--stripe-api-base={}", self.fake.url()))
     }
 
-    /// Starts a server that bills through the fake and receives its webhooks.
+    /// Starts a server that bills through the fake Stripe and receives its webhooks.
     pub(crate) async fn app(&self) -> TestApp {
         let app = self.configure(TestApp::setup()).start().await;
         self.send_to(&app);
@@ -77,7 +77,7 @@ impl TestStripe {
         self.fake.move_endpoint(&self.endpoint, &url);
     }
 
-    /// Sends an event that the fake does not have, with a valid signature.
+    /// Sends an event that the fake Stripe does not have, with a valid signature.
     pub(crate) async fn send_event(&self, app: &TestApp, event: &Value) {
         let body = event.to_string();
         let header = sign(usage::now().timestamp(), &body, &[&self.secret]);
@@ -99,7 +99,7 @@ impl TestStripe {
         }
     }
 
-    /// Starts a subscription as a tenant's user, up to the Checkout page. Returns the session's ID.
+    /// Starts a subscription as a tenant's user, up to the Checkout page. Returns the ID of the Checkout Session.
     pub(crate) async fn start_checkout(&self, app: &TestApp, account: &Account) -> String {
         let page = app
             .act(account, "POST", "/billing/checkout", Value::Null)

@@ -341,7 +341,7 @@ async fn stats_show_what_needs_attention() {
     );
     assert_eq!(closest["used"], 85);
 
-    // Expired keys need no attention, and their quotas cannot be used any longer.
+    // Expired keys need no attention, and their quotas can no longer be used.
     let expire = "UPDATE api_keys SET expires_at = now() - interval '1 hour'";
     client.batch_execute(expire).await.expect("an update");
     let stats = it.get("/admin/stats").await.body;

@@ -21,7 +21,7 @@
 //! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last fault, the replicas admit at
 //! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At the start of this
 //! time, the exact bucket contains what earlier admissions have left in it. If a replica crashes, the tokens that may
-//! have been granted for its requests without a response are lost. For a leased key, two kinds of tokens are not
+//! have been granted for requests to which it had not responded are lost. For a leased key, two kinds of tokens are not
 //! counted as available. The first are tokens that another replica may hold: at most a tenth of the burst and at most
 //! twice the cost of the requests that the replica got just before, for at most [`HELD`]. The second are the last
 //! tokens of a bucket, because they are taken together and not one by one: as many tokens as refill in [`GATHER`], from
@@ -220,8 +220,9 @@ fn in_force(key: &Key) -> Vec<InForce> {
 }
 
 /// Returns the plans that buckets have followed, each from the first request under the plan to the last. A bucket
-/// learns of an edit from a request, and since the previous request it refills at the lower of the two rates. So a plan
-/// under which no request was sent never took effect, and the slower plan applies between the requests of two plans.
+/// learns of an edit from a request, and has refilled at the lower of the two rates since the previous request. So a
+/// plan under which no request was sent never took effect, and the slower plan applies between the requests of two
+/// plans.
 ///
 /// A replica that has not learned of an edit yet may also return tokens during the time that an edit takes to arrive.
 /// If no request under a plan satisfies `is_heard`, it is unknown whether the bucket learned of the plan, so the result
@@ -296,8 +297,8 @@ fn followed_one_by_one(
     followed
 }
 
-/// A period in which some replicas admit their share in addition to Redis, and the fraction of a bucket that they
-/// admit.
+/// A period in which some replicas admit their share in addition to what Redis admits, and the fraction of a bucket
+/// that they admit.
 struct Beside {
     from: u64,
     until: u64,
@@ -328,8 +329,8 @@ fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     pieces.sum()
 }
 
-/// Returns the periods in which only some replicas have lost Redis and admit requests in addition to it: the fault, and
-/// the time until these replicas have recovered.
+/// Returns the periods in which only some replicas have lost Redis, and admit requests in addition to those that Redis
+/// admits. Each period consists of a fault, and the time until these replicas have recovered.
 fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
     if key.on_failure != OnRedisFailure::Share {
         return Vec::new();
@@ -359,7 +360,8 @@ fn beside(scene: &Scene, key: &Key) -> Vec<Beside> {
             _ => return None,
         };
         let mut alone = (0..all).filter(|it| replicas.contains(*it)).count();
-        // A fault that affects only a fraction of the calls delays the return of some replicas, but not of all.
+        // A fault that affects only a fraction of the calls delays the return of some replicas to Redis, but not of all
+        // replicas.
         if !is_outage(fault) {
             alone = alone.min(all - 1);
         }
@@ -705,7 +707,7 @@ impl Bucket<'_> {
 }
 
 /// Returns whether Redis certainly no longer knows the plans of its buckets after `fault`. A server that takes over
-/// knows the plans of up to a second before.
+/// knows the plans as they were at most one second earlier.
 fn loses_plans(scene: &Scene, fault: &Fault) -> bool {
     let takes_over = |it: &Fault| {
         it.kind == FaultKind::FailOver && fault.at <= it.at && it.at < fault.end() + 1000
@@ -870,7 +872,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
 }
 
 /// Finds a wrong denial by the rate limit: under every plan that may apply, the bucket would contain enough tokens even
-/// without all tokens that Redis ever granted.
+/// if none of the tokens that Redis ever granted had refilled.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     entries.iter().find_map(|it| {

@@ -41,7 +41,7 @@ use self::{
 
 /// The number of seeds in an ordinary test run.
 const SEEDS: u64 = 300;
-/// The maximum number of failing seeds that are described in full, and that are listed.
+/// The maximum number of failing seeds that are described in full, and the maximum number that are listed.
 const SHOWN: usize = 5;
 const LISTED: usize = 200;
 

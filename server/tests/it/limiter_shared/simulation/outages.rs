@@ -332,8 +332,8 @@ fn an_outage_of_one_replica_empties_no_bucket() {
 
 /// Redis loses its state while replicas are detecting an outage, so some replicas send their first probe long after
 /// other replicas have called Redis again. All replicas must learn of the new epoch before it starts. Otherwise, a late
-/// replica begins another epoch, and every bucket is emptied again. The replicas must also not keep postponing the
-/// start for each other.
+/// replica begins another epoch, and every bucket is emptied again. Also, the replicas must not postpone the start
+/// again and again.
 #[test]
 fn a_loss_of_state_empties_every_bucket_once() {
     let ms = Duration::from_millis;

@@ -6,10 +6,10 @@
 //!
 //! **Lower bound.** In the end, a quota that still denies requests has been served in full, except for the tokens that
 //! a replica had when it crashed: at most a block (one hundredth of the quota, or one token), and the cost of the
-//! requests that the replica was just deciding. In the meantime, a quota does not deny requests while more tokens are
-//! left than replicas may hold: their blocks, and the tokens for requests that were denied in the end. A replica that
-//! has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it waits for
-//! the ledger, which always responds within 20 ms.
+//! requests that the replica was deciding when it crashed. In the meantime, a quota does not deny requests while more
+//! tokens are left than replicas may hold: their blocks, and the tokens for requests that were denied in the end. A
+//! replica that has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it
+//! waits for the ledger, which always responds within 20 ms.
 
 use std::{
     num::NonZeroU64,
@@ -42,7 +42,7 @@ const SETTLED: u64 = 25_000;
 fn with_quotas(seed: u64) -> (Scene, u64) {
     let mut scene = Scene::of(seed);
     let mut rng = Rng::with_seed(seed ^ 0x9_0BED);
-    // PostgreSQL does not fail here, because replicas could then not reach the ledger.
+    // PostgreSQL does not fail in these scenes, because replicas could not reach the ledger without it.
     let changes = &mut scene.changes;
     changes.retain(|(_, it)| !matches!(it, Change::StopCounting(_)));
     scene.ledger_delay = [0, 1, 5, 20][rng.usize(..4)];

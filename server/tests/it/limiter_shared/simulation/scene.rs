@@ -156,7 +156,7 @@ impl Scene {
             load: Load(Vec::new()),
         };
         // Draw from a separate generator, so that a seed that selects none of the scenes below produces the same scene
-        // as it did before they were added.
+        // as before those scenes were added.
         match Rng::with_seed(seed ^ 0x005C_E9E5).u8(..24) {
             0 | 1 => {
                 scene.long_outage(&mut rng);
@@ -304,7 +304,7 @@ impl Scene {
     }
 
     /// For 2 to 20 seconds, Redis responds to every replica too late. Then Redis recovers. The key's bucket is emptied
-    /// before these seconds, and the key gets more requests than its limit allows afterward.
+    /// before this period, and the key gets more requests than its limit allows after it.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let rpm = [600, 2000, 6000][rng.usize(..3)];
@@ -679,7 +679,7 @@ fn load(
         }
     };
     let mean = if dear { 3 } else { 1 };
-    // On average, as many requests as the tokens of a full bucket allow.
+    // The average number of requests that the tokens of a full bucket allow.
     let whole = (plan.burst / mean).max(1);
     let name = match rng.u8(..5) {
         0 | 1 => {

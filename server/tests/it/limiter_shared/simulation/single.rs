@@ -206,7 +206,7 @@ fn returns_after_late_responses_credit_no_token_twice() {
                 let begin = Instant::now();
                 let first = crowd(&limiters[0], &policies, 150);
                 let others = async {
-                    // Some requests are sent just before the returns arrive, some just after.
+                    // Some requests are sent just before the returns arrive, and others just after.
                     sleep(Duration::from_millis(late - 10)).await;
                     let second = crowd(&limiters[1], &policies, 250);
                     let third = async {
@@ -313,8 +313,8 @@ fn a_busy_key_takes_few_calls_to_redis() {
     }
 }
 
-/// Replicas get many more requests for a key than its limit allows. A single replica calls Redis twice per lifetime of
-/// a lease, several replicas call it about once each, and all calls take tokens. When other replicas stop, the
+/// Replicas get many more requests for a key than its limit allows. Per lifetime of a lease, a single replica calls
+/// Redis twice, or several replicas call Redis about once each. All calls take tokens. When other replicas stop, the
 /// remaining replica takes over their part of the limit immediately.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
@@ -424,7 +424,7 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
 }
 
 /// Without Redis, `open` enforces the whole limit on each replica, no matter how many requests waited for the failed
-/// call. These requests cause no denials when Redis is back.
+/// call. These requests cause no denials after Redis has recovered.
 #[test]
 fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     let mut wrong = String::new();
@@ -540,8 +540,8 @@ fn a_slow_ledger_does_not_count_as_an_outage() {
     });
 }
 
-/// Requests whose cost exceeds every lease are denied repeatedly. They must not make the lease larger than the other
-/// requests of the replica need, or the lease would hold tokens that no request can spend.
+/// Requests whose cost exceeds every lease are denied repeatedly. These requests must not make the lease larger than
+/// the replica's other requests need. Otherwise, the lease would hold tokens that no request can spend.
 #[test]
 fn requests_too_large_for_a_lease_hold_back_no_tokens() {
     paused(async {

@@ -31,7 +31,7 @@ use tokio::{
 use super::{plants::Plant, run::DEADLINE};
 use crate::{limiter_contract::START, limiter_shared::model::State};
 
-/// A replica's own clock: the true time and its offset.
+/// A replica's own clock: the true time plus an offset.
 #[derive(Debug, Clone)]
 pub(super) struct SkewedClock {
     pub(super) zero: Instant,
