@@ -1,5 +1,5 @@
 // Tests the billing page in every state, with responses that the test provides; pages that are loaded on demand; and a
-// subscription, with a stand-in for Stripe.
+// subscription, with a fake Stripe.
 
 import assert from "node:assert/strict";
 
@@ -208,11 +208,11 @@ async function chunks(my) {
   assert.equal(await loaded(), before);
 }
 
-/** Tests a subscription from Checkout to its end, with a stand-in for Stripe. */
+/** Tests a subscription from Checkout to its end, with a fake Stripe. */
 export async function subscription(world) {
   const my = await world.visitor();
   const { page, base } = my;
-  // The stand-in's pages have no icon.
+  // The fake Stripe's pages have no icon.
   world.expected = /status of 404/;
   await my.registered("Subscriber");
   const plan = await my.api("POST", "/admin/plans", { name: "Gold", default_rpm: 6000, billing: "paid" });

@@ -1,4 +1,5 @@
-// Tests the main journey using only the keyboard. The focus must always be visible, and must return after each dialog.
+// Tests the main journey using only the keyboard. The focus must always be visible, and must return after each dialog
+// closes.
 
 import assert from "node:assert/strict";
 import { password, quoted } from "./world.mjs";
@@ -131,7 +132,7 @@ export async function keyboard(world) {
   await page.getByRole("link", { name: "Keyboard key" }).waitFor();
   await isNotLost();
 
-  // The palette finds the key by name; arrow keys select.
+  // The palette finds the key by name; arrow keys select an option.
   await press("Control+k");
   await type("keyboard");
   await page.getByRole("option", { name: "Keyboard key" }).waitFor();

@@ -13,7 +13,7 @@ export async function pages(world) {
   await startFailures(world);
 }
 
-/** Windows share cookies: a page that shows one account never acts for another. */
+/** Windows share cookies: a page that shows one account never acts for another account. */
 async function windows(world) {
   const ada = await world.visitor();
   const { page, base, context } = ada;

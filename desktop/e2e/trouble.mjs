@@ -28,7 +28,7 @@ export async function trouble(world) {
   await leavesWhileSending(my, created);
   await nothingResponds(my);
 
-  // If the whole console cannot be loaded, it also shows the request ID to quote.
+  // If the whole console cannot be loaded, the page also shows the request ID to quote.
   await page.route("**/auth/me", fail);
   await page.reload();
   await my.heading("Couldn't load the console").waitFor();
@@ -72,7 +72,7 @@ export async function trouble(world) {
   await my.context.close();
 }
 
-/** The live list does not claim that there are no decisions while they cannot be loaded, or are filtered. */
+/** The live list does not claim that there are no decisions while it is filtered or cannot be loaded. */
 async function liveTail(my, fail) {
   const { page, base } = my;
   await page.route("**/admin/decisions*", fail);
@@ -90,7 +90,7 @@ async function liveTail(my, fail) {
   await my.inspect("live-tail-no-match");
 }
 
-/** Closing the dialog or leaving the page stops the sending of requests, and has no other effect. */
+/** Closing the dialog or leaving the page stops the requests, and has no other effect. */
 async function leavesWhileSending(my, { api_key, key }) {
   const { page, base } = my;
   await page.route("**/v1/echo", async (route) => {
@@ -110,7 +110,7 @@ async function leavesWhileSending(my, { api_key, key }) {
   await page.locator("#pasted_key").fill(key);
   await my.button("Send 10").click();
   await my.status(200);
-  // Entering another key also stops the sending of requests.
+  // Entering another key also stops the requests.
   await page.locator("#pasted_key").fill("");
   await my.button("Stop").waitFor({ state: "detached" });
   assert.equal(await page.locator(".status").count(), 0);

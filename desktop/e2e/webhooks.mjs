@@ -60,7 +60,7 @@ export async function webhooks(world) {
   }
 }
 
-/** Presses Tab, or another key, until an element with this name has the focus, which must be visible. */
+/** Presses Tab, or another key, until an element with this name has the focus. The focus must be visible. */
 async function to(my, name, key = "Tab") {
   const passed = [];
   for (let presses = 0; presses < 60; presses += 1) {

@@ -56,7 +56,7 @@ async fn world(keys: usize, lookups: usize) -> World {
 }
 
 impl World {
-    /// Returns a replica that has just started, with nothing in memory and a remote PostgreSQL.
+    /// Returns a replica that has just started, has nothing in memory, and uses a remote PostgreSQL.
     async fn cold_replica(&self, lookups: usize) -> (Arc<TestApp>, FaultProxy) {
         let (proxy, url) = through_proxy(&self.app.database).await;
         let cold = TestApp::setup()

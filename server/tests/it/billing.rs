@@ -504,8 +504,8 @@ async fn faults_of_stripe_create_nothing_twice() {
                 .iter()
                 .filter(|it| it["customer"] == customer.as_str())
                 .collect();
-            // There is a second session only if Stripe failed permanently after creating the first one, whose page no
-            // user has seen.
+            // There is a second session only if Stripe failed permanently after it had created the first session. No
+            // user has seen the page of the first session.
             let is_lost = path == "/v1/checkout/sessions"
                 && [500, 503]
                     .map(|it| Fault::after(How::Status(it)))

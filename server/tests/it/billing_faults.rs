@@ -358,8 +358,9 @@ fn kills() -> u64 {
     std::env::var("BILLING_KILLS").map_or(6, |kills| kills.parse().expect("a number"))
 }
 
-/// Like the test above, but kills the whole server, which also handles the requests, with SIGKILL. For each tenant, the
-/// server is killed while it creates a Checkout Session, and again while it processes events and reports usage.
+/// Like the test above, but kills the whole server with SIGKILL, including the part that handles requests. For each
+/// tenant, the server is killed while it creates a Checkout Session, and again while it processes events and reports
+/// usage.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenants_are_charged_once_by_a_server_that_is_killed() {
     let world = World::new().await;

@@ -1,4 +1,4 @@
-//! Tests that limits hold for replicas whose clocks are wrong by two minutes, as real processes under faketime. The
+//! Tests, with real processes under faketime, that limits hold for replicas whose clocks are wrong by two minutes. The
 //! simulation in `limiter_shared` covers such clocks in many more schedules.
 
 use std::{

@@ -164,7 +164,7 @@ pub(crate) fn operations() -> Vec<Operation> {
     all
 }
 
-/// Returns the schema that a reference refers to, or the schema itself if it is not a reference.
+/// Returns the target of a reference, or the schema itself if it is not a reference.
 pub(crate) fn resolve(schema: &'static Value) -> &'static Value {
     match schema["$ref"].as_str() {
         Some(reference) => {

@@ -1,5 +1,5 @@
-//! Tests that one tenant's burst of requests leaves database connections, attempts to call webhooks, and memory for
-//! other tenants.
+//! Tests that one tenant's burst of requests leaves database connections, delivery attempts and memory for other
+//! tenants.
 
 use std::{
     sync::Arc,

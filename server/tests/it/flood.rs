@@ -283,8 +283,8 @@ async fn clients_that_cancel_unread_responses_do_not_lock_out_others() {
 
 /// The number of connections of each kind. The connections use as much memory as they can by sending or reading slowly.
 const SLOW: usize = 2000;
-/// The maximum increase in memory, in MiB. Handlers of many concurrent requests end a while after their connections
-/// close, and use most of the memory in a debug build.
+/// The maximum increase in memory, in MiB. The handlers of many concurrent requests end only some time after their
+/// connections have closed. In a debug build, these handlers use most of the memory.
 const MOST: u64 = 64;
 const MOST_AT_A_TIME: u64 = 128;
 const LARGE: usize = 31 * 1024;

@@ -1,4 +1,4 @@
-//! Tests of long lists of keys: pages and searches return the right keys, no matter how many there are, and use the
+//! Tests of long lists of keys: pages and searches return the right keys, no matter how many keys exist, and use the
 //! indexes.
 
 use std::{

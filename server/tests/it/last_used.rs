@@ -42,7 +42,7 @@ async fn lock(transaction: &Transaction<'_>, id: Uuid) {
     transaction.batch_execute(&lock).await.unwrap();
 }
 
-/// Returns the time at which each key was last used, in seconds, in the order of IDs.
+/// Returns the time at which each key was last used, in seconds after [`SECOND`], in the order of the keys' IDs.
 async fn written(database: &Client) -> Vec<Option<u64>> {
     let sql = "SELECT extract(epoch FROM last_used_at)::bigint FROM api_keys ORDER BY id";
     let rows = database.query(sql, &[]).await.unwrap();

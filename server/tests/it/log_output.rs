@@ -16,7 +16,7 @@ use crate::support::{
 
 /// The length of the path in each request. The log shortens the path.
 const LONG_PATH: usize = 3_900;
-/// More lines than the buffer and the pipe can hold together.
+/// The number of requests. They log more lines than the buffer and the pipe can hold together.
 const REQUESTS: usize = 20_000;
 const BATCH: usize = 100;
 

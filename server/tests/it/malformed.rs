@@ -239,7 +239,7 @@ fn pick<'a>(random: &mut Rng, from: &[&'a str]) -> &'a str {
     random.choice(from).copied().unwrap_or_default()
 }
 
-/// Returns a request generated from the grammar above, in which most parts are valid and some are not.
+/// Returns a request generated from the grammar above. Most parts of the request are valid.
 fn request(random: &mut Rng) -> Vec<u8> {
     let mut bytes = Vec::new();
     let is_usual = |random: &mut Rng| random.u8(..10) < 8;
@@ -322,7 +322,7 @@ enum Kind {
     Grammar,
     /// A documented operation with valid credentials, over HTTP/1.
     Operation,
-    /// The same over HTTP/2, with several requests on a connection and sometimes with odd frames.
+    /// Documented operations over HTTP/2, with several requests on a connection and sometimes with odd frames.
     Http2,
 }
 

@@ -426,7 +426,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     let others = allowed.iter().filter(|it| it.1.key_id == world.key.id);
     assert_eq!(others.map(|it| it.0.clone()).collect::<BTreeSet<_>>(), ids);
     assert_eq!(denied.len() as u64 + unrecorded, sent - 2);
-    // Later, all denials are recorded again.
+    // Once the backlog has been shipped, all further denials are recorded.
     for _ in 0..150 {
         assert_eq!(app.echo(&key.text).await.status, 429);
     }
@@ -633,7 +633,8 @@ async fn directories_and_segments_that_cannot_be_read_hold_up_no_others() {
     let ids = world.echoes(5).await;
     let own = world.usage_directory();
     let root = own.parent().expect("the directory has a parent");
-    // The names of the bad directories sort before that of the good one, so the bad directories are processed first.
+    // The names of the bad directories sort before the name of the good directory, so the bad directories are processed
+    // first.
     let [unlockable, unreadable, good] =
         [1_u128, 2, 3].map(|n| root.join(uuid::Uuid::from_u128(n).to_string()));
     std::fs::create_dir_all(unlockable.join("lock")).expect("there is space");
@@ -774,7 +775,7 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
     world.app.ship_usage().await;
     let client = world.app.database.connect().await;
     let report = async || {
-        // Reports are sent a second apart.
+        // A shipper reports its progress at most once per second.
         tokio::time::sleep(Duration::from_millis(1_100)).await;
         world.app.ship_usage().await;
         let row = client

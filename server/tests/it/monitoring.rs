@@ -235,7 +235,7 @@ async fn every_alert_reads_existing_metrics_and_has_a_section_in_the_runbook() {
         for name in read {
             linked.entry(name).or_default().insert(anchor.clone());
         }
-        // The alert is tested both on a healthy server and on one that has the problem.
+        // The alert is tested both on a healthy server and on a server that has the problem.
         let line = format!("alertname: {}", rule.name);
         let tested = RULE_TESTS
             .match_indices(&line)
@@ -366,7 +366,7 @@ fn prometheus_accepts_the_configuration_and_each_alert_fires_only_for_its_proble
         let (passed, text) = run(&folder, arguments);
         assert!(passed, "{arguments:?}: {text}");
     }
-    // The tests detect an alert that always fires, and an alert that never fires.
+    // The tests of the alert rules detect an alert that always fires, and an alert that never fires.
     let copy = tempfile::tempdir().expect("a directory");
     std::fs::write(copy.path().join("alerts_test.yml"), RULE_TESTS).expect("written");
     for (right, wrong) in [

@@ -63,7 +63,7 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
     assert_eq!(closed.header("retry-after"), Some("1"));
     assert_eq!(closed.header("x-quota-degraded"), Some("redis-away"));
     let began = Instant::now();
-    // The share starts to fill, from empty, once the replicas have been counted.
+    // The share is empty at first, and starts to fill once the replicas have been counted.
     loop {
         let share = app.echo(&keys[0]).await;
         assert!(share.status == 200 || share.status == 429, "{}", share.text);

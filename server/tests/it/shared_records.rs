@@ -54,7 +54,7 @@ impl World {
         }
     }
 
-    /// Starts another replica, with nothing in memory.
+    /// Starts another replica, which has nothing in memory.
     async fn another(&self) -> TestApp {
         let app = TestApp::setup()
             .database(self.first.database.clone())
@@ -508,7 +508,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
     }
 }
 
-/// Rows are deleted from the table after a day. A replica that starts later has never seen these rows.
+/// Invalidations are deleted from the table after a day. A replica that starts later has never seen them.
 #[tokio::test(flavor = "multi_thread")]
 async fn starting_replica_rejects_records_of_keys_deleted_long_ago() {
     let world = World::start().await;

@@ -799,7 +799,7 @@ async fn a_partition_is_reached_through_its_table_alone() {
         )
         .await
         .expect("the catalog is readable");
-    // Three tables have partitions: the default one, today's and tomorrow's.
+    // Each of three tables has three partitions: the default partition, today's and tomorrow's.
     assert_eq!(partitions.len(), 9);
     let own = tenant.account.tenant_id.as_str();
     for row in partitions {

@@ -174,7 +174,7 @@ async fn spans_describe_the_request_its_decision_and_its_statements_without_secr
     let check = one(&spans, "POST /v1/check");
     assert_eq!(check.attribute("quota.tenant_id"), account.tenant_id);
 
-    // A management request, with its transaction and statements.
+    // The spans of a management request include its transaction and statements.
     let plan = one(&spans, "GET /admin/plans/{plan_id}");
     let status = missing.status.to_string();
     assert_eq!(plan.attribute("http.response.status_code"), status);

@@ -336,7 +336,7 @@ async fn endpoint_that_fails_for_days_is_disabled_but_not_one_that_fails_for_a_d
                 "UPDATE webhooks SET failing_since = now() - interval '{age}' WHERE id = '{webhook}'"
             ))
             .await;
-        // All but the last attempt were made.
+        // Make the delivery look as if all attempts except the last had been made.
         world
             .sql(&format!(
                 "UPDATE webhook_deliveries SET attempts = 9, due_at = now() WHERE id = '{delivery}'"

@@ -31,7 +31,7 @@ enum LoadState {
 struct Core {
     state: RwSignal<LoadState>,
     version: RwSignal<u32>,
-    /// Whether to dim the current data, because a reload that the user should see is in progress.
+    /// Whether to dim the current data, which shows the user that a reload is in progress.
     pending: RwSignal<bool>,
     /// Whether the next load runs in the background.
     quiet: StoredValue<bool>,
@@ -47,7 +47,7 @@ impl Core {
             .try_update(|version| *version = version.wrapping_add(1));
     }
 
-    /// Reloads in the background. After a failure, [`StaleNote`] is visible.
+    /// Reloads in the background. If the reload fails, [`StaleNote`] appears.
     fn refresh(self) {
         let is_ready = self
             .state
@@ -106,7 +106,7 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
         }
     }
 
-    /// Reloads in the background. After a failure, [`StaleNote`] is visible.
+    /// Reloads in the background. If the reload fails, [`StaleNote`] appears.
     pub fn refresh(self) {
         self.core.refresh();
     }

@@ -62,7 +62,7 @@ impl Bucket {
         millis.div_ceil(1000)
     }
 
-    /// Returns the refill rate per second, with at most one decimal.
+    /// Returns the refill rate per second, with at most one decimal place.
     pub fn pace(&self) -> String {
         let tenths = (self.refill.saturating_mul(10) + self.window / 2) / self.window;
         match tenths % 10 {

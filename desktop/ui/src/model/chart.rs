@@ -62,7 +62,7 @@ impl Bar {
     }
 }
 
-/// Formats a percentage with one decimal. Returns `None` if `whole` is zero.
+/// Formats a percentage with one decimal place. Returns `None` if `whole` is zero.
 pub fn percent(part: u64, whole: u64) -> Option<String> {
     let tenths = u128::from(part) * 1000 + u128::from(whole) / 2;
     let tenths = u64::try_from(tenths.checked_div(u128::from(whole))?).ok()?;

@@ -62,7 +62,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             .unwrap_or_else(|| "API key".to_owned())
     });
     let is_loaded = flag_memo(move || loader.with(|_| ()).is_some());
-    // If the key was loaded after an error, also retries the other parts of the page.
+    // Once the key has been loaded, retries the parts of the page that could not be loaded.
     effect(move || {
         if is_loaded.get() {
             plans.retry();

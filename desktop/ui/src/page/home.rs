@@ -153,7 +153,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     }
 }
 
-/// Compares the number of requests since midnight with the number by this time yesterday.
+/// Compares the number of requests since midnight with the number of requests by this time yesterday.
 fn since_yesterday(now: u64, before: u64) -> String {
     if now == before && now > 0 {
         return "Same as this time yesterday".to_owned();

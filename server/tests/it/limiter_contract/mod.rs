@@ -1,6 +1,6 @@
 //! Tests of the contract of limit stores, which run on each store, and a comparison with a simple model.
 //!
-//! To include a store, add a module to the macro `on_every_store`, and to `world` a function that creates the store
+//! To include a store, add a module to the macro `on_every_store`, and add a function to `world` that creates the store
 //! with its own clock and ledger.
 
 mod behavior;

@@ -64,8 +64,9 @@ struct Opened {
 struct Oracle {
     policy: Policy,
     limit: u64,
-    /// Whether only the requesting replica holds unspent tokens, so that the rules above determine the next window.
-    /// Otherwise, the oracle accepts the window that a decision states, which must not overlap any other.
+    /// Whether only the requesting replica holds unspent tokens, so that the rules at the top of this file determine
+    /// the next window. Otherwise, the oracle accepts the window that a decision states, which must not overlap any
+    /// other.
     is_strict: bool,
     windows: Vec<Opened>,
 }

@@ -1,6 +1,6 @@
 //! The behavior of the Redis script, in 128-bit integers: a fast substitute for Redis, with which the script is
-//! compared. The model repeats the script's rules, so it does not show that they are correct. `credits` checks the
-//! rules for returned tokens, and `simulation` checks the limits.
+//! compared. The model repeats the script's rules, so the comparison does not show that the rules are correct.
+//! `credits` checks the rules for returned tokens, and `simulation` checks the limits.
 
 use std::collections::HashMap;
 

@@ -221,8 +221,7 @@ async fn the_script_replies_as_the_model_does() {
     );
 }
 
-/// A Redis that is new to the deployment has full buckets; a Redis that has lost its state starts a new epoch with
-/// empty buckets.
+/// In a new deployment, Redis has full buckets. If Redis has lost its state, a new epoch starts with empty buckets.
 #[tokio::test]
 async fn buckets_are_empty_after_a_loss_of_state_and_full_in_a_new_deployment() {
     let (mut server, redis) = started().await;

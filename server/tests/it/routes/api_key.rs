@@ -809,7 +809,7 @@ async fn expired_keys_can_be_filtered() {
     assert_eq!(names(true).await, ["Short"]);
 }
 
-/// Each key has exactly one status, the same that the console shows.
+/// Each key has exactly one status, which is also the status that the console shows.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_can_be_filtered_by_status() {
     let clock = TestClock::at(SystemClock::new().now());
@@ -855,7 +855,7 @@ async fn keys_can_be_filtered_by_status() {
     assert_eq!(names("status=active").await, ["Lasting"]);
     assert_eq!(names("status=expired").await, ["Short"]);
     assert_eq!(names("status=inactive").await, inactive);
-    // With a search, the database runs other queries.
+    // Searches use different database queries.
     assert_eq!(names("search=o&status=active").await, Vec::<String>::new());
     assert_eq!(names("search=o&status=expired").await, ["Short"]);
     assert_eq!(

@@ -146,7 +146,7 @@ async fn refresh_token_works_once_and_its_predecessor_gets_the_same_successor() 
     let second = refresh(&app, &account.refresh_token).await;
     assert_eq!(second.status, 200);
     assert_ne!(second.text("refresh_token"), account.refresh_token);
-    // Two tabs refresh at the same time, or a response was lost.
+    // Two tabs refresh at the same time, or a client repeats a refresh because the response was lost.
     let both = futures_util::future::join(
         refresh(&app, &account.refresh_token),
         refresh(&app, &account.refresh_token),
@@ -1207,7 +1207,7 @@ async fn networks_of_ipv6_are_counted_together_at_sign_in() {
     assert_eq!(elsewhere.status, 200);
 }
 
-/// Two replicas together do not allow more attempts than one.
+/// Two replicas together do not allow more attempts than a single replica.
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_share_counts_and_are_stricter_without_redis() {
     let mut redis = quota_testkit::redis::RedisServer::start().await;

@@ -11,7 +11,7 @@ use crate::support::app::{PASSWORD, TestApp};
 struct Browser<'a> {
     server: &'a TestApp,
     cookies: BTreeMap<String, String>,
-    /// The headers in which the browser reports the origin of a request.
+    /// The value of `Sec-Fetch-Site`, in which the browser states whether a request comes from the same site.
     site: Option<&'static str>,
     origin: Option<String>,
     csrf: bool,

@@ -20,7 +20,7 @@ pub(super) enum Kind {
     Proxy(Program, Parsing),
 }
 
-/// A front, and where clients connect to.
+/// A front, and the address to which clients connect.
 pub(super) struct Front {
     pub(super) addr: SocketAddr,
     _gateway: Option<Gateway>,
@@ -49,7 +49,7 @@ impl Kind {
     }
 }
 
-/// The relay's connection to the server, and the bytes that it has received and not forwarded.
+/// The relay's connection to the server, and the bytes that it has received but not yet forwarded.
 #[derive(Default)]
 struct Upstream {
     stream: Option<TcpStream>,

@@ -75,7 +75,7 @@ struct Client {
 /// What happened in a run.
 #[derive(Default)]
 struct Report {
-    /// What must not happen.
+    /// Descriptions of what happened but must not happen.
     findings: Vec<String>,
     /// The cases in which the attacker got a response to the hidden request. A proxy may read the hidden request as
     /// another request of the attacker.

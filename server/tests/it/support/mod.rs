@@ -11,8 +11,8 @@ pub(crate) mod postgres;
 pub(crate) mod quota;
 pub(crate) mod stripe;
 
-/// Defines a test of each promise with each program, in one module per program. A promise is a function that takes a
-/// program.
+/// Defines one test for each combination of a promise and a program, in one module per program. A promise is a function
+/// that takes a program.
 macro_rules! test_with_each_program {
     ({ $($module:ident: $program:ident,)+ } $promises:tt) => {
         $(mod $module {

@@ -2,8 +2,8 @@
 //!
 //! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
 //! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`. The directory is
-//! kept between runs. So `cargo test` and `cargo nextest run` also work without setup, but nextest is slower than with
-//! the variable.
+//! kept between runs. Therefore, `cargo test` and `cargo nextest run` also work without the variable, but nextest is
+//! slower without it.
 
 use std::{
     fs, io,

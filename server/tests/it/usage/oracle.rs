@@ -317,8 +317,8 @@ const DAYS: [&str; 8] = [
 #[tokio::test(flavor = "multi_thread")]
 async fn every_hour_and_day_equals_a_recount_in_every_zone() {
     let world = world(&DAYS).await;
-    // Clocks change by an hour in Berlin and New York, and by half an hour on Lord Howe Island, and some zones have
-    // offsets of half and quarter hours.
+    // Clocks change by an hour in Berlin and New York, and by half an hour on Lord Howe Island. The offsets of some
+    // zones include half or quarter hours.
     let ranges = [
         ("2026-03-27T10:00:00Z", "2026-03-31T00:00:00Z"),
         ("2026-03-28T23:07:11Z", "2026-03-29T22:07:11Z"),

@@ -6,41 +6,42 @@
 //!
 //! **Upper bound.** In any window of `T`, all replicas together admit at most `burst + rate·(T + ttl)` tokens, or
 //! `burst + rate·T` for a strict plan, no matter what happens. In the second after a plan is edited, replicas may
-//! follow either version of the plan. Therefore, a window that overlaps this second has the larger burst and, at each
-//! moment, the larger rate of the plans that requests follow. Between the requests of two plans, the lower rate counts,
-//! because a bucket learns of an edit from a request. If Redis has lost its state and has decided no request under the
-//! earlier plan since then, the later plan counts from the start of the new epoch, even if it was edited later, because
-//! Redis no longer knows the earlier plan. `closed` has no exception. `share` has one exception: while some replicas
-//! have lost Redis (or get all responses late) and others have not, the replicas that have lost Redis use their share
-//! `p` of the bucket, in addition to the tokens that the others take from Redis. All replicas together then admit at
-//! most `(1 + p)` times the bound, where `p` is at most 1. If some calls fail just after an outage, the replicas that
-//! made these calls still count as having lost Redis while the other replicas use Redis again. With `open`, the
-//! requests that a replica admits without Redis satisfy the bound of a strict plan, separately for each replica.
-//! Requests admitted by Redis satisfy the plain bound in every mode.
+//! follow either version of the plan. Therefore, the bound for a window that overlaps this second uses the larger burst
+//! and, at each moment, the larger rate of the plans that requests follow. Between the requests of two plans, the lower
+//! rate counts, because a bucket learns of an edit from a request. If Redis has lost its state and has decided no
+//! request under the earlier plan since then, the later plan counts from the start of the new epoch, even if the edit
+//! came after this start, because Redis no longer knows the earlier plan. `closed` has no exception. `share` has one
+//! exception: while some replicas have lost Redis (or get all responses late) and others have not, the replicas that
+//! have lost Redis use their share `p` of the bucket, in addition to the tokens that the others take from Redis. All
+//! replicas together then admit at most `(1 + p)` times the bound, where `p` is at most 1. If some calls fail just
+//! after an outage, the replicas that made these calls still count as having lost Redis while the other replicas use
+//! Redis again. With `open`, the requests that a replica admits without Redis satisfy the bound of a strict plan,
+//! separately for each replica. Requests admitted by Redis satisfy the bound without exceptions, with every fallback
+//! setting.
 //!
-//! **Lower bound.** In any 2 s without a fault and at least [`RECOVERED`] after the last fault, the replicas admit at
-//! least 99% of what an exact bucket would admit of the same requests, to within a token or two. At the start of this
-//! time, the exact bucket contains what earlier admissions have left in it. If a replica crashes, the tokens that may
-//! have been granted for requests to which it had not responded are lost. For a leased key, two kinds of tokens are not
-//! counted as available. The first are tokens that another replica may hold: at most a tenth of the burst and at most
-//! twice the cost of the requests that the replica got just before, for at most [`HELD`]. The second are the last
-//! tokens of a bucket, because they are taken together and not one by one: as many tokens as refill in [`GATHER`], from
-//! the time at which the bucket contains fewer tokens than this number until it contains twice as many. Requests that
-//! arrive during a call to Redis are decided together by the next call, for every plan. So at the end of a window, the
-//! refill of the last round trip may be unused. Also, while a request of the window waits, a request that is sent after
-//! the window may be admitted. If the first request is denied, the second counts as part of the window. In addition,
-//! Redis learns of an edit with the first request that it decides after the edit: tokens that refill before this
-//! request count at the lower of the two rates, unless a restarted Redis has lost the earlier plan. After a fault, a
-//! bucket is empty only if Redis lost its state, or if no replica that uses it received a response. Otherwise, the
-//! bucket has lost only the tokens that Redis granted in responses that arrived late or never, and those that were
-//! returned by calls that never arrived.
+//! **Lower bound.** In any period of 2 s that contains no fault and starts at least [`RECOVERED`] after the last fault,
+//! the replicas admit at least 99% of what an exact bucket would admit of the same requests, to within a token or two.
+//! At the start of the period, the exact bucket contains what earlier admissions have left in it. If a replica crashes,
+//! the tokens that may have been granted for requests to which it had not responded are lost. For a leased key, two
+//! kinds of tokens are not counted as available. The first are tokens that another replica may hold: at most a tenth of
+//! the burst and at most twice the cost of the requests that the replica got just before, for at most [`HELD`]. The
+//! second are the last tokens of a bucket, because they are taken together and not one by one: as many tokens as refill
+//! in [`GATHER`], from the time at which the bucket contains fewer tokens than this number until it contains twice as
+//! many. Requests that arrive during a call to Redis are decided together by the next call, for every plan. So at the
+//! end of a window, the refill of the last round trip may be unused. Also, while a request of the window waits, a
+//! request that is sent after the window may be admitted. If the first request is denied, the second counts as part of
+//! the window. In addition, Redis learns of an edit with the first request that it decides after the edit: tokens that
+//! refill before this request count at the lower of the two rates, unless a restarted Redis has lost the earlier plan.
+//! After a fault, a bucket is empty only if Redis lost its state, or if no replica that uses it received a response.
+//! Otherwise, the bucket has lost only the tokens that Redis granted in responses that arrived late or never, and those
+//! that were returned by calls that never arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what a
 //! separate bucket would admit of the requests that the replica gets. With `open`, from half a second on, the bucket
-//! has the full limit. It is full at first, and requests that Redis decides take nothing from it. With `share`, from
-//! 1.4 s on, the bucket has the replica's share of the limit, and is empty at first. This check requires a constant
-//! number of replicas. If a replica has never had a response for the key under this plan, its share starts with the
-//! replica's first request.
+//! has the full limit. The bucket is full at first, and requests that Redis decides take nothing from it. With `share`,
+//! from 1.4 s on, the bucket has the replica's share of the limit, and is empty at first. This check requires a
+//! constant number of replicas. If a replica has never had a response for the key under this plan, its share starts
+//! with the replica's first request.
 //!
 //! **Connections.** A replica decides without Redis only during a fault that affects the replica, and for [`RECOVERED`]
 //! after the fault. If Redis may lose its state because of a fault, the fault counts as affecting every replica.
@@ -245,7 +246,7 @@ fn followed(
 }
 
 /// Returns whether Redis certainly decided a denied request. A replica that remembers a denial denies further requests
-/// at once, without a call.
+/// immediately, without a call.
 fn is_denied_by_redis(it: &Entry) -> bool {
     it.answer == Answer::Denied && !it.degraded && it.asked < it.answered
 }
@@ -306,7 +307,7 @@ struct Beside {
 }
 
 /// Returns the tokens that refill from the start until `until`, at the highest rate of the plans that may apply, and
-/// faster while shares are admitted in addition to Redis.
+/// faster while shares are admitted in addition to what Redis admits.
 fn refilled(plans: &[InForce], beside: &[Beside], until: u64) -> f64 {
     let mut edges: Vec<u64> = plans.iter().flat_map(|it| [it.from, it.until]).collect();
     edges.extend(beside.iter().flat_map(|it| [it.from, it.until]));
@@ -415,7 +416,7 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<S
     }
     let plans = followed(key, entries, &restarts, |it| it.answer == Answer::Admitted);
     let beside = beside(scene, key);
-    // Check windows that do not overlap any period in which shares are admitted in addition to Redis.
+    // Check windows that do not overlap any period in which shares are admitted in addition to what Redis admits.
     let mut from = 0;
     let ends = beside.iter().map(|it| (it.from, it.until));
     for (to, next) in ends.chain([(FOREVER, FOREVER)]) {
@@ -435,7 +436,8 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<S
     worst(&plans, &all, &beside)
 }
 
-/// Checks `open`. Without the counters, this setting is a separate limit of each replica, and no tokens are leased.
+/// Checks `open`. With this setting, each replica enforces the limit separately while it cannot reach the counters, and
+/// no tokens are leased.
 fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -> Option<String> {
     (0..scene.replica_bounds().1).find_map(|replica| {
         let of = entries.iter().filter(|it| it.replica == replica);
@@ -453,7 +455,7 @@ fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -
 }
 
 /// Returns a description of a window that exceeds the envelope, if there is one. More is allowed while shares are
-/// admitted in addition to Redis.
+/// admitted in addition to what Redis admits.
 fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
     /// One token, in units of a clock that advances with the refill and not with time.
     const TOKEN: f64 = 1e9;
@@ -607,8 +609,8 @@ struct Bucket<'a> {
     heard: Option<usize>,
     at: u64,
     missing: f64,
-    /// Debt beyond that of an empty bucket, from before the burst was lowered. The debt is missing again when the burst
-    /// is raised, minus what would have refilled while the bucket was full.
+    /// Debt beyond that of an empty bucket, from before the burst was lowered. When the burst is raised, these tokens
+    /// are missing again, except for those that would have refilled while the bucket was full.
     beyond: f64,
     /// The unspent tokens that have refilled since the bucket was emptied. A later, larger burst does not make more
     /// tokens available.
@@ -827,7 +829,8 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
         {
             let (mut exact, mut due, mut served) = (bucket.clone(), 0.0, 0.0);
             let mut next_losses = next_losses.clone();
-            // The end of the window, or the latest denial of a request of the window that the exact bucket admits.
+            // The end of the window or, if later, the time of the latest denial of a request that belongs to the window
+            // and that the exact bucket admits.
             let mut waited_until = end;
             for (place, it) in entries.iter().enumerate().skip(next) {
                 if it.asked >= waited_until {

@@ -1,4 +1,5 @@
-//! Worlds that are broken on purpose. The simulation must detect each of them, or its success would prove nothing.
+//! Worlds that are broken on purpose. The simulation must detect each of them. Otherwise, its success would prove
+//! nothing.
 
 use std::{
     collections::HashMap,
@@ -69,9 +70,9 @@ pub(super) enum Plant {
     OwnLedgers,
     /// Only half of each quota is admitted.
     HalfQuotas,
-    /// Quota tokens that are returned are lost.
+    /// Returned quota tokens are lost.
     ReturnsNoQuota,
-    /// Redis loses its state whenever it was slow for a moment.
+    /// Redis loses its state each time it has been slow for a moment.
     LosesStateWhenSlow,
     /// A denial always states the shortest possible wait.
     ForgetsWaits,
@@ -245,7 +246,7 @@ impl Planted {
         }
     }
 
-    /// If the planted error says so, denies requests that the plan's fallback setting has admitted without Redis.
+    /// With some of the planted errors, denies requests that the plan's fallback setting has admitted without Redis.
     fn without_redis(&self, decision: Decision, policies: &Policies) -> Decision {
         let denies = match self.plant {
             Plant::DeniesWithoutRedis(choice) => policies.on_failure() == Some(choice),

@@ -88,8 +88,8 @@ pub(super) struct Log {
     pub(super) heard: Vec<Vec<u64>>,
     /// Tokens that Redis granted, and tokens that were returned, by key.
     pub(super) granted: Vec<(u64, u64)>,
-    /// Totals reported by the replicas that are running at the end: the tokens that were taken, that were spent, and
-    /// that were returned or lost.
+    /// Totals reported by the replicas that are running at the end: the tokens that were taken, the tokens that were
+    /// spent, and the tokens that were returned or lost.
     pub(super) books: Vec<(u64, u64, u64)>,
     /// Replicas that are running at the end and still consider Redis unavailable.
     pub(super) degraded: Vec<usize>,

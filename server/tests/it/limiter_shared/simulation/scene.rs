@@ -586,7 +586,7 @@ impl Scene {
         (0..self.replicas + joined).filter(move |replica| !is_gone(*replica))
     }
 
-    /// Returns the minimum number of replicas at any time, and their total number.
+    /// Returns the minimum number of replicas at any time, and the total number of replicas.
     pub(super) fn replica_bounds(&self) -> (usize, usize) {
         let (mut now, mut least, mut all) = (self.replicas, self.replicas, self.replicas);
         for (_, change) in &self.changes {

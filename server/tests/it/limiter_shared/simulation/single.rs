@@ -167,7 +167,7 @@ pub(super) async fn crowd_of(
     u32::try_from(admitted.count()).unwrap()
 }
 
-/// The full burst is admitted, in one or two round trips, no matter how long Redis takes within the deadline.
+/// The full burst is admitted in one or two round trips, as long as Redis responds within the deadline.
 #[test]
 fn an_idle_keys_full_burst_is_admitted_at_once() {
     let mut short = String::new();
@@ -397,8 +397,8 @@ fn an_edit_denies_nothing_that_the_counters_would_grant() {
     });
 }
 
-/// If a replica has not used a key under the plan before an edit, its share of the key starts at the edit, not at the
-/// outage.
+/// If a replica has not used a key under the plan before an edit, the replica's share of the bucket starts at the edit,
+/// not at the outage.
 #[test]
 fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
     for strict in [true, false] {

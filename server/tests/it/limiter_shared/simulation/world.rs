@@ -59,7 +59,7 @@ pub(super) struct Process {
     pub(super) up: bool,
     /// By how many microseconds the process's clock is ahead.
     pub(super) ahead: u64,
-    /// The counters of each replica, if every replica has its own.
+    /// The counters of each replica, if every replica has its own counters.
     alone: HashMap<usize, State>,
 }
 
@@ -68,7 +68,7 @@ pub(super) struct Process {
 pub(super) enum Reach {
     #[default]
     Up,
-    /// Calls do not arrive, and do not fail.
+    /// Calls neither arrive nor fail.
     Cut,
     /// Calls arrive, but responses do not.
     Deaf,

@@ -89,7 +89,7 @@ fn a_fault_of_some_calls_loses_the_state_only_if_no_response_arrives() {
             percent: 20,
         },
     });
-    // The bucket may start empty 2 s after the fault, at 3.8 s.
+    // If the counters lost their state, the bucket may be empty until 3.8 s, which is 2 s after the fault.
     let verdict = |heard: &[u64], admitted| {
         let log: Vec<_> = requests(4000, admitted, 100).collect();
         let facts = Facts {
