@@ -98,7 +98,7 @@ fn stranger(app: &Arc<TestApp>, at_once: usize) -> Vec<JoinHandle<Vec<u16>>> {
         tokio::spawn(async move {
             let mut answers = Vec::new();
             while Instant::now() < until {
-                let made_up = SecretText::generate(Kind::ApiKey).expect("randomness");
+                let made_up = SecretText::generate(Kind::ApiKey).expect("random bytes");
                 answers.push(echo(&app, &http, &made_up.reveal()).await);
             }
             answers
@@ -153,7 +153,7 @@ async fn starting_replica_serves_many_keys_at_once() {
     println!("{KEYS} keys in {:?}", began.elapsed());
     assert_eq!(count(&statuses, 200), KEYS, "{statuses:?}");
     // If keys are looked up together, each request still gets the result for its own key.
-    let made_up = SecretText::generate(Kind::ApiKey).expect("randomness");
+    let made_up = SecretText::generate(Kind::ApiKey).expect("random bytes");
     assert_eq!(echo(&app, &app.http, &made_up.reveal()).await, 401);
 }
 

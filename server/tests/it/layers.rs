@@ -433,7 +433,7 @@ fn modules_import_only_from_lower_ranks_or_their_own_folder() {
 }
 
 #[test]
-fn limiter_modules_import_only_from_lower_ranks_and_never_in_a_circle() {
+fn limiter_modules_import_only_from_lower_ranks_and_never_in_a_cycle() {
     let files = sources();
     let graph = graph(&files);
     let found = inner_violations(&graph);
@@ -452,7 +452,7 @@ fn limiter_modules_import_only_from_lower_ranks_and_never_in_a_circle() {
 }
 
 #[test]
-fn planted_circles_and_inner_violations_are_found() {
+fn planted_cycles_and_inner_violations_are_found() {
     let files = |sources: &[(&str, &str)]| {
         let own = |text: &&str| (*text).to_owned();
         sources

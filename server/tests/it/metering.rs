@@ -179,14 +179,14 @@ async fn every_decision_is_recorded_by_every_way_in() {
         billing: "free".to_owned(),
     };
     let mut rows = logged(&app.database).await;
-    let forwarded = rows.get_mut("way-forward").expect("the row or file exists");
+    let forwarded = rows.get_mut("way-forward").expect("the row exists");
     let retry_after = forwarded.retry_after.take().expect("a time to retry");
     assert_eq!(
         denied.number("retry-after").to_string(),
         retry_after.to_string()
     );
     rows.get_mut("way-costly")
-        .expect("the row or file exists")
+        .expect("the row exists")
         .retry_after = None;
     let expected = [
         ("way-echo", row("GET /v1/echo", None, 1)),
@@ -514,7 +514,7 @@ async fn a_full_disk_stops_decisions_loses_nothing_and_recovers() {
         .act(&world.account, "GET", "/admin/plans", json!(null));
     assert_eq!(plans.await.status, 200);
 
-    std::fs::remove_file(&ballast).expect("the row or file exists");
+    std::fs::remove_file(&ballast).expect("the file exists");
     tokio::time::sleep(Duration::from_millis(150)).await;
     ids.extend(world.echoes(10).await);
     world.app.ship_usage().await;
@@ -680,7 +680,7 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
         .expect("the rest is shipped");
     assert_eq!(world.logged().await, ids);
     assert!(!left.exists(), "nothing is left in the directory");
-    let kept = std::fs::read_dir(root.join("rejected")).expect("the row or file exists");
+    let kept = std::fs::read_dir(root.join("rejected")).expect("the directory exists");
     let kept = kept
         .map(|entry| entry.expect("a readable entry").file_name())
         .collect::<BTreeSet<_>>();

@@ -126,7 +126,9 @@ fn assert_unavailable(answer: &Answer, what: &str) {
 /// Returns a well-formed key that does not exist.
 fn unknown_key() -> String {
     use quota_server::secret_text::{Kind, SecretText};
-    SecretText::generate(Kind::ApiKey).expect("chance").reveal()
+    SecretText::generate(Kind::ApiKey)
+        .expect("random bytes")
+        .reveal()
 }
 
 async fn an_outage(fault: Fault) {

@@ -327,7 +327,7 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
     }
     proxy.set(Fault::BlackHole);
     let look_up = async |key: &Key| {
-        let text = SecretText::parse(Kind::ApiKey, key.text.as_bytes()).expect("a text");
+        let text = SecretText::parse(Kind::ApiKey, key.text.as_bytes()).expect("a valid key");
         let found = app
             .state
             .keys

@@ -543,7 +543,9 @@ async fn another_tenants_key_is_unknown_to_a_gateway_and_not_charged() {
     let (a, b) = (Tenant::new(&app).await, Tenant::new(&app).await);
     let remaining = async || app.echo(&a.key.text).await.number("x-ratelimit-remaining");
     let before = remaining().await;
-    let never = SecretText::generate(Kind::ApiKey).expect("chance").reveal();
+    let never = SecretText::generate(Kind::ApiKey)
+        .expect("random bytes")
+        .reveal();
     for _ in 0..3 {
         let check = async |key: &str| {
             let call = app
