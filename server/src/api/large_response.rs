@@ -1,6 +1,6 @@
-//! Limits the number of large responses that have not been sent completely, because they occupy memory.
+//! Limits the number of large responses that have not been sent completely, because such responses occupy memory.
 //!
-//! A client that makes some progress can take as long as it wants, so the number of such responses is limited per
+//! A client that keeps making progress can take as long as it wants, so the number of these responses is limited per
 //! tenant and in total. Static files do not count, because serving them takes no additional memory.
 
 use poem::Response;

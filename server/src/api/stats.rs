@@ -39,7 +39,7 @@ struct Yesterday {
     start: DateTime<Utc>,
     /// The start of the quarter hour that contains this time.
     quarter: DateTime<Utc>,
-    /// The fraction of that quarter hour that had passed.
+    /// The fraction of that quarter hour that had passed by this time.
     part: f64,
 }
 
