@@ -122,7 +122,8 @@ impl std::fmt::Debug for Config {
 #[derive(Clone)]
 pub struct StripeSettings {
     pub secret_key: SecretString,
-    /// The accepted webhook secrets. There are two during a rotation.
+    /// The accepted webhook secrets. There are several during a rotation, and if Stripe also sends events to an event
+    /// destination.
     pub webhook_secrets: Vec<SecretString>,
     /// The base URL of the Stripe API, without a trailing slash. `None` means Stripe's own API.
     pub api_base: Option<String>,
@@ -281,8 +282,8 @@ impl Default for PasswordCost {
 pub struct ConfigErrors(pub Vec<String>);
 
 impl Config {
-    /// Sets the addresses that the server listens on. They differ from the settings if a port is 0. Updates the public
-    /// URL too if it is the default, `http://` followed by the configured address.
+    /// Sets the addresses that the server listens on. They differ from the settings if a configured port is 0. Updates
+    /// the public URL too if it is the default, `http://` followed by the configured address.
     pub fn listens_on(
         &mut self,
         listen: SocketAddr,

@@ -68,7 +68,7 @@ impl ConnectionMarks {
 pub struct EndlessResponse(Arc<Marks>);
 
 impl EndlessResponse {
-    /// Closes the connection, including all other responses on it.
+    /// Asks the listener to close the connection, which ends all responses on it.
     pub fn close_connection(&self) {
         self.0.is_to_close.store(true, Ordering::Release);
         self.0.waker.wake();

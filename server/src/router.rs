@@ -105,7 +105,7 @@ impl<E: Endpoint, F: Endpoint<Output = Response>> Endpoint for CrossOrigin<E, F>
             self.forward_auth.call(request).await
         } else {
             let mut response = self.others.call(request).await?.into_response();
-            // If every origin is allowed, the CORS rules replace `Vary: accept-encoding` with their own.
+            // The CORS middleware may have replaced `Vary: accept-encoding` with `Vary: origin`.
             if let Some(vary) = response.headers_mut().get_mut(header::VARY)
                 && vary.as_bytes().eq_ignore_ascii_case(b"origin")
             {

@@ -102,7 +102,7 @@ pub async fn within<T>(parent: Option<Parent>, work: impl Future<Output = T>) ->
     inside(parent.as_ref(), pin!(work)).await
 }
 
-/// Like [`within`], but for a future that is already pinned. Pinning in place avoids moving a large future.
+/// Works like [`within`], but for a future that is already pinned. Pinning in place avoids moving a large future.
 pub fn inside<F: Future>(
     parent: Option<&Parent>,
     mut work: Pin<&mut F>,
