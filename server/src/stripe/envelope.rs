@@ -34,7 +34,7 @@ impl Envelope {
             is_id.then(|| text.to_owned())
         };
         let object = &event["data"]["object"];
-        // If the customer is expanded, it is an object.
+        // If Stripe has expanded the customer, the field contains an object instead of an ID.
         let customer = text(&object["customer"]).or_else(|| text(&object["customer"]["id"]));
         let is_customer = object["object"] == "customer";
         Ok(Self {

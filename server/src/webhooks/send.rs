@@ -171,8 +171,8 @@ async fn skip_body(mut response: Response) {
     }
 }
 
-/// Parses `Retry-After`, which contains seconds or a time. A time is compared with the endpoint's clock, according to
-/// the `Date` header. Returns `None` if that header is missing.
+/// Parses `Retry-After`, which contains seconds or a time. A time is compared with the `Date` header, which contains
+/// the time on the endpoint's clock. Returns `None` if the field contains a time but the `Date` header is missing.
 fn seconds_until(retry_after: &str, headers: &reqwest::header::HeaderMap) -> Option<u64> {
     if let Ok(seconds) = retry_after.trim().parse() {
         return Some(seconds);
