@@ -7,7 +7,7 @@
 //!
 //! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until PostgreSQL responds
 //! again, entries within their grace period are used without waiting, and only a few at a time are reloaded in the
-//! background. So an outage delays only the first few requests, instead of the first request for each key.
+//! background. Therefore, an outage delays only the first few requests, not the first request for each key.
 //!
 //! A changed entry is not removed. Its row is never used again, but the entry shows that its key exists, so that
 //! reloading the entry does not compete with lookups of unknown keys. [`Changes`] determines which entries have

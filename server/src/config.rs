@@ -132,7 +132,7 @@ pub struct StripeSettings {
 }
 
 impl StripeSettings {
-    /// Returns whether real money is charged. Test keys belong to a sandbox.
+    /// Returns whether the secret key is for live mode, in which real money is charged.
     pub fn is_live(&self) -> bool {
         self.secret_key.expose_secret().contains("_live_")
     }
@@ -184,7 +184,7 @@ pub enum LogFormat {
     Text,
 }
 
-/// Which failures recorded usage survives.
+/// The failures that recorded usage survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
     /// Recorded usage survives crashes of the process.
@@ -230,7 +230,8 @@ pub struct Allowances {
 pub struct FreeTier {
     pub plans: Option<u64>,
     pub api_keys: Option<u64>,
-    /// Requests per calendar month (UTC) across all keys. Also the maximum daily and monthly quota of a free plan.
+    /// Requests per calendar month (UTC) across all keys. Also the maximum daily quota and the maximum monthly quota of
+    /// a free plan.
     pub requests_per_month: Option<NonZeroU64>,
     /// The maximum rate and burst of a free plan.
     pub rpm: Option<u32>,

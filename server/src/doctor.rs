@@ -43,7 +43,7 @@ impl Report {
         let _ = writeln!(self.text, "{about}: {line}");
     }
 
-    /// Checks that the server can listen on the configured addresses, or that a server is already running with them.
+    /// Checks that the server can listen on the configured addresses, or that a running server already listens on them.
     /// Returns whether a server is running.
     pub async fn addresses(&mut self, config: &Config) -> bool {
         let is_running = config.listen.port() > 0 && Probe::Live.check(config.listen).await.is_ok();

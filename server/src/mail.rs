@@ -58,7 +58,8 @@ pub enum MailError {
 }
 
 impl MailError {
-    /// Returns whether resending the email would be pointless, because the message or its recipient was rejected.
+    /// Returns whether resending the email would be pointless, because the message or its recipient is invalid or was
+    /// rejected.
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Address(_) | Self::Message(_) => true,

@@ -52,8 +52,8 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
             "/admin",
             service.clone().with(guard(|parts| &parts.admin_guard)),
         )
-        // Webhooks from Stripe are not limited per address, because Stripe sends many at the same time from few
-        // addresses.
+        // Webhooks from Stripe are not limited per address, because Stripe sends many webhooks at the same time from a
+        // few addresses.
         .nest_no_strip("/billing/stripe", service.clone())
         .nest_no_strip(
             "/billing",

@@ -1,6 +1,6 @@
 //! Browser sessions. They use the same tokens as other sessions, but in cookies that scripts cannot read.
 //!
-//! A client requests cookies with `X-Quota-Session: cookie`. Both tokens are then set as cookies and omitted from the
+//! A client requests cookies with `X-Quota-Session: cookie`. The tokens are then set as cookies and omitted from the
 //! body. These cookies are `HttpOnly` and `SameSite=Lax`. Over HTTPS, the prefix `__Host-` binds the cookies to this
 //! host (RFC 6265bis 4.1.3.2). A request that uses them to make a change must come from this server's own pages,
 //! according to the browser, and must have a CSRF header derived from the session. The header's value is stored in a

@@ -158,7 +158,7 @@ impl DirectDecisions {
         })
     }
 
-    /// Writes a response that ends at `now`, and returns its status.
+    /// Writes a response, and returns its status. `now` is used for the `Date` header.
     async fn write(
         &self,
         context: &RequestContext,

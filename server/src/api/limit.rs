@@ -83,7 +83,7 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for WithLimitHeaders<T> {
 pub struct StatusOnly {
     pub status: StatusCode,
     decision: GatewayDecision,
-    /// The key and the limiter's decision.
+    /// The key and the limiter's decision, if the limiter was called.
     decided: Option<(Arc<KeyRecord>, Decision)>,
     challenge: Option<HeaderValue>,
 }

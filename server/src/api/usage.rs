@@ -104,7 +104,7 @@ struct GroupFields {
 }
 
 impl GroupFields {
-    /// Returns the fields that identify a group. `group` is `None` for `other`, and if there are no groups.
+    /// Returns the fields that identify a group. `group` is `None` for `other`, and if requests are not grouped.
     fn new(by: Option<UsageGroupBy>, group: Option<&str>) -> Self {
         let (Some(by), Some(group)) = (by, group) else {
             return Self::default();

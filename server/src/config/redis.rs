@@ -108,7 +108,8 @@ enum Kind {
     Cluster,
 }
 
-/// Parses `REDIS_URL`. Errors do not contain any part of the URL, since any part may be a password.
+/// Parses `REDIS_URL`. Errors contain no part of the URL except the name of an unknown parameter, since any other part
+/// may be a password.
 pub fn servers(text: &str) -> Result<RedisServers, String> {
     let (scheme, rest) = text.split_once("://").ok_or(
         "must begin with redis://, rediss://, redis+sentinel:// or redis+cluster://".to_owned(),

@@ -196,7 +196,8 @@ settings! {
     /// The maximum number of requests per minute from one client address to /auth; 0 for no limit.
     auth_rpm: "QUOTA_AUTH_RPM", "60", "N";
 
-    /// The maximum number of requests per minute from one client address to /admin; 0 for no limit.
+    /// The maximum number of requests per minute from one client address to /admin and /billing combined; 0 for no
+    /// limit.
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
     /// The number of failed sign-ins to one account that are allowed from one network before each further attempt has
@@ -211,7 +212,7 @@ settings! {
     /// The maximum size of a request body, in bytes: 1024 to 16777216.
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";
 
-    /// How long the headers of a request may take to arrive, and then how long its body may take. For the first request
+    /// How long the headers of a request may take to arrive, and how long its body may then take. For the first request
     /// on a connection, the time starts when the connection is accepted.
     header_timeout: "QUOTA_HEADER_TIMEOUT", "5s", "DURATION";
 

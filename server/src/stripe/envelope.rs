@@ -11,7 +11,7 @@ const ID_MAX: usize = 255;
 pub struct Envelope {
     pub id: String,
     pub kind: String,
-    /// The ID of the object.
+    /// The ID of the object that the event is about.
     pub object: Option<String>,
     /// The customer to whom the object belongs.
     pub customer: Option<String>,

@@ -14,7 +14,7 @@ use crate::error_chain::chain;
 
 /// How long an attempt may take, including the DNS lookup and the connection.
 pub const TIMEOUT: Duration = Duration::from_secs(15);
-/// How long to read the rest of a response after its headers, so that the receiver can finish sending it.
+/// How long to read the rest of a response after its headers, so that the endpoint can finish sending it.
 const READ_BODY: Duration = Duration::from_secs(1);
 /// How much of a response's body to read. The body is not used.
 const BODY_MAX: usize = 16 * 1024;

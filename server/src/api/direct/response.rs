@@ -44,7 +44,7 @@ impl CommonHeaders {
     }
 }
 
-/// Returns the bit of a header that affects which common headers are added, or 0 for any other header.
+/// Returns the bit of a header whose presence callers check with [`HeaderSink::contains`], or 0 for any other header.
 #[inline]
 fn flag(name: &HeaderName) -> u8 {
     if *name == header::CACHE_CONTROL {

@@ -1,6 +1,6 @@
 //! `ShouldRateLimit`: whether Envoy may forward a request.
 //!
-//! Each descriptor is a check of one API key. Quota reads these entries of a descriptor:
+//! Each descriptor requests a check of one API key. Quota reads these entries of a descriptor:
 //!
 //! | entry | meaning |
 //! |---|---|
