@@ -46,8 +46,8 @@ const TENANTS: i64 = 200;
 /// If more records than this are unchecked, all of the tenant's keys are checked instead of only the keys in these
 /// records.
 const RECORDS_MAX: i64 = 200_000;
-/// The maximum number of log records whose keys are checked before proceeding to later records. The number is limited,
-/// because each step reads these records again.
+/// The maximum number of log records whose keys are checked before the check proceeds to later records. The number is
+/// limited, because each step reads these records again.
 const PART_MAX: i64 = 20_000;
 /// The maximum number of keys to check per transaction.
 const KEYS_MAX: i64 = 250;

@@ -366,7 +366,7 @@ mod tests {
     fn parse(field: &str) -> List {
         Parser::new(field)
             .parse()
-            .expect("a structured list by RFC 9651")
+            .expect("a structured list as defined in RFC 9651")
     }
 
     fn item(entry: &ListEntry) -> (String, Vec<(String, i64)>) {

@@ -182,7 +182,7 @@ pub(super) struct Sourced {
     pub(super) value: Option<SecretString>,
 }
 
-/// The maximum size of a file with a secret, in bytes. A larger file cannot be meant as a secret.
+/// The maximum size of a file with a secret, in bytes. A larger file is most likely the wrong file.
 const SECRET_FILE_MAX: u64 = 64 * 1024;
 
 /// Returns a file's content without surrounding whitespace, such as the line break that editors add.
