@@ -171,8 +171,8 @@ enum PairValue<'a> {
     State(StateField),
 }
 
-/// The headers that [`write`] sets, as pairs of strings that a service can pass on. Serialized as a map that is sorted
-/// by name.
+/// The headers that [`write()`] sets, as pairs of strings that a service can pass on. Serialized as a map sorted by
+/// name.
 pub struct Pairs<'a>([Option<(&'static str, PairValue<'a>)>; 8]);
 
 pub fn pairs<'a>(record: &'a KeyRecord, decision: &Decision) -> Pairs<'a> {
