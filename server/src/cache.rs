@@ -1,16 +1,17 @@
 //! A cache of PostgreSQL rows that tracks how long each entry is valid.
 //!
-//! Each poll for invalidations invalidates the entries of all rows that have changed since the previous poll. So an
-//! entry is valid while the last poll is recent. Without a recent poll, an entry is valid for a second after it was
-//! loaded, and is then reloaded. While PostgreSQL is unavailable, an entry is still used for a grace period after it
-//! was last confirmed. After that, lookups fail, because the entry cannot be confirmed.
+//! Each poll for invalidations invalidates the entries of all rows that have changed since the previous poll.
+//! Therefore, an entry is valid while the last poll is recent. Without a recent poll, an entry is valid for a second
+//! after it was loaded, and is then reloaded. While PostgreSQL is unavailable, an entry is still used for a grace
+//! period after it was last confirmed. After that, lookups fail, because the entry cannot be confirmed.
 //!
 //! When a load or a poll fails, PostgreSQL is suspected to be unreachable, for all caches. Until PostgreSQL responds
 //! again, entries within their grace period are used without waiting, and only a few at a time are reloaded in the
-//! background. So an outage delays only the first few requests, instead of the first request for each key.
+//! background. Therefore, an outage delays only the first few requests, not the first request for each key.
 //!
-//! A changed entry is not removed. It is never used again, but shows that its key exists, so that reloading the entry
-//! does not compete with lookups of unknown keys. [`Changes`] determines which entries have changed.
+//! A changed entry is not removed. Its row is never used again, but the entry shows that its key exists, so that
+//! reloading the entry does not compete with lookups of unknown keys. [`Changes`] determines which entries have
+//! changed.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.
 //!
@@ -55,8 +56,8 @@ const BACKGROUND_LOADS: usize = 4;
 
 /// A row that can be cached.
 pub trait CachedRow: Send + Sync + 'static {
-    /// Returns whether `changes` contains a change to this row in a later generation than `loaded_in`, in which the
-    /// row was loaded.
+    /// Returns whether `changes` contains a change to this row in a later generation than `loaded_in`, the generation
+    /// in which the row was loaded.
     fn has_changed(&self, changes: &Changes, loaded_in: u64) -> bool;
 }
 
@@ -97,7 +98,7 @@ struct InProgress<T> {
     loading: WeakShared<Load<T>>,
 }
 
-/// Removes a load from the loads in progress when it ends, for whatever reason.
+/// Removes a load from the loads in progress when the load ends, for whatever reason.
 struct LoadGuard<K: Hash + Eq, T> {
     inner: Arc<CacheState<K, T>>,
     key: K,
@@ -117,7 +118,7 @@ struct Entry<T> {
     /// `None` if the row has changed and must be loaded before use.
     value: Option<Arc<T>>,
     loaded_at: Monotonic,
-    /// The generation when the load began.
+    /// The generation in which the load began.
     loaded_in: u64,
 }
 
@@ -168,7 +169,7 @@ struct CacheState<K, T> {
     metrics: Arc<Metrics>,
     grace: Nanos,
     background: Arc<Semaphore>,
-    /// The generation whose changed entries have been emptied.
+    /// The generation up to which changed entries have been emptied.
     swept: AtomicU64,
 }
 
@@ -343,7 +344,8 @@ where
             if let (Ok(value), true) = (&loaded, is_current) {
                 let loaded_at = current_at.unwrap_or(began);
                 self.keep(key, value.clone(), loaded_at, generation);
-                // A later invalidation will find the entry, but an earlier invalidation may have missed it.
+                // An invalidation after this call finds the entry, but an invalidation before it may have missed the
+                // entry.
                 is_current = is_unchanged();
                 if !is_current {
                     self.empty(key);
@@ -396,13 +398,13 @@ where
         self.empty_these(|key, entry| entry.value.as_ref().is_some_and(|row| gone(key, row)));
     }
 
-    /// Removes all entries, including those of rows that do not exist, and invalidates all loads in progress.
+    /// Empties all entries, forgets which rows do not exist, and invalidates all loads in progress.
     pub fn forget_all(&self) {
         self.forget(|_, _| true);
         self.inner.absent.clear();
     }
 
-    /// Frees the rows that have changed and were not loaded again.
+    /// Frees the rows that have changed and have not been reloaded.
     pub fn sweep(&self) {
         let freshness = &self.inner.freshness;
         let generation = freshness.generation();

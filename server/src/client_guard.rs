@@ -66,7 +66,7 @@ pub struct ClientRateLimiter {
 /// The minimum time between two searches for idle networks.
 const PRUNE_EVERY: Nanos = Nanos::from_secs(1);
 
-/// The limit was reached. The client may retry after this time.
+/// The limit was reached. The client may retry after `retry_after`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TooManyRequests {
     pub retry_after: Duration,
@@ -119,8 +119,9 @@ impl ClientRateLimiter {
             }
         }
         self.check(governor, caller)?;
-        // A wider network is tracked only if one of its /64 networks has made a request, and each request keeps it
-        // tracked for a shorter time than the /64 network. So the wider networks need no capacity of their own.
+        // A wider network is tracked only if one of its /64 networks has made a request, and each request keeps the
+        // wider network tracked for a shorter time than the /64 network. Therefore, the wider networks need no separate
+        // capacity.
         for (governor, (length, _)) in self.wider.iter().zip(WIDER) {
             if let Some(network) = caller.network(length) {
                 self.check(governor, network)?;

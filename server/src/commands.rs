@@ -19,7 +19,8 @@ use quota_server::{
 };
 use secrecy::SecretString;
 
-/// Returns the URL of the configured database, or starts an embedded one.
+/// Returns the URL of the configured database. If none is configured, starts the private PostgreSQL and returns its
+/// URL.
 async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<EmbeddedPostgres>)> {
     if let Some(url) = &config.database_url {
         Ok((url.clone(), None))
@@ -29,7 +30,8 @@ async fn database(config: &Config) -> anyhow::Result<(SecretString, Option<Embed
     }
 }
 
-/// Like [`database`], but does not create an embedded database. Returns `None` if it has not been created.
+/// Works like [`database`], but does not create the private PostgreSQL. Returns `None` if the private PostgreSQL is
+/// needed but does not exist.
 async fn existing_database(
     config: &Config,
 ) -> anyhow::Result<Option<(SecretString, Option<EmbeddedPostgres>)>> {
@@ -44,7 +46,7 @@ fn is_in_use(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(EmbeddedError::InUse(_)))
 }
 
-/// Calls `work` with the URL of the configured database, or of an embedded one that runs during the call.
+/// Calls `work` with the URL of the configured database, or of the private PostgreSQL, which then runs during the call.
 async fn with_database<T>(
     config: &Config,
     work: impl AsyncFnOnce(&SecretString) -> anyhow::Result<T>,

@@ -122,7 +122,8 @@ impl std::fmt::Debug for Config {
 #[derive(Clone)]
 pub struct StripeSettings {
     pub secret_key: SecretString,
-    /// The accepted webhook secrets. There are two during a rotation.
+    /// The accepted webhook secrets. There are several during a rotation, and if Stripe also sends events to an event
+    /// destination.
     pub webhook_secrets: Vec<SecretString>,
     /// The base URL of the Stripe API, without a trailing slash. `None` means Stripe's own API.
     pub api_base: Option<String>,
@@ -131,7 +132,7 @@ pub struct StripeSettings {
 }
 
 impl StripeSettings {
-    /// Returns whether real money is charged. Test keys belong to a sandbox.
+    /// Returns whether the secret key is for live mode, in which real money is charged.
     pub fn is_live(&self) -> bool {
         self.secret_key.expose_secret().contains("_live_")
     }
@@ -183,7 +184,7 @@ pub enum LogFormat {
     Text,
 }
 
-/// Which failures recorded usage survives.
+/// The failures that recorded usage survives.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Durability {
     /// Recorded usage survives crashes of the process.
@@ -229,7 +230,8 @@ pub struct Allowances {
 pub struct FreeTier {
     pub plans: Option<u64>,
     pub api_keys: Option<u64>,
-    /// Requests per calendar month (UTC) across all keys. Also the maximum daily and monthly quota of a free plan.
+    /// Requests per calendar month (UTC) across all keys. Also the maximum daily quota and the maximum monthly quota of
+    /// a free plan.
     pub requests_per_month: Option<NonZeroU64>,
     /// The maximum rate and burst of a free plan.
     pub rpm: Option<u32>,
@@ -281,8 +283,8 @@ impl Default for PasswordCost {
 pub struct ConfigErrors(pub Vec<String>);
 
 impl Config {
-    /// Sets the addresses that the server listens on. They differ from the settings if a port is 0. Updates the public
-    /// URL too if it is the default, `http://` followed by the configured address.
+    /// Sets the addresses that the server listens on. They differ from the settings if a configured port is 0. Updates
+    /// the public URL too if it is the default, `http://` followed by the configured address.
     pub fn listens_on(
         &mut self,
         listen: SocketAddr,

@@ -1,6 +1,6 @@
 //! Reports from handlers to the listener about a request's connection.
 //!
-//! Handlers report that a valid API key or service token was sent on a connection. The listener then stops counting the
+//! Handlers report if a valid API key or service token was sent on a connection. The listener then stops counting the
 //! connection toward the limits for its address and network, and its memory toward the memory limit. Handlers also
 //! announce endless responses, which continue as long as the client wants. An endless response may send only a few
 //! bytes at a time, so any byte counts as progress. If an endless response has to end but its client does not read it,
@@ -68,7 +68,7 @@ impl ConnectionMarks {
 pub struct EndlessResponse(Arc<Marks>);
 
 impl EndlessResponse {
-    /// Closes the connection, including all other responses on it.
+    /// Asks the listener to close the connection, which ends all responses on it.
     pub fn close_connection(&self) {
         self.0.is_to_close.store(true, Ordering::Release);
         self.0.waker.wake();

@@ -1,9 +1,9 @@
 //! Deadlines that account for pauses of this process.
 //!
 //! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
-//! sockets. Which of the two its tasks see first is random. So if the timer itself fires late, the wait continues for
-//! as long as the timer was late, but only once, and for at most [`AT_MOST`]. If the response has still not arrived
-//! after that, the other side caused the delay.
+//! sockets. Whether its tasks see the timer or the response first is random. Therefore, if the timer itself fires late,
+//! the wait continues for as long as the timer was late, but only once, and for at most [`AT_MOST`]. If the response
+//! has still not arrived after that, the other side caused the delay.
 
 use std::{pin::pin, time::Duration};
 

@@ -1,7 +1,7 @@
 //! `--demo`: a tenant with a plan, a key and a service token to try.
 //!
-//! The demo is created once for each database. Its secrets are stored in the data directory, readable only by the
-//! owner, so that later startups can show them again. The database contains only their hashes.
+//! The demo is created once for each database. Its secrets are stored in the data directory, in a file that only the
+//! file's owner can read, so that later startups can show the secrets again. The database contains only their hashes.
 
 use std::{
     fs,

@@ -43,7 +43,7 @@ impl Report {
         let _ = writeln!(self.text, "{about}: {line}");
     }
 
-    /// Checks that the server can listen on the configured addresses, or that a server is already running with them.
+    /// Checks that the server can listen on the configured addresses, or that a running server already listens on them.
     /// Returns whether a server is running.
     pub async fn addresses(&mut self, config: &Config) -> bool {
         let is_running = config.listen.port() > 0 && Probe::Live.check(config.listen).await.is_ok();
@@ -125,7 +125,7 @@ impl Report {
         replicas
     }
 
-    /// Checks the database, and that it allows enough connections for this number of replicas.
+    /// Checks the database, and whether it allows enough connections for this number of replicas.
     pub async fn database(&mut self, config: &Config, replicas: usize, url: &SecretString) {
         if let Some(host) = db::plaintext_host(url).await {
             self.warning("database", plaintext(&host));
@@ -185,7 +185,7 @@ impl Report {
         );
     }
 
-    /// Checks the servers of Redis. Returns the number of connected replicas.
+    /// Checks the Redis servers. Returns the number of connected replicas.
     async fn redis_servers(&mut self, config: &Config, settings: &RedisSettings) -> usize {
         let servers = &settings.servers;
         let tls = if servers.tls() { " over TLS" } else { "" };
@@ -290,7 +290,7 @@ impl Report {
         }
     }
 
-    /// Checks that a partitioned master soon stops accepting writes.
+    /// Checks that a partitioned master stops accepting writes soon.
     fn failover(&mut self, node: &Node) {
         let addr = &node.addr;
         if node.min_replicas_to_write == Some(0) {

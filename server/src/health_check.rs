@@ -1,6 +1,6 @@
 //! `quota health`: checks the health of a running server, for container engines and service managers.
 //!
-//! The command is part of the binary because the image has neither a shell nor an HTTP client.
+//! The command is part of the binary, because the container image has neither a shell nor an HTTP client.
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},

@@ -58,7 +58,8 @@ pub enum MailError {
 }
 
 impl MailError {
-    /// Returns whether resending the email would be pointless, because the message or its recipient was rejected.
+    /// Returns whether resending the email would be pointless, because the message or its recipient is invalid or was
+    /// rejected.
     pub fn is_permanent(&self) -> bool {
         match self {
             Self::Address(_) | Self::Message(_) => true,
@@ -188,8 +189,8 @@ fn one_line(text: &str) -> String {
     visible.collect()
 }
 
-/// Writes a file completely or not at all. Deletes the oldest files if there are too many: names are UUIDv7 and sort by
-/// time.
+/// Writes a file completely or not at all. If there are too many files, deletes the oldest ones. The names of the files
+/// are UUIDv7, so they sort by time.
 fn write(dir: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     let temporary = path.with_extension("part");
@@ -248,7 +249,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn recipient_that_is_no_address_is_a_permanent_error() {
+    async fn recipient_that_is_not_an_address_is_a_permanent_error() {
         let dir = tempfile::tempdir().unwrap();
         for recipient in ["ada", "ada@example.com\r\nRCPT TO:<eve@example.com>", ""] {
             let mail = Mail {

@@ -11,11 +11,11 @@ use std::{convert::Infallible, mem::MaybeUninit, net::IpAddr};
 
 use crate::connection_marks::ConnectionMarks;
 
-/// The maximum size of a request line with its header fields.
+/// The maximum size of a request's head: the request line and the header fields.
 pub const HEAD_MAX: usize = 16 * 1024;
 /// The maximum number of header fields.
 const FIELDS_MAX: usize = 64;
-/// The maximum number of digits in a length. Nine digits fit in a `usize` on every platform.
+/// The maximum number of digits in a length. Nine digits fit in a `usize` on every supported platform.
 const LENGTH_DIGITS: usize = 9;
 
 /// Responds to plain requests, exactly as the endpoint behind hyper would.
@@ -23,11 +23,11 @@ pub trait DirectEndpoint: Send + Sync + 'static {
     /// The kind of a request that is accepted.
     type Route: Copy + Send;
 
-    /// Returns the route with which to pass this request to [`answer`](Self::answer), or `None` if the request is not
-    /// accepted. The request's body may not have arrived yet.
+    /// Returns the route to pass to [`answer`](Self::answer) together with this request, or `None` if the request is
+    /// not accepted. The request's body may not have arrived yet.
     fn route(&self, request: &PlainRequest<'_>) -> Option<Self::Route>;
 
-    /// Appends the response to `out`. `marks` is `None` if the connection has already authenticated.
+    /// Appends the response to `out`. `marks` is `None` if the client has already authenticated on the connection.
     fn answer(
         &self,
         route: Self::Route,
@@ -161,14 +161,14 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
 /// accepts more. The head begins with a visible character.
 #[expect(
     clippy::needless_bitwise_bool,
-    reason = "without branches, the compiler checks many bytes at once"
+    reason = "without branches, the compiler can vectorize the check"
 )]
 fn is_plain(head: &[u8]) -> bool {
     let next = head.get(1..).unwrap_or_default();
     let odd = head.iter().zip(next).fold(0, |odd, (byte, next)| {
         let is_visible = (b' '..0x7f).contains(next);
         let ends_line = (*next == b'\r') | (*next == b'\n');
-        // A line feed follows every carriage return, and nothing else.
+        // A carriage return must be followed by a line feed, and no other byte may be followed by one.
         let is_split = (*byte == b'\r') != (*next == b'\n');
         odd | u8::from(!(is_visible | ends_line)) | u8::from(is_split)
     });
@@ -181,9 +181,9 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Reads the header fields. Returns `None` if the request is not plain: a field affects where the request ends or
-    /// how to respond, a field that is read is repeated, `Host` is missing, or `Content-Length` or `Connection` has an
-    /// unusual value.
+    /// Reads the header fields. Returns `None` if the request is not plain: if a field other than `Content-Length` and
+    /// `Connection` affects where the request ends or how to respond, if a field that is read is repeated, if `Host` is
+    /// missing, or if `Content-Length` or `Connection` has an unusual value.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN];
         let (mut length, mut host, mut connection) = (None, None, None);
@@ -222,7 +222,7 @@ impl<'a> Known<'a> {
     }
 }
 
-/// Parses a length without leading zeros.
+/// Parses the value of `Content-Length`. Returns `None` if it has leading zeros or too many digits, or is not a number.
 fn content_length(value: &[u8]) -> Option<usize> {
     let is_plain = value.len() <= LENGTH_DIGITS
         && value.iter().all(u8::is_ascii_digit)

@@ -1,7 +1,7 @@
 //! Checks whether PostgreSQL is ready, and caches the result for a short time.
 //!
-//! Anyone may check readiness, and the number of checks is not limited. So concurrent checks share one query, whose
-//! result is reused for a short time.
+//! Anyone may check readiness, and the number of checks is not limited. Therefore, concurrent checks share one query,
+//! and its result is reused for a short time.
 
 use std::{
     sync::Arc,

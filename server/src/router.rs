@@ -52,8 +52,8 @@ pub fn public(state: &AppState) -> impl Endpoint<Output = Response> + use<> {
             "/admin",
             service.clone().with(guard(|parts| &parts.admin_guard)),
         )
-        // Webhooks from Stripe are not limited per address, because Stripe sends many at the same time from few
-        // addresses.
+        // Webhooks from Stripe are not limited per address, because Stripe sends many webhooks at the same time from a
+        // few addresses.
         .nest_no_strip("/billing/stripe", service.clone())
         .nest_no_strip(
             "/billing",
@@ -105,7 +105,7 @@ impl<E: Endpoint, F: Endpoint<Output = Response>> Endpoint for CrossOrigin<E, F>
             self.forward_auth.call(request).await
         } else {
             let mut response = self.others.call(request).await?.into_response();
-            // If every origin is allowed, the CORS rules replace `Vary: accept-encoding` with their own.
+            // The CORS middleware may have replaced `Vary: accept-encoding` with `Vary: origin`.
             if let Some(vary) = response.headers_mut().get_mut(header::VARY)
                 && vary.as_bytes().eq_ignore_ascii_case(b"origin")
             {

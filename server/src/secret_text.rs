@@ -42,8 +42,8 @@ pub type Hash = [u8; 32];
 pub struct Prefix([u8; PREFIX]);
 
 impl Prefix {
-    /// Returns the prefix with this text. If the text is not that of a prefix, which can only be the case if the
-    /// database was edited by hand, characters that do not fit are omitted.
+    /// Returns the prefix with this text. Omits characters that are not visible ASCII, and characters beyond the length
+    /// of a prefix. Both exist only if the database was edited by hand.
     pub fn of(text: &str) -> Self {
         let mut prefix = [0; PREFIX];
         let characters = text.bytes().filter(u8::is_ascii_graphic);

@@ -1,8 +1,8 @@
 //! Spans of traced requests, for OpenTelemetry.
 //!
-//! Spans are created only while a traced request is being served. For all other requests, the places where a span could
-//! begin only read a task-local variable. This module does not decide which requests are traced, and does not know
-//! where spans are sent: see [`telemetry::traces`](crate::telemetry::traces).
+//! Spans are created only while a traced request is being served. For all other requests, code that could start a span
+//! only reads a task-local variable. This module does not decide which requests are traced, and does not know where
+//! spans are sent: see [`telemetry::traces`](crate::telemetry::traces).
 //!
 //! Spawned tasks do not inherit the current span. Code that spawns a task for a request passes the span to the task
 //! with [`current`] and [`within`].
@@ -102,7 +102,7 @@ pub async fn within<T>(parent: Option<Parent>, work: impl Future<Output = T>) ->
     inside(parent.as_ref(), pin!(work)).await
 }
 
-/// Like [`within`], but for a future that is already pinned. Pinning in place avoids moving a large future.
+/// Works like [`within`], but for a future that is already pinned. Pinning in place avoids moving a large future.
 pub fn inside<F: Future>(
     parent: Option<&Parent>,
     mut work: Pin<&mut F>,

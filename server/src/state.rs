@@ -182,7 +182,7 @@ impl AppState {
             Some(redis) => {
                 let counters = RedisCounters::new(redis.clone());
                 initialize_counters(&db, redis, &counters).await?;
-                // The first call to Redis must already say whether other replicas may have decided requests without
+                // The first call to Redis must already report whether other replicas may have decided requests without
                 // Redis.
                 Box::pin(count_replicas(&db, replica_id, &*clock, &membership)).await?;
                 let settings = DistributedSettings {
@@ -338,7 +338,7 @@ impl AppState {
         })))
     }
 
-    /// Invalidates the cached copies of what has changed, in all caches of this replica.
+    /// Applies invalidations to all caches of this replica.
     pub fn forget(&self, invalidations: &[Invalidation]) {
         let gone = invalidations.iter().collect();
         self.keys.revoke(&gone);
@@ -351,8 +351,8 @@ impl AppState {
         self.sessions.forget_all();
     }
 
-    /// Applies an invalidation, which this replica has committed, to this replica's caches, and publishes it to other
-    /// replicas.
+    /// Applies an invalidation to this replica's caches, and publishes it to other replicas. This replica must have
+    /// committed the invalidation.
     pub fn invalidate(&self, invalidation: &Invalidation) {
         self.recent.announced(invalidation);
         self.forget(std::slice::from_ref(invalidation));
@@ -364,7 +364,7 @@ impl AppState {
         count_replicas(&self.db, self.replica_id, &*self.clock, &self.membership).await
     }
 
-    /// From now on, readiness and serving checks fail, streams of decisions end, and HTTP/1 connections are closed
+    /// Starts draining: readiness and serving checks fail, streams of decisions end, and HTTP/1 connections are closed
     /// after their next response.
     pub fn begin_draining(&self) {
         self.draining.store(true, Ordering::Release);
@@ -417,7 +417,7 @@ async fn initialize_counters(
     if is_initialized {
         return Ok(());
     }
-    // Waits for Redis before locking the row, because other replicas that are starting wait for the lock.
+    // Wait for Redis before locking the row, because other replicas that are starting wait for the lock.
     redis.connected(REDIS_WAIT).await;
     let mut tx = db.system().await?;
     if !repo::replica::begin_counters(&mut tx).await? {
@@ -429,9 +429,9 @@ async fn initialize_counters(
     tx.commit().await
 }
 
-/// Returns whether to accept sessions from earlier versions, which do not record the secret that they were issued with.
-/// These sessions are assumed to have been issued with the secret that was in use when sessions started to record their
-/// secret.
+/// Returns whether to accept sessions that earlier versions created without recording the secret with which the
+/// sessions were issued. These sessions are assumed to have been issued with the secret that was in use when Quota
+/// started to record the secrets of sessions.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;
     let first = repo::secret::first_of_sessions(&mut tx, &secrets.current.id).await?;

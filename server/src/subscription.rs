@@ -21,8 +21,8 @@
 //!
 //! If a customer has several subscriptions, the one whose access lasts the longest counts, so plans work as long as any
 //! of the subscriptions allows it. If the access of several subscriptions lasts equally long, the status decides, in
-//! the order `active`, `trialing`, `past_due`, `unpaid`, `paused`, `canceled`, any other. If the status is also equal,
-//! the newest subscription counts.
+//! the order `active`, `trialing`, `past_due`, `unpaid`, `paused`, `canceled`, and then any other status. If the status
+//! is also equal, the newest subscription counts.
 
 use std::cmp::Reverse;
 
@@ -68,8 +68,8 @@ impl Status {
         }
     }
 
-    /// Returns the status with this name. Returns `None` if this version does not support it. The caller then keeps the
-    /// last known access, because neither granting nor revoking access would be safe.
+    /// Returns the status with this name, or `None` if this version of Quota does not support the status. The caller
+    /// then keeps the last known access, because neither granting nor revoking access would be safe.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.into_iter().find(|status| status.name() == name)
     }

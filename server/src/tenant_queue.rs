@@ -1,7 +1,7 @@
 //! Limits how many changes or large reads of each tenant are in progress.
 //!
-//! A change holds a database connection while it waits for a lock, and a tenant's changes mostly wait for each other.
-//! So a burst of one tenant's changes, or of its large reads, could take all of this replica's connections. Therefore,
+//! A change holds a database connection while it waits for a lock, and a tenant's changes mostly wait for each other. A
+//! burst of one tenant's changes, or of its large reads, could take all of this replica's connections. Therefore,
 //! changes and large reads wait here before they take a connection. Each tenant has its own bounded queue, so that
 //! tenants do not delay each other. Each replica has its own queues; across replicas, database locks determine the
 //! order.
@@ -90,7 +90,7 @@ impl TenantQueues {
         }
     }
 
-    /// Waits until the tenant has few enough other changes or reads in progress on this replica.
+    /// Waits until fewer than the maximum number of the tenant's changes or reads are in progress on this replica.
     pub async fn turn(&self, tenant: TenantId) -> Result<Turn, Busy> {
         let (place, turns) = self.enter(tenant)?;
         match timeout(WAIT, turns.acquire_owned()).await {

@@ -1,4 +1,4 @@
-//! Measures what a decision consists of.
+//! Measures the operations that a decision consists of.
 //!
 //! `cargo bench --package quota-operations` measures the time of each operation. `cargo xtask bench instructions` counts
 //! instructions under Valgrind, and compares the counts with `server/benches/instructions.toml`.
@@ -38,7 +38,7 @@ fn main() {
         let mut operations = world.operations();
         if let Some(times) = times() {
             for operation in &mut operations {
-                // Fill caches and buffers, which is not part of the operation.
+                // Fill caches and buffers first, because this work is not part of the operation.
                 (operation.run)(10);
                 println!("operation: {}", operation.name);
                 measured(operation, times);

@@ -1,4 +1,4 @@
-//! The part of the tests' support that starts a server with a database.
+//! The tests' support code that starts a server with a database.
 
 use quota_server::db;
 use secrecy::SecretString;
@@ -12,8 +12,8 @@ pub(crate) mod app;
 #[path = "../../tests/it/support/postgres.rs"]
 mod postgres;
 
-/// Creates the database that the databases of servers are copied from, unless it exists. Unlike the rest, this needs a
-/// runtime with several threads.
+/// Creates the template from which the databases of servers are copied, unless it exists. Unlike the rest of the
+/// benchmark, this function needs a multi-threaded runtime.
 pub fn migrate() {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)

@@ -35,7 +35,7 @@ pub struct Operation {
     pub run: Box<dyn FnMut(u64)>,
 }
 
-/// A server whose clock stands still, so that neither cached records nor leases expire.
+/// A server whose clock stands still during measurements, so that neither cached records nor leases expire.
 struct Side {
     app: TestApp,
     clock: TestClock,

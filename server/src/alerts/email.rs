@@ -107,7 +107,7 @@ impl Alerts {
         self.db.in_system(write).await
     }
 
-    /// Sends emails that are due. Claims one email at a time, because a claimed email's lease would otherwise run down
+    /// Sends emails that are due. Claims one email at a time. Otherwise, the lease of a claimed email could expire
     /// while other emails are being sent.
     pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();

@@ -46,8 +46,8 @@ const TENANTS: i64 = 200;
 /// If more records than this are unchecked, all of the tenant's keys are checked instead of only the keys in these
 /// records.
 const RECORDS_MAX: i64 = 200_000;
-/// The maximum number of log records whose keys are checked before proceeding to later records. The number is limited,
-/// because each step reads these records again.
+/// The maximum number of log records whose keys are checked before the check proceeds to later records. The number is
+/// limited, because each step reads these records again.
 const PART_MAX: i64 = 20_000;
 /// The maximum number of keys to check per transaction.
 const KEYS_MAX: i64 = 250;
@@ -55,7 +55,8 @@ const KEYS_MAX: i64 = 250;
 const ALERTS_MAX: usize = 500;
 /// The maximum duration of a step, which reads usage at most twice. Each read has a [time limit](quota_standing::USAGE_TIMEOUT).
 const STEP_MAX: Duration = Duration::from_secs(30);
-/// After this time, a round ends, so that other tenants get their turn. The next round checks the rest.
+/// The time after which a round ends, so that other tenants get their turn. The next round checks the remaining
+/// tenants.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
 /// Checks tenants' quota usage and stores alerts. Cloning is cheap.
@@ -283,7 +284,7 @@ impl Alerts {
     }
 }
 
-/// Returns the alert with the highest threshold for each quota and window.
+/// Returns the ID of the alert with the highest threshold for each quota and window.
 fn highest(alerts: &[AlertRow]) -> Vec<Uuid> {
     let mut highest = HashMap::new();
     for alert in alerts {

@@ -1,9 +1,9 @@
 //! Authenticated callers. A handler whose first argument is one of these types runs only for requests with the
 //! corresponding credential.
 //!
-//! A [`SignedInTenant`] has sent an access token. An [`AdmittedKey`] has sent an API key, and the limiter has allowed
-//! the request. A [`ServiceCaller`] or [`GatewayCaller`] has sent a service token. Each type is a poem-openapi
-//! extractor that adds its security scheme to the OpenAPI document.
+//! For a [`SignedInTenant`], the request has an access token. For an [`AdmittedKey`], the request has an API key, and
+//! the limiter has allowed the request. For a [`ServiceCaller`] or [`GatewayCaller`], the request has a service token.
+//! Each type is a poem-openapi extractor that adds its security scheme to the OpenAPI document.
 
 use std::{num::NonZeroU32, pin::pin, sync::Arc};
 
@@ -95,7 +95,7 @@ impl SignedInTenant {
         self.session.role
     }
 
-    /// Returns the request's access token, for callers that check it again later.
+    /// Returns the request's access token, so that it can be checked again later.
     pub fn token(&self, request: &Request) -> Result<SecretString, ApiError> {
         let context = RequestContext::of(request)?;
         let token = bearer(request.headers())?
@@ -177,8 +177,8 @@ async fn decide_in_span(
     let state = &context.state;
     let began = match tenant {
         None => context.decision_begins(),
-        // The lookup of the service token may have waited for PostgreSQL, so an earlier time could make an outdated key
-        // record seem valid.
+        // Use the current time: the lookup of the service token may have waited for PostgreSQL, so an earlier time
+        // could make an outdated key record seem valid.
         Some(_) => state.clock.monotonic(),
     };
     let refused = |rejection, record| {
@@ -283,11 +283,11 @@ fn describe(
 #[derive(Debug, Clone)]
 pub struct RejectedKey {
     pub rejection: Rejection,
-    /// The record of the key, if the key exists.
+    /// The key's record. `None` if the key is unknown or belongs to another tenant.
     pub record: Option<Arc<KeyRecord>>,
 }
 
-/// A consumer whose request has been allowed and has consumed tokens.
+/// The API key of a request that has been allowed and has consumed tokens.
 #[derive(Debug)]
 pub struct AdmittedKey {
     pub record: Arc<KeyRecord>,
@@ -295,7 +295,7 @@ pub struct AdmittedKey {
 }
 
 impl AdmittedKey {
-    /// Consumes one request from the limits of the request's API key.
+    /// Consumes one token from each limit of the request's API key.
     ///
     /// Records the decision for the endpoint `GET /v1/echo`.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
@@ -303,7 +303,7 @@ impl AdmittedKey {
         Self::of(RequestContext::of(request)?, request.headers(), query).await
     }
 
-    /// Consumes one request like [`admit`](Self::admit), given the request's header fields and query.
+    /// Works like [`admit`](Self::admit), but takes the request's header fields and query.
     pub async fn of(
         context: &RequestContext,
         fields: &impl Fields,
@@ -409,7 +409,7 @@ impl ServiceCaller {
 /// A gateway. It forwards headers that API consumers control.
 ///
 /// Accepts a token only in `X-Service-Token`, which gateways overwrite; consumers control `Authorization`. Rejects
-/// requests with two tokens, because one of them could come from the consumer.
+/// requests with more than one token, because the consumer could have sent one of them.
 #[derive(Debug, Clone)]
 pub struct GatewayCaller {
     pub token: Arc<ServiceRecord>,

@@ -75,7 +75,7 @@ fn at_most(config: &Config, maximum: u64) -> String {
     }
 }
 
-/// Makes changes to the tenant's plans and keys wait for each other if free plans have a maximum rate. Without this
+/// If free plans have a maximum rate, makes changes to the tenant's plans and keys wait for each other. Without this
 /// lock, a plan could become free while one of its keys gets a higher rate. Must be the first call in the transaction.
 pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbError> {
     match config.free_tier.rpm {

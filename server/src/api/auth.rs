@@ -304,7 +304,8 @@ impl AuthApi {
             ));
         }
         if body.tenant_name.is_some() || body.time_zone.is_some() {
-            // Begin this edit first, because it waits for the tenant's other changes and may be rejected.
+            // Begin this edit before changing the user's name, because the edit waits for the tenant's other changes
+            // and may be rejected.
             let mut edit = Edit::begin(&self.state, &caller).await?;
             let before = rows::lock_tenant(&mut edit).await.or_not_found()?;
             let now = i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX);
@@ -315,7 +316,8 @@ impl AuthApi {
             };
             let after = rows::update_tenant(&mut edit, &change).await?;
             let (before, after) = (tenant(before, caller.role()), tenant(after, caller.role()));
-            // If the time zone has changed, the quotas of the tenant's keys reset at other times than before.
+            // Invalidate the cached records of the tenant's keys, because a new time zone changes when their quotas
+            // reset.
             let action = AuditAction::TenantUpdate;
             edit.updated(action, &before, &after, Target::Tenant)
                 .await?;

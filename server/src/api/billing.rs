@@ -29,7 +29,7 @@ use crate::{
 };
 
 /// The maximum size of a webhook: well below the memory that a connection without valid credentials may use, and far
-/// larger than any webhook from Stripe.
+/// above the usual size of webhooks from Stripe.
 const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 

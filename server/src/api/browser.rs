@@ -1,10 +1,10 @@
 //! Browser sessions. They use the same tokens as other sessions, but in cookies that scripts cannot read.
 //!
-//! A client requests cookies with `X-Quota-Session: cookie`. Both tokens are then set as cookies and omitted from the
+//! A client requests cookies with `X-Quota-Session: cookie`. The tokens are then set as cookies and omitted from the
 //! body. These cookies are `HttpOnly` and `SameSite=Lax`. Over HTTPS, the prefix `__Host-` binds the cookies to this
 //! host (RFC 6265bis 4.1.3.2). A request that uses them to make a change must come from this server's own pages,
-//! according to the browser, and must have a CSRF header derived from the session. Only pages of this origin can read
-//! the header's value from its cookie.
+//! according to the browser, and must have a CSRF header derived from the session. The header's value is stored in a
+//! cookie that only pages of this origin can read.
 
 use poem::{
     Addr, IntoResponse, Request, Response,
@@ -23,9 +23,9 @@ use crate::{
     state::AppState,
 };
 
-/// Requests cookies. The value must be `cookie`.
+/// The header that requests cookies. Its value must be `cookie`.
 pub const SESSION_FIELD: &str = "x-quota-session";
-/// Contains the value of the CSRF cookie.
+/// The header that contains the value of the CSRF cookie.
 pub const CSRF_FIELD: &str = "x-quota-csrf";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -231,7 +231,7 @@ pub fn keep(state: &AppState, request: &Request, tokens: &Tokens) -> Vec<HeaderV
         .collect()
 }
 
-/// Returns the `Set-Cookie` header that identifies this browser at the next sign-in.
+/// Returns the `Set-Cookie` header for the cookie that identifies this browser at the next sign-in.
 pub fn keep_device(state: &AppState, request: &Request, device: &str) -> Option<HeaderValue> {
     let age = device::LIFETIME.as_secs();
     set_cookie(

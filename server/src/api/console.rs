@@ -25,8 +25,8 @@ include!(concat!(env!("OUT_DIR"), "/console.rs"));
 const INDEX: &str = "index.html";
 /// `Cache-Control` for files whose names contain a hash of their content. Such a file never changes.
 const YEAR: &str = "public, max-age=31536000, immutable";
-/// Allows only files from this server and `data:` images, but no inline scripts or styles. WebAssembly may be compiled,
-/// but strings are never evaluated as code.
+/// Allows files from this server and `data:` images, but no inline scripts or styles. Scripts may compile WebAssembly,
+/// but cannot evaluate strings as code.
 const CSP: &str = "default-src 'none'; script-src 'self' 'wasm-unsafe-eval'; style-src 'self'; \
     img-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'";
 

@@ -19,7 +19,8 @@ impl Coding {
     }
 }
 
-/// Writes the headers of a response with this coding. The coding depends on the request.
+/// Writes the headers of a response with this coding. `Vary` is always written, because the coding depends on the
+/// request.
 pub(super) fn write_coding(coding: Coding, headers: &mut HeaderMap) {
     headers.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
     if coding != Coding::Identity {
@@ -28,8 +29,9 @@ pub(super) fn write_coding(coding: Coding, headers: &mut HeaderMap) {
     }
 }
 
-/// Returns the coding that the client prefers. If the client has no preference, returns the last of `available`, which
-/// are in the order of their results' sizes, largest first.
+/// Returns the coding that the client prefers. If the client prefers several codings equally, returns the last of them
+/// in `available`, which must be ordered by the size of the compressed file, largest first. Returns
+/// [`Coding::Identity`] if the client accepts none of them.
 pub(super) fn choose_coding(headers: &HeaderMap, available: &[Coding]) -> Coding {
     let accepted: Vec<(&str, f32)> = headers
         .get_all(header::ACCEPT_ENCODING)

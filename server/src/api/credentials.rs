@@ -69,8 +69,9 @@ pub fn api_key<'a>(
 /// Returns the consumer's key from a request that a gateway forwards. Reads `X-API-Key` and `Authorization: Bearer
 /// qk_…`.
 ///
-/// Ignores other credentials in `Authorization`, which are for the API behind the gateway. Returns `None` if there are
-/// several keys or several values of either header: the API could read a different key than the one that was checked.
+/// Ignores other credentials in `Authorization`, which are for the API behind the gateway. Returns `None` if the
+/// request contains different keys, or contains either header more than once: the API could read a different key than
+/// the one that was checked.
 pub fn consumer_key(fields: &impl Fields) -> Option<&str> {
     let from_field = match Sent::of(fields, "x-api-key") {
         Sent::Never => None,

@@ -53,7 +53,7 @@ impl Route {
         match (request.method, request.target) {
             ("GET", ECHO) => Some(Self::Echo),
             ("POST", CHECK) => Some(Self::Check),
-            // HEAD is missing because only hyper omits the body of a response to HEAD.
+            // HEAD is missing, because a response to HEAD must not have a body, and only hyper omits the body.
             ("GET" | "POST" | "PUT" | "PATCH" | "DELETE" | "OPTIONS", target) => {
                 let deny = match target.strip_prefix(FORWARD_AUTH)? {
                     "" => None,
@@ -77,7 +77,7 @@ impl Route {
 }
 
 enum Success {
-    /// The caller, whose limits the headers report, and the time in the body, as JSON.
+    /// The admitted key, whose limits the headers report, and the time in the body, as JSON.
     Echo(AdmittedKey, [u8; limit::TIME]),
     Check(Checked),
     ForwardAuth(StatusOnly),
@@ -158,7 +158,7 @@ impl DirectDecisions {
         })
     }
 
-    /// Writes a response that ends at `now`, and returns its status.
+    /// Writes a response, and returns its status. `now` is used for the `Date` header.
     async fn write(
         &self,
         context: &RequestContext,
@@ -238,7 +238,8 @@ impl DirectEndpoint for DirectDecisions {
     type Route = Route;
 
     fn route(&self, request: &PlainRequest<'_>) -> Option<Route> {
-        // While the server is stopping, each response must announce that its connection will be closed, as hyper does.
+        // While the server is stopping, each response must announce that its connection will be closed. Direct
+        // responses do not.
         if self.state.is_draining() {
             return None;
         }

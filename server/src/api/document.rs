@@ -44,8 +44,7 @@ const START: &str = r##"SwaggerUIBundle({
 });
 "##;
 
-/// Extracts the viewer's style and script from the page that poem-openapi generates. That page contains the style and
-/// the script inline.
+/// Extracts the viewer's style and script from the page that poem-openapi generates, in which both are inline.
 fn viewer(service_html: &str) -> Option<(String, String)> {
     let between = |start: &str, end: &str| {
         let from = service_html.find(start)? + start.len();
@@ -53,7 +52,7 @@ fn viewer(service_html: &str) -> Option<(String, String)> {
         Some(service_html[from..to].to_owned())
     };
     let style = between("<style charset=\"UTF-8\">", "</style>")?;
-    // The bundle itself does not contain "</script>", so the first match is the end of the template's element.
+    // The script itself does not contain "</script>", so the first match is the end of the `<script>` element.
     let script = between("<script charset=\"UTF-8\">", "</script>\n</head>")?;
     Some((style, script))
 }

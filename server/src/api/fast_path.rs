@@ -1,8 +1,8 @@
 //! A fast path for decisions.
 //!
-//! Most requests are checks at one of three fixed paths. They are recognized by path before they reach the router and
-//! poem-openapi: nested routes, query parsing, and boxed errors would cost more than the rest of the request. The rest
-//! of the code is the same as for routed requests, and runs in the same order. A request with a query that is not
+//! Most requests are checks at one of three fixed paths. These checks are recognized before they reach the router and
+//! poem-openapi, because nested routes, query parsing, and boxed errors would cost more than the rest of the request.
+//! All other code is the same as for routed requests, and runs in the same order. A request with a query that is not
 //! recognized here is routed normally.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
@@ -19,7 +19,7 @@ use super::{
 
 pub const ECHO: &str = "/v1/echo";
 pub const CHECK: &str = "/v1/check";
-/// The path of forward-auth. It accepts every method.
+/// The path of forward-auth, which accepts every method.
 pub const FORWARD_AUTH: &str = "/v1/forward-auth";
 
 /// Wraps the router, which handles all other requests.

@@ -1,4 +1,4 @@
-//! The maximum time that a key's bucket takes to fill.
+//! Limits the time that a key's bucket may take to fill.
 //!
 //! The shared counters keep a bucket at least until it is full. A fill time of more than 31 days would not be useful,
 //! because a month is the longest period of a quota. Plans and keys that exceed the maximum keep working until their
@@ -33,7 +33,7 @@ pub fn check_plan(plan: &Plan, field: &'static str) -> Result<(), ApiError> {
 
 /// Rejects a change to a plan if the burst of a key with a rate override would then take too long to refill.
 pub async fn check_keys_of_plan(tx: &mut TenantTx, plan: &Plan) -> Result<(), ApiError> {
-    // If they are equal, the burst of each such key equals the key's own rate.
+    // If the plan's burst equals its rate, the burst of each such key equals the key's own rate.
     if plan.burst == plan.default_rpm {
         return Ok(());
     }

@@ -165,7 +165,7 @@ async fn call(
             let request = decode(&body)?;
             rate_limit::should_rate_limit(context, caller.token.tenant, &request).await
         }
-        // A consumer can cause this error by sending long headers, so it must not fail the call.
+        // A consumer can cause this error by sending long headers, so the call must not fail.
         Err(error) if error.code == ProblemCode::ContentTooLarge => {
             Ok(rate_limit::not_allowed(context, &error))
         }

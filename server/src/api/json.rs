@@ -207,7 +207,7 @@ fn wrong_media_type() -> ApiError {
     )
 }
 
-/// The maximum memory to reserve for a body before it arrives.
+/// The maximum number of bytes to reserve for a body before it arrives.
 const RESERVED: usize = 4 * 1024;
 
 /// Reads a body of at most `limit` bytes.
@@ -299,7 +299,7 @@ fn object<T: DeserializeOwned>(bytes: &[u8]) -> Option<T> {
         .flatten()
 }
 
-/// Parses bytes like [`object`], and names the field that is wrong.
+/// Parses bytes like [`object`]. The error for a JSON object names the invalid field.
 fn diagnose<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
     // A body that is not a JSON object results in 400, and an object of the wrong shape in 422.
     let value: serde_json::Value = serde_json::from_slice(bytes).map_err(|error| {
@@ -317,7 +317,7 @@ fn diagnose<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
         ));
     }
     drop(value);
-    // Parse the bytes again: in the value, only the last of several fields with the same name remains.
+    // Parse the bytes again, because a [`serde_json::Value`] keeps only the last of several fields with the same name.
     let mut reader = serde_json::Deserializer::from_slice(bytes);
     serde_path_to_error::deserialize(&mut reader)
         .map_err(|error| ApiError::invalid_fields(vec![rejected_field(&error)]))

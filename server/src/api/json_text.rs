@@ -1,6 +1,6 @@
-//! Texts in JSON that is formatted by hand.
+//! Writes strings in JSON that is formatted without serde.
 
-/// Appends a text as JSON. Most texts do not need escaping.
+/// Appends a string as JSON. Most strings do not need escaping.
 #[expect(
     clippy::needless_bitwise_bool,
     reason = "without branches, the compiler can vectorize the check"

@@ -160,7 +160,7 @@ impl KeyLimitsApi {
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
         let record = self.key(&mut tx, key_id.0).await?;
         tx.commit().await?;
-        // `inspect` may wait for the shared counters, so no connection to PostgreSQL may be held meanwhile.
+        // `inspect` may wait for the shared counters, so do not hold a PostgreSQL connection during the call.
         let limiter = &self.state.limiter;
         let decision = limiter.inspect(&record.handle, &record.policies).await;
         let mut tx = self.state.db.tenant(caller.tenant()).await?;
@@ -169,7 +169,7 @@ impl KeyLimitsApi {
         for state in decision.states() {
             let mut limit = limit_state(state);
             if let Some(quota) = self.quota(&mut tx, &record, state.policy, now).await? {
-                // Other replicas may have counted usage in this window, even if this one has not.
+                // Other replicas may have counted usage in this window, even if this replica has not.
                 let spent = Self::spent(&mut tx, key_id.0, &[quota.start], quota.end).await?;
                 limit.limit = quota.limit;
                 limit.remaining = limit
@@ -238,8 +238,8 @@ impl KeyLimitsApi {
 /// The maximum number of points in a burn-down, not counting the last one.
 const POINTS: i32 = 192;
 
-/// Returns the starts of equal intervals from the start of the window up to `until`, aligned to quarter hours. The last
-/// one is before `until`.
+/// Returns the starts of intervals of equal length, which is a multiple of a quarter hour. The first interval starts
+/// with the window, and all others start before `until`.
 fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     let quarter = TimeDelta::minutes(15);
     let quarters = (quota.end - quota.start).num_minutes() / 15;

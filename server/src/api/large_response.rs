@@ -1,6 +1,6 @@
-//! Limits the number of large responses that have not been sent completely, because they occupy memory.
+//! Limits the number of large responses that have not been sent completely, because such responses occupy memory.
 //!
-//! A client that makes some progress can take as long as it wants, so the number of such responses is limited per
+//! A client that keeps making progress can take as long as it wants, so the number of these responses is limited per
 //! tenant and in total. Static files do not count, because serving them takes no additional memory.
 
 use poem::Response;
@@ -8,8 +8,8 @@ use poem::Response;
 use super::{problem::ApiError, request_context::RequestContext};
 use crate::tenant_places::{HeldUntilSent, TenantPlaces};
 
-/// Responses of more than this many bytes are large. Smaller ones fit in the socket's buffer, or are limited by the
-/// request rate.
+/// Responses of more than this many bytes are large. Smaller responses fit in the socket's buffer, or are limited by
+/// the request rate.
 const LARGE: usize = 64 * 1024;
 /// The maximum number of concurrent large responses per tenant.
 const OF_TENANT: usize = 8;

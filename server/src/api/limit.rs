@@ -78,11 +78,12 @@ impl<T: Type + serde::Serialize + Send> ApiResponse for WithLimitHeaders<T> {
     }
 }
 
-/// A decision as a status and headers. The body is empty, so that nginx can reuse its connection.
+/// A response that reports a decision only in its status and headers. The body is empty, so that nginx can reuse the
+/// connection.
 pub struct StatusOnly {
     pub status: StatusCode,
     decision: GatewayDecision,
-    /// The key and the limiter's decision.
+    /// The key and the limiter's decision, if the limiter was called.
     decided: Option<(Arc<KeyRecord>, Decision)>,
     challenge: Option<HeaderValue>,
 }
@@ -204,8 +205,8 @@ thread_local! {
 /// The length of a [`Timestamp`] as JSON.
 pub const TIME: usize = "\"2026-11-24T09:18:42.000Z\"".len();
 
-/// Returns the time in an [`Echo`] as JSON. Each thread formats it once for the thousands of responses in the same
-/// second.
+/// Returns the `time` of an [`Echo`] as JSON. Each thread caches the most recently formatted second, because it may
+/// write thousands of responses in the same second.
 pub fn echo_time_json(decision: &Decision) -> Result<[u8; TIME], ApiError> {
     let (last, json) = LAST_TIME.get();
     if last == decision.at.secs() {
@@ -218,7 +219,8 @@ pub fn echo_time_json(decision: &Decision) -> Result<[u8; TIME], ApiError> {
     Ok(json)
 }
 
-/// Appends the JSON of an [`Echo`]. It is formatted by hand, because this runs for every direct response to `/v1/echo`.
+/// Appends the JSON of an [`Echo`]. Formats the JSON without serde, because this function runs for every direct
+/// response to `/v1/echo`.
 pub fn write_echo(
     key_id: ApiKeyId,
     plan: &str,
@@ -237,7 +239,7 @@ pub fn write_echo(
     Ok(())
 }
 
-/// Decides on a request that a gateway has received.
+/// Decides whether a gateway may forward a request.
 pub async fn forward_auth(
     context: &RequestContext,
     caller: &GatewayCaller,

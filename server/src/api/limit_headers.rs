@@ -1,7 +1,7 @@
 //! The headers that report a decision.
 //!
-//! Only this module writes these headers, with two exceptions: responses to gateways write `X-Quota-Decision`
-//! themselves, and error responses without a decision can have `Retry-After` and `X-Quota-Degraded`.
+//! Only this module writes these headers, with two exceptions: the code that responds to gateways writes
+//! `X-Quota-Decision`, and `problem.rs` writes `Retry-After` and `X-Quota-Degraded` if no decision was made.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11 and are structured fields (RFC
 //! 9651). `X-RateLimit-*` follow the older convention. `X-Quota-Decision` is for gateways.
@@ -27,7 +27,8 @@ pub const DECISION: HeaderName = HeaderName::from_static("x-quota-decision");
 pub const DEGRADED: HeaderName = HeaderName::from_static("x-quota-degraded");
 pub const REDIS_AWAY: &str = "redis-away";
 
-/// The maximum number of headers in a response. If space for this many is reserved, the map is allocated only once.
+/// The approximate number of headers in a response. If space for this many headers is reserved, the map is allocated
+/// only once.
 pub const FIELDS: usize = 14;
 
 /// The values of [`DECISION`].
@@ -115,7 +116,7 @@ impl HeaderSink for HeaderMap {
 struct FixedValues {
     limit: HeaderValue,
     policy: HeaderValue,
-    /// The policies, including the tenant's quota.
+    /// The value of `policy` with the tenant's quota appended.
     with_tenant: OnceLock<HeaderValue>,
 }
 
@@ -141,7 +142,7 @@ impl FixedValues {
     }
 }
 
-/// Writes all headers of a decision except [`DECISION`], including `Retry-After`.
+/// Writes all headers that report a decision, including `Retry-After`, but not [`DECISION`].
 pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decision) {
     let rate = decision.rate;
     let fixed = FixedValues::of(record, decision);
@@ -170,7 +171,8 @@ enum PairValue<'a> {
     State(StateField),
 }
 
-/// The same headers as pairs of strings, for a service to pass on: a map in JSON, in the order of the names.
+/// The headers that [`write()`] sets, as pairs of strings that a service can pass on. Serialized as a map sorted by
+/// name.
 pub struct Pairs<'a>([Option<(&'static str, PairValue<'a>)>; 8]);
 
 pub fn pairs<'a>(record: &'a KeyRecord, decision: &Decision) -> Pairs<'a> {
@@ -228,8 +230,9 @@ fn all_policies(policies: &Policies, decision: &Decision) -> HeaderValue {
     value(policy_field(policies, Some(decision), decision.tenant_monthly).as_bytes())
 }
 
-/// Returns the key's policies: `q` requests per `w` seconds. A monthly policy has no `w`, because the length of a month
-/// varies. For a window that a change of time zone has shortened, uses the window's own length and quota.
+/// Returns the value of [`POLICY`]. Each policy allows `q` requests per `w` seconds. A monthly policy has no `w`,
+/// because the length of a month varies. For a window that a change of time zone has shortened, uses the window's own
+/// length and quota.
 fn policy_field(
     policies: &Policies,
     decision: Option<&Decision>,
@@ -363,7 +366,7 @@ mod tests {
     fn parse(field: &str) -> List {
         Parser::new(field)
             .parse()
-            .expect("a structured list by RFC 9651")
+            .expect("a structured list as defined in RFC 9651")
     }
 
     fn item(entry: &ListEntry) -> (String, Vec<(String, i64)>) {

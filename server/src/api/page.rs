@@ -169,7 +169,7 @@ fn read_sorted(order: Order, cursor: &str) -> Result<(CursorKey, Uuid), ApiError
     Ok((cursor_key, id))
 }
 
-/// Returns whether the year has four digits, as in every time that Quota stores. PostgreSQL supports all of these
+/// Returns whether the year is from 0 to 9999, as in every time that Quota stores. PostgreSQL supports all of these
 /// years.
 fn is_storable(at: &DateTime<Utc>) -> bool {
     (0..=9999).contains(&at.year())

@@ -48,7 +48,7 @@ pub struct ApiError {
     pub allow: Option<String>,
     /// Whether the request had credentials, for 401.
     pub credential_sent: bool,
-    /// The denial by a key's limits. The response headers report it.
+    /// The key and the decision, if the key's limits denied the request. The response headers report the decision.
     pub denied: Option<Box<(Arc<KeyRecord>, Decision)>>,
     /// The cause, for the log. Never sent to the caller.
     #[source]
@@ -268,8 +268,8 @@ impl ApiError {
         response
     }
 
-    /// Logs the error if the server failed. Overload is not a failure: its errors have no source and are counted in
-    /// metrics.
+    /// Logs the error if the server failed. Overload is not a failure: errors caused by overload have no source, and
+    /// are counted in metrics instead.
     pub fn log(&self, request_id: &str) {
         let is_busy = self.code == ProblemCode::InsufficientStorage
             || self.code == ProblemCode::Unavailable && self.source.is_none();
@@ -383,7 +383,7 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// `openapi` adds the error responses to the document.
+/// Describes no responses, because the `openapi` module adds the error responses to the document.
 impl ApiResponse for ApiError {
     fn meta() -> MetaResponses {
         MetaResponses {

@@ -60,9 +60,9 @@ pub struct RequestContext {
     pub ip: Option<IpAddr>,
     /// When the beginning of the request arrived.
     pub arrived: UnixNanos,
-    /// When the request had arrived completely. `None` if its body may still be arriving.
+    /// The time by which the request had arrived completely. `None` if its body may still be arriving.
     complete_at: Option<Monotonic>,
-    /// Reports to the listener about the request's connection. `None` if the listener no longer reads the reports.
+    /// The reports to the listener about the request's connection. `None` if the listener does not need any reports.
     marks: Option<ConnectionMarks>,
     /// The authenticated caller. Set during authentication.
     caller: Mutex<Option<Identity>>,
@@ -101,8 +101,8 @@ impl RequestContext {
         }
     }
 
-    /// Returns the time at which work on a decision begins, if nothing has waited since the request arrived completely.
-    /// Reads the clock only if the request may have taken long to arrive.
+    /// Returns the time at which work on a decision begins. Must be called before anything waits. Reads the clock only
+    /// if the time at which the request had arrived completely is not known.
     pub fn decision_begins(&self) -> Monotonic {
         self.complete_at
             .unwrap_or_else(|| self.state.clock.monotonic())
@@ -153,7 +153,7 @@ impl RequestContext {
     }
 
     /// Reports the response as endless until the returned value is dropped. Returns `None` if the listener does not
-    /// read such reports.
+    /// need any reports.
     pub fn begin_endless_response(&self) -> Option<EndlessResponse> {
         let connection = self.marks.as_ref();
         connection.map(ConnectionMarks::begin_endless_response)

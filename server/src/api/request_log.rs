@@ -148,8 +148,8 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             .map_or_else(|context| context.id.clone(), |context| context.id);
         headers.insert(REQUEST_ID, id.into());
         write_common(headers, state);
-        // Proxies must not keep connections that the server is about to close: a request that they send at that moment
-        // fails, unless it can be repeated safely.
+        // Proxies must not reuse connections that the server is about to close: a request that is sent at that moment
+        // fails, unless the proxy can safely retry it.
         if is_http1 && state.is_draining() {
             headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
@@ -157,7 +157,8 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
     }
 }
 
-/// Runs a handler, inside the request's span if it has one. Converts a panic to an error, and enforces the time limit.
+/// Runs a handler, inside the request's span if there is one. Converts a panic to an error, and enforces the time
+/// limit.
 ///
 /// The handler is pinned by the caller, because it is large: each move would copy several kilobytes.
 pub async fn run<T>(
@@ -167,8 +168,8 @@ pub async fn run<T>(
 ) -> Result<T, ApiError> {
     state.metrics.requests_in_flight.inc();
     let _flight = InFlight(state);
-    // Most handlers complete without waiting, so poll once before setting up a timer. A handler can exceed the time
-    // limit only if it waits.
+    // Most handlers complete without waiting, so poll once before setting up a timer. The time limit can interrupt a
+    // handler only while the handler waits.
     let answer = pin!(AssertUnwindSafe(handler).catch_unwind());
     let mut answer = spans::inside(span, answer);
     let at_once = poll_fn(|context| Poll::Ready(Pin::new(&mut answer).poll(context))).await;
@@ -208,8 +209,9 @@ pub fn write_common(headers: &mut impl HeaderSink, state: &AppState) {
     }
 }
 
-/// Adds the decision to an error response of forward-auth. Removes the body if the gateway acts on the response, so
-/// that nginx can reuse its connection. The response to a malformed request keeps its body, which explains the error.
+/// Adds the decision to an error response of forward-auth. Removes the body of a 503 response, and of a response with
+/// any decision other than `unavailable`, so that nginx can reuse the connection. All other responses, such as those to
+/// malformed requests, keep their bodies, which explain the errors.
 pub fn for_gateway(mut response: Response) -> Response {
     let status = response.status();
     let decision = GatewayDecision::of_error(status);
@@ -241,8 +243,8 @@ impl<E> RequestLogEndpoint<E> {
     }
 }
 
-/// Returns whether this is a valid request ID: 1 to 128 letters, digits, and `-_.:`. None of these characters is
-/// special in logs or terminals.
+/// Returns whether `bytes` are a valid request ID: 1 to 128 ASCII letters, digits, and the characters `-_.:`. None of
+/// these characters is special in logs or terminals.
 pub fn is_id(bytes: &[u8]) -> bool {
     (1..=128).contains(&bytes.len())
         && bytes

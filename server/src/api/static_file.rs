@@ -1,5 +1,5 @@
-//! Files that are the same for every client. Clients do not download a file again that they have, and all connections
-//! share the memory of its content, which is compressed at most once.
+//! Files that are the same for every client. A client does not download a file again if it already has the current
+//! version. All connections share one copy of a file's content in memory. The content is compressed at most once.
 
 use std::{fmt::Write as _, io::Write as _, sync::Arc};
 
@@ -76,14 +76,14 @@ impl StaticFile {
         response
     }
 
-    /// Returns the compressed content. `None` while the server is stopping.
+    /// Returns the compressed content, or `None` if the server stops during the compression.
     async fn gzip(&self) -> Option<Bytes> {
         if let Some(known) = self.gzip.get() {
             return Some(known.clone());
         }
         let (gzip, plain) = (self.gzip.clone(), self.plain.clone());
-        // In a task of its own: a compression does not stop with the request that started it. If its result were lost
-        // with the request, clients that leave at once could start any number of compressions.
+        // Compress in a separate task, which continues if the request is canceled. Otherwise, clients that disconnect
+        // immediately could start any number of compressions.
         let compressing = task::spawn(async move {
             let compressed = gzip.get_or_try_init(|| compress_aside(plain)).await;
             compressed.ok().cloned()
@@ -92,7 +92,7 @@ impl StaticFile {
     }
 }
 
-/// Compresses on another thread. This takes many milliseconds, during which other tasks of this thread would wait.
+/// Compresses on another thread. On this thread, the compression would block other tasks for many milliseconds.
 #[expect(
     clippy::disallowed_methods,
     reason = "at most one call per file at a time, until one succeeds"
@@ -174,14 +174,14 @@ mod tests {
         assert_eq!(known.status(), StatusCode::NOT_MODIFIED);
         assert_eq!(known.headers()[header::ETAG], gzip_tag);
         assert!(known.into_body().into_bytes().await.unwrap().is_empty());
-        // The client has the other form of the file, or another version.
+        // The client has the file in another coding, or has another version of the file.
         for tag in [gzip_tag, HeaderValue::from_static("\"another\"")] {
             let other = fields(&[(header::IF_NONE_MATCH, &tag)]);
             assert_eq!(file.respond(&other).await.status(), StatusCode::OK);
         }
     }
 
-    /// Otherwise, each request that is abandoned would start another compression.
+    /// Otherwise, each abandoned request would start another compression.
     #[tokio::test]
     async fn compression_outlives_the_request_that_started_it() {
         let file = StaticFile::new("text".to_owned(), "text/plain", "no-cache", "");

@@ -39,7 +39,7 @@ struct Yesterday {
     start: DateTime<Utc>,
     /// The start of the quarter hour that contains this time.
     quarter: DateTime<Utc>,
-    /// The fraction of that quarter hour that had passed.
+    /// The fraction of that quarter hour that had passed by this time.
     part: f64,
 }
 
@@ -140,8 +140,8 @@ fn attention(quotas: Vec<QuotaRow>, standings: Vec<Standing>) -> Vec<Attention> 
 impl StatsApi {
     /// Get statistics
     ///
-    /// Returns the number of keys and plans, today's requests, the quota closest to its limit, and the keys that need
-    /// attention.
+    /// Returns the number of keys and plans, today's requests, the quota that is closest to being used up, and the keys
+    /// that need attention.
     #[oai(path = "/stats", method = "get", operation_id = "get_stats")]
     async fn stats(&self, caller: UsageTenant) -> Result<Json<Stats>, ApiError> {
         let _turn = read_turn(&self.state, &caller).await?;

@@ -1,7 +1,7 @@
 //! The spans of requests.
 //!
-//! Attributes are named after the OpenTelemetry conventions for HTTP, where they exist. Except for the request ID,
-//! which is also in the log, spans contain neither URLs nor headers, because these may contain secrets.
+//! Attributes have the names that the OpenTelemetry conventions for HTTP define, where such names exist. Except for the
+//! request ID, which is also in the log, spans contain neither URLs nor headers, because these may contain secrets.
 
 use std::net::IpAddr;
 
@@ -29,7 +29,8 @@ pub fn begin(
     if path.starts_with("/health/") {
         return None;
     }
-    // Only a trusted proxy may decide. Otherwise, any client could have all its requests traced.
+    // Only a trusted proxy may decide whether the request is traced. Otherwise, any client could have all its requests
+    // traced.
     let is_trusted = peer.is_some_and(|peer| is_trusted(peer, &state.config.trusted_proxies));
     match is_trusted.then(|| Sent::of(fields, "traceparent")) {
         Some(Sent::Once(header)) => traces.begin(Some(header)),
@@ -48,7 +49,7 @@ pub fn end(
     let method = METHODS.into_iter().find(|known| *known == method);
     let method = method.unwrap_or("_OTHER");
     span.set("http.request.method", method);
-    // The conventions use this name for methods that are not listed.
+    // The conventions require this name for unknown methods.
     let name = if method == "_OTHER" { "HTTP" } else { method };
     if let Some(route) = route {
         span.rename(format!("{name} {route}"));

@@ -104,7 +104,7 @@ struct GroupFields {
 }
 
 impl GroupFields {
-    /// Returns the fields that identify a group. `group` is `None` for `other`, and if there are no groups.
+    /// Returns the fields that identify a group. `group` is `None` for `other`, and if requests are not grouped.
     fn new(by: Option<UsageGroupBy>, group: Option<&str>) -> Self {
         let (Some(by), Some(group)) = (by, group) else {
             return Self::default();
@@ -177,7 +177,8 @@ struct Grouped {
     groups: Vec<UsageGroup>,
 }
 
-/// Returns the largest groups, and all others combined. `all` contains the counts of each bucket across all groups.
+/// Returns the largest groups, and all other groups combined. `all` contains the counts of each bucket across all
+/// groups.
 async fn grouped(
     tx: &mut TenantTx,
     filter: &Filter,
@@ -262,7 +263,7 @@ fn usage_group(
     }
 }
 
-/// Returns the tenant's time zone. If this version does not support it, returns UTC.
+/// Returns the tenant's time zone, or UTC if this version of Quota does not support that time zone.
 pub(super) async fn tenant_zone(tx: &mut TenantTx) -> Result<Zone, ApiError> {
     let name = account::time_zone(tx).await.or_not_found()?;
     Ok(Zone::named(&name).unwrap_or_default())

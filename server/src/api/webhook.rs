@@ -65,7 +65,7 @@ impl From<DeliveryRow> for WebhookDelivery {
             webhook_id: WebhookId(row.webhook_id),
             event_id: row.event_id,
             event_type: row.event_type,
-            // The database allows no other values.
+            // The database allows only the statuses of [`WebhookDeliveryStatus`].
             status: WebhookDeliveryStatus::of(&row.status).unwrap_or(WebhookDeliveryStatus::Failed),
             attempts: u32::try_from(row.attempts).unwrap_or(0),
             response_status: row.response_status.and_then(|it| u32::try_from(it).ok()),

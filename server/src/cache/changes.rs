@@ -3,8 +3,8 @@
 //!
 //! A row belongs to up to three owners: its tenant, its plan, and the key itself. For each owner, a slot contains the
 //! generation of the owner's last change. A row has changed if one of its owners has changed in a later generation than
-//! the row was loaded in. So editing a plan takes the same time however many keys the plan has, and needs no memory per
-//! key.
+//! the one in which the row was loaded. Therefore, the time to edit a plan does not depend on its number of keys, and
+//! no memory per key is needed.
 //!
 //! Owners share slots. If two owners have the same slot, a change to one of them also invalidates the rows of the
 //! other, which costs one unnecessary load per row. A change is never missed.
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
 
-/// The number of slots for plans, and for tenants.
+/// The number of slots for plans, and also for tenants.
 const FEW: usize = 1 << 14;
 /// The number of slots for keys. Changes to keys are more frequent.
 const MANY: usize = 1 << 17;
@@ -54,7 +54,7 @@ impl Changes {
         slot.fetch_max(generation, Ordering::AcqRel);
     }
 
-    /// Returns whether an owner has changed in a later generation than `generation`.
+    /// Returns whether any of these owners has changed in a later generation than `generation`.
     #[inline]
     pub fn any_after(&self, generation: u64, tenant: Uuid, plan: Uuid, key: Uuid) -> bool {
         let is_later = |slot: &AtomicU64| slot.load(Ordering::Acquire) > generation;
@@ -64,7 +64,7 @@ impl Changes {
     }
 }
 
-/// `N` slots, a power of two.
+/// `N` slots. `N` is a power of two.
 #[derive(Debug)]
 struct Slots<const N: usize>(Box<[AtomicU64]>);
 

@@ -193,7 +193,7 @@ async fn once_postgres_is_suspected_entries_are_served_without_waiting() {
     it.clock.advance(Duration::from_secs(2));
     assert!(it.freshness.suspect());
     assert!(!it.freshness.suspect(), "PostgreSQL is already suspected");
-    // More than the maximum number of concurrent background loads.
+    // Make more calls than the maximum number of concurrent background loads.
     for _ in 0..3 * BACKGROUND_LOADS {
         let value = it.cache.get(1, hangs()).await.unwrap();
         assert_eq!(value.unwrap().as_str(), "a");
@@ -241,7 +241,7 @@ async fn changed_entries_stay_known_and_are_never_served_unconfirmed() {
     it.freshness.suspect();
     assert!(
         it.get(Err("unreachable")).await.is_err(),
-        "nor under suspicion"
+        "the stale entry is not served under suspicion either"
     );
     assert!(it.cache.holds(&1), "the key is still known");
     assert_eq!(
@@ -259,7 +259,7 @@ async fn sweep_frees_changed_rows_and_keeps_the_others() {
     let row = Arc::downgrade(&it.cache.peek(&1).unwrap().unwrap());
     assert!(row.upgrade().is_some(), "the row has not changed");
     it.freshness.changed([OWNER]);
-    // Until the task of the load has ended, it has a reference.
+    // The task of the load has a reference to the row until the task ends.
     for _ in 0..10 {
         tokio::task::yield_now().await;
     }
@@ -273,7 +273,7 @@ async fn sweep_frees_changed_rows_and_keeps_the_others() {
 }
 
 #[tokio::test]
-async fn deleted_entries_are_unknown_after_the_next_look_up() {
+async fn deleted_entries_are_unknown_after_the_next_lookup() {
     let it = fixture();
     it.get(Ok(Some("a"))).await.unwrap();
     it.cache.forget(|_, _| true);

@@ -124,7 +124,8 @@ pub async fn run(config: Config, _log: Log, command: BillingCommand) -> anyhow::
     Ok(())
 }
 
-/// Returns the description of the secret key's account, which must also be the customers' account.
+/// Returns a description of the account that the secret key belongs to. Fails if the customers belong to another
+/// account.
 async fn account(config: &Config, settings: &StripeSettings) -> anyhow::Result<String> {
     with_database(config, async |url| {
         let billing = Billing::new(settings, Db::new(url, &config.database))?;

@@ -27,8 +27,8 @@ use tokio::{
 
 use super::{apply_migrations, database};
 
-/// The maximum time from SIGTERM until unused tokens have been returned. Leaves 5 of the usual 30 seconds for
-/// everything else.
+/// The maximum time from SIGTERM until unused tokens have been returned. Leaves 5 of the 30 seconds that service
+/// managers usually allow.
 const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
 /// The minimum time for returning tokens. Applies even if requests in flight have used up [`RETURN_TOKENS_WITHIN`].
 const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
@@ -101,7 +101,7 @@ pub async fn run(mut config: Config, log: Log, with_demo: bool) -> anyhow::Resul
     served
 }
 
-/// The addresses that are bound but not listening yet.
+/// Sockets that are bound but not listening yet.
 struct Sockets {
     public: BoundSocket,
     metrics: Option<BoundSocket>,

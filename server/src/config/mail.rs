@@ -17,7 +17,7 @@ pub(super) fn read(r: &mut Reader, s: &Settings) -> MailSettings {
         let parsed = smtp(text.expose_secret());
         parsed
             .map_err(|message| {
-                // The value is not shown, because it contains a password.
+                // The value is not shown, because it may contain a password.
                 let variable = &url.variable;
                 r.0.push(format!("{variable}: {message}"));
             })

@@ -176,13 +176,13 @@ impl Reader {
     }
 }
 
-/// A value, and the name of the variable that contains the value or the name of its file.
+/// A value, and the name of the variable that contains the value or the path of its file.
 pub(super) struct Sourced {
     pub(super) variable: String,
     pub(super) value: Option<SecretString>,
 }
 
-/// The maximum size of a file with a secret, in bytes. A larger file is certainly not a secret.
+/// The maximum size of a file with a secret, in bytes. A larger file is most likely the wrong file.
 const SECRET_FILE_MAX: u64 = 64 * 1024;
 
 /// Returns a file's content without surrounding whitespace, such as the line break that editors add.

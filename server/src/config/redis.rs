@@ -28,11 +28,11 @@ const SENTINEL_PORT: u16 = 26379;
 #[derive(Debug, Clone)]
 pub struct RedisSettings {
     pub servers: RedisServers,
-    /// The prefix of every key and channel, so that several installations can share a Redis.
+    /// The prefix of every key and channel, so that several installations can share a Redis server.
     pub prefix: String,
     /// The number of connections for calls, not counting the connection for messages. Each connection is multiplexed.
     pub connections: usize,
-    /// How long a decision waits for one call.
+    /// The maximum time that a decision waits for one call.
     pub timeout: Duration,
     /// How long connecting may take, including TLS and authentication.
     pub connect_timeout: Duration,
@@ -108,7 +108,8 @@ enum Kind {
     Cluster,
 }
 
-/// Parses `REDIS_URL`. Errors do not contain any part of the URL, since any part may be a password.
+/// Parses `REDIS_URL`. Errors contain no part of the URL except the name of an unknown parameter, since any other part
+/// may be a password.
 pub fn servers(text: &str) -> Result<RedisServers, String> {
     let (scheme, rest) = text.split_once("://").ok_or(
         "must begin with redis://, rediss://, redis+sentinel:// or redis+cluster://".to_owned(),
@@ -282,7 +283,7 @@ fn login_of(url: &Url) -> Result<RedisConnectionInfo, String> {
 }
 
 fn percent_decoded(text: &str) -> Result<String, String> {
-    // Decode the text as a form value. In a form value, an unescaped plus sign would mean a space.
+    // Decode the text as a form value. Escape plus signs first, because they mean spaces in form values.
     let form = format!("v={}", text.replace('+', "%2B"));
     url::form_urlencoded::parse(form.as_bytes())
         .next()

@@ -134,7 +134,7 @@ settings! {
     /// in Redis, and encrypts webhook signing secrets: at least 32 random characters, the same on every replica. Unset:
     /// the server generates a secret once and keeps it in the database. To rotate the secret without signing anyone
     /// out, (1) set the new secret as QUOTA_SECRET_PREVIOUS on every replica, (2) swap the two secrets, and (3) remove
-    /// QUOTA_SECRET_PREVIOUS after QUOTA_SESSION_DAYS.
+    /// QUOTA_SECRET_PREVIOUS once QUOTA_SESSION_DAYS days have passed.
     secret: "QUOTA_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains the value of QUOTA_SECRET. Set either this variable or QUOTA_SECRET.
@@ -196,7 +196,8 @@ settings! {
     /// The maximum number of requests per minute from one client address to /auth; 0 for no limit.
     auth_rpm: "QUOTA_AUTH_RPM", "60", "N";
 
-    /// The maximum number of requests per minute from one client address to /admin; 0 for no limit.
+    /// The maximum number of requests per minute from one client address to /admin and /billing combined; 0 for no
+    /// limit.
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
     /// The number of failed sign-ins to one account that are allowed from one network before each further attempt has
@@ -211,7 +212,7 @@ settings! {
     /// The maximum size of a request body, in bytes: 1024 to 16777216.
     body_limit: "QUOTA_BODY_LIMIT", "65536", "BYTES";
 
-    /// How long the headers of a request may take to arrive, and then how long its body may take. For the first request
+    /// How long the headers of a request may take to arrive, and how long its body may then take. For the first request
     /// on a connection, the time starts when the connection is accepted.
     header_timeout: "QUOTA_HEADER_TIMEOUT", "5s", "DURATION";
 
@@ -281,14 +282,14 @@ settings! {
     /// A file that contains the value of STRIPE_SECRET_KEY. Set either this variable or STRIPE_SECRET_KEY.
     stripe_secret_key_file: "STRIPE_SECRET_KEY_FILE", "", "PATH";
 
-    /// The Stripe webhook endpoint's signing secret, which starts with `whsec_`. During a rotation, set both secrets,
-    /// separated by a comma. If STRIPE_SECRET_KEY is set, `quota serve` requires this setting.
+    /// The Stripe webhook endpoint's signing secret, which starts with `whsec_`. Separate several secrets, for example
+    /// during a rotation, with commas. If STRIPE_SECRET_KEY is set, `quota serve` requires this setting.
     stripe_webhook_secret: "STRIPE_WEBHOOK_SECRET", "", "SECRET", hide_env_values = true;
 
     /// A file that contains the value of STRIPE_WEBHOOK_SECRET. Set either this variable or STRIPE_WEBHOOK_SECRET.
     stripe_webhook_secret_file: "STRIPE_WEBHOOK_SECRET_FILE", "", "PATH";
 
-    /// The base URL of the Stripe API, which tests change. Default: https://api.stripe.com.
+    /// The base URL of the Stripe API. Only tests need to change it. Default: https://api.stripe.com.
     stripe_api_base: "STRIPE_API_BASE", "", "URL";
 
     /// How many days plans marked `paid` keep working after a payment has failed, while Stripe retries the payment: 0

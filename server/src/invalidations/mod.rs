@@ -1,9 +1,9 @@
 //! Invalidations: publishes changes to other replicas, and keeps track of the changes received.
 //!
-//! A transaction that changes data that replicas cache also inserts a row into `revocations`. Each replica polls for
-//! new rows every 150 ms. Polling alone is sufficient for correctness. After the commit, the change is also published
-//! through Redis, so that most replicas learn of the change within milliseconds. Messages may be lost. If Redis is not
-//! configured or is unreachable, no messages are sent.
+//! A transaction that changes cached data also inserts a row into `revocations`. Each replica polls for new rows every
+//! 150 ms. Polling alone is sufficient for correctness. After the commit, the change is also published through Redis,
+//! so that most replicas learn of the change within milliseconds. Messages may be lost. If Redis is not configured or
+//! is unreachable, no messages are sent.
 //!
 //! Messages are sealed, because anyone with access to Redis could publish messages. Messages that cannot be opened, are
 //! more than a few minutes old, or do not contain a new change are counted but otherwise ignored.
@@ -34,7 +34,8 @@ const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
 /// differ by up to two minutes, and messages arrive quickly. Older changes have already been found by polling.
 const MAX_AGE: Duration = Duration::from_mins(5);
 
-/// Other versions of the server read messages: fields may be added, but the meaning of existing fields must not change.
+/// A message. Other versions of the server also read it, so fields may be added, but the meaning of existing fields
+/// must not change unless [`CONTEXT`] changes too.
 #[derive(Serialize, Deserialize)]
 struct Message<'a> {
     seq: i64,

@@ -37,7 +37,7 @@ pub struct Recent(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// `None` before the first poll. Until then, no copy can be confirmed.
+    /// `None` before the first poll. Before that, no copy can be confirmed.
     range: Option<PolledRange>,
     /// The database history that the numbers belong to.
     history: Option<Arc<str>>,

@@ -21,7 +21,7 @@ const UNCHECKED: &str =
     "A dependency is unavailable, or usage can't be recorded. Retry after `Retry-After` seconds.";
 
 /// Errors of individual operations, in addition to those that follow from their paths and arguments. An entry replaces
-/// the error with the same status that would follow.
+/// the derived error with the same status.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     use ProblemCode as P;
     &[

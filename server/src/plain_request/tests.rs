@@ -127,7 +127,7 @@ fn long_heads_are_left_to_hyper() {
     assert_eq!(parse(many.as_bytes()), Parsed::Other);
 }
 
-/// A strict parser for the grammar of RFC 9112 that does not use httparse.
+/// Returns whether a head strictly follows the grammar of RFC 9112. Does not use httparse.
 fn is_strict(head: &str) -> bool {
     let Some(lines) = head.strip_suffix("\r\n\r\n") else {
         return false;

@@ -28,7 +28,7 @@ const PROBE: Duration = Duration::from_millis(500);
 
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// From now on, all published messages arrive, until messages are [`Lost`](Self::Lost).
+    /// All messages that are published after this event arrive, unless [`Lost`](Self::Lost) follows.
     Subscribed,
     Message(Vec<u8>),
     /// Messages may have been lost. More may be lost until the next `Subscribed`.

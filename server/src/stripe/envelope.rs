@@ -11,7 +11,7 @@ const ID_MAX: usize = 255;
 pub struct Envelope {
     pub id: String,
     pub kind: String,
-    /// The ID of the object.
+    /// The ID of the object that the event is about.
     pub object: Option<String>,
     /// The customer to whom the object belongs.
     pub customer: Option<String>,
@@ -34,7 +34,7 @@ impl Envelope {
             is_id.then(|| text.to_owned())
         };
         let object = &event["data"]["object"];
-        // If the customer is expanded, it is an object.
+        // If Stripe has expanded the customer, the field contains an object instead of an ID.
         let customer = text(&object["customer"]).or_else(|| text(&object["customer"]["id"]));
         let is_customer = object["object"] == "customer";
         Ok(Self {

@@ -7,7 +7,8 @@ pub enum StripeError {
     /// The request may have taken effect. It can be sent again with the same idempotency key.
     #[error("Stripe could not be reached, or its response was lost: {0}")]
     Unknown(String),
-    /// Stripe failed, and the request may have taken effect. The same idempotency key returns the same failure.
+    /// Stripe failed, and the request may have taken effect. A request with the same idempotency key gets the same
+    /// failure.
     #[error("Stripe returned status {status}: {message}")]
     Failed { status: u16, message: String },
     /// Stripe rejected the request. It had no effect.

@@ -277,8 +277,8 @@ impl Stripe {
         Ok(session.url)
     }
 
-    /// Returns whether one of the subscription's invoices is not final. If so, usage in the invoice's billing period
-    /// can still be charged.
+    /// Returns whether the subscription has a draft invoice. If so, usage in the invoice's billing period can still be
+    /// charged.
     pub async fn has_draft_invoice(&self, subscription: &str) -> Result<bool> {
         let request = ListInvoice::new()
             .subscription(subscription)

@@ -1,4 +1,4 @@
-//! How requests are sent.
+//! Sends requests to Stripe.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ macro_rules! send {
 }
 pub(super) use send;
 
-/// Sends a request in a span, if a traced request is being served.
+/// Sends a request to Stripe. If a traced request is being served, creates a span.
 pub(super) async fn traced<T>(
     request: impl Future<Output = std::result::Result<T, ClientError>>,
 ) -> std::result::Result<T, ClientError> {

@@ -57,7 +57,7 @@ pub fn verify(
     signed.extend_from_slice(body);
     let is_signed = secrets.iter().any(|secret| {
         let key = hmac::Key::new(hmac::HMAC_SHA256, secret.expose_secret().as_bytes());
-        // Compare in constant time.
+        // `verify` compares in constant time.
         signatures
             .iter()
             .any(|signature| hmac::verify(&key, &signed, signature).is_ok())
@@ -107,7 +107,8 @@ mod tests {
         verify(body, header, &secrets, NOW)
     }
 
-    /// Computed with `openssl dgst -sha256 -hmac`, so that a mistake in this code would be detected.
+    /// The expected signature was computed with `openssl dgst -sha256 -hmac`, so that the test detects mistakes in this
+    /// code.
     #[test]
     fn signature_of_another_program_is_accepted() {
         let known = "45705be2a45ab5acdd1395cc695e9e7073125385ec24194921c401dff44176f8";

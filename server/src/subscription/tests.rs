@@ -170,7 +170,7 @@ fn random_schedules_agree_with_the_table() {
         let mut customer = Customer::default();
         let mut account = Account::default();
         let mut now = START;
-        // Reads in progress, each with the customer's state at the time it started.
+        // Reads in progress, each with the customer's state at the time when the read started.
         let mut under_way: Vec<(Observation, BTreeMap<String, Life>)> = Vec::new();
         let mut known = BTreeMap::new();
         let mut last_read = 0;
@@ -241,7 +241,7 @@ fn each_order<T: Copy>(items: &mut [T], fixed: usize, visit: &mut impl FnMut(&[T
 /// Seven events arrive in every possible order, each several times, while the subscription keeps changing. Every order
 /// must end with the access that the subscription provides at the end.
 #[test]
-fn every_order_of_a_life_ends_in_one_state() {
+fn every_order_of_events_ends_in_the_same_state() {
     const STATUSES: [&str; 7] = [
         "incomplete",
         "trialing",
@@ -312,7 +312,7 @@ fn an_older_read_is_dropped() {
 }
 
 #[test]
-fn a_scheduled_cancellation_ends_access_on_its_date_without_news() {
+fn a_scheduled_cancellation_ends_access_on_its_date_without_another_read() {
     let subscription = Subscription {
         id: "sub".to_owned(),
         status: Status::Active,

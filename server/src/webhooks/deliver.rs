@@ -1,7 +1,7 @@
 //! Sends deliveries that are due, and decides when to retry failed deliveries.
 //!
-//! An attempt is counted before it is made. Unless its result is recorded, the delivery becomes due again after
-//! [`LEASE`], so it is not lost if this process exits.
+//! An attempt is counted before it is made. Unless the attempt's result is recorded, the delivery becomes due again
+//! after [`LEASE`]. Therefore, a delivery is not lost if this process exits.
 
 use std::time::Duration;
 
@@ -166,7 +166,7 @@ impl Webhooks {
     }
 }
 
-/// Records the result of an attempt. Also returns whether the webhook was disabled as a result.
+/// Records the result of an attempt. Returns the outcome, and whether the webhook was disabled as a result.
 async fn record(
     tx: &mut SystemTx,
     due: &DueDelivery,

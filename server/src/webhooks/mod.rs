@@ -1,7 +1,7 @@
 //! Webhooks: sends events to tenants' endpoints.
 //!
 //! The transaction that causes an event stores one delivery of the event per endpoint. Deliveries are sent after that
-//! transaction ([`deliver`]). Each delivery is sent at least once, and receivers recognize repetitions by the event's
+//! transaction ([`deliver`]). Each delivery is sent at least once, and receivers recognize duplicates by the event's
 //! ID. The deliveries to an endpoint are not ordered.
 //!
 //! While PostgreSQL is unreachable, nothing is sent. Stored deliveries are sent later.

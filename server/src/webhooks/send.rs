@@ -14,7 +14,7 @@ use crate::error_chain::chain;
 
 /// How long an attempt may take, including the DNS lookup and the connection.
 pub const TIMEOUT: Duration = Duration::from_secs(15);
-/// How long to read the rest of a response after its headers, so that the receiver can finish sending it.
+/// How long to read the rest of a response after its headers, so that the endpoint can finish sending it.
 const READ_BODY: Duration = Duration::from_secs(1);
 /// How much of a response's body to read. The body is not used.
 const BODY_MAX: usize = 16 * 1024;
@@ -171,8 +171,8 @@ async fn skip_body(mut response: Response) {
     }
 }
 
-/// Parses `Retry-After`, which contains seconds or a time. A time is compared with the endpoint's clock, according to
-/// the `Date` header. Returns `None` if that header is missing.
+/// Parses `Retry-After`, which contains seconds or a time. A time is compared with the `Date` header, which contains
+/// the time on the endpoint's clock. Returns `None` if the field contains a time but the `Date` header is missing.
 fn seconds_until(retry_after: &str, headers: &reqwest::header::HeaderMap) -> Option<u64> {
     if let Ok(seconds) = retry_after.trim().parse() {
         return Some(seconds);

@@ -278,7 +278,7 @@ async fn redirect_is_not_followed() {
     assert_eq!((receiver.connections(), target.connections()), (1, 0));
 }
 
-/// Measures how much of the body the server can send.
+/// Measures how much of the body the endpoint can send.
 #[tokio::test(flavor = "multi_thread")]
 async fn huge_body_is_not_read_to_its_end() {
     let written = Arc::new(AtomicUsize::new(0));
@@ -301,7 +301,7 @@ async fn huge_body_is_not_read_to_its_end() {
     assert_eq!((sent.status, sent.error), (Some(200), None));
     assert!(began.elapsed() < Duration::from_secs(10));
     tokio::time::sleep(Duration::from_millis(300)).await;
-    // The sockets' buffers hold what the server did not read.
+    // Bytes that the sender of the webhook did not read remain in the sockets' buffers.
     let written = written.load(Ordering::Relaxed);
     assert!(written < 20_000_000, "{written}");
 }

@@ -1,4 +1,4 @@
-//! Positions in the log, as cursors and event IDs contain them.
+//! Encodes positions in the log as cursors and event IDs.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 
@@ -25,7 +25,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_position_reads_back_and_nothing_else_does(seq in 0..=i64::MAX, text: String) {
+        fn only_encoded_positions_can_be_read(seq in 0..=i64::MAX, text: String) {
             prop_assert_eq!(read_position(&write_position(seq)), Some(seq));
             if let Some(read) = read_position(&text) {
                 prop_assert_eq!(write_position(read), text);

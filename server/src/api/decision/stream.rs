@@ -1,6 +1,6 @@
 //! Streams decisions as server-sent events.
 //!
-//! A stream reads the log by position, which is the order in which rows become visible. The stream contains the
+//! A stream reads the log by position, that is, in the order in which rows become visible. The stream contains the
 //! decisions that all replicas have shipped, and any replica can resume the stream. A stream holds only one batch at a
 //! time, and reads the next one after the client has read the current one. A client that falls too far behind receives
 //! the number of decisions it has missed. If a stream must end but its client does not read it to the end, the
@@ -45,7 +45,7 @@ use crate::{
 const MEDIA_TYPE: &str = "text/event-stream";
 /// How often the log is read. A decision takes up to a second to appear in the log.
 const EVERY: Duration = Duration::from_millis(500);
-/// How often to send a comment while there are no events, so that proxies do not close the connection as idle.
+/// How often to send a comment while there are no events, so that proxies do not close the idle connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// How often to check whether a stream must end even though its client is not reading it.
 const GUARD_EVERY: Duration = Duration::from_secs(2);
@@ -144,7 +144,7 @@ impl Tail {
         let newest = usage_log::last_seq(&mut tx).await?;
         if newest <= self.after {
             tx.commit().await?;
-            // The newest position is lower only if PostgreSQL was restored to an earlier state.
+            // The newest position can be lower than `after` only if PostgreSQL was restored to an earlier state.
             self.after = newest;
             return Ok(String::new());
         }
@@ -183,7 +183,8 @@ impl Guard {
                 endless.close_connection();
             }
             drop(place);
-            // Closing the connection also ends all other responses on it, and drops the stream, which aborts this task.
+            // Closing the connection also ends all other responses on the connection. The stream is then dropped, and
+            // its guard aborts this task.
             std::future::pending::<()>().await;
         }))
     }
@@ -216,7 +217,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
         keep_alive,
         is_over: false,
     };
-    // Tells the client that it is connected, and how long to wait before reconnecting.
+    // Confirms the connection, and sets the time that the client waits before it reconnects.
     let hello = stream::iter([Ok(Bytes::from_static(b"retry: 1000\n: connected\n\n"))]);
     let rest = stream::unfold(running, |mut it| async move {
         if it.is_over {
@@ -231,7 +232,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
                 return Some((Ok(Bytes::from(text)), it));
             }
             let db = it.tail.session.state.db.clone();
-            // If PostgreSQL is slow, the next comment is sent only slightly late.
+            // With this time limit, a slow PostgreSQL delays the next comment only slightly.
             let look = timeout(it.keep_alive, db.within_limit(it.tail.look()));
             let text = match look.await {
                 Ok(Ok(text)) => text,

@@ -22,18 +22,19 @@ thread_local! {
 /// A response whose headers are being written.
 pub(super) struct ResponseWriter<'a> {
     out: &'a mut Vec<u8>,
-    /// The bits of the headers that have been set; see [`flag`].
+    /// The [`flag`]s of the headers that have been set.
     flags: u8,
 }
 
 /// The number of combinations of [`flag`]s.
 const COMBINATIONS: u8 = 8;
 
-/// The headers that every response has, as bytes, for each combination of headers that are already set.
+/// The bytes of the headers that every response has. Each combination of [`flag`]s has its own version, because a
+/// header that is already set is not added again.
 pub(super) struct CommonHeaders([Vec<u8>; COMBINATIONS as usize]);
 
 impl CommonHeaders {
-    /// Formats the headers that `write` sets.
+    /// Formats the headers that `write` sets, for each combination of flags.
     pub(super) fn new(write: impl Fn(&mut ResponseWriter<'_>)) -> Self {
         let mut combinations = [const { Vec::new() }; COMBINATIONS as usize];
         for (out, flags) in combinations.iter_mut().zip(0..) {
@@ -43,7 +44,7 @@ impl CommonHeaders {
     }
 }
 
-/// Returns the bit of a header whose presence matters.
+/// Returns the bit of a header whose presence callers check with [`HeaderSink::contains`], or 0 for any other header.
 #[inline]
 fn flag(name: &HeaderName) -> u8 {
     if *name == header::CACHE_CONTROL {
@@ -111,7 +112,7 @@ impl HeaderSink for ResponseWriter<'_> {
 
     #[inline]
     fn set_text(&mut self, name: HeaderName, value: &[u8]) {
-        // `finish` writes the length after all other headers, as hyper does.
+        // `finish` writes the length after the common headers, as hyper does.
         if name == header::CONTENT_LENGTH {
             return;
         }

@@ -1,4 +1,4 @@
-//! The frame and the headers that all pages share.
+//! HTML and response headers that several pages share.
 
 use poem::Response;
 
@@ -8,7 +8,7 @@ use crate::api::static_file::respond;
 pub(super) const META: &str = "<meta charset=\"utf-8\">\n\
     <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
     <meta name=\"color-scheme\" content=\"light dark\">";
-/// Allows nothing from other origins except `data:` images, and no inline scripts or styles.
+/// Allows only resources from this origin and `data:` images. Does not allow inline scripts or styles.
 pub(super) const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; \
     form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
 /// The URLs contain no version, so cache these files only briefly.

@@ -104,7 +104,7 @@ fn performance() -> String {
     )
 }
 
-/// Replaces links in Markdown, which lead to other files of the repository, with their texts.
+/// Replaces Markdown links with their text, because the links lead to other files of the repository.
 fn without_links(line: &str) -> String {
     let (mut text, mut rest) = (String::new(), line);
     while let Some((before, after)) = rest.split_once('[') {
@@ -184,7 +184,7 @@ mod tests {
     }
 
     #[test]
-    fn front_page_has_no_placeholder_left_and_escapes_what_it_is_given() {
+    fn front_page_fills_every_placeholder_and_escapes_values() {
         let full = front_page(&Landing::Full, "https://quota.example.com");
         assert!(!full.contains("{{"), "{full}");
         assert!(!full.contains("]("), "a link in Markdown");

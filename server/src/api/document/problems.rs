@@ -1,4 +1,4 @@
-//! The pages about errors: one per error type, and a list of them.
+//! The pages about errors: one page per error type, and a list of all error types.
 
 use poem::Response;
 use quota_common::{ProblemCode, problem::MEDIA_TYPE};
@@ -188,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn error_page_says_to_wait_only_if_the_error_passes() {
+    fn error_page_says_to_wait_only_if_the_error_is_temporary() {
         for code in ProblemCode::ALL {
             let (advice, snippet) = retry(*code);
             assert_eq!(waits(*code), snippet == RETRY_AFTER, "{code:?}: {advice}");

@@ -1,7 +1,7 @@
 //! The messages of Envoy's rate limit service.
 //!
-//! Contains only the fields of `envoy/service/ratelimit/v3/rls.proto`, and of the files it imports, that Quota uses.
-//! Unknown fields are skipped when a message is decoded.
+//! The messages are defined in `envoy/service/ratelimit/v3/rls.proto` and in the files that it imports. Fields that
+//! Quota does not use are omitted here, and are skipped when a message is decoded.
 
 use prost::{Enumeration, Message};
 
@@ -34,7 +34,8 @@ pub struct Descriptor {
 pub struct Entry {
     #[prost(string, tag = "1")]
     pub key: String,
-    /// The protocol declares a string. Envoy copies header values, which may contain any bytes.
+    /// A string, according to the protocol. However, Envoy copies header values into this field, and header values may
+    /// contain any bytes.
     #[prost(bytes = "vec", tag = "2")]
     pub value: Vec<u8>,
 }
@@ -124,7 +125,7 @@ pub struct HeaderValue {
     pub value: String,
 }
 
-/// `google.protobuf.Struct`. Its map has the encoding of a list of entries.
+/// `google.protobuf.Struct`. Its map is encoded as a list of entries.
 #[derive(Clone, PartialEq, Message)]
 pub struct Struct {
     #[prost(message, repeated, tag = "1")]
@@ -139,7 +140,7 @@ pub struct Field {
     pub value: Option<Value>,
 }
 
-/// `google.protobuf.Value`, which here is always a string.
+/// `google.protobuf.Value`. Quota sends only strings.
 #[derive(Clone, PartialEq, Message)]
 pub struct Value {
     #[prost(string, tag = "3")]
@@ -150,7 +151,7 @@ pub struct Value {
 mod tests {
     use super::*;
 
-    /// Returns a field with a length: a string, bytes or a message.
+    /// Encodes a length-delimited field: a string, bytes or a message.
     fn field(tag: u8, content: &[u8]) -> Vec<u8> {
         let length = u8::try_from(content.len()).expect("a short field");
         assert!(length < 128, "the length is a single byte");

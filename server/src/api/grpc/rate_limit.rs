@@ -1,6 +1,6 @@
 //! `ShouldRateLimit`: whether Envoy may forward a request.
 //!
-//! Each descriptor is a check of one API key. Quota reads these entries of a descriptor:
+//! Each descriptor requests a check of one API key. Quota reads these entries of a descriptor:
 //!
 //! | entry | meaning |
 //! |---|---|
@@ -9,11 +9,11 @@
 //! | `endpoint` | the endpoint to record in usage |
 //! | `method`, `path` | the endpoint, if there is no entry `endpoint` |
 //!
-//! Descriptors are checked in order, up to the first one that is not allowed. The tokens that the descriptors before it
-//! have consumed are not returned.
+//! Descriptors are checked in order, up to the first one that is not allowed. Tokens that were consumed for the
+//! descriptors before it are not returned.
 //!
-//! By default, Envoy forwards a request if the call fails. So a call fails only if the gateway is misconfigured or the
-//! server cannot make a decision. Any error that a consumer can cause results in [`Code::OverLimit`].
+//! By default, Envoy forwards a request if the call fails. Therefore, a call fails only if the gateway is misconfigured
+//! or the server cannot make a decision. Any error that a consumer can cause results in [`Code::OverLimit`].
 
 use std::num::NonZeroU32;
 
@@ -38,7 +38,7 @@ use crate::{
 
 /// The maximum number of descriptors in a request. Each descriptor is checked separately.
 const DESCRIPTORS_MAX: usize = 16;
-/// The maximum number of entries in a descriptor. An entry takes many times as much space in memory as in the message.
+/// The maximum number of entries in a descriptor. An entry takes much more space in memory than in the message.
 const ENTRIES_MAX: usize = 32;
 /// The value that Envoy sends for a missing header.
 const MISSING: &[u8] = b"-";
@@ -117,8 +117,8 @@ async fn check(
     AdmittedKey::decide(context, key, cost, Some(tenant), &endpoint).await
 }
 
-/// Returns the response to a request that is not allowed. `statuses` belong to the descriptors before the one that is
-/// not allowed; `count` is the number of descriptors.
+/// Returns the response to a request that is not allowed. `statuses` contains the statuses of the descriptors before
+/// the one that is not allowed. `count` is the number of all descriptors.
 fn over_limit(
     context: &RequestContext,
     error: &ApiError,

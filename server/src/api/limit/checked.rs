@@ -1,6 +1,7 @@
 //! `POST /v1/check`: the decision on a request that another service has received, and its JSON.
 //!
-//! The JSON is that of a [`CheckResult`], but is written without creating one, because this happens for every check.
+//! The JSON has the format of a [`CheckResult`], but is written without creating one, to avoid allocations in every
+//! check.
 
 use std::{num::NonZeroU32, pin::pin, sync::Arc};
 
@@ -106,7 +107,7 @@ impl Checked {
         }
     }
 
-    /// Appends the JSON.
+    /// Appends the result as JSON.
     pub fn write(&self, out: &mut Vec<u8>) -> serde_json::Result<()> {
         serde_json::to_writer(out, &self.body())
     }

@@ -26,7 +26,8 @@ pub(super) struct Body<'a> {
 }
 
 impl Body<'_> {
-    /// Appends the body as JSON. It is formatted by hand, because this runs for every denial.
+    /// Appends the body as JSON. Formats the JSON without serde where possible, because this method runs for every
+    /// denial.
     pub(super) fn write(&self, out: &mut Vec<u8>) -> serde_json::Result<()> {
         out.extend_from_slice(b"{\"type\":");
         write_text(self.kind, out)?;

@@ -1,7 +1,7 @@
 //! Usage as CSV (RFC 4180), for spreadsheets.
 //!
-//! Callers of the API choose the names of endpoints, and spreadsheets evaluate cells that look like formulas. Such
-//! cells are prefixed with an apostrophe, which turns them into text.
+//! API consumers can choose the names of endpoints, and spreadsheets evaluate cells that look like formulas. Such cells
+//! are prefixed with an apostrophe, which turns them into text.
 
 use std::borrow::Cow;
 

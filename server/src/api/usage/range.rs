@@ -10,9 +10,9 @@ use crate::{
     repo::usage::Range,
 };
 
-/// The resolution of the 15-minute rollup.
+/// The length of an interval in the usage rollup.
 pub(in crate::api) const QUARTER: TimeDelta = TimeDelta::minutes(15);
-/// The longest range for which the default bucket is an hour. For longer ranges, it is a day.
+/// The longest range for which the default bucket is an hour. For longer ranges, the default bucket is a day.
 const HOURS_UP_TO: TimeDelta = TimeDelta::days(7);
 
 /// The parameters as sent by the caller.
@@ -176,7 +176,7 @@ mod tests {
         );
         let error = hours("2026-02-11T16:01:00Z").expect_err("1,001 hours");
         assert_eq!(error.errors[0].field, "to");
-        // A range of thousands of years is rejected without enumerating its buckets.
+        // A range of thousands of years is rejected without enumerating all of its buckets.
         let error = buckets(
             "UTC",
             "1970-01-01T00:00:00Z",

@@ -1,4 +1,4 @@
-//! What the test counts while it runs.
+//! The counts of a running test.
 
 use std::{collections::BTreeMap, time::Duration};
 

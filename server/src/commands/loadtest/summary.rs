@@ -1,4 +1,4 @@
-//! The result of the test as text.
+//! Formats the result of the test as text.
 
 use std::{collections::BTreeMap, fmt::Write as _, time::Duration};
 
@@ -7,7 +7,7 @@ use super::counts::{Counts, MAX_IN_FLIGHT};
 /// The length of the longest bar of the histogram, in characters.
 const BAR: usize = 50;
 
-/// Returns the latency in milliseconds that `share` of the requests do not exceed.
+/// Returns a percentile: the latency, in milliseconds, that the fraction `share` of the requests does not exceed.
 #[expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,

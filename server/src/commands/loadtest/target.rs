@@ -26,7 +26,8 @@ pub(super) struct Target {
 }
 
 impl Target {
-    /// Prepares requests to the server at `url`. Trusts the certificate authority in the file `ca` as well.
+    /// Prepares requests to the server at `url`. In addition to the usual certificate authorities, trusts the one in
+    /// the file `ca`.
     pub(super) fn new(
         mut url: Url,
         keys: Vec<String>,
@@ -61,12 +62,11 @@ impl Target {
         })
     }
 
-    /// Returns the number of keys.
     pub(super) fn key_count(&self) -> usize {
         self.keys.len()
     }
 
-    /// Sends a request with the key at an index. Fails with the reason if there is no decision.
+    /// Sends a request with the key at an index. If there is no decision, returns the reason as the error.
     pub(super) async fn send(&self, key: usize) -> Result<Answer, String> {
         let key = &self.keys[key];
         let request = match &self.service_token {
