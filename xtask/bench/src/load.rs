@@ -34,7 +34,7 @@ impl Load {
         Ok(Self { runtime })
     }
 
-    /// Sends the same `request` repeatedly for this long.
+    /// Sends the same `request` repeatedly for the duration `time`.
     pub(crate) fn put(
         &self,
         server: SocketAddr,
@@ -47,7 +47,7 @@ impl Load {
     }
 }
 
-/// Sends requests for this long. `request` returns the next one.
+/// Sends requests for the duration `time`. `request` returns the next request.
 pub(crate) async fn closed_loop(
     server: SocketAddr,
     time: Duration,

@@ -25,10 +25,11 @@ use crate::{
 };
 
 const CONNECTIONS: usize = 64;
-/// The number of keys that are used before the first measurement. They are used for as many requests as the other keys,
-/// so that the measurement includes what the server allocates for requests and their usage.
+/// The number of keys that are used before the first measurement. They are used for as many requests as all other keys
+/// together. Therefore, the server has already allocated memory for requests and their usage before the first
+/// measurement.
 const WARM_UP: usize = 2_000;
-/// How long the server is idle before each measurement. It drops the state of idle keys every 10 s.
+/// How long the server is idle before each measurement. The server drops the state of idle keys every 10 s.
 const SETTLES: Duration = Duration::from_secs(12);
 
 #[derive(Args)]
@@ -43,7 +44,7 @@ pub(crate) struct Options {
     keys: u32,
 }
 
-/// What the limits of a key are counted in, and which limits it has.
+/// Whether limits are counted in Redis, and whether keys have quotas.
 #[derive(Clone, Copy)]
 struct Case {
     has_redis: bool,

@@ -1,5 +1,5 @@
-//! Quota beside other servers that limit requests by an API key: the cost of a request, and how well the limit holds with
-//! two instances. The result is a document with tables and charts.
+//! Compares Quota with other servers that limit requests by API key: the cost of a request, and how well the limit
+//! holds with two instances. The result is a document with tables and charts.
 
 mod accuracy;
 mod cost;

@@ -8,7 +8,7 @@ use std::{
 use quota_server::db::embedded::EmbeddedPostgres;
 use serde_json::Value;
 
-/// The results of a run: tables by name, and whether it succeeded.
+/// The results of a run: the tables, and whether the run succeeded.
 struct Found {
     tables: Vec<Value>,
     content: bool,
@@ -66,7 +66,7 @@ async fn measured(arguments: &[&str]) -> Found {
         .args(["--postgres", &url, "--quick", "--json"])
         .arg(&json)
         .args(arguments);
-    // On a blocking thread, because this runtime keeps the database running.
+    // Run the command on another thread, because this runtime keeps the database running.
     let (done, ran) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || done.send(command.output()));
     let Output { status, stderr, .. } = ran
