@@ -26,7 +26,7 @@ const DIFFERENTIAL: &str = "direct::direct_responses_are_those_of_hyper";
 
 /// The default number of malformed requests.
 const MALFORMED_REQUESTS: &str = "100000";
-/// The test that sends them.
+/// The test that sends malformed requests.
 const MALFORMED: &str = "malformed::malformed_requests_are_refused_and_nothing_fails";
 
 /// The test that measures usage.

@@ -162,7 +162,7 @@ impl Throwaway {
         )
     }
 
-    /// Returns the rows of a query, each a list of columns. NULL is an empty string.
+    /// Returns the rows of a query, each a list of columns. NULL is returned as an empty string.
     pub(crate) fn query(&self, sql: &str) -> Result<Vec<Vec<String>>> {
         let text = read(
             self.psql()

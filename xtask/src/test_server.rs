@@ -103,7 +103,7 @@ impl Server {
         let listen = format!("127.0.0.1:{port}");
         let log = fs::File::create(data.join("log"))?;
         let built = console::target_directory()?.join("debug");
-        // The address contains a name, because browsers accept cookies from a local server only under a local name.
+        // The address must be local, so that the server's cookies work without TLS.
         let address = format!("http://localhost:{port}");
         let mut command = if settings.is_empty() {
             // Bill through a stand-in for Stripe.

@@ -1,4 +1,4 @@
-//! Gateways with their configurations from `deploy/gateways`, or as plain proxies to compare them with.
+//! Gateways with their configurations from `deploy/gateways`, and the same gateways as plain proxies for comparison.
 
 mod checked;
 mod plain;
@@ -42,7 +42,7 @@ pub enum Parsing {
     Lenient,
 }
 
-/// The values that a user would fill in in a gateway's configuration, and a fault for tests.
+/// The values that a user would enter in a gateway's configuration, and a fault for tests.
 pub struct Checked<'a> {
     pub quota_port: u16,
     /// The certificate of the authority that the gateway trusts. If `None`, the gateway calls Quota without TLS.
@@ -95,7 +95,7 @@ impl Program {
     async fn run(self, tools: &Path, configure: impl Fn(&Path, u16) -> PathBuf) -> Gateway {
         let dir = tempfile::tempdir().expect("a directory");
         let output = dir.path().join("output");
-        // Another process may have taken the port in the meantime.
+        // Retry, because another process may have taken the port in the meantime.
         for _ in 0..5 {
             let port = free_port();
             let file = configure(dir.path(), port);

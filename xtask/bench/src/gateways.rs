@@ -41,7 +41,7 @@ const PROGRAMS: [(&str, Program); 6] = [
 pub(crate) struct Options {
     /// The `quota` binary, a release build
     quota: PathBuf,
-    /// The directory for gateways to download
+    /// The directory to which gateways are downloaded
     #[arg(long)]
     tools: PathBuf,
     /// The number of rounds per case
@@ -214,7 +214,7 @@ impl Bench {
         self.quota.empty_log()?;
         let total = statuses.values().sum::<u64>();
         let right = statuses.get(&status).copied().unwrap_or(0);
-        // With a limit of one request per minute, up to two requests are allowed.
+        // At one request per minute, at most two requests are allowed during a round.
         if total == 0 || right + u64::from(status == 429) * 2 < total {
             bail!("unexpected responses: {statuses:?}");
         }

@@ -126,7 +126,7 @@ struct Schedule {
 }
 
 impl Schedule {
-    /// Returns when the next request is due, or `None` after the last request.
+    /// Returns the time at which the next request is due, or `None` after the last request.
     fn take(&self) -> Option<Instant> {
         let number = self.next.get();
         let due = self.start + self.interval * number;
@@ -176,7 +176,7 @@ async fn open_loop(case: &Case, rate: f64, time: Duration) -> Result<Option<Vec<
         times.extend(of_connection);
         others += of_other_status;
     }
-    // With a limit of one request per minute, a few requests are allowed.
+    // At one request per minute, a few requests are still allowed.
     ensure!(
         !times.is_empty() && others * 100 <= times.len(),
         "unexpected responses: {others}"
@@ -195,7 +195,7 @@ async fn connection(
     let mut bytes = vec![0; 16 * 1024];
     let (mut times, mut others) = (Vec::new(), 0);
     while let Some(due) = schedule.take() {
-        // A timer would be a millisecond late.
+        // Yield in a loop, because a timer would be up to a millisecond late.
         while Instant::now() < due {
             tokio::task::yield_now().await;
         }

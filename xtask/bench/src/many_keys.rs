@@ -128,7 +128,7 @@ impl KeyClient {
         }
     }
 
-    /// Sends one request, and returns the limit that the response states.
+    /// Sends one request, and returns the limit in the response.
     pub(crate) async fn limit(&mut self, secret: &str) -> Result<u32> {
         let status = self.send(secret).await?;
         ensure!(status == 200, "a request got {status}");

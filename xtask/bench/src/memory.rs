@@ -1,8 +1,8 @@
 //! The memory of a cached key: the growth of the server's resident memory while every key is used once. The files of
 //! usage records, which the server maps, do not count.
 //!
-//! Four servers run one after another: with and without Redis, each with keys on a plan with and without quotas. The
-//! keys are inserted into the database directly, because creating them over HTTP would take longer.
+//! Four servers run one after another: one for each combination of with or without Redis and with or without quotas.
+//! The keys are inserted into the database directly, because creating them over HTTP would take longer.
 
 use std::{
     fs,
@@ -151,7 +151,7 @@ fn anonymous(pid: Pid) -> Result<u64> {
     status(pid, "RssAnon:")
 }
 
-/// Returns an amount of memory from the status that the kernel reports.
+/// Returns an amount of memory from the process status that the kernel reports.
 fn status(pid: Pid, name: &str) -> Result<u64> {
     let path = Path::new("/proc").join(pid.to_string()).join("status");
     let status = fs::read_to_string(path)?;

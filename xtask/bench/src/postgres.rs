@@ -23,7 +23,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Settings of a cluster that is removed at the end.
 const THROWAWAY: &[&str] = &["fsync=off", "full_page_writes=off", "max_wal_size=2GB"];
-/// The same settings, with statistics about statements.
+/// The same settings, with statistics about SQL statements.
 const THROWAWAY_WITH_STATISTICS: &[&str] = &[
     "fsync=off",
     "full_page_writes=off",
@@ -81,7 +81,7 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// Starts the cluster in `dir`, which is created if it does not exist, and kept at the end.
+    /// Starts the cluster in `dir`. Creates the cluster if it does not exist, and keeps it at the end.
     pub(crate) async fn kept(programs: &Path, dir: &Path) -> Result<Self> {
         let password_file = dir.join("password");
         let cluster = dir.join("cluster");

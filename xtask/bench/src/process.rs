@@ -206,7 +206,7 @@ pub(crate) fn without_settings(command: &mut Command) {
     }
 }
 
-/// Finds the log line with the address that `quota` listens on.
+/// Finds the log line with the addresses on which `quota` listens.
 pub(crate) fn ready_line(log: &str) -> Option<Value> {
     log.lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())

@@ -76,7 +76,7 @@ impl Case<'_> {
     }
 }
 
-/// What the requests to a server contain.
+/// The credentials that requests to a server contain.
 struct Credentials {
     /// A key whose limits are never reached.
     ample: String,
@@ -112,7 +112,7 @@ impl Call {
         }
     }
 
-    /// Returns the responses if the key's limits are reached.
+    /// Returns the expected responses once the key's limits are reached.
     const fn denials(self) -> Answers {
         match self {
             Self::Echo | Self::ForwardAuth => Answers::Limited,

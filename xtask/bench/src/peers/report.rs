@@ -25,7 +25,7 @@ pub(crate) struct Report<'a> {
     pub(crate) versions: Vec<String>,
     pub(crate) costs: &'a [cost::Row],
     pub(crate) accuracy: &'a Accuracy,
-    /// Why servers are missing.
+    /// The reasons why servers are missing.
     pub(crate) missing: &'a [String],
 }
 

@@ -38,8 +38,8 @@ pub(crate) fn length(log: &[Attempt]) -> Duration {
     Duration::from_nanos(last.saturating_sub(first))
 }
 
-/// Returns the largest number of allowed requests in a window of this length. A request is inside if it was sent and
-/// answered in the window, so that the result is never too high.
+/// Returns the largest number of allowed requests in a window of this length. A request counts only if it was both sent
+/// and answered in the window, so that the result is never too high.
 pub(crate) fn worst_window(log: &[Attempt], window: Duration) -> u64 {
     let window = u64::try_from(window.as_nanos()).unwrap_or(u64::MAX);
     let mut allowed: Vec<&Attempt> = log.iter().filter(|it| it.status == 200).collect();
@@ -98,8 +98,8 @@ mod tests {
         }
     }
 
-    /// Returns requests every 10 ms. A fixed window that ends at 5 s allows one hundred of them just before its end,
-    /// and the next window allows one hundred just after.
+    /// Returns requests every 10 ms. A fixed window that ends at 5 s allows one hundred of them just before it ends,
+    /// and the next window allows one hundred just after it starts.
     fn across_an_edge() -> Vec<Attempt> {
         let request = |n: u64| {
             let sent = n * SECOND / 100;

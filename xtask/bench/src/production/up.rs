@@ -42,7 +42,7 @@ pub(crate) struct Options {
     data: PathBuf,
 }
 
-/// The parts of the file about the demo that are printed.
+/// The fields of `demo.json` that are printed.
 #[derive(Deserialize)]
 struct Demo {
     email: String,

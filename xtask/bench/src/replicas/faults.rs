@@ -316,7 +316,8 @@ pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     plan
 }
 
-/// Returns when the outage ended for a key, after `back`, and which responses were degraded after that.
+/// Returns the time from `back` to the end of the outage for a key, and the responses that were degraded after the
+/// outage.
 fn recovery<'a>(
     own: impl Iterator<Item = &'a Attempt>,
     back: u64,

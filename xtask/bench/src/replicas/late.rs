@@ -36,7 +36,7 @@ const COLUMNS: &[&str] = &[
 ];
 const REPLICAS: usize = 3;
 const LIMIT: (u32, u32) = (60_000, 200);
-/// The time between the moment at which responses start to be delayed and the first requests.
+/// How long responses have been delayed when the first requests are sent.
 const BEFORE: Duration = Duration::from_millis(30);
 /// The time for opening all connections.
 const CONNECTED: Duration = Duration::from_millis(1000);

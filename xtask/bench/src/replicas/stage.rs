@@ -64,7 +64,7 @@ impl Stage {
         Self::around(options, replicas, urls, redis, settings).await
     }
 
-    /// Starts replicas with one URL of Redis each, such as that of a proxy.
+    /// Starts replicas, each with its own Redis URL, such as that of a proxy.
     pub(crate) async fn around(
         options: &Options,
         replicas: usize,
