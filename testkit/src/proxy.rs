@@ -332,7 +332,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(200);
 
     #[tokio::test]
-    async fn each_fault_does_what_it_says_and_passes() {
+    async fn each_fault_has_its_effect_and_can_be_ended() {
         let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
         let mut stream = TcpStream::connect(proxy.addr())
             .await
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_end_of_one_side_is_passed_on_and_the_rest_still_arrives() {
+    async fn the_end_of_a_stream_is_forwarded_and_the_response_still_arrives() {
         let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
         let mut stream = TcpStream::connect(proxy.addr())
             .await

@@ -144,7 +144,7 @@ pub async fn test(engine: &Engine, binary: Option<&Path>) -> Result<()> {
     ensure!(page.text().await?.contains("<html"), "no page");
     // Send the printed command's request with this client. The command ends with `URL -H 'X-API-Key: KEY'`.
     let parts = command.split_once(" -H 'X-API-Key: ");
-    let (url, key) = parts.context("another form of command")?;
+    let (url, key) = parts.context("the command has an unexpected form")?;
     let key = key.trim_end_matches('\'');
     let mut statuses = Vec::new();
     for _ in 0..12 {

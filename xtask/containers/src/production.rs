@@ -264,7 +264,7 @@ impl<'a> Production<'a> {
                 ("NoNewPrivs:", "1"),
             ] {
                 let value = status.lines().find_map(|line| line.strip_prefix(name));
-                let value = value.context("the kernel does not say")?;
+                let value = value.context("the kernel does not report it")?;
                 let value = value.split_whitespace().collect::<Vec<_>>().join(" ");
                 ensure!(value == expected, "{name} {value}");
             }

@@ -125,7 +125,7 @@ fn script(text: &str) -> Result<String> {
         &account[..],
         &limit[..],
     ) else {
-        anyhow::bail!("a step has another number of commands");
+        anyhow::bail!("a step has an unexpected number of commands");
     };
     // Omit the command that builds the image. The runbook describes an image built elsewhere as an alternative.
     let (clone, _) = build

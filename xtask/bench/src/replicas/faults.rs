@@ -432,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn an_outage_ends_with_a_second_without_it() {
+    fn an_outage_is_over_after_a_second_without_degraded_responses() {
         let log = [
             answered(900, true),
             answered(1500, true),
