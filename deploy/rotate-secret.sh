@@ -17,7 +17,7 @@ set -euo pipefail
 folder=${SECRETS:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 current=$folder/quota_secret
 previous=$folder/quota_secret_previous
-# A copy of the old secret, which exists only while `switch` is running.
+# A copy of the old secret, which exists only until `switch` is complete.
 old_copy=$folder/.quota_secret.old
 
 fail() {
