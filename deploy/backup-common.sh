@@ -27,8 +27,8 @@ connect() {
   fi
 }
 
-# With sslmode=require, the server verifies the certificate against the machine's root certificates, and its host name.
-# PostgreSQL's own programs verify both only with verify-full.
+# With sslmode=require, Quota verifies PostgreSQL's certificate with the machine's root certificates, and verifies the
+# host name in the certificate. PostgreSQL's own programs verify both only with sslmode=verify-full.
 verify_certificate() {
   local require="(^|[?&[:space:]])sslmode[[:space:]]*=[[:space:]]*'?require'?(&|[[:space:]]|\$)"
   local before after separator=' ' certificates
@@ -45,7 +45,7 @@ verify_certificate() {
 # Prints the path of the file with the root certificates that the server trusts.
 root_certificates() {
   local file
-  # PostgreSQL's programs read only a file.
+  # PostgreSQL's programs can read root certificates only from a file.
   [ -z "${SSL_CERT_DIR:-}" ] || [ -n "${SSL_CERT_FILE:-}" ] ||
     fail "set SSL_CERT_FILE to a file with the certificates in SSL_CERT_DIR"
   for file in ${SSL_CERT_FILE:+"$SSL_CERT_FILE"} /etc/ssl/certs/ca-certificates.crt /etc/pki/tls/certs/ca-bundle.crt \
@@ -108,8 +108,8 @@ archive_usage() {
   fi
 }
 
-# Runs a command as the owner of the data directory. The server's user can replace files and directories in it with
-# links at any time, so only this user's own rights may be used to write there.
+# Runs a command as the owner of the data directory. The server's user can replace files and directories in this
+# directory with links at any time, so commands that write there must have only the rights of this user.
 as_owner() {
   local user group
   read -r user group < <(stat --format '%u %g' "$QUOTA_DATA_DIR")
@@ -151,8 +151,8 @@ list_files() {
   { tar --list --verbose 2> /dev/null || true; } | { grep '^-' || true; } | awk '{ print $3, $6 }'
 }
 
-# Extracts an archive next to the existing segments, and moves the missing segments to their places. A segment appears
-# under its name only when it is complete.
+# Extracts an archive next to the existing segments, and moves the missing segments to their places. A segment gets its
+# final name only once the segment is complete.
 merge_usage() {
   local segment target
   # Delete directories that interrupted runs left behind.

@@ -4,7 +4,7 @@
 #
 #   deploy/rotate-secret.sh prepare     creates a new secret, which replicas accept but do not use yet
 #   deploy/rotate-secret.sh switch      uses the new secret; the old one is still accepted
-#   deploy/rotate-secret.sh finish      stops accepting the old secret. Wait until QUOTA_SESSION_DAYS have passed
+#   deploy/rotate-secret.sh finish      stops accepting the old secret. Before this step, wait QUOTA_SESSION_DAYS days
 #
 #   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas at once: until then, they still accept
 #                                       the leaked secret. All users have to sign in again, and webhooks need new
@@ -17,7 +17,7 @@ set -euo pipefail
 folder=${SECRETS:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 current=$folder/quota_secret
 previous=$folder/quota_secret_previous
-# The file that contains the old secret while `switch` is running.
+# A copy of the old secret, which exists only until `switch` is complete.
 old_copy=$folder/.quota_secret.old
 
 fail() {

@@ -25,7 +25,7 @@ pub const COST_MAX: u32 = 1_000_000;
 pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
 /// Default grace period of a rotated secret in seconds: 24 hours.
 pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
-/// The length of a password in bytes, after NFC normalization.
+/// The permitted length of a password in bytes, after NFC normalization.
 pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
 /// Maximum length of a password, token, or API key in a request, in characters. Longer values are rejected without
 /// being verified.

@@ -94,7 +94,7 @@ macro_rules! numbers {
             }
         }
 
-        /// Converts the number to PostgreSQL's type. Every valid number fits.
+        /// Converts the number to the type of the PostgreSQL column. Every valid number fits.
         impl From<$name> for $stored {
             fn from(number: $name) -> Self {
                 Self::try_from(number.0).unwrap_or(Self::MAX)
@@ -284,7 +284,7 @@ impl<'de> Deserialize<'de> for Metadata {
 impl FromJson for Metadata {
     fn from_json(json: Json) -> Result<Self, Invalid> {
         match json {
-            // Responses stored by earlier versions lack this field.
+            // Responses that earlier versions of the desktop app stored lack this field.
             Json::Null => Ok(Self::default()),
             json => json.entries().map(Self),
         }

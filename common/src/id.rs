@@ -57,7 +57,7 @@ id!(PlanId);
 id!(ApiKeyId);
 id!(ServiceTokenId);
 id!(
-    /// The ID of a session: a sign-in and all tokens refreshed from it.
+    /// The ID of a session: a sign-in and all tokens issued for this sign-in.
     SessionId
 );
 id!(AuditEventId);

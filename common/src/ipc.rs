@@ -1,8 +1,8 @@
 //! Messages between the console and the desktop app that contains it. In browsers, no messages are sent, and only
 //! [`BillingPage`] is used.
 //!
-//! The console passes [`Call`](crate::call::Call)s and a few commands to the app. The console never receives a token,
-//! and the app sends calls only to servers in the user's list.
+//! The console passes [`Call`](crate::call::Call)s and a few commands to the app. The console never receives the
+//! session's tokens, and the app sends calls only to servers in the user's list.
 
 use serde::{Deserialize, Serialize};
 

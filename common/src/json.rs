@@ -202,7 +202,7 @@ impl FromJson for Value {
     }
 }
 
-/// Parses a number as floating-point. The last bits can differ from the exact result: the standard library's exact
+/// Parses a floating-point number. The last bits can differ from the exact result: the standard library's exact
 /// algorithm needs tables that would add ten kilobytes to the download.
 fn float(text: &str) -> f64 {
     let (digits, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
@@ -226,7 +226,7 @@ fn float(text: &str) -> f64 {
     if text.starts_with('-') { -value } else { value }
 }
 
-/// The maximum depth of nested values, so that parsing cannot overflow the stack.
+/// The maximum nesting depth, which keeps parsing from overflowing the stack.
 const MAX_DEPTH: u32 = 100;
 
 fn parse(text: &str) -> Result<Json, Invalid> {

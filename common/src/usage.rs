@@ -193,7 +193,8 @@ text_enum! {
         Expiring = "expiring",
         /// A rotated key's previous secret expires within 24 hours. `at` is when it expires.
         GraceEnding = "grace_ending",
-        /// The key is active and has not been used for 30 days. `at` is the time of its last use, or of its creation.
+        /// The key is active and has not been used for 30 days. `at` is the time of the key's last use or, if the key
+        /// has never been used, of its creation.
         Idle = "idle",
     }
 }

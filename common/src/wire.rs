@@ -1,5 +1,5 @@
 //! Macros that define the types in requests and responses. Each macro adds the attributes that serde, garde, and
-//! poem-openapi need. The definition of a type then lists only its fields, their descriptions, and which of them have
+//! poem-openapi need. The definition of a type then lists only its fields, their descriptions, and which fields have
 //! bounds (`#[garde(dive)]`).
 
 /// A response field that is omitted from JSON if it is `None`. A plain `Option` becomes `null`.

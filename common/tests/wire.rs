@@ -1,5 +1,5 @@
-//! Checks every API type against golden JSON and, with the `openapi` feature, checks that the document describes the
-//! same JSON. serde and poem-openapi read separate attributes, which can drift apart silently.
+//! Checks every API type against golden JSON and, with the `openapi` feature, checks that the OpenAPI document
+//! describes the same JSON. serde and poem-openapi read separate attributes, which can drift apart silently.
 
 use quota_common::{
     ApiKeyId, FieldError, Page, PlanId, Problem, ProblemCode, ServiceTokenId, SessionId, TenantId,
@@ -362,7 +362,8 @@ fn plans_match_their_golden_json() {
     );
 }
 
-/// poem-openapi serializes absent and cleared fields alike. Only the console sends a PATCH, so only serde matters.
+/// poem-openapi serializes absent and cleared fields alike. This does not matter, because only the console serializes
+/// PATCH bodies, and it uses serde.
 #[test]
 fn patch_field_distinguishes_null_from_absent() {
     let cleared: plan::UpdatePlan = serde_json::from_value(json!({"daily_quota": null})).unwrap();

@@ -1,4 +1,4 @@
-//! Embeds the console, and declares the commands that it may call.
+//! Embeds the console, and declares the commands that the console may call.
 
 fn main() {
     // `cargo xtask desktop` builds the console into this folder.

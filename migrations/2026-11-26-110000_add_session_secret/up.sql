@@ -1,7 +1,8 @@
 -- Nullable and without a default: the previous version inserts sessions without this column, and keeps refreshing
 -- sessions that have a value in it.
 ALTER TABLE sessions ADD COLUMN secret_id bytea;
--- NOT VALID: every existing row is NULL, and checking them would read the table under an exclusive lock.
+-- NOT VALID: the column is NULL in every existing row, and checking the rows would read the table under an exclusive
+-- lock.
 ALTER TABLE sessions
     ADD CONSTRAINT sessions_secret_id_length CHECK (octet_length(secret_id) = 16) NOT VALID;
 COMMENT ON COLUMN sessions.secret_id IS

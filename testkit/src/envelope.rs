@@ -1,9 +1,9 @@
 //! A sliding-window checker, which compares the requests that were allowed in each window with an envelope.
 //!
 //! An envelope is what a token bucket may allow: at most `burst + rate·(T + slack)` tokens in any window of `T`. A
-//! client only knows that a request was allowed at some time between sending the request and receiving the response. So
-//! a window counts only requests that lie entirely inside it, and any excess found is real. The checker works in whole
-//! nanoseconds, with any clock.
+//! client only knows that a request was allowed at some time between sending the request and receiving the response.
+//! Therefore, a window counts only requests that lie entirely inside the window, and any excess found is real. The
+//! checker works in whole nanoseconds, with any clock.
 
 /// The maximum number of tokens that one token bucket may allow in a window of any length.
 #[derive(Debug, Clone, Copy)]
@@ -77,8 +77,8 @@ impl Envelope {
         admitted
     }
 
-    /// Returns the worst window, or `None` if nothing was allowed. Takes `O(n log n)`: every window ends at a response,
-    /// and a tree contains the current excess for all starts.
+    /// Returns the worst window, or `None` if nothing was allowed. Takes `O(n log n)` time: every window ends at a
+    /// response, and a tree contains the current excess for all starts.
     pub fn worst(self, admitted: &[Span]) -> Option<Worst> {
         let mut begins: Vec<u64> = admitted.iter().map(|span| span.sent).collect();
         begins.sort_unstable();
@@ -148,7 +148,7 @@ struct Node {
     begin: usize,
 }
 
-/// Below any possible value, and far from overflowing.
+/// A value below all possible values, and far from overflowing.
 const CLOSED: i64 = i64::MIN / 4;
 
 impl Tree {

@@ -9,7 +9,7 @@ use std::{
 
 use crate::wheel;
 
-/// The version that the configurations in `deploy/gateways` are tested with.
+/// The version with which the configurations in `deploy/gateways` are tested.
 const VERSION: &str = "1.40.0";
 
 /// Returns the Envoy in `PATH` if it has the right version, or otherwise the Envoy in `dir`, which is downloaded if it

@@ -35,7 +35,7 @@ pub enum Fault {
     Pass,
     /// Data is delayed by the given time in both directions. The bandwidth does not change.
     Delay(Duration),
-    /// Data toward the client is delayed by the given time: requests arrive in time, responses late.
+    /// Data toward the client is delayed by the given time: requests arrive on time, and responses arrive late.
     Late(Duration),
     /// Bytes are discarded in both directions. Connections remain open, and new ones are accepted.
     BlackHole,
@@ -126,12 +126,12 @@ impl FaultProxy {
         self.addr
     }
 
-    /// Sets the fault, until the next call.
+    /// Sets the fault, which lasts until the next call.
     pub fn set(&self, fault: Fault) {
         self.control.fault.send_replace(fault);
     }
 
-    /// Resets every open connection once. New connections have the fault that [`set`](Self::set) has set.
+    /// Resets every open connection once. New connections are affected by the fault from [`set`](Self::set).
     pub fn cut(&self) {
         self.control.cuts.send_modify(|cuts| *cuts += 1);
     }
@@ -332,7 +332,7 @@ mod tests {
     const SHORT: Duration = Duration::from_millis(200);
 
     #[tokio::test]
-    async fn each_fault_does_what_it_says_and_passes() {
+    async fn each_fault_has_its_effect_and_can_be_ended() {
         let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
         let mut stream = TcpStream::connect(proxy.addr())
             .await
@@ -431,7 +431,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_end_of_one_side_is_passed_on_and_the_rest_still_arrives() {
+    async fn the_end_of_a_stream_is_forwarded_and_the_response_still_arrives() {
         let proxy = FaultProxy::start(Upstream::Tcp(echo().await)).await;
         let mut stream = TcpStream::connect(proxy.addr())
             .await

@@ -35,7 +35,7 @@ impl RedisServer {
     /// Starts a server with additional options of `redis-server`, such as `--replicaof`. `{free}` is replaced by
     /// another free port. `--sentinel` must come first, followed by the sentinel's file.
     pub async fn start_with(options: &[&str]) -> Self {
-        // Retry, because another process may take the port in the meantime.
+        // Retry, because another process may take the port before Redis binds it.
         for _ in 0..10 {
             let mut redis = Self {
                 port: free_port(),

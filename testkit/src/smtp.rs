@@ -35,7 +35,7 @@ struct State {
     refusals: Mutex<VecDeque<String>>,
     /// The user and password in Base64, as AUTH PLAIN sends them.
     credentials: Mutex<Option<String>>,
-    /// How long each response to a command takes.
+    /// The delay of each response to a command.
     delay: Mutex<Duration>,
 }
 
@@ -61,7 +61,7 @@ impl SmtpServer {
         Self { addr, state }
     }
 
-    /// Accepts only the given credentials in AUTH PLAIN, which are in Base64.
+    /// Accepts only the given credentials in AUTH PLAIN. `plain` is in Base64.
     pub fn require_credentials(&self, plain: &str) {
         *lock(&self.state.credentials) = Some(plain.to_owned());
     }
@@ -71,7 +71,7 @@ impl SmtpServer {
         lock(&self.state.refusals).push_back(line.to_owned());
     }
 
-    /// Delays each response from now on, except the greeting and the statuses 221 and 354.
+    /// From now on, delays each response, except the greeting and responses with status 221 or 354.
     pub fn delay(&self, delay: Duration) {
         *lock(&self.state.delay) = delay;
     }

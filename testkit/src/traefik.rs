@@ -9,7 +9,7 @@ use std::{
 
 use crate::wheel;
 
-/// The version that `deploy/gateways/traefik.yml` is tested with.
+/// The version with which `deploy/gateways/traefik.yml` is tested.
 const VERSION: &str = "3.7.15";
 
 /// Returns the Traefik in `PATH` if it has the right version, or otherwise the Traefik in `dir`, which is downloaded if

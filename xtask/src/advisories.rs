@@ -1,8 +1,9 @@
 //! Checks the [lock files](lock::FILES) for known vulnerabilities, using a copy of the RustSec advisory database.
 //!
-//! Runs only if `QUOTA_ADVISORY_DB` names such a copy, a directory or a `.tar.gz`. Downloads nothing, and prints the
-//! date and age of the newest advisory in the copy. Vulnerabilities fail the check; other notices (such as unmaintained
-//! or unsound) are printed. `.config/advisories.toml` lists advisories that do not apply, each until a date.
+//! Runs only if `QUOTA_ADVISORY_DB` contains the path of such a copy: a directory or a `.tar.gz`. Downloads nothing.
+//! Prints the date and age of the newest advisory in the copy. Vulnerabilities fail the check; other notices (such as
+//! unmaintained or unsound) are printed. `.config/advisories.toml` lists advisories to ignore, each with an expiry
+//! date.
 
 use std::{
     collections::BTreeSet,
@@ -122,7 +123,7 @@ impl Accepted {
         found.map(|accepted| accepted.used = true).is_some()
     }
 
-    /// Returns entries that have expired or match nothing.
+    /// Describes the entries that have expired or match no advisory.
     fn faults(&self) -> Vec<String> {
         self.0
             .iter()
@@ -199,8 +200,9 @@ impl Advisory {
     }
 }
 
-/// Returns whether a version matches, as RustSec defines it. In `semver`, a pre-release only matches requirements that
-/// name one. RustSec compares versions by their plain order. In both, a pre-release of 2.0.0 is below `>= 2.0.0`.
+/// Returns whether a version matches, as RustSec defines it. In `semver`, a pre-release matches only requirements that
+/// contain a pre-release. RustSec compares versions by their order alone. In both, a pre-release of 2.0.0 does not
+/// match `>= 2.0.0`.
 fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);

@@ -1,5 +1,5 @@
 //! `cargo xtask bench`: the measurements and long tests. CONTRIBUTING.md lists them. Most of them are in `xtask/bench`;
-//! the others are tests of the server, or in `xtask/desktop`.
+//! the others are tests of the server or part of `xtask/desktop`.
 
 use std::{
     ffi::OsString,
@@ -26,7 +26,7 @@ const DIFFERENTIAL: &str = "direct::direct_responses_are_those_of_hyper";
 
 /// The default number of malformed requests.
 const MALFORMED_REQUESTS: &str = "100000";
-/// The test that sends them.
+/// The test that sends malformed requests.
 const MALFORMED: &str = "malformed::malformed_requests_are_refused_and_nothing_fails";
 
 /// The test that measures usage.
@@ -37,7 +37,8 @@ const KEYS: &str = "key_lists::three_hundred_thousand_keys";
 /// The test that measures webhooks from Stripe.
 const WEBHOOKS: &str = "billing_flood::webhooks_per_second";
 
-/// Runs a test that measures something. The test reads its arguments from the environment variables `variables`.
+/// Runs a measurement that is a test of the server. The test reads its arguments from the environment variables
+/// `variables`.
 fn measure(name: &str, variables: &[&str], arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     let mut test = cargo();

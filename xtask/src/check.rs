@@ -17,8 +17,8 @@ pub(crate) fn check() -> Result<()> {
     dependencies::check()?;
     links::check()?;
     say("cargo clippy");
-    // The desktop app is compiled separately: its libraries enable features of shared dependencies, which would then be
-    // compiled again for the server.
+    // The desktop app is compiled separately, because its libraries enable features of dependencies that the server
+    // also uses. If both were compiled together, these dependencies would be compiled again when the server is built.
     clippy(&desktop::without("--workspace", "--all-targets"))?;
     say("cargo clippy, desktop app");
     clippy(&desktop::alone("--all-targets"))?;

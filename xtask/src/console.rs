@@ -1,5 +1,5 @@
-//! Builds the console for the browser (`cargo xtask console`), which the next build of the server embeds, or for the
-//! desktop app, which the next build of the app embeds.
+//! Builds the console, either for the browser (`cargo xtask console`) or for the desktop app. The next build of the
+//! server or of the app embeds the console.
 
 use std::{
     env,
@@ -81,7 +81,7 @@ pub(crate) fn add_target() -> Result<()> {
 /// Returns cargo's target directory: `target`, unless configured otherwise.
 pub(crate) fn target_directory() -> Result<PathBuf> {
     let metadata = read(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
-    // A JSON parser for just one field would make this slower to compile.
+    // A JSON parser for a single field would make this crate slower to compile.
     let place = metadata
         .split_once("\"target_directory\":\"")
         .and_then(|(_, rest)| rest.split_once('"'))

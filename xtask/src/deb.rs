@@ -139,7 +139,7 @@ fn pack(binary: &Path, version: &str, folder: &Path) -> Result<PathBuf> {
     Ok(package)
 }
 
-/// A minimal Debian in a folder, which is deleted on drop.
+/// A minimal Debian system in a folder. The folder is deleted on drop.
 struct Root(PathBuf);
 
 impl Drop for Root {
@@ -203,7 +203,7 @@ impl Root {
     }
 }
 
-/// A server that was installed by the package. Killed on drop.
+/// A running server that the package installed. Killed on drop.
 struct Server(Child);
 
 impl Drop for Server {
@@ -213,7 +213,7 @@ impl Drop for Server {
     }
 }
 
-/// Installs, starts, upgrades and removes the package in a minimal Debian.
+/// Installs, starts, upgrades and removes the package in a minimal Debian system.
 fn try_out(package: &Path, binary: &Path) -> Result<()> {
     machine::install(&[machine::POSTGRES, machine::DEBOOTSTRAP])?;
     ensure!(system::is_root(), "installing a package requires root");
@@ -250,7 +250,7 @@ fn try_out(package: &Path, binary: &Path) -> Result<()> {
         secret.len()
     );
 
-    // An upgrade keeps settings and secrets, and restarts the servers in turn.
+    // An upgrade keeps settings and secrets, and restarts the servers one after another.
     let changed = "QUOTA_REGISTRATION=open\n";
     fs::write(root.path(CONFIG), changed)?;
     let next = format!("{}+next", version()?);
@@ -284,7 +284,7 @@ fn try_out(package: &Path, binary: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Lets systemd check the installed units.
+/// Checks the installed units with `systemd-analyze`.
 fn verify_units(root: &Root) -> Result<()> {
     if system::on_path("systemd-analyze").is_none() {
         say("skipped: systemd-analyze is not installed, so the units were not verified");
@@ -337,7 +337,7 @@ fn serve(root: &Root) -> Result<()> {
         "quota:quota",
         "/run/credentials",
     ]))?;
-    // A separate mount namespace, so that the mount disappears when the server exits.
+    // Use a separate mount namespace, so that the mount disappears when the server exits.
     let script = "mount --bind \"$1\" \"$2$1\" && root=$2 && shift 2 && exec chroot --userspec=quota:quota \"$root\" \"$@\"";
     let child = Command::new("unshare")
         .args([
@@ -398,7 +398,8 @@ fn serve(root: &Root) -> Result<()> {
     Ok(())
 }
 
-/// Installs a newer package where systemd seems to run two servers. Returns the calls of `systemctl`, one per line.
+/// Installs a newer package on a system where systemd appears to run two servers. Returns the calls to `systemctl`, one
+/// per line.
 fn upgrade(root: &Root, package: &Path) -> Result<String> {
     fs::create_dir_all(root.path("/run/systemd/system"))?;
     let systemctl = "#!/bin/sh\n\

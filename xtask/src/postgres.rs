@@ -2,9 +2,9 @@
 //! directory under /tmp.
 //!
 //! PostgreSQL stops when this process exits, even after `kill -9`: a small shell script, the guard, runs PostgreSQL and
-//! reads from a pipe that only this process holds. When the pipe is closed, the script stops PostgreSQL and removes the
-//! directory. The server's `db::embedded` is similar but durable; this module is separate because tasks start before
-//! the server is built.
+//! reads from a pipe. Only this process holds the other end of the pipe. When this end is closed, the script stops
+//! PostgreSQL and removes the directory. The server's `db::embedded` is similar but durable; this module is separate
+//! because tasks run before the server is built.
 
 use std::{
     cmp::Reverse,
@@ -26,8 +26,8 @@ use crate::{read, succeed, system};
 const START_LIMIT: Duration = Duration::from_mins(1);
 const USER: &str = "quota";
 
-/// $1 is the directory to remove at the end, the rest is the command. An immediate shutdown is fine, since nothing is
-/// kept.
+/// `$1` is the directory to remove at the end; the other arguments are the command. An immediate shutdown is fine,
+/// since nothing is kept.
 const GUARD: &str = r#"
 dir=$1
 shift
@@ -144,7 +144,7 @@ impl Throwaway {
         Ok(postgres)
     }
 
-    /// Returns the URL of the database `postgres`, as superuser.
+    /// Returns the URL for connecting to the database `postgres` as the superuser.
     pub(crate) fn url(&self) -> String {
         // The path consists of letters, digits, `-` and `/`.
         let host = self.socket_dir.display().to_string().replace('/', "%2F");
@@ -162,7 +162,7 @@ impl Throwaway {
         )
     }
 
-    /// Returns the rows of a query, each a list of columns. NULL is an empty string.
+    /// Returns the rows of a query, each a list of columns. NULL is returned as an empty string.
     pub(crate) fn query(&self, sql: &str) -> Result<Vec<Vec<String>>> {
         let text = read(
             self.psql()
@@ -202,8 +202,8 @@ impl Drop for Throwaway {
     }
 }
 
-/// Returns the directory of `initdb`, `postgres` and `psql`: from `pg_config` or the path, otherwise the newest of
-/// Debian's or Red Hat's packages.
+/// Returns the directory of `initdb`, `postgres` and `psql`: the one found through `pg_config` or `PATH`; otherwise,
+/// the newest one among the packages of Debian and Red Hat.
 pub(crate) fn binaries() -> Option<PathBuf> {
     let mut places = Vec::new();
     if let Ok(dir) = read(Command::new("/bin/sh").args(["-c", "pg_config --bindir"])) {
@@ -241,7 +241,7 @@ pub(crate) fn binaries() -> Option<PathBuf> {
     })
 }
 
-/// Returns the user and group to run PostgreSQL as, since it does not run as root.
+/// Returns the user and group to run PostgreSQL as, since PostgreSQL refuses to run as root.
 fn unprivileged_user() -> Result<Option<(u32, u32)>> {
     if !system::is_root() {
         return Ok(None);

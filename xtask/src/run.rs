@@ -14,7 +14,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<ExitCode> {
     machine::install(&[machine::POSTGRES])?;
     console::build()?;
     say("building the server (a first build takes a few minutes)");
-    // `exec`, as cargo itself does: the server receives the signals, and its exit code is returned.
+    // Uses `exec`, as `cargo run` does, so that the server receives the signals and its exit code is returned.
     let mut command = cargo();
     if env::var_os("QUOTA_LOG_FORMAT").is_none() {
         // Text is easier to read in a terminal.

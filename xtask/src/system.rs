@@ -9,7 +9,7 @@ pub(crate) fn is_root() -> bool {
     id(&["-u"]) == Some(0)
 }
 
-/// Returns a user's or group's number, as printed by `id`.
+/// Returns a user's or group's numeric ID, as printed by `id`.
 pub(crate) fn id(arguments: &[&str]) -> Option<u32> {
     let output = Command::new("id")
         .args(arguments)

@@ -76,8 +76,9 @@ pub(crate) fn test(arguments: &[OsString]) -> Result<ExitCode> {
     Ok(code.map_or(ExitCode::FAILURE, ExitCode::from))
 }
 
-/// Runs the desktop app's tests. They run separately, because its libraries enable features of shared dependencies,
-/// which would then be compiled again for the server.
+/// Runs the desktop app's tests. They run separately, because the app's libraries enable features of dependencies that
+/// the server also uses. If both were compiled together, these dependencies would be compiled again when the server is
+/// built.
 fn of_desktop(has_nextest: bool) -> Result<bool> {
     let runner: &[&str] = if has_nextest {
         &["nextest", "run"]

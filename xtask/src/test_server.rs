@@ -15,7 +15,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::{cargo, console, read, succeed};
 
-/// The first startup creates a database.
+/// The time within which a server must start. The first startup creates a database.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Runs a function with the address of a new server.
@@ -103,8 +103,7 @@ impl Server {
         let listen = format!("127.0.0.1:{port}");
         let log = fs::File::create(data.join("log"))?;
         let built = console::target_directory()?.join("debug");
-        // The server is addressed by name, because browsers accept cookies from a local server only under a local
-        // name.
+        // The address must be local, so that the server's cookies work without TLS.
         let address = format!("http://localhost:{port}");
         let mut command = if settings.is_empty() {
             // Bill through a stand-in for Stripe.

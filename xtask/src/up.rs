@@ -18,7 +18,7 @@ pub(crate) fn up(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--package", "quota-bench", "--bin", "quota-bench"]),
     )?;
     let built = target().join("debug");
-    // `exec`, so that the new program receives the signals, and its exit code is returned.
+    // Uses `exec`, so that the new program receives the signals and its exit code is returned.
     let error = Command::new(built.join("quota-bench"))
         .arg("up")
         .arg(built.join("quota"))

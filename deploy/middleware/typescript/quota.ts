@@ -88,7 +88,7 @@ export function quota(options: QuotaOptions): RequestHandler {
   const url = `${options.url.replace(/\/+$/, "")}/v1/check`;
   let lastWarning = -Infinity;
 
-  /** Returns Quota's decision, and the ID under which Quota logs it. */
+  /** Returns Quota's decision, and the ID under which Quota logs the decision. */
   async function check(request: Request, apiKey: string, cost: number): Promise<[Decision, string | null]> {
     const headers = new Headers({
       "Authorization": `Bearer ${options.serviceToken}`,

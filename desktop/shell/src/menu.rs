@@ -22,7 +22,7 @@ const PAGES: [(&str, &str, &str); 10] = [
     ("/console/settings", "Settings", "CmdOrCtrl+,"),
 ];
 
-// The ID, name, and keyboard shortcut of each of the other entries.
+// The ID, name, and keyboard shortcut of each other menu entry.
 const RELOAD: (&str, &str, &str) = ("reload", "Reload", "CmdOrCtrl+R");
 const QUIT: (&str, &str, &str) = ("quit", "Quit", "CmdOrCtrl+Q");
 const BACK: (&str, &str, &str) = ("back", "Back", "Alt+Left");

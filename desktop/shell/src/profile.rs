@@ -1,8 +1,8 @@
 //! The list of servers and the server in use. They are stored in a file that contains addresses and names but no
 //! secrets.
 //!
-//! If the file cannot be read, it is renamed and the list starts over. If the file cannot be written, the app logs the
-//! error, and changes are lost when the app exits.
+//! If the file cannot be read, the app renames the file and starts with a new list. If the file cannot be written, the
+//! app logs the error, and changes are lost when the app exits.
 
 use std::{
     fs, io,

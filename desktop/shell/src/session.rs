@@ -1,9 +1,9 @@
 //! A session with one server: its tokens, and calls that use them. Does not depend on Tauri.
 //!
 //! The access token is kept in memory. The refresh token is kept in the keychain, or in memory if no keychain is
-//! available. The first call that finds that the access token has expired or expires soon refreshes the session; other
-//! calls wait. The new refresh token is stored before the new access token is used, so that the session survives if the
-//! app exits between the two steps.
+//! available. The first call that finds that the access token has expired or will expire soon refreshes the session;
+//! other calls wait. The new refresh token is stored before the new access token is used, so that the session survives
+//! if the app exits between the two steps.
 //!
 //! Several processes of the same user share the keychain entry. A file lock ensures that only one process refreshes at
 //! a time, so that each process finds the token that the previous process stored.
@@ -95,7 +95,7 @@ impl Session {
             Call::Refresh => {
                 let mut state = self.state.lock().await;
                 let expires_in = self.refresh(&mut state).await?;
-                // The page must never see a token.
+                // The page must never see the session's tokens.
                 let without_tokens = Tokens {
                     access_token: None,
                     refresh_token: None,
@@ -148,8 +148,7 @@ impl Session {
         Ok(fresh(json(&signed_in)?))
     }
 
-    /// Signs out and drops the tokens. If the server does not confirm the sign-out, drops the tokens and returns an
-    /// error.
+    /// Signs out, and drops the tokens in any case. Returns an error if the server does not confirm the sign-out.
     async fn sign_out(&self) -> Result<CallResponse, CallError> {
         let mut state = self.state.lock().await;
         let result = match self.refresh_token(&state).await {

@@ -48,8 +48,8 @@ pub fn open(app: &AppHandle) -> tauri::Result<WebviewWindow> {
     Ok(window)
 }
 
-/// Reports a dark system theme to the page, because WebKit does not always detect it. If Tauri reports a light theme,
-/// the page relies on WebKit.
+/// Reports a dark system theme to the page, because WebKit does not always detect such a theme. If Tauri reports a
+/// light theme, the page relies on WebKit.
 fn report_theme(window: &WebviewWindow, theme: Theme) {
     let dark = theme == Theme::Dark;
     run_in(
@@ -80,8 +80,8 @@ pub fn show(app: &AppHandle, path: &'static str) {
     );
 }
 
-/// Brings the window to the front and opens a page of the console, unless that would discard a locked dialog. Some
-/// desktop environments let a window take the focus only with the activation token of a click.
+/// Brings the window to the front. Opens a page of the console, unless a locked dialog is open, which the new page
+/// would discard. Some desktop environments let a window take the focus only with the activation token of a click.
 pub fn reveal(app: &AppHandle, path: &'static str, token: Option<String>) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;
@@ -115,7 +115,7 @@ fn run_in(window: &WebviewWindow, script: &str) {
     }
 }
 
-/// A script that checks for an open locked dialog. Closing or reloading the page would discard its content.
+/// A script that checks for an open locked dialog. Closing or reloading the page would discard the dialog's content.
 const IS_LOCKED: &str = "!!document.querySelector('dialog[open][data-locked]')";
 
 /// A script that checks for a new secret that has not been saved or is still being created. If the secret has not been

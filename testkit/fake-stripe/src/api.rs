@@ -32,7 +32,7 @@ pub struct Call<'a> {
     pub path: &'a [&'a str],
     /// The form or the query.
     pub params: &'a Value,
-    /// The address of the fake, for links to the pages it serves.
+    /// The base URL of the fake Stripe, for links to its pages.
     pub base: &'a str,
 }
 
@@ -373,7 +373,7 @@ impl State {
     }
 }
 
-/// Returns the object without the fake's internal data.
+/// Returns the object without the internal data of the fake Stripe.
 pub fn visible(object: &Value) -> Value {
     let mut object = object.clone();
     if let Some(fields) = object.as_object_mut() {

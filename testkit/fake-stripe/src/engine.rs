@@ -1,4 +1,4 @@
-//! What Stripe does on its own: subscriptions, their invoices and payments, and the passage of time.
+//! What Stripe does without a request: subscriptions, their invoices and payments, and the passage of time.
 
 use serde_json::{Value, json};
 
@@ -317,7 +317,7 @@ impl State {
         }
     }
 
-    /// Changes the status of a subscription, with an event if the status is different.
+    /// Sets the status of a subscription. Records an event if the status has changed.
     pub fn set_status(&mut self, id: &str, status: &str) {
         let subscription = self.find("subscription", id).expect("a subscription");
         if subscription["status"] == status {

@@ -7,7 +7,7 @@
 //!
 //! Every API request that is received over HTTP is validated against Stripe's own description of its parameters.
 //!
-//! The fake shares no code with Quota, so that the two cannot have the same mistakes.
+//! The fake shares no code with Quota, so that a mistake in one is not repeated in the other.
 #![recursion_limit = "512"]
 
 mod api;
@@ -35,8 +35,8 @@ pub use crate::{
     webhook::{Delivery, Signature, sign},
 };
 
-/// A running fake. When dropped, the fake stops, and then panics if it has received a request that Stripe would not
-/// accept.
+/// A running fake Stripe. When dropped, the fake stops, and then panics if it has received a request that Stripe would
+/// not accept.
 pub struct FakeStripe {
     shared: Arc<Shared>,
     client: reqwest::Client,
@@ -59,13 +59,13 @@ impl Drop for FakeStripe {
 }
 
 impl FakeStripe {
-    /// Starts a fake on a free port. Events are queued until [`deliver_all`](Self::deliver_all) sends them or
+    /// Starts a fake Stripe on a free port. Events are queued until [`deliver_all`](Self::deliver_all) sends them or
     /// [`take_queued`](Self::take_queued) removes them.
     pub async fn start() -> io::Result<Self> {
         Self::start_on("127.0.0.1:0").await
     }
 
-    /// Starts a fake on an address.
+    /// Starts a fake Stripe on an address.
     pub async fn start_on(address: &str) -> io::Result<Self> {
         let listener = TcpListener::bind(address).await?;
         let shared = Arc::new(Shared::new(format!("http://{}", listener.local_addr()?)));
@@ -82,7 +82,7 @@ impl FakeStripe {
         })
     }
 
-    /// Delivers events as soon as they happen, from now on.
+    /// From now on, delivers events as soon as they happen.
     pub fn deliver_immediately(&mut self) {
         let (shared, client) = (self.shared.clone(), self.client.clone());
         self.tasks
@@ -101,7 +101,7 @@ impl FakeStripe {
         act(&mut state)
     }
 
-    /// Has the same effect as a request, such as `("POST", "subscriptions/sub_1/resume", …)`.
+    /// Executes a request without HTTP, such as `("POST", "subscriptions/sub_1/resume", …)`.
     pub fn request(&self, method: &Method, path: &str, form: &str) -> Result<Value, Failure> {
         let segments: Vec<&str> = path.split('/').collect();
         let params = form::parse(form);
@@ -138,7 +138,7 @@ impl FakeStripe {
         self.with(|state| state.change_account(id));
     }
 
-    /// Sets the payment method of a customer from now on.
+    /// Sets the payment method of a customer.
     pub fn set_card(&self, customer: &str, card: Card) {
         self.with(|state| state.cards.insert(customer.to_owned(), card));
     }

@@ -1,8 +1,8 @@
-//! Runs the fake together with a program, usually the server, and sets the variables that make the server bill through
-//! the fake.
+//! Runs the fake Stripe together with a program, usually the server, and sets the environment variables that make the
+//! server bill through the fake Stripe.
 //!
 //! `fake-stripe [--listen ADDRESS] COMMAND…` listens on 127.0.0.1:12111 by default. Webhooks are sent to
-//! `QUOTA_PUBLIC_URL`, or otherwise to the server's default address. The fake exits when the program does.
+//! `QUOTA_PUBLIC_URL`, or otherwise to the server's default address. The fake Stripe exits when the program exits.
 
 use std::{env, process::ExitCode};
 

@@ -134,7 +134,7 @@ pub fn portal_session(id: &str, now: i64, base: &str, params: &Value) -> Value {
     })
 }
 
-/// Returns the legacy description of a price, which items still contain.
+/// Returns the legacy description of a price, which subscription items still contain.
 fn plan(price: &Value) -> Value {
     let recurring = &price["recurring"];
     json!({

@@ -1,4 +1,4 @@
-//! The state of the fake: objects, the clock, timers, and pending deliveries.
+//! The state of the fake Stripe: objects, the clock, timers, and pending deliveries.
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -160,7 +160,7 @@ impl State {
         self.next_id += 10_000_000;
     }
 
-    /// Moves the clock forward. Everything that becomes due happens at its own time.
+    /// Moves the clock forward. Everything that becomes due happens at the time at which it is due.
     pub fn advance(&mut self, seconds: i64) {
         let end = self.now() + seconds;
         self.run_timers(end);

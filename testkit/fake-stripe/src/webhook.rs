@@ -37,8 +37,8 @@ pub struct Delivery {
 }
 
 impl State {
-    /// Gives an endpoint a new secret. For a day, deliveries are also signed with the previous secret. Returns the new
-    /// secret.
+    /// Rotates the secret of an endpoint. For a day, deliveries are also signed with the previous secret. Returns the
+    /// new secret.
     pub fn rotate_secret(&mut self, endpoint: &str) -> String {
         let secret = format!("whsec_{}", self.id("secret"));
         let until = self.now() + 86_400;
@@ -135,8 +135,8 @@ pub async fn send(
         .map_or(0, |response| response.status().as_u16())
 }
 
-/// Delivers queued events until the fake is dropped. Each delivery is attempted up to three times, with a new signature
-/// each time.
+/// Delivers queued events until the [`FakeStripe`](crate::FakeStripe) is dropped. Each delivery is attempted up to
+/// three times, with a new signature each time.
 pub async fn deliver_queued(shared: Arc<Shared>, client: reqwest::Client) {
     loop {
         tokio::time::sleep(Duration::from_millis(10)).await;

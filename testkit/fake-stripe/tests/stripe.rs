@@ -1,4 +1,4 @@
-//! Tests the fake through async-stripe, which parses whole objects and fails if an object is invalid.
+//! Tests the fake Stripe through async-stripe, which parses whole objects and fails if an object is invalid.
 //!
 //! Each test describes the Stripe behavior that it covers.
 
@@ -59,7 +59,7 @@ fn client(fake: &FakeStripe) -> Client {
         .expect("a valid configuration")
 }
 
-/// A fake with a customer, two prices and a meter.
+/// A fake Stripe with a customer, two prices and a meter.
 struct Shop {
     fake: FakeStripe,
     client: Client,
@@ -272,7 +272,7 @@ async fn checkout_expires_and_settles_later() {
     }
 }
 
-/// Trials become active, or paused and then resumed.
+/// At the end of a trial, a subscription becomes active, or is paused and later resumed.
 #[tokio::test]
 async fn trials_end() {
     let shop = Shop::open().await;
@@ -386,8 +386,9 @@ async fn subscriptions_are_canceled() {
     assert_eq!(shop.status(&other).await, "canceled");
 }
 
-/// Idempotency keys replay the first response, even after its connection was lost, and even a failure; they
-/// reject other parameters and concurrent use, and are forgotten after a day.
+/// A request with a known idempotency key gets the first response again, even if the connection was lost, and even if
+/// the response is an error. A known key is rejected with other parameters and while its first request is in progress.
+/// Keys are forgotten after a day.
 #[tokio::test]
 async fn idempotency_keys_follow_the_rules() {
     let shop = Shop::open().await;

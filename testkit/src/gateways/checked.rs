@@ -45,7 +45,7 @@ impl Checked<'_> {
 }
 
 impl Program {
-    /// Writes the configuration, and returns its file.
+    /// Writes the configuration, and returns the path of its file.
     pub(super) fn checked(self, dir: &Path, checked: &Checked<'_>, port: u16) -> PathBuf {
         let root = dir.join(ROOT);
         if let Some(trusted) = checked.root {
@@ -100,7 +100,7 @@ impl Program {
                 };
                 let socket = |host: &str, port: u16| format!("address: {host}, port_value: {port}");
                 let mut text = checked.read(file, &root);
-                // Envoy's addresses are in two parts.
+                // An address in Envoy's configuration has two parts.
                 let api = socket(&checked.api.ip().to_string(), checked.api.port());
                 for (from, to) in [
                     (socket("0.0.0.0", 80), socket("127.0.0.1", port)),

@@ -1,4 +1,4 @@
-//! Gateways with their configurations from `deploy/gateways`, or as plain proxies to compare them with.
+//! Gateways with their configurations from `deploy/gateways`, and the same gateways as plain proxies for comparison.
 
 mod checked;
 mod plain;
@@ -19,7 +19,7 @@ use tokio::{
 
 use crate::{Process, envoy, redis::free_port, traefik};
 
-/// Allows for a busy machine.
+/// The time within which a gateway must start, even on a busy machine.
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
 
 /// A gateway. nginx, HAProxy and Caddy must be installed; Envoy and Traefik are downloaded if they are missing.
@@ -42,14 +42,14 @@ pub enum Parsing {
     Lenient,
 }
 
-/// The values for a gateway's configuration, which a user would fill in, and a fault for tests.
+/// The values that a user would enter in a gateway's configuration, and a fault for tests.
 pub struct Checked<'a> {
     pub quota_port: u16,
-    /// The certificate of the authority that the gateway trusts. Without it, the gateway calls Quota without TLS.
+    /// The certificate of the authority that the gateway trusts. If `None`, the gateway calls Quota without TLS.
     pub root: Option<&'a Path>,
     pub token: &'a str,
     pub api: SocketAddr,
-    /// A part of HAProxy's script, and the bug that replaces it.
+    /// A part of HAProxy's script, and the faulty code that replaces this part.
     pub script_fault: Option<(&'a str, &'a str)>,
 }
 
@@ -95,7 +95,7 @@ impl Program {
     async fn run(self, tools: &Path, configure: impl Fn(&Path, u16) -> PathBuf) -> Gateway {
         let dir = tempfile::tempdir().expect("a directory");
         let output = dir.path().join("output");
-        // Another process may have taken the port in the meantime.
+        // Retry, because another process may have taken the port in the meantime.
         for _ in 0..5 {
             let port = free_port();
             let file = configure(dir.path(), port);
@@ -197,7 +197,7 @@ impl Program {
 
 /// A path without an upstream in Traefik's configuration, for which Traefik returns 503.
 const READY: &str = "/gateway-is-ready";
-/// The router for this path.
+/// The router for [`READY`].
 const READY_ROUTER: &str = "  routers:
     ready:
       rule: \"Path(`/gateway-is-ready`)\"

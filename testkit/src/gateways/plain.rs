@@ -8,7 +8,7 @@ use std::{
 use super::{Parsing, Program, READY_ROUTER, caddyfile, nginx, write};
 
 impl Program {
-    /// Writes the configuration, and returns its file.
+    /// Writes the configuration, and returns the path of its file.
     pub(super) fn plain(self, dir: &Path, api: SocketAddr, port: u16) -> PathBuf {
         match self {
             Self::Caddy => {
@@ -57,11 +57,12 @@ const LENIENT_NGINX: &str = "ignore_invalid_headers off;\nunderscores_in_headers
 const LENIENT_HAPROXY: &str = "    option accept-invalid-http-request\n";
 
 impl Program {
-    /// Writes the configuration of a proxy whose consumers share connections to the API, and returns its file.
+    /// Writes the configuration of a proxy whose consumers share connections to the API, and returns the path of its
+    /// file.
     ///
     /// # Panics
     ///
-    /// Panics for other programs than Caddy, nginx and HAProxy.
+    /// Panics for programs other than Caddy, nginx and HAProxy.
     pub(super) fn shared(
         self,
         dir: &Path,
@@ -72,7 +73,7 @@ impl Program {
         let is_lenient = parsing == Parsing::Lenient;
         let options = |options| if is_lenient { options } else { "" };
         match self {
-            // Caddy has no lenient mode, and uses the connection that was used last.
+            // Caddy has no lenient mode, and reuses the most recently used connection.
             Self::Caddy => {
                 let site = format!("http://:{port} {{\n\treverse_proxy {api}\n}}\n");
                 write(dir, "Caddyfile", caddyfile(&site))

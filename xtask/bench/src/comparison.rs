@@ -70,7 +70,7 @@ pub(crate) fn compare(subject: &str, cases: &[Case], rounds: u32, time: Duration
     for (case, figures) in cases.iter().zip(&measured) {
         let per_second = median(figures.iter().map(|it| it.0));
         let micros = median(figures.iter().map(|it| it.1));
-        // Compare per round, because a disturbance affects all cases.
+        // Compare per round, because a disturbance affects all cases of a round.
         let pairs = figures.iter().zip(&measured[0]);
         let ratio = median(pairs.map(|(it, first)| it.1 / first.1));
         let name = case.name;

@@ -41,7 +41,7 @@ const PROGRAMS: [(&str, Program); 6] = [
 pub(crate) struct Options {
     /// The `quota` binary, a release build
     quota: PathBuf,
-    /// The directory for gateways to download
+    /// The directory to which gateways are downloaded
     #[arg(long)]
     tools: PathBuf,
     /// The number of rounds per case
@@ -70,22 +70,22 @@ struct Figures {
     per_second: f64,
     /// The gateway's CPU time per request, in microseconds.
     gateway: f64,
-    /// Quota's.
+    /// Quota's CPU time per request, in microseconds.
     quota: f64,
 }
 
-/// What the rounds need.
+/// The load, the server and the keys of all rounds.
 struct Bench {
     load: Load,
     quota: Server,
-    /// A key whose limits are never reached, and one whose limits always are.
+    /// A key whose limits are never reached, and a key whose limits are always reached.
     ample: String,
     scant: String,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let cores = Cores::pick();
-    // The servers that are not measured.
+    // The core of the servers that are not measured.
     let beside = cores.map(|it| Cores {
         servers: it.load,
         load: it.load,
@@ -214,7 +214,7 @@ impl Bench {
         self.quota.empty_log()?;
         let total = statuses.values().sum::<u64>();
         let right = statuses.get(&status).copied().unwrap_or(0);
-        // A plan of one request per minute admits a few requests.
+        // At one request per minute, at most two requests are allowed during a round.
         if total == 0 || right + u64::from(status == 429) * 2 < total {
             bail!("unexpected responses: {statuses:?}");
         }
@@ -237,7 +237,7 @@ fn print(cases: &[Case], rounds: u32, time: Duration, cores: Option<Cores>) {
     for case in cases {
         let per_second = |it: &[Figures]| median(it.iter().map(|it| it.per_second));
         let gateway = |it: &[Figures]| median(it.iter().map(|it| it.gateway));
-        // Compared per round, because a disturbance affects both.
+        // Compare per round, because a disturbance affects both cases of a round.
         let pairs = case.allowed.iter().zip(&case.alone);
         let share = median(pairs.map(|(it, alone)| it.per_second / alone.per_second));
         println!(

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
-/// Returns the status and total length of a response, once it is complete.
+/// Returns the status and total length of a response, or `None` if the response is not complete yet.
 pub(crate) fn answer(bytes: &[u8]) -> Result<Option<(u16, usize)>> {
     let Some(head) = find(bytes, b"\r\n\r\n") else {
         return Ok(None);
@@ -63,7 +63,7 @@ pub(crate) fn call(
     Ok((status, String::from_utf8(bytes[start..whole].to_vec())?))
 }
 
-/// Sends a request and returns the JSON of the response, which must be a success.
+/// Sends a request and returns the JSON of the response. Fails unless the response is a success.
 pub(crate) fn json(
     server: SocketAddr,
     method: &str,

@@ -27,7 +27,8 @@ use crate::{
 const WARM_UP: Duration = Duration::from_millis(500);
 /// The rate of requests, as a fraction of the rate at which the plain poem server is saturated.
 const FRACTION: f64 = 0.7;
-/// The most requests that may be due but unsent at the end of a round. With more, the server did not keep up.
+/// The maximum number of requests that may be due but unsent at the end of a round. If there are more, the server did
+/// not keep up.
 const BACKLOG_MAX: u64 = CONNECTIONS * 50;
 
 struct Case {
@@ -44,7 +45,7 @@ struct Percentiles {
 }
 
 impl Percentiles {
-    /// Those of a server that cannot keep up.
+    /// The percentiles of a server that cannot keep up.
     const ENDLESS: Self = Self {
         p50: f64::INFINITY,
         p99: f64::INFINITY,
@@ -125,7 +126,7 @@ struct Schedule {
 }
 
 impl Schedule {
-    /// Returns when the next request is due, or `None` after the last request.
+    /// Returns the time at which the next request is due, or `None` after the last request.
     fn take(&self) -> Option<Instant> {
         let number = self.next.get();
         let due = self.start + self.interval * number;
@@ -175,7 +176,7 @@ async fn open_loop(case: &Case, rate: f64, time: Duration) -> Result<Option<Vec<
         times.extend(of_connection);
         others += of_other_status;
     }
-    // A plan of one request per minute admits a few.
+    // At one request per minute, a few requests are still allowed.
     ensure!(
         !times.is_empty() && others * 100 <= times.len(),
         "unexpected responses: {others}"
@@ -194,7 +195,7 @@ async fn connection(
     let mut bytes = vec![0; 16 * 1024];
     let (mut times, mut others) = (Vec::new(), 0);
     while let Some(due) = schedule.take() {
-        // A timer would be a millisecond late.
+        // Yield in a loop, because a timer would be up to a millisecond late.
         while Instant::now() < due {
             tokio::task::yield_now().await;
         }
@@ -240,7 +241,7 @@ fn print(
     println!("|---|---:|---:|---:|");
     let poem = &measured[0];
     for (case, figures) in cases.iter().zip(measured) {
-        // Compared per round, because a disturbance affects both.
+        // Compare per round, because a disturbance affects both servers.
         let pairs = figures.iter().zip(poem);
         let ratio = median(pairs.map(|(it, poem)| it.p99 / poem.p99));
         if ratio.is_finite() {

@@ -34,7 +34,7 @@ impl Load {
         Ok(Self { runtime })
     }
 
-    /// Sends the same `request` repeatedly for this long.
+    /// Sends the same `request` repeatedly for the duration `time`.
     pub(crate) fn put(
         &self,
         server: SocketAddr,
@@ -47,7 +47,7 @@ impl Load {
     }
 }
 
-/// Sends requests for this long. `request` returns the next one.
+/// Sends requests for the duration `time`. `request` returns the next request.
 pub(crate) async fn closed_loop(
     server: SocketAddr,
     time: Duration,
@@ -105,7 +105,7 @@ pub(crate) fn echo(key: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// Returns the request of a gateway that received `GET /v1/echo` with a key.
+/// Returns the request that a gateway sends to Quota for a request `GET /v1/echo` with a key.
 pub(crate) fn forward_auth(key: &str, service_token: &str) -> Vec<u8> {
     format!(
         "GET /v1/forward-auth HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: quota-bench\r\nAccept: */*\r\n\
@@ -115,7 +115,7 @@ pub(crate) fn forward_auth(key: &str, service_token: &str) -> Vec<u8> {
     .into_bytes()
 }
 
-/// Returns the request of a service that received `GET /v1/echo` with a key.
+/// Returns the request that a service sends to Quota for a request `GET /v1/echo` with a key.
 pub(crate) fn check(key: &str, service_token: &str) -> Vec<u8> {
     let body = format!(r#"{{"key":"{key}","endpoint":"GET /v1/echo"}}"#);
     format!(

@@ -1,8 +1,9 @@
-//! Benchmarks of the server from outside: the cost of a request, the memory of a key, comparisons with other rate
+//! Benchmarks that use the server from outside: the cost of a request, the memory of a key, comparisons with other rate
 //! limiters, and the behavior of gateways, of several replicas, and of deployments with outages, crashes, restarts and
 //! slow clients.
 //!
-//! The cost of a request: Quota compared with a plain poem handler and a plain hyper handler, in the same run.
+//! To measure the cost of a request, Quota is compared with a plain poem handler and a plain hyper handler in the same
+//! run.
 //!
 //! Every server is a separate process with the same tokio runtime, pinned to one core. This process generates the load,
 //! pinned to another core. There are many short rounds in which the servers take turns, so that other load on the

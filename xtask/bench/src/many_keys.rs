@@ -17,7 +17,7 @@ use crate::{http1, load::echo};
 
 /// The number of keys per statement.
 const BATCH: usize = 10_000;
-/// How often to send a request that is not allowed, and the pause before each repetition.
+/// The maximum number of times to send a request that is not allowed, and the pause before each repetition.
 const ATTEMPTS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -128,7 +128,7 @@ impl KeyClient {
         }
     }
 
-    /// Sends one request, and returns the limit that the response states.
+    /// Sends one request, and returns the limit in the response.
     pub(crate) async fn limit(&mut self, secret: &str) -> Result<u32> {
         let status = self.send(secret).await?;
         ensure!(status == 200, "a request got {status}");

@@ -1,8 +1,8 @@
 //! The memory of a cached key: the growth of the server's resident memory while every key is used once. The files of
 //! usage records, which the server maps, do not count.
 //!
-//! Four servers run one after another: with and without Redis, each with keys on a plan with and without quotas. The
-//! keys are inserted into the database directly, because creating them over HTTP would take longer.
+//! Four servers run one after another: one for each combination of with or without Redis and with or without quotas.
+//! The keys are inserted into the database directly, because creating them over HTTP would take longer.
 
 use std::{
     fs,
@@ -25,10 +25,11 @@ use crate::{
 };
 
 const CONNECTIONS: usize = 64;
-/// The number of keys that are used before the first measurement. They are used for as many requests as the other keys,
-/// so that the measurement includes what the server allocates for requests and their usage.
+/// The number of keys that are used before the first measurement. They are used for as many requests as all other keys
+/// together. Therefore, the server has already allocated memory for requests and their usage before the first
+/// measurement.
 const WARM_UP: usize = 2_000;
-/// How long the server is idle before each measurement. It drops the state of idle keys every 10 s.
+/// How long the server is idle before each measurement. The server drops the state of idle keys every 10 s.
 const SETTLES: Duration = Duration::from_secs(12);
 
 #[derive(Args)]
@@ -43,7 +44,7 @@ pub(crate) struct Options {
     keys: u32,
 }
 
-/// What the limits of a key are counted in, and which limits it has.
+/// Whether limits are counted in Redis, and whether keys have quotas.
 #[derive(Clone, Copy)]
 struct Case {
     has_redis: bool,
@@ -150,7 +151,7 @@ fn anonymous(pid: Pid) -> Result<u64> {
     status(pid, "RssAnon:")
 }
 
-/// Returns an amount of memory from the status that the kernel reports.
+/// Returns an amount of memory from the process status that the kernel reports.
 fn status(pid: Pid, name: &str) -> Result<u64> {
     let path = Path::new("/proc").join(pid.to_string()).join("status");
     let status = fs::read_to_string(path)?;

@@ -139,7 +139,7 @@ async fn outage(options: &Options) -> Result<ExitCode> {
         ("QUOTA_METRICS_LISTEN", metrics.to_string()),
         ("QUOTA_ADMIN_RPM", "0".into()),
         ("QUOTA_AUTH_RPM", "0".into()),
-        // The grace period is longer than the outage, because decisions would stop otherwise.
+        // The grace period must be longer than the outage; otherwise, decisions would stop.
         ("QUOTA_STALE_GRACE", "5m".into()),
     ];
     let directives = "info,quota_server::access=off";
@@ -178,7 +178,7 @@ async fn outage(options: &Options) -> Result<ExitCode> {
     load.phase.store(2, Ordering::Relaxed);
     postgres.restart().await?;
     let back = Instant::now();
-    // The remaining backlog is at most one second's usage.
+    // Wait until the backlog is at most one second's usage.
     while counted(metrics, "quota_usage_backlog_records").await? > u64::from(options.rate) {
         if back.elapsed() > PATIENCE {
             bail!("the backlog was not shipped within {PATIENCE:?}");
@@ -215,7 +215,8 @@ async fn outage(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Waits until the log has this many rows. Returns the number of rows, and of the requests they contain.
+/// Waits until the usage log has `wanted` rows. Returns the number of rows, and the number of different requests in
+/// them.
 async fn rows(postgres: &Postgres, wanted: u64) -> Result<(u64, u64)> {
     let client = postgres.connect().await?;
     let deadline = Instant::now() + PATIENCE;

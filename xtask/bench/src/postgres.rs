@@ -23,7 +23,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Settings of a cluster that is removed at the end.
 const THROWAWAY: &[&str] = &["fsync=off", "full_page_writes=off", "max_wal_size=2GB"];
-/// The same, with statistics about statements.
+/// The same settings, with statistics about SQL statements.
 const THROWAWAY_WITH_STATISTICS: &[&str] = &[
     "fsync=off",
     "full_page_writes=off",
@@ -49,8 +49,8 @@ impl Postgres {
         Self::throwaway(programs, THROWAWAY).await
     }
 
-    /// Starts a new cluster that can have the extension `pg_stat_statements`, if it is installed on the machine. The
-    /// cluster is removed when this [`Postgres`] is dropped.
+    /// Starts a new cluster. The extension `pg_stat_statements` can be created in the cluster if it is installed on the
+    /// machine. The cluster is removed when this [`Postgres`] is dropped.
     pub(crate) async fn start_with_statistics(programs: &Path) -> Result<Self> {
         let library = programs.join("../lib/pg_stat_statements.so");
         let settings = if library.exists() {
@@ -81,14 +81,14 @@ impl Postgres {
         Ok(postgres)
     }
 
-    /// Starts the cluster in `dir`, which is created if it does not exist, and kept at the end.
+    /// Starts the cluster in `dir`. Creates the cluster if it does not exist, and keeps it at the end.
     pub(crate) async fn kept(programs: &Path, dir: &Path) -> Result<Self> {
         let password_file = dir.join("password");
         let cluster = dir.join("cluster");
         let is_new = !cluster.join("PG_VERSION").exists();
         if is_new {
             make_dir(dir, 0o711)?;
-            // Another run may have been interrupted.
+            // An earlier run may have been interrupted.
             let _ = fs::remove_dir_all(&cluster);
             let _ = fs::remove_file(&password_file);
             let mut file = File::options()
@@ -174,8 +174,8 @@ impl Postgres {
         Ok(client)
     }
 
-    /// Kills the postmaster with `kill -9`. The kernel keeps the data that PostgreSQL has written, since `fsync`
-    /// matters only if the machine fails.
+    /// Kills the postmaster with `kill -9`. Data that PostgreSQL has written is not lost even without `fsync`, because
+    /// the kernel keeps it.
     pub(crate) async fn kill(&mut self) -> Result<()> {
         if let Some(mut process) = self.running.take() {
             process.signal(Signal::SIGKILL)?;

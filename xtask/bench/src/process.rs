@@ -21,7 +21,7 @@ use nix::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The first startup creates a database.
+/// The time within which a server must be ready. The first startup creates a database.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
 
@@ -75,7 +75,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Starts this program's plain server of that name.
+    /// Starts the plain server of this name, which is a part of this program.
     pub(crate) fn bare(name: &str, cores: Option<Cores>) -> Result<Self> {
         let mut child = Cores::starting(cores, || {
             let mut command = Command::new(std::env::current_exe()?);
@@ -206,7 +206,7 @@ pub(crate) fn without_settings(command: &mut Command) {
     }
 }
 
-/// Finds the log line with the address that `quota` listens on.
+/// Finds the log line with the addresses on which `quota` listens.
 pub(crate) fn ready_line(log: &str) -> Option<Value> {
     log.lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())

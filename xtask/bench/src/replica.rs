@@ -1,4 +1,4 @@
-//! A `quota` that always listens on the same address, and can be stopped, killed and restarted.
+//! A `quota` server that always listens on the same address, and can be stopped, killed and restarted.
 
 use std::{
     fs,

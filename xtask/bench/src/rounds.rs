@@ -14,7 +14,7 @@ use crate::{
 
 /// The duration of the load before measuring.
 const WARM_UP: Duration = Duration::from_millis(500);
-/// Plan names of this length give all responses the same size.
+/// All responses have the same size if the names of plans have this length.
 pub(crate) const PLAN: &str = "ample";
 const NARROW: &str = "scant";
 const MOST: u32 = 60_000_000;
@@ -76,11 +76,11 @@ impl Case<'_> {
     }
 }
 
-/// What the requests to a server contain.
+/// The credentials that requests to a server contain.
 struct Credentials {
     /// A key whose limits are never reached.
     ample: String,
-    /// A key whose limits always are.
+    /// A key whose limits are always reached.
     scant: String,
     service_token: String,
 }
@@ -112,7 +112,7 @@ impl Call {
         }
     }
 
-    /// Returns the responses if the key's limits are reached.
+    /// Returns the expected responses once the key's limits are reached.
     const fn denials(self) -> Answers {
         match self {
             Self::Echo | Self::ForwardAuth => Answers::Limited,
@@ -211,7 +211,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Creates a key whose limits are never reached, and a key whose limits always are.
+/// Creates a key whose limits are never reached, and a key whose limits are always reached.
 pub(crate) fn keys(server: &Server) -> Result<(String, String)> {
     let credentials = credentials(server)?;
     Ok((credentials.ample, credentials.scant))
@@ -254,7 +254,7 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     for (case, figures) in cases.iter().zip(measured) {
         let per_second = median(figures.iter().map(|it| it.per_second));
         let micros = median(figures.iter().map(|it| it.micros));
-        // Compare per round, because a disturbance affects both.
+        // Compare per round, because a disturbance affects both servers.
         let ratio = median(
             figures
                 .iter()

@@ -22,7 +22,8 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let cores = Cores::pick();
     let case = |name, settings: &[(&str, String)]| Case::start(quota, cores, name, settings);
     let off = case("off", &[])?;
-    // The collector is started after the first server, so that it runs on the core of the load.
+    // Start the collector after the first server. Starting a server pins this thread to the core of the load, and the
+    // collector inherits this core.
     let collector = Collector::start()?;
     let traced = |name, ratio: &str| {
         let settings = [

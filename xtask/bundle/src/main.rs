@@ -33,7 +33,7 @@ StartupWMClass=quota-desktop
 
 /// A file in the package.
 struct File {
-    /// Its path on the system, without the leading slash.
+    /// The file's path on the system, without the leading slash.
     path: String,
     bytes: Vec<u8>,
     mode: u32,

@@ -1,11 +1,11 @@
 //! Packages the compiled console into the files that the server or the desktop app embeds.
 //!
 //! Called by `cargo xtask console` with the compiled wasm, the folder of the console's sources and the output folder.
-//! Every file except `index.html` has a hash of its content in its name, so that browsers can cache it for a year.
-//! For the server, every file also has two compressed copies: brotli for browsers, and gzip for clients that do not
-//! accept brotli, such as browsers over plain HTTP. The desktop app compresses files itself and looks them up by their
-//! full path. So for the desktop app, the files are in `console/`, next to `index.html`, which the app serves for any
-//! path.
+//! Every file except `index.html` has a hash of its content in its name, so that browsers can cache these files for a
+//! year. For the server, every file also has two compressed copies: brotli for browsers, and gzip for clients that do
+//! not accept brotli, such as browsers over plain HTTP. The desktop app compresses files itself and looks them up by
+//! their full path. Therefore, the files for the desktop app are in `console/`, next to `index.html`. The app serves
+//! `index.html` for every path that is not a file.
 
 mod split;
 
@@ -22,7 +22,7 @@ use brotli::enc::BrotliEncoderParams;
 use sha2::{Digest as _, Sha256};
 use wasm_bindgen_cli_support::Bindgen;
 
-/// The limit for the total size of the files that a first visit transfers, compressed with brotli.
+/// The maximum total size of the files that a first visit transfers, compressed with brotli, in bytes.
 const MAX_SIZE: usize = 300_000;
 
 /// The name prefixes of files that a first visit does not load.
@@ -160,8 +160,8 @@ fn compress_gzip(bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(out)
 }
 
-/// Removes exported classes of the streams crate, a dependency of Leptos. The console never constructs them, but as
-/// exports they keep their code in the module.
+/// Removes exported classes of the streams crate, a dependency of Leptos. The console never constructs these classes,
+/// but their code stays in the module because they are exported.
 fn remove_streams(module: &mut walrus::Module) {
     let unused: Vec<_> = module
         .exports
@@ -176,7 +176,7 @@ fn remove_streams(module: &mut walrus::Module) {
 }
 
 /// Shortens the names that the module and its glue script use for each other. Most of these names contain a hash, which
-/// does not compress.
+/// compresses poorly.
 fn shorten_names(module: &mut walrus::Module, script: &str) -> String {
     let is_generated = |name: &str| name.starts_with("__wb") || name.starts_with("wasm_bindgen__");
     let mut short = BTreeMap::new();
@@ -246,7 +246,7 @@ fn compact_css(css: &str) -> String {
                 .replace(";}", "}")
                 .replace(" {", "{")
                 .replace(", ", ",");
-            // The space after a colon in a string is kept.
+            // In a line with a string, spaces after colons are kept.
             if line.contains('"') {
                 line
             } else {

@@ -44,8 +44,8 @@ pub fn without_names(wasm: &[u8]) -> Result<Vec<u8>> {
     Ok(config.parse(wasm)?.emit_wasm())
 }
 
-/// Changes the path that a script loads an adjacent file from. The compiled module's name for the file, which is an
-/// object key, remains.
+/// Changes the path from which a script loads an adjacent file. The compiled module's name for the file, which is an
+/// object key, stays the same.
 pub fn renamed(script: &str, name: &str, to: &str) -> Result<String> {
     let mut out = script.to_owned();
     for before in ["from ", "new URL("] {

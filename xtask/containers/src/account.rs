@@ -23,7 +23,7 @@ impl Account {
         })
     }
 
-    /// Checks that the account exists.
+    /// Signs in, to check that the account exists.
     pub async fn sign_in(&self, client: &Client) -> Result<()> {
         let account = json!({"email": EMAIL, "password": PASSWORD});
         let url = format!("{}/api/auth/login", self.base);

@@ -1,5 +1,5 @@
-//! Takes a backup under load with `deploy/backup.sh`, loses the machine, and restores the backup with
-//! `deploy/restore.sh` on an empty one.
+//! Takes a backup under load with `deploy/backup.sh`, removes the installation with all its data, and restores the
+//! backup with `deploy/restore.sh` in an empty installation.
 
 use std::{path::Path, time::Duration};
 
@@ -59,7 +59,7 @@ impl Production<'_> {
                 "restored: of a daily quota of {DAILY}, {before} were used before the backup, {during} during it, and \
                  {after} on the new machine"
             );
-            // What was used during the backup may count or not.
+            // Requests during the backup may or may not be in the backup.
             let range = DAILY - before - during - HELD..=DAILY - before;
             ensure!(range.contains(&after), "expected {range:?}");
             Ok(())
@@ -68,7 +68,7 @@ impl Production<'_> {
         new.logs_of(checked)
     }
 
-    /// The steps of the runbook, on a machine without any data.
+    /// Follows the runbook's steps for restoring a backup, in an installation without any data.
     async fn restore(
         &self,
         backup: &Path,
@@ -88,7 +88,7 @@ impl Production<'_> {
         Ok(())
     }
 
-    /// Sends requests with a key until one is denied, but at most this many. Returns how many were allowed.
+    /// Sends requests with a key until one is denied, but sends at most `most` requests. Returns how many were allowed.
     async fn spend(&self, client: &Client, key: &str, most: usize) -> Result<usize> {
         for allowed in 0..most {
             let request = client.get(format!("{}/v1/echo", self.base()));

@@ -1,4 +1,4 @@
-//! Tests `compose.yml`, started from a fresh clone as by someone who tries Quota out.
+//! Tests `compose.yml` in a fresh clone, like someone who tries out Quota.
 
 use std::{
     io::{BufRead as _, BufReader},
@@ -23,10 +23,10 @@ use crate::{
     production::free_port,
 };
 
-/// Includes the time to compile the server, if no earlier run has compiled it.
+/// The time within which the server must start. Includes compiling the server, if no earlier run has compiled it.
 const STARTED_WITHIN: Duration = Duration::from_secs(30 * 60);
 
-/// A running `docker-compose up`. Everything is removed on drop.
+/// A running `docker-compose up`. Dropping this value removes everything that the command created.
 struct Development<'a> {
     engine: &'a Engine,
     clone: &'a Path,
@@ -102,7 +102,7 @@ pub async fn test(engine: &Engine, binary: Option<&Path>) -> Result<()> {
         }
     });
     let mut printed = Vec::new();
-    // The last line of what is printed is a command.
+    // The last line of the output is a command.
     let (console, command) = loop {
         let left = STARTED_WITHIN.saturating_sub(began.elapsed());
         let line = received.recv_timeout(left).with_context(|| {
@@ -144,7 +144,7 @@ pub async fn test(engine: &Engine, binary: Option<&Path>) -> Result<()> {
     ensure!(page.text().await?.contains("<html"), "no page");
     // Send the printed command's request with this client. The command ends with `URL -H 'X-API-Key: KEY'`.
     let parts = command.split_once(" -H 'X-API-Key: ");
-    let (url, key) = parts.context("another form of command")?;
+    let (url, key) = parts.context("the command has an unexpected form")?;
     let key = key.trim_end_matches('\'');
     let mut statuses = Vec::new();
     for _ in 0..12 {

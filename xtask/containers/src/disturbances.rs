@@ -24,7 +24,7 @@ const SKEW: Duration = Duration::from_secs(20);
 const PAUSE: Duration = Duration::from_secs(2);
 
 impl Production<'_> {
-    /// Rolls a new image in with `upgrade.sh`. Meanwhile, both images serve requests.
+    /// Rolls out a new image with `upgrade.sh`. Meanwhile, both images serve requests.
     pub async fn upgraded(&self, upgrade: &Upgrade, target: &Target) -> Result<()> {
         let name = if upgrade.is_skewed {
             "upgrade from the earlier version"
@@ -65,8 +65,8 @@ impl Production<'_> {
         self.recount(&results, None).await
     }
 
-    /// Stops the script while it waits for the new replicas, so that the old ones keep running for a while. Returns how
-    /// many decisions each old replica and each new replica made during this time.
+    /// Pauses the script while it waits for the new replicas, so that the old ones keep running for a while. Returns
+    /// how many decisions each old replica and each new replica made during this time.
     async fn mixed(
         &self,
         old: &[String],
@@ -106,14 +106,14 @@ impl Production<'_> {
         Ok(count.trim().parse()?)
     }
 
-    /// Kills a replica, which the engine restarts.
+    /// Kills a replica, and checks that the engine restarts it.
     pub async fn killed(&self, target: &Target) -> Result<()> {
         let load = Load::start("kill -9 of a replica", target.clone());
         sleep(PAUSE).await;
         let replica = &self.containers("quota")?[0];
         let pid: i32 = self.inspect(replica, "{{.State.Pid}}")?.parse()?;
         let began = Instant::now();
-        // This does not use `docker kill`, because the engine would not restart the container after that.
+        // Do not use `docker kill`: after this command, the engine does not restart the container.
         kill(Pid::from_raw(pid), Signal::SIGKILL)?;
         sleep(Duration::from_secs(1)).await;
         self.until_healthy("quota", 2).await?;

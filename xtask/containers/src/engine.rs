@@ -24,7 +24,7 @@ impl Engine {
     /// Returns the engine configured in the environment. If there is none, starts one with its data in `folder`, which
     /// keeps images for the next run.
     pub fn start(folder: &Path) -> Result<Self> {
-        // Debian's client supports BuildKit by default; newer clients on the PATH require a plugin for it.
+        // Debian's client supports BuildKit by default; newer clients in `PATH` require a plugin for BuildKit.
         let client = ["/usr/bin/docker", "/usr/local/bin/docker"].map(PathBuf::from);
         let client = client.into_iter().find(|path| path.exists());
         let mut engine = Self {

@@ -78,7 +78,7 @@ fn size(engine: &Engine, tag: &str) -> Result<f64> {
 }
 
 /// Checks that the image is small, has no shell, does not run as root, and works without a network, without
-/// capabilities and read-only.
+/// capabilities and on a read-only file system.
 pub fn check(engine: &Engine, image: &Image<'_>) -> Result<()> {
     let tag = image.tag;
     let size = size(engine, tag)?;
@@ -108,11 +108,12 @@ pub fn check(engine: &Engine, image: &Image<'_>) -> Result<()> {
 pub struct Upgrade {
     pub from: &'static str,
     pub to: &'static str,
-    /// Whether the two are different versions.
+    /// Whether the images contain different versions.
     pub is_skewed: bool,
 }
 
-/// Builds the other image: that of an earlier commit, or the same version with another label.
+/// Builds the image to upgrade from or to: that of an earlier commit, or that of the same version with a different
+/// label.
 pub fn upgrade(
     engine: &Engine,
     folder: &Path,

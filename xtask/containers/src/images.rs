@@ -18,7 +18,7 @@ use crate::engine::{Engine, read, succeed};
 /// How long a pull may take.
 const PULL: Duration = Duration::from_secs(60);
 
-/// Makes sure that all images exist; with `compiled`, also the image that compiles the server.
+/// Makes sure that all images exist. With `compiled`, they include the image in which the server is compiled.
 pub fn provide(engine: &Engine, folder: &Path, compiled: bool) -> Result<()> {
     debian(engine, folder, "bookworm")?;
     if !present(engine, "postgres:17")? || !present(engine, "redis:8")? {
@@ -183,11 +183,11 @@ fn import(engine: &Engine, root: &Path, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Builds an image with this machine's toolchain, like `rust:1.95-bookworm`.
+/// Builds a stand-in for `rust:1.95-bookworm` from this machine's toolchain.
 fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     let root = folder.join("rust");
     let _ = fs::remove_dir_all(&root);
-    // The console's target. Inside the image, it could only be added with a network.
+    // Add the console's target now. Inside the image, adding the target would require a network.
     succeed(Command::new("rustup").args(["target", "add", "wasm32-unknown-unknown"]))?;
     let sysroot = read(Command::new("rustc").args(["--print", "sysroot"]))?;
     let sysroot = Path::new(sysroot.trim());
@@ -214,7 +214,7 @@ fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     for proxy in ["cargo", "rustc", "rustdoc"] {
         std::os::unix::fs::symlink("rustup", binaries.join(proxy))?;
     }
-    // The source of crates, if this machine configures one.
+    // The registry from which this machine downloads crates, if one is configured.
     let home = std::env::var_os("CARGO_HOME").map_or_else(
         || Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
         PathBuf::from,

@@ -1,7 +1,7 @@
 //! Requests at a steady rate, and the outcome of each.
 //!
-//! Half of the requests are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other
-//! one.
+//! Half of the requests are `POST /v1/check`, and half are `GET /v1/echo`. Half of the requests use a key whose limit
+//! they exceed, and half use a key whose limit is too high to reach.
 
 use std::{
     sync::{
@@ -19,15 +19,17 @@ use tokio::{task::JoinSet, time};
 
 /// Requests per second.
 const RATE: u32 = 180;
-/// The limited key's rate per minute, and its burst. Half of the requests use this key, and they must exceed its rate.
+/// The limited key's rate per minute, and its burst. Half of the requests use this key, and these requests must exceed
+/// the key's rate.
 pub const RPM: u32 = 3000;
 pub const BURST: u32 = 50;
-/// The default `QUOTA_LEASE_TTL`, plus a microsecond, the resolution of Redis's clock, at either end of a window.
+/// The default `QUOTA_LEASE_TTL`, plus one microsecond for each end of a window. A microsecond is the resolution of
+/// Redis's clock.
 const SLACK: Duration = Duration::from_nanos(100_002_000);
 /// The smallest acceptable share of what one exact bucket would have allowed, in percent.
 const SERVED: u64 = 90;
 
-/// What to send, and where.
+/// Where to send requests, and with which credentials.
 #[derive(Debug, Clone)]
 pub struct Target {
     pub client: Client,
@@ -54,7 +56,7 @@ pub struct Attempt {
     pub sent: Instant,
     pub answered: Instant,
     pub outcome: Outcome,
-    /// Decided without Redis.
+    /// Whether the request was decided without Redis.
     is_degraded: bool,
 }
 
@@ -131,15 +133,15 @@ pub struct Results {
 }
 
 impl Results {
-    /// Counts the requests with the other key that were allowed.
+    /// Returns the number of allowed requests with the ample key for which `counts` returns `true`.
     pub fn allowed_with_ample(&self, counts: impl Fn(&Attempt) -> bool) -> usize {
         let ample = self.attempts.iter().filter(|it| !is_limited(it.number));
         let allowed = ample.filter(|it| it.outcome == Outcome::Allowed);
         allowed.filter(|it| counts(it)).count()
     }
 
-    /// Prints the results, and checks that no request failed and that the limited key's rate held, without denying more
-    /// than necessary.
+    /// Prints the results. Checks that no request failed, and that the limited key's rate was enforced without denying
+    /// more requests than necessary.
     pub fn check(&self) -> Result<()> {
         let count = |outcome: &Outcome| {
             let attempts = self.attempts.iter();

@@ -44,7 +44,8 @@ struct Arguments {
     /// outage
     #[arg(long)]
     redis_timeout: Option<String>,
-    /// Where images and stand-ins are kept between runs, if no container engine is already running. A short path
+    /// Where images and stand-ins are kept between runs, if no container engine is already running. The path must be
+    /// short
     #[arg(long, default_value = "/var/tmp/quota-containers")]
     folder: PathBuf,
 }

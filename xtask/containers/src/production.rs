@@ -21,7 +21,7 @@ use crate::{
     root,
 };
 
-/// A running installation. Everything is removed on drop.
+/// A running installation. Dropping this value removes the installation.
 pub struct Production<'a> {
     pub engine: &'a Engine,
     pub project: String,
@@ -59,7 +59,7 @@ impl<'a> Production<'a> {
         Ok(production)
     }
 
-    /// Prepares an installation, without secrets and settings.
+    /// Prepares an installation without secrets or settings.
     fn create(engine: &'a Engine, (https, http): (u16, u16)) -> Result<Self> {
         let files = tempfile::tempdir()?;
         succeed(
@@ -77,8 +77,8 @@ impl<'a> Production<'a> {
         })
     }
 
-    /// Removes this installation with all its data, as if its machine was lost. Prepares another one with the same
-    /// secrets, settings and addresses.
+    /// Removes this installation with all its data, as if its machine had been lost. Prepares another installation with
+    /// the same secrets, settings and addresses.
     pub fn replace(self) -> Result<Self> {
         let kept = tempfile::tempdir()?;
         let copy = |from: PathBuf, to: PathBuf| {
@@ -249,7 +249,7 @@ impl<'a> Production<'a> {
         })
     }
 
-    /// Checks that replicas run without root's rights on a read-only file system, and that their health check works.
+    /// Checks that replicas run without root privileges on a read-only file system, and that their health check works.
     fn is_confined(&self) -> Result<()> {
         for replica in self.containers("quota")? {
             let read_only = self.inspect(&replica, "{{.HostConfig.ReadonlyRootfs}}")?;
@@ -264,7 +264,7 @@ impl<'a> Production<'a> {
                 ("NoNewPrivs:", "1"),
             ] {
                 let value = status.lines().find_map(|line| line.strip_prefix(name));
-                let value = value.context("the kernel does not say")?;
+                let value = value.context("the kernel does not report it")?;
                 let value = value.split_whitespace().collect::<Vec<_>>().join(" ");
                 ensure!(value == expected, "{name} {value}");
             }
@@ -325,8 +325,8 @@ impl<'a> Production<'a> {
         Ok(())
     }
 
-    /// Checks that two replicas together allow exactly a strict key's burst, plus what refills, of three times as many
-    /// requests.
+    /// Sends three times as many requests to two replicas as a strict key's burst allows. Checks that the replicas
+    /// allow exactly the burst and the tokens that refill.
     async fn is_exact(&self, client: &Client, account: &Account) -> Result<()> {
         let plan = json!({"name": "Exact", "default_rpm": 60, "burst": 100, "strict": true});
         let key = account.key(client, plan).await?;

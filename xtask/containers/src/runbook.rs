@@ -1,11 +1,11 @@
 //! The first six steps of `docs/RUNBOOK.md`, on a machine with nothing but Debian: a container with a container engine
 //! of its own.
 //!
-//! Runs the commands in the runbook as they are, except that the domain and the key are filled in, and that the image
-//! is loaded instead of built. Between the steps, the script adds what a container lacks compared with a machine: it
-//! makes control groups writable, starts the engine, which no service manager does, uses this checkout instead of the
-//! published repository and images of this engine instead of a registry, and trusts Caddy's own certificate authority.
-//! In place of a person at the console, `curl` creates the plan and the key.
+//! Runs the runbook's commands unchanged, except that the domain and the key are filled in, and the image is loaded
+//! instead of built. Between the steps, the script does what a container requires and a machine does not: it makes
+//! control groups writable, starts the engine in place of a service manager, uses this checkout instead of the
+//! published repository, uses images of this engine instead of a registry, and trusts Caddy's own certificate
+//! authority. `curl` creates the plan and the key, in place of a person at the console.
 
 use std::{fs, process::Stdio, time::Instant};
 
@@ -21,8 +21,8 @@ const MINUTES: f64 = 15.0;
 const DOMAIN: &str = "quota.localhost";
 const IMAGES: [&str; 3] = ["postgres:17", "redis:8", "caddy:2.11"];
 
-/// The rights that the machine's own engine needs. `--privileged` is not used, because it fails if root itself lacks a
-/// capability.
+/// The privileges that the container engine inside the container needs. `--privileged` is not used, because it fails if
+/// root itself lacks a capability.
 const RIGHTS: [&str; 12] = [
     "--cap-add",
     "ALL",
@@ -96,7 +96,7 @@ pub fn test(engine: &Engine) -> Result<()> {
     Ok(())
 }
 
-/// Returns the runbook's commands as a script, with what the container lacks.
+/// Returns a script with the runbook's commands and the additional commands that a container requires.
 fn script(text: &str) -> Result<String> {
     let blocks = |step: u8| {
         let (_, section) = text.split_once(&format!("\n## {step}. "))?;
@@ -125,9 +125,9 @@ fn script(text: &str) -> Result<String> {
         &account[..],
         &limit[..],
     ) else {
-        anyhow::bail!("a step has another number of commands");
+        anyhow::bail!("a step has an unexpected number of commands");
     };
-    // The image was built elsewhere, which is the alternative in the runbook.
+    // Omit the command that builds the image. The runbook describes an image built elsewhere as an alternative.
     let (clone, _) = build
         .split_once("\nDOCKER_BUILDKIT=1 docker build")
         .context("the second command of step 2 builds the image")?;

@@ -1,4 +1,4 @@
-//! The usage log, compared with the responses.
+//! Compares the usage log with the responses.
 
 use std::{
     collections::HashMap,
@@ -16,7 +16,7 @@ use crate::{
 
 const SHIPPED_WITHIN: Duration = Duration::from_secs(60);
 
-/// What the log contains about one request.
+/// What the usage log contains about one request.
 struct Recorded {
     rows: u64,
     records: u64,
@@ -111,7 +111,7 @@ impl Production<'_> {
         Ok(())
     }
 
-    /// Reads what the log contains about the requests of a load.
+    /// Reads what the usage log contains about the requests of a load.
     fn usage_log(&self, name: &str) -> Result<HashMap<String, Recorded>> {
         let rows = self.query(&format!(
             "SELECT request_id, count(*), count(DISTINCT event_id), bool_or(NOT was_rejected)::int FROM usage_log \

@@ -1,5 +1,5 @@
-//! Checks how new quota alerts are announced: by a toast in the window, and by a notification of the desktop if the
-//! user is looking at another window.
+//! Checks how new quota alerts are announced: by a toast in the window, and by a desktop notification if the user is
+//! looking at another window.
 
 use std::{
     io::{Write as _, read_to_string},
@@ -17,13 +17,14 @@ use crate::{
 };
 
 const TIMEOUT: Duration = Duration::from_secs(20);
-/// The server checks quotas every 5 seconds, and the console checks for alerts every minute.
+/// How long to wait for an alert. The server checks quotas every 5 seconds, and the console checks for alerts every
+/// minute.
 const ALERT_TIMEOUT: Duration = Duration::from_secs(120);
 /// Long enough for a notification to arrive.
 const SETTLE: Duration = Duration::from_secs(1);
 
 const PLAN: &str = "Trial";
-/// The key's name must not become markup.
+/// Notifications must not interpret this name as markup.
 const KEY: &str = "Partner <b>R&D";
 
 /// A key with a daily quota of 10 requests.
@@ -33,7 +34,7 @@ pub struct Alerts {
 }
 
 impl Alerts {
-    /// Checks an alert on a desktop without a notification service, and then an alert on a desktop with this service.
+    /// Checks one alert without a notification service, and then another alert with this service.
     pub async fn check(page: &App, world: &World, server: &str) -> Result<Self> {
         let key = create_key(page).await?;
         let display = world.display()?;
@@ -89,7 +90,7 @@ impl Alerts {
         send(server, &self.key, 2)
     }
 
-    /// Checks that the navigation counts the last alert, and that the desktop has not shown it.
+    /// Checks that the navigation counts the last alert, and that there was no notification of this alert.
     pub async fn is_only_counted(&self, page: &App) -> Result<()> {
         until("the number of new alerts", ALERT_TIMEOUT, async || {
             page.text("1 new").await.map(Some)

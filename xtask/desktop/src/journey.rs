@@ -158,7 +158,7 @@ async fn main_journey(
     Ok(alerts)
 }
 
-/// Sends requests with the key until one gets this status, because a change can take a second to take effect.
+/// Sends requests with the key until a response has this status. A change can take a second to take effect.
 async fn send_until(page: &App, status: u16) -> Result<()> {
     until(&format!("status {status}"), TIMEOUT, async || {
         page.press("Send 1").await?;
@@ -329,13 +329,13 @@ async fn second_start(app: &Path, world: &World, server: &str, alerts: &Alerts) 
     page.exits().await
 }
 
-/// Checks that closing the window and quitting ask first while a new key is shown and not saved.
+/// Checks that closing the window or quitting asks for confirmation while a new key is shown and has not been saved.
 async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
     let display = world.display()?;
     display.close(TITLE)?;
     page.text("Copy it before you quit.").await?;
     page.screenshot("quit-warning").await?;
-    // Escape asks whether to close the dialog instead.
+    // Escape asks instead whether to close the dialog.
     page.run("document.querySelector('#secret').dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }))")
         .await?;
     page.text("Copy it before you close.").await?;
@@ -359,7 +359,7 @@ async fn quits_without_saving(page: App, world: &World) -> Result<()> {
         .with_context(|| format!("pressing \"Quit without saving\": {pressed:?}"))
 }
 
-/// Checks that Checkout opens in the system's browser, and that the app notices when it is complete.
+/// Checks that Checkout opens in the system's browser, and that the app notices when the payment is complete.
 async fn billing(page: &App, world: &World) -> Result<()> {
     page.follow("Billing").await?;
     page.heading("No subscription").await?;

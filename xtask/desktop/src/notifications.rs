@@ -19,7 +19,7 @@ pub struct Sent {
     pub icon: String,
     pub title: String,
     pub body: String,
-    /// Each name is followed by a label.
+    /// The name of each action, followed by its label.
     pub actions: Vec<String>,
     pub desktop_entry: Option<String>,
     pub timeout: i32,

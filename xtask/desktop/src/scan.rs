@@ -9,8 +9,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Returns whether the bytes contain a refresh token or a JWT, in UTF-8 or UTF-16. A regular expression in a debug
-/// build would take minutes for the memory of a process.
+/// Returns whether the bytes contain a refresh token or a JWT, in UTF-8 or UTF-16. Does not use a regular expression:
+/// in a debug build, searching the memory of a process would take minutes.
 pub fn has_token(bytes: &[u8]) -> bool {
     bytes.iter().enumerate().any(|(at, first)| match first {
         b'q' => is_refresh(&bytes[at..], 1) || is_refresh(&bytes[at..], 2),
@@ -108,7 +108,7 @@ pub fn memory(pid: i32) -> Result<bool> {
                 let mut bytes = Vec::new();
                 memory.seek(SeekFrom::Start(run.start * PAGE))?;
                 let length = (run.end - run.start) * PAGE;
-                // A page may have been unmapped.
+                // A page may have been unmapped in the meantime.
                 let _ = (&mut memory).take(length).read_to_end(&mut bytes);
                 read += bytes.len();
                 if has_token(&bytes) {
@@ -121,7 +121,7 @@ pub fn memory(pid: i32) -> Result<bool> {
     Ok(false)
 }
 
-/// Returns the pages of the memory range that a line describes; an empty range if it is not writable.
+/// Returns the pages of the memory range that a line describes, or an empty range if this memory is not writable.
 fn writable(line: &str) -> Option<Range<u64>> {
     let mut words = line.split_whitespace();
     let (from, to) = words.next()?.split_once('-')?;
@@ -133,7 +133,7 @@ fn writable(line: &str) -> Option<Range<u64>> {
     Some(if can_be { from / PAGE..to / PAGE } else { 0..0 })
 }
 
-/// Returns the runs of pages of a range that are in memory.
+/// Returns the runs of consecutive pages of a range that are in memory.
 fn present(pages: &mut fs::File, range: &Range<u64>) -> Result<Vec<Range<u64>>> {
     let mut runs: Vec<Range<u64>> = Vec::new();
     let mut at = range.start;

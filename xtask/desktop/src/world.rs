@@ -32,7 +32,7 @@ pub struct World {
     pub folder: TempDir,
     display: String,
     bus: String,
-    /// Dropped in this order.
+    /// The processes, in the order in which they are killed on drop.
     running: Vec<Running>,
 }
 
@@ -182,7 +182,7 @@ fn set_environment(command: &mut Command, folder: &Path) {
         .env("XDG_RUNTIME_DIR", folder.join("runtime"));
 }
 
-/// Returns the search path, with the stand-ins first.
+/// Returns the value of `PATH`, with the stand-ins first.
 fn search_path(folder: &Path) -> std::ffi::OsString {
     let mut path = folder.join("bin").into_os_string();
     if let Some((_, rest)) = variable("PATH") {

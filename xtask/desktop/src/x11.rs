@@ -1,5 +1,5 @@
-//! Input that comes from the window system and not from the page: closing the window, taking the focus from it, and
-//! shortcuts of the menu.
+//! Input that comes from the window system and not from the page: closing the window, removing the focus from the
+//! window, and pressing menu shortcuts.
 
 use std::time::Duration;
 
@@ -19,12 +19,12 @@ use x11rb::{
     wrapper::ConnectionExt as _,
 };
 
-/// Keysyms of keys.
+/// X11 keysyms.
 pub const CONTROL: u32 = 0xffe3;
 pub const Q: u32 = 0x71;
 pub const F1: u32 = 0xffbe;
 
-/// The toolkit learns about focus from an event.
+/// How long to wait after a change of focus. The toolkit learns about the change from an event.
 const EVENT_DELAY: Duration = Duration::from_millis(300);
 
 pub struct Display {
@@ -99,7 +99,7 @@ impl Display {
         Ok(())
     }
 
-    /// Presses keys together, with the window focused.
+    /// Focuses a window, and presses keys together.
     pub async fn press(&self, title: &str, keysyms: &[u32]) -> Result<()> {
         let window = self.window(title)?;
         self.connection

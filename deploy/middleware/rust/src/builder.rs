@@ -83,7 +83,7 @@ impl QuotaLayerBuilder {
         self
     }
 
-    /// Reads the API key from this header only. By default, the key is read from `X-API-Key` and from `Authorization:
+    /// Reads the API key only from this header. By default, the key is read from `X-API-Key` and from `Authorization:
     /// Bearer qk_…`. A request with different keys, or with several values of such a header, is rejected.
     pub fn key_header(self, name: HeaderName) -> Self {
         self.key(move |parts| request::single(&parts.headers, &name).map(str::to_owned))

@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn denial_is_remembered_for_a_second_from_when_it_was_asked_for() {
+    fn denial_is_remembered_for_a_second_after_the_check_was_sent() {
         let cache = DenialCache::new(10);
         let began = Instant::now();
         cache.insert("k", 1, began, &denied(Code::QuotaExceeded, Some(60)));

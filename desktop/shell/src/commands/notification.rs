@@ -1,4 +1,4 @@
-//! Notifications of the operating system, over the [Desktop Notifications Specification].
+//! Desktop notifications, according to the [Desktop Notifications Specification].
 //!
 //! If there is no notification service, no notification is shown, and the error is logged. The console itself also
 //! announces alerts.
@@ -29,7 +29,7 @@ const TITLE: &str = "Quota alert";
 const MAX_TEXT: usize = 1000;
 /// The name of the desktop entry and of the icon that the packages install.
 const DESKTOP_ENTRY: &str = "quota-desktop";
-/// The action of a click on a notification.
+/// The name of the action that a click on a notification triggers.
 const CLICK: &str = "default";
 /// The page that a click opens.
 const ALERTS: &str = "/console/alerts";

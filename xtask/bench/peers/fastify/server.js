@@ -1,5 +1,5 @@
-// Fastify with rate-limiter-flexible: `/ample` has a limit that is never reached, `/limited` allows LIMIT requests per
-// minute. Both count per API key, in memory or in the Redis at REDIS_URL.
+// Fastify with rate-limiter-flexible: `/ample` has a limit that is never reached, and `/limited` allows LIMIT requests
+// per minute. Both count per API key, in memory or in the Redis at REDIS_URL.
 
 import Fastify from "fastify";
 import { Redis } from "ioredis";
@@ -14,7 +14,7 @@ redis?.on("error", () => {});
 const limiter = (keyPrefix, points) => {
   const options = { keyPrefix, points, duration: 60 };
   return redis
-    ? // Keys that are over the limit are refused without a call to Redis.
+    ? // Requests with keys that are over the limit are rejected without a call to Redis.
       new RateLimiterRedis({ ...options, storeClient: redis, inMemoryBlockOnConsumed: points })
     : new RateLimiterMemory(options);
 };

@@ -33,7 +33,7 @@ pub(super) enum Fate {
     Unanswered,
 }
 
-/// The requests that one connection has sent. Its requests are numbered from 0.
+/// The requests that one connection has sent, numbered from 0.
 #[derive(Debug, Default)]
 pub(super) struct Sent {
     pub(super) count: u64,

@@ -75,7 +75,7 @@ fn replica(quota: &Path, data: &Path, database: &str, redis: &str) -> Replica {
         ("REDIS_URL", redis.into()),
         ("QUOTA_AUTH_RPM", "0".into()),
         ("QUOTA_ADMIN_RPM", "0".into()),
-        // The interval is short, so that kills interrupt batches.
+        // A short interval, so that kills interrupt batches.
         ("QUOTA_USAGE_SHIP_EVERY", "20ms".into()),
         ("RUST_LOG", "info,quota_server::access=off".into()),
     ];
@@ -93,7 +93,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 #[derive(Default)]
 struct Kills {
     by_victim: BTreeMap<&'static str, u32>,
-    /// The number of servers that were killed while a request that had got a decision was not in the log yet.
+    /// The number of servers that were killed before the usage log contained all of their decisions.
     before_commit: u32,
     in_flight: Vec<u64>,
 }
@@ -129,7 +129,8 @@ async fn storm(options: &Options) -> Result<ExitCode> {
     let began = Instant::now();
     for number in 0..options.kills {
         tokio::time::sleep(Duration::from_millis(random.u64(200..900))).await;
-        // Servers are killed more often than Redis and PostgreSQL, because only servers have records that may be lost.
+        // Servers are killed more often than Redis and PostgreSQL, because only servers have records that could be
+        // lost.
         let victim = match random.u8(..10) {
             0 | 1 => Victim::Redis,
             2 | 3 => Victim::Postgres,
@@ -195,7 +196,7 @@ async fn storm(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Waits until at least this many requests are in flight, and returns their number.
+/// Waits until at least `wanted` requests are in flight. Returns the number of requests in flight.
 async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -238,7 +239,7 @@ async fn wait_until_shipped(client: &Client, loads: &[Arc<Load>], data: &Path) -
         for load in loads {
             missing += usize::from(is_before_commit(client, load).await?);
         }
-        // There is one directory for each running replica.
+        // Each running replica keeps one directory.
         let directories = fs::read_dir(data.join("usage"))?.count();
         if missing == 0 && directories <= REPLICAS {
             return Ok(());
@@ -263,7 +264,7 @@ struct Recount {
     /// Rows that do not belong to any request of the load.
     unknown: u64,
     rows_without_answer: u64,
-    /// Rows of requests that got 503.
+    /// Rows of requests whose response was 503.
     rows_of_refused: u64,
 }
 

@@ -1,5 +1,5 @@
 //! How well a limit holds with two instances on one Redis: under a saturating load, where a fixed window ends, while
-//! Redis responds late, and while it is killed and restarted.
+//! Redis responds late, and while Redis is killed and restarted.
 
 use std::time::Duration;
 
@@ -23,12 +23,13 @@ use crate::process::Cores;
 /// Connections to each instance.
 const CONNECTIONS: usize = 8;
 
-/// In a new Redis, Quota's buckets start empty, a little in the future.
+/// How long to wait for full buckets. In a new Redis, Quota's first epoch starts a little in the future, with empty
+/// buckets.
 const SETTLED: Duration = Duration::from_secs(7);
 
 /// The length of a fixed window, which starts with the first request.
 pub(super) const WINDOW: Duration = Duration::from_secs(60);
-/// The load around the end of the window: how long it lasts before and after, and its rate.
+/// The load around the end of a window: how long it lasts before and after the end, and its rate.
 pub(super) const AROUND_EDGE: Duration = Duration::from_secs(5);
 pub(super) const EDGE_PER_SECOND: u32 = 250;
 /// The length of the windows in which allowed requests are counted.
@@ -42,12 +43,12 @@ const NOTICED: Duration = Duration::from_millis(1500);
 pub(super) const KILLED: Duration = Duration::from_millis(3000);
 pub(super) const RESTARTED: Duration = Duration::from_millis(6500);
 pub(super) const ENDED: Duration = Duration::from_millis(10_500);
-/// Requests that were sent this long after the kill are those of the outage.
+/// Requests count as part of the outage if they were sent at least this long after the kill.
 const AFTER_KILL: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Counted {
-    /// The number of requests that the rule of the server allows.
+    /// The number of requests that the server's rule allows.
     pub(crate) bound: u64,
     pub(crate) allowed: u64,
     pub(crate) failed: u64,
@@ -70,11 +71,11 @@ pub(crate) enum Mode {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Outage {
     pub(crate) mode: Mode,
-    /// The parts of requests that were allowed and denied during the outage, for a key whose limit is not reached. The
-    /// others failed.
+    /// The fractions of requests that were allowed and denied during the outage, for a key whose limit is not reached.
+    /// The other requests failed.
     pub(crate) ample: [f64; 2],
-    /// The requests allowed from the start to the end of the load for a key whose limit is reached before the outage,
-    /// and how many the rule of the server allows.
+    /// The number of requests that were allowed during the whole load, for a key whose limit is reached before the
+    /// outage, and the number that the server's rule allows.
     pub(crate) allowed: u64,
     pub(crate) bound: u64,
 }
@@ -84,7 +85,7 @@ pub(crate) struct Row {
     pub(crate) is_shared: bool,
     pub(crate) rule: Rule,
     pub(crate) saturated: Counted,
-    /// The most requests allowed in any 10 seconds.
+    /// The maximum number of requests allowed in any 10 seconds.
     pub(crate) edge: Option<u64>,
     pub(crate) late: Option<Counted>,
     pub(crate) outage: Option<Outage>,
@@ -92,7 +93,7 @@ pub(crate) struct Row {
 
 pub(crate) struct Accuracy {
     pub(crate) rows: Vec<Row>,
-    /// How long keys were allowed after they were revoked on the other replica.
+    /// How long each key was still allowed on one replica after its revocation on the other replica.
     pub(crate) revocation: Option<Vec<Duration>>,
     pub(crate) missing: Vec<String>,
 }
@@ -148,7 +149,7 @@ pub(crate) fn run(options: &Options, runtime: &Runtime, cores: Option<Cores>) ->
             if !row.is_shared {
                 continue;
             }
-            // A replica of Quota that returns to Redis starts with empty buckets, so the outage comes first.
+            // A replica of Quota that uses Redis again starts with empty buckets, so the outage is measured first.
             eprintln!("Redis killed, then late: {}", pair.name);
             row.outage = Some(outage(pair).await?);
             sleep(NOTICED).await;
@@ -208,7 +209,7 @@ fn evaluate(log: &[Attempt], rule: Rule) -> Counted {
     }
 }
 
-/// Returns the most requests allowed in any 10 seconds around the end of a window.
+/// Returns the maximum number of requests allowed in any 10 seconds around the end of a window.
 async fn edge(pair: &Pair) -> Result<u64> {
     let request = pair.limited().await?;
     let one = Plan {
@@ -289,8 +290,8 @@ mod tests {
 
     use super::{Attempt, ENDED, KILLED, Mode, RESTARTED, Rule, evaluate_outage};
 
-    /// A request of each key per millisecond, with these statuses during the outage. Before and after it, the first key
-    /// is denied and the second is allowed.
+    /// Returns a log with one request of each key per millisecond. `during` contains the statuses during the outage.
+    /// Before and after the outage, the first key is denied and the second key is allowed.
     fn log(during: [u16; 2]) -> Vec<Attempt> {
         let attempt = |millis: u64, request: u16| {
             let at = Duration::from_millis(millis);

@@ -30,14 +30,14 @@ use crate::{
 };
 
 const WARM_UP: Duration = Duration::from_millis(500);
-/// Time for Quota to write the usage of a round to PostgreSQL, so that this does not disturb the next server.
+/// Time for Quota to write the usage of a round to PostgreSQL, so that the writes do not disturb the next server.
 const SHIPPED: Duration = Duration::from_millis(300);
 const KEYS: usize = 100;
 const ECHO: &str = "/v1/echo";
 /// The limit of the key whose requests are denied, per minute.
 const DENIED_LIMIT: u32 = 1;
 
-/// The two loads.
+/// The number of loads.
 const SITUATIONS: usize = 2;
 
 struct Contender {
@@ -77,13 +77,13 @@ pub(crate) struct Medians {
 
 pub(crate) struct Row {
     pub(crate) name: &'static str,
-    /// For the two loads.
+    /// The medians for each of the two loads.
     pub(crate) medians: [Medians; SITUATIONS],
     /// Resident memory, in MiB.
     pub(crate) memory: f64,
 }
 
-/// Returns a row for each server, the bare handler first, and the reasons why others are missing.
+/// Returns a row for each server, starting with the bare handler, and the reasons why servers are missing.
 pub(crate) fn run(
     options: &Options,
     runtime: &Runtime,
@@ -151,7 +151,7 @@ pub(crate) fn run(
 fn measure(options: &Options, runtime: &Runtime, contenders: &mut [Contender]) -> Result<()> {
     for contender in &mut *contenders {
         for situation in 0..SITUATIONS {
-            // Quota with a new Redis starts with empty buckets, so requests may be denied.
+            // With a new Redis, Quota starts with empty buckets, so it may deny requests during the warm-up.
             let _ = contender.round(runtime, situation, WARM_UP);
             contender.figures[situation].clear();
         }
@@ -220,7 +220,7 @@ fn quota(
     })
 }
 
-/// Creates keys whose limit is never reached, and one whose requests are denied.
+/// Creates keys whose limit is never reached, and a key whose requests are denied.
 fn quota_keys(server: SocketAddr) -> Result<(Vec<String>, String)> {
     let account =
         json!({"email": "bench@example.com", "password": "correct horse battery staple 47"});
@@ -258,7 +258,7 @@ fn peer(
     let url = redis.as_ref().map(|(redis, _)| redis.url());
     let start = || Peer::start(program, options, DENIED_LIMIT, url.as_deref());
     let server = Cores::starting(cores, start)?;
-    // As long as Quota's keys.
+    // The keys are as long as Quota's keys.
     let key = |n: usize| format!("qk_{n:038}");
     Ok(Contender {
         name,
@@ -357,7 +357,7 @@ impl Contender {
         let medians = |situation: usize| {
             let figures = &self.figures[situation];
             let of = |value: fn(&Figures) -> f64| median(figures.iter().map(value));
-            // Compared per round, because a disturbance affects both.
+            // Compare per round, because a disturbance affects both servers.
             let pairs = figures.iter().zip(&poem[situation]);
             Medians {
                 micros: of(|it| it.micros),

@@ -1,5 +1,5 @@
-//! A load over kept connections that logs every request. A connection sends its next request after the response to the
-//! previous one, immediately or at a fixed rate, and is reopened if the server closes it.
+//! A load over persistent connections, and a log of all its requests. A connection sends its next request after the
+//! response to the previous one, immediately or at a fixed rate, and is reopened if the server closes it.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -33,7 +33,7 @@ pub(crate) struct Attempt {
 pub(crate) struct Plan {
     /// The instances of a server. Each gets the same number of connections.
     pub(crate) servers: Vec<SocketAddr>,
-    /// Each connection sends all of them in turn.
+    /// The requests. Each connection sends all of them in turn.
     pub(crate) requests: Vec<Vec<u8>>,
     pub(crate) connections: usize,
     /// The time between two requests of a connection. `None` for a saturating load.
@@ -41,7 +41,7 @@ pub(crate) struct Plan {
     pub(crate) time: Duration,
 }
 
-/// Sends the load, and returns the log in order of the requests.
+/// Sends the load. Returns the log, sorted by the time at which requests were sent.
 pub(crate) async fn drive(plan: &Plan) -> Result<Vec<Attempt>> {
     let origin = Instant::now();
     let end = origin + plan.time;
@@ -124,7 +124,8 @@ impl Connection {
                     self.stream = Some(stream);
                     return Some(status);
                 }
-                // As HTTP clients do, repeats the request on a new connection if the server has closed an idle one.
+                // Like HTTP clients, repeat the request on a new connection if the server has closed the idle
+                // connection.
                 Ok(None) => {}
                 Err(_) => return None,
             }

@@ -1,5 +1,5 @@
-//! Quota beside other servers that limit requests by an API key: the cost of a request, and how well the limit holds with
-//! two instances. The result is a document with tables and charts.
+//! Compares Quota with other servers that limit requests by API key: the cost of a request, and how well the limit
+//! holds with two instances. The result is a document with tables and charts.
 
 mod accuracy;
 mod cost;
@@ -33,10 +33,10 @@ pub(crate) struct Options {
     /// The URL of a PostgreSQL database whose user may create databases
     #[arg(long)]
     postgres: String,
-    /// The `limitador-server` binary. It is compared only if this is set, because no package has it
+    /// The `limitador-server` binary. limitador is compared only if this option is set, because no package contains it
     #[arg(long)]
     limitador: Option<PathBuf>,
-    /// The directory for packages to install
+    /// The directory in which packages are installed
     #[arg(long)]
     tools: PathBuf,
     /// The directory for the document and the charts
@@ -51,7 +51,7 @@ pub(crate) struct Options {
     /// The length of a saturating load on two instances, in seconds
     #[arg(long, default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..=30))]
     seconds: u64,
-    /// Measure only servers whose name contains this, and the bare handler
+    /// Measure only the bare handler and the servers whose names contain this text
     #[arg(long)]
     only: Option<String>,
 }

@@ -1,5 +1,5 @@
-//! The packages of the peers from npm and PyPI, in the versions of `xtask/bench/peers`. They are installed once, into the
-//! target directory.
+//! The packages of the peers from npm and PyPI, in the versions of `xtask/bench/peers`. The packages are installed
+//! once, into the target directory.
 
 use std::{
     fs,
@@ -38,8 +38,8 @@ pub(crate) fn fastapi(tools: &Path) -> Result<PathBuf> {
     )
 }
 
-/// Returns a directory with copies of the files of a peer and its installed packages, which later runs reuse unless one
-/// of the files has changed.
+/// Returns a directory with copies of a peer's files and its installed packages. Later runs reuse the directory unless
+/// one of the files has changed.
 fn installed(
     tools: &Path,
     name: &str,

@@ -1,5 +1,5 @@
-//! Two instances of a server. Unless each counts alone, they share one Redis, which they reach through proxies that can
-//! delay its responses.
+//! Two instances of a server. Unless each instance counts separately, both share one Redis, which they reach through
+//! proxies that can delay its responses.
 
 use std::{cell::Cell, net::SocketAddr, time::Duration};
 
@@ -109,14 +109,14 @@ pub(crate) const KINDS: [(&str, Kind); 10] = [
 ];
 
 impl Kind {
-    /// Returns the rule by which one instance would count.
+    /// Returns the rule by which a single instance counts.
     pub(crate) fn rule(self) -> Rule {
         match self {
             Self::Quota { burst, strict } => Rule::Bucket {
                 burst,
                 slack: if strict { Duration::ZERO } else { LEASE_TTL },
             },
-            // nginx allows one request at once, and the burst.
+            // nginx allows one request in addition to the burst.
             Self::Peer {
                 program: Program::Nginx,
                 ..
@@ -216,7 +216,7 @@ impl Pair {
         }
     }
 
-    /// Returns the request of a new key with the limit to test.
+    /// Returns a request with a new key that has the limit to test.
     pub(crate) async fn limited(&self) -> Result<Vec<u8>> {
         let (burst, strict) = match self.kind {
             Kind::Quota { burst, strict } => (burst, strict),
@@ -231,7 +231,7 @@ impl Pair {
         self.with_plan(&plan).await
     }
 
-    /// Returns the request of a new key whose limit is never reached.
+    /// Returns a request with a new key whose limit is never reached.
     pub(crate) async fn ample(&self) -> Result<Vec<u8>> {
         let strict = match self.kind {
             Kind::Quota { strict, .. } => strict,

@@ -1,4 +1,4 @@
-//! The other servers: how they are started, and which requests they get.
+//! How the other servers are started, and which requests are sent to them.
 
 use std::{
     fs::{self, File},
@@ -21,7 +21,7 @@ const STARTED_WITHIN: Duration = Duration::from_secs(30);
 /// The response of every server, which is as long as that of `GET /v1/echo`.
 const ANSWER: &str = r#"{"key_id":"019ab4e1-7c00-7000-8000-0000000000a1","plan":"ample","time":"2026-08-03T09:46:00Z"}"#;
 
-/// A path whose limit is never reached, and one with the limit to test.
+/// A path whose limit is never reached, and a path with the limit to test.
 pub(crate) const AMPLE: &str = "/ample";
 pub(crate) const LIMITED: &str = "/limited";
 
@@ -30,9 +30,9 @@ pub(crate) enum Program {
     Nginx,
     HaProxy,
     Fastify,
-    /// With a strategy of slowapi.
+    /// FastAPI with this strategy of slowapi.
     FastApi(&'static str),
-    /// With a storage.
+    /// limitador with this storage.
     Limitador(&'static str),
 }
 
@@ -81,7 +81,7 @@ impl Peer {
         Ok(peer)
     }
 
-    /// Waits until the response of a path is 200.
+    /// Waits until the response to a request for `path` is 200.
     fn ready(&mut self, path: &str) -> Result<()> {
         let deadline = Instant::now() + STARTED_WITHIN;
         loop {
@@ -113,7 +113,7 @@ impl Program {
         let Self::Limitador(_) = self else {
             return get(path, key);
         };
-        // limitador does not read headers. Its clients send the key.
+        // limitador does not read headers. Its clients send the key in the body.
         let namespace = path.trim_start_matches('/');
         let body = json!({"namespace": namespace, "values": {"key": key}, "delta": 1}).to_string();
         format!(

@@ -89,7 +89,7 @@ impl Chart<'_> {
         values.chain(line).fold(0.0, f64::max)
     }
 
-    /// Returns the length of a bar in pixels. On a logarithmic scale, bars start at a half.
+    /// Returns the length of a bar in pixels. On a logarithmic scale, bars start at 0.5.
     fn length(&self, value: f64, longest: f64) -> i32 {
         let part = if self.is_logarithmic {
             (value * 2.0).max(1.0).ln() / (longest * 2.0).max(2.0).ln()

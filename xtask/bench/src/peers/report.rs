@@ -25,7 +25,7 @@ pub(crate) struct Report<'a> {
     pub(crate) versions: Vec<String>,
     pub(crate) costs: &'a [cost::Row],
     pub(crate) accuracy: &'a Accuracy,
-    /// Why servers are missing.
+    /// The reasons why servers are missing.
     pub(crate) missing: &'a [String],
 }
 
@@ -294,7 +294,7 @@ process. The programs and configurations are in `xtask/bench/peers`.
 clients send the key in a JSON body. Its reads from Redis are not script calls, and are not counted above.
 ";
 
-/// Returns a label for charts, which have no code format.
+/// Returns a name without code formatting, which charts do not support.
 fn plain(name: &str) -> String {
     name.replace('`', "")
 }
@@ -318,7 +318,7 @@ fn below(it: &Counted) -> String {
     }
 }
 
-/// Returns by how much a count is greater than another, and in percent of the bound.
+/// Returns by how much one count exceeds another, also as a percentage of the bound.
 fn difference(greater: u64, less: u64, bound: u64) -> String {
     let difference = greater.saturating_sub(less);
     if difference == 0 {
@@ -329,7 +329,7 @@ fn difference(greater: u64, less: u64, bound: u64) -> String {
     format!("{difference} ({percent:.1}%)")
 }
 
-/// Returns the parts of requests that were allowed, denied and failed.
+/// Returns the percentages of requests that were allowed, were denied, or failed.
 fn responses([allowed, denied]: [f64; 2]) -> String {
     let failed = 1.0 - allowed - denied;
     let parts = [(allowed, "allowed"), (denied, "denied"), (failed, "failed")];

@@ -18,10 +18,10 @@ use crate::replicas::{
 };
 
 const KEYS: usize = 20;
-/// The time in which Quota promises to refuse a revoked key is one second.
+/// How long to wait until a revoked key is rejected. Quota's documented maximum is one second.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Returns the time from the start of each revocation to the first refusal, sorted.
+/// Returns the times from the start of each revocation to the first rejection, sorted.
 pub(crate) async fn measure(tenant: &Tenant, replicas: &[SocketAddr]) -> Result<Vec<Duration>> {
     let plan = Plan::new("to be revoked", MOST, MOST);
     let plan = tenant.plan(replicas[0], &plan).await?;

@@ -1,4 +1,4 @@
-//! The evaluation of a log: how many requests were allowed, in all and in the worst window, and how many a limit allows.
+//! Evaluates a log: how many requests were allowed in total and in the worst window, and how many a limit allows.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ pub(crate) enum Rule {
 }
 
 impl Rule {
-    /// Returns how many requests are allowed from the first request on, for less than a minute.
+    /// Returns how many requests are allowed within `time` of the first request. `time` must be less than a minute.
     pub(crate) fn allows(self, limit: u32, time: Duration) -> u64 {
         match self {
             Self::Bucket { burst, slack } => {
@@ -38,12 +38,12 @@ pub(crate) fn length(log: &[Attempt]) -> Duration {
     Duration::from_nanos(last.saturating_sub(first))
 }
 
-/// Returns the largest number of allowed requests in a window of this length. A request is inside if it was sent and
-/// answered in the window, so that the result is never too high.
+/// Returns the largest number of allowed requests in a window of this length. A request counts only if it was both sent
+/// and answered in the window, so that the result is never too high.
 pub(crate) fn worst_window(log: &[Attempt], window: Duration) -> u64 {
     let window = u64::try_from(window.as_nanos()).unwrap_or(u64::MAX);
     let mut allowed: Vec<&Attempt> = log.iter().filter(|it| it.status == 200).collect();
-    // The requests that were sent at or after the start of a window are those after it in this order.
+    // In this order, the request that starts a window comes before all requests that were sent later.
     allowed.sort_unstable_by_key(|it| it.sent);
     let mut ends: Vec<u64> = allowed.iter().map(|it| it.answered).collect();
     ends.sort_unstable();
@@ -51,8 +51,8 @@ pub(crate) fn worst_window(log: &[Attempt], window: Duration) -> u64 {
     for (earlier, first) in allowed.iter().enumerate() {
         let end = first.sent.saturating_add(window);
         let answered = ends.partition_point(|it| *it <= end);
-        // Subtracts the requests that were sent before the window. Those that lasted longer than the window are not
-        // among the answered ones, so the result may then be too low.
+        // Subtract the requests that were sent before the window. If one of them was answered after the window, it is
+        // not included in `answered`, so the result is too low.
         worst = worst.max(answered.saturating_sub(earlier));
     }
     worst as u64
@@ -98,7 +98,8 @@ mod tests {
         }
     }
 
-    /// Requests every 10 ms, of which a fixed window with an edge at 5 s allows the first hundred on each side.
+    /// Returns requests every 10 ms. A fixed window that ends at 5 s allows one hundred of them just before it ends,
+    /// and the next window allows one hundred just after it starts.
     fn across_an_edge() -> Vec<Attempt> {
         let request = |n: u64| {
             let sent = n * SECOND / 100;

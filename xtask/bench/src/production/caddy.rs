@@ -51,7 +51,7 @@ impl Caddy {
         command
             .args(["run", "--adapter", "caddyfile", "--config"])
             .arg(&file)
-            // The address is for clients that send no server name.
+            // The IP address is for clients that send no server name.
             .env("QUOTA_SITE", "localhost, 127.0.0.1")
             // The final period prevents the use of the machine's search domains.
             .env("QUOTA_UPSTREAM", "quota.internal.")
@@ -144,8 +144,8 @@ impl Caddy {
     }
 }
 
-/// Returns the Caddyfile with other ports, on loopback only, with another name server, and without the admin endpoint.
-/// Everything else is as in production.
+/// Returns the Caddyfile with different ports, on loopback only, with a different name server, and without the admin
+/// endpoint. Everything else is as in production.
 fn on_loopback(text: &str, https: u16, http: u16, names: SocketAddr) -> Result<String> {
     let mut text = text.to_owned();
     for (line, replacement) in [

@@ -1,8 +1,8 @@
 //! Requests at a fixed rate through Caddy, and the outcome of each.
 //!
-//! Half of the requests are `POST /v1/check`, half are `GET /v1/echo`; half use the limited key, half use the other
-//! one. Requests are sent on schedule, whether or not earlier ones have completed, on persistent connections. Only if
-//! all connections are in use does a request wait for one.
+//! Half of the requests are `POST /v1/check`, and half are `GET /v1/echo`. Half of the requests use a key whose limit
+//! they exceed, and half use a key whose limit is too high to reach. Requests are sent on schedule, whether or not
+//! earlier ones have completed, on persistent connections. A request waits only if all connections are in use.
 
 use std::{
     error::Error,
@@ -28,7 +28,7 @@ use tokio::{
 /// The maximum number of connections. More concurrent TLS handshakes would only slow down a busy machine.
 const CONNECTIONS: usize = 64;
 
-/// What to send, and where.
+/// Where to send requests, and with which credentials.
 #[derive(Clone)]
 pub(super) struct Target {
     pub(super) client: Client,

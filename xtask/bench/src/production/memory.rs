@@ -33,7 +33,7 @@ impl Memory {
         })
     }
 
-    /// Returns the largest amount of memory that each process uses in this time.
+    /// Returns the largest amount of memory that each process uses during `time`.
     pub(super) async fn watch(processes: &Processes, time: Duration) -> Result<Self> {
         let end = Instant::now() + time;
         let mut most = Self::of(processes)?;

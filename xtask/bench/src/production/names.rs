@@ -67,7 +67,7 @@ fn respond(query: &[u8], addresses: &[Ipv4Addr]) -> Option<Vec<u8>> {
     }
     response.extend(question);
     for address in addresses {
-        // The name is that of the question. The address is valid for one second.
+        // The name is a pointer to the name in the question. The address is valid for one second.
         response.extend([0xc0, 12]);
         response.extend([TYPE_A, CLASS_IN].map(u16::to_be_bytes).concat());
         response.extend(1_u32.to_be_bytes());

@@ -1,5 +1,5 @@
-//! A network of its own for a measurement, with the settings of Caddy's container that affect connections. Nothing but the
-//! measurement is affected by these settings.
+//! Runs a measurement in its own network namespace, with the settings of Caddy's container that affect connections.
+//! These settings affect only the measurement.
 
 use std::{
     env, fs,
@@ -10,13 +10,13 @@ use std::{
 use anyhow::{Context as _, Result};
 use nix::unistd::Uid;
 
-/// Tells the process that it runs in its own network.
+/// Tells the process that it runs in its own network namespace.
 const FLAG: &str = "--in-own-network";
 /// The variable that configures the Go runtime.
 const GO: &str = "GODEBUG";
 const COMPOSE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../deploy/compose.prod.yml");
 
-/// Runs this process again, with the same arguments and [`FLAG`], in a network of its own.
+/// Runs this process again, with the same arguments and [`FLAG`], in its own network namespace.
 pub(super) fn run_again() -> Result<ExitCode> {
     let compose = fs::read_to_string(COMPOSE).context("cannot read compose.prod.yml")?;
     let setting = setting(&compose).context("compose.prod.yml has no kernel setting")?;

@@ -1,5 +1,5 @@
-//! Upgrades, restarts and kills replicas one after the other under load through Caddy. No request may fail, no usage
-//! may be lost or recorded twice, and a key's rate limit must hold throughout.
+//! Upgrades, restarts and kills replicas one after another, under load through Caddy. No request may fail, no usage may
+//! be lost or recorded twice, and a key's rate limit must hold throughout.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -31,10 +31,12 @@ use crate::{
     replicas::tenant::{Plan, Tenant},
 };
 
-/// The limited key's rate per minute, and its burst. Half of the requests use this key, and they must exceed its rate.
+/// The limited key's rate per minute, and its burst. Half of the requests use this key, and these requests must exceed
+/// the key's rate.
 const RPM: u32 = 6000;
 const BURST: u32 = 100;
-/// The default `QUOTA_LEASE_TTL`, plus a microsecond, the resolution of Redis's clock, at either end of a window.
+/// The default `QUOTA_LEASE_TTL`, plus one microsecond for each end of a window. A microsecond is the resolution of
+/// Redis's clock.
 const SLACK: Duration = Duration::from_nanos(100_002_000);
 /// At least this percentage of what one exact bucket would have allowed must be allowed.
 const SERVED: u64 = 90;
@@ -225,7 +227,7 @@ impl Events {
     }
 }
 
-/// The usage log, compared with the responses.
+/// The result of comparing the usage log with the responses.
 #[derive(Debug, Default)]
 struct Usage {
     rows: u64,
@@ -241,7 +243,7 @@ struct Usage {
     different: u64,
 }
 
-/// What the log contains about one request.
+/// What the usage log contains about one request.
 struct Recorded {
     rows: u64,
     records: u64,
@@ -396,7 +398,7 @@ fn report(
         && served >= SERVED
 }
 
-/// Prints how many requests failed for the same reason, each with a few examples.
+/// Prints how many requests failed for each reason, with a few examples.
 fn print_failures(failures: &[(&Attempt, &String)], events: &Events) {
     const EXAMPLES: usize = 3;
     let mut by_reason: BTreeMap<String, Vec<&(&Attempt, &String)>> = BTreeMap::new();

@@ -1,6 +1,6 @@
-//! Thousands of slow clients, by slowhttptest, while other clients send requests: directly to a server, and through
-//! Caddy to replicas. The other clients must not wait much longer than without slow clients, and memory must stay
-//! bounded.
+//! Runs thousands of slow clients with slowhttptest while other clients send requests: directly to a server, and
+//! through Caddy to replicas. The other clients must not wait much longer than without slow clients, and memory must
+//! stay bounded.
 
 use std::{
     fs,
@@ -48,7 +48,7 @@ const NEW_ONE_IN: u64 = 10;
 const MOST: u32 = 60_000_000;
 /// The maximum ratio of the 99th percentiles of response times with and without slow clients.
 const MOST_RATIO: f64 = 2.0;
-/// By how many bytes a replica's memory may grow.
+/// The maximum number of bytes by which a replica's memory may grow.
 const MOST_MEMORY: u64 = 64 << 20;
 
 #[derive(Args)]
@@ -121,7 +121,7 @@ impl Attack {
                     "application/json",
                 ],
             ),
-            // The largest response that needs no credentials, three times per connection.
+            // The largest response that requires no credentials, three times per connection.
             Self::Read => (
                 "/openapi.json",
                 &[
@@ -135,11 +135,11 @@ impl Attack {
     }
 }
 
-/// The server that slow clients and other clients connect to.
+/// The server to which slow clients and other clients connect.
 struct Target {
     name: &'static str,
     base: String,
-    /// The same server for slowhttptest, which tries only the first address of a name.
+    /// The server's URL for slowhttptest, which tries only the first address of a name.
     attacked: String,
     certificate: Option<Certificate>,
     key: String,
@@ -175,7 +175,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         caddy::recent(&options.tools)?;
         return network::run_again();
     }
-    // Trusts no proxy, unlike the replicas behind Caddy.
+    // Unlike the replicas behind Caddy, this server trusts no proxy.
     let alone = Server::quota(&options.quota, DIRECTIVES, None, &[])?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -318,7 +318,7 @@ async fn attack_until(
     let mut most = 0;
     for run in 0.. {
         let prefix = prefix.with_extension(run.to_string());
-        // Each connection is a file. The limit is often 1024.
+        // Each connection needs a file descriptor. The default limit is often 1024.
         let mut command = Command::new("/bin/sh");
         command
             .args([

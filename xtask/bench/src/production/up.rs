@@ -1,5 +1,5 @@
-//! `cargo xtask up`: a production-like deployment, for people to try out. Until Ctrl-C, replicas and Caddy are
-//! restarted if they exit.
+//! `cargo xtask up`: a production-like deployment for trying out Quota. Until Ctrl-C, replicas and Caddy are restarted
+//! if they exit.
 
 use std::{
     fs::{self, File},
@@ -42,7 +42,7 @@ pub(crate) struct Options {
     data: PathBuf,
 }
 
-/// The parts of the demo's file that are printed.
+/// The fields of `demo.json` that are printed.
 #[derive(Deserialize)]
 struct Demo {
     email: String,

@@ -88,7 +88,7 @@ impl Change {
 #[derive(Debug, Clone, Copy)]
 struct Seen {
     change: Change,
-    /// The time for the slowest replica.
+    /// The time until the slowest replica applied the change.
     after: Duration,
     /// Whether a replica returned to the old state.
     fell_back: bool,
@@ -249,7 +249,7 @@ impl Watcher {
         })
     }
 
-    /// Returns when the first response of this kind arrived.
+    /// Returns the time at which the first response with this state arrived.
     async fn answers(&mut self, key: &HeaderValue, wanted: State) -> Result<Instant> {
         let asked = async {
             loop {
@@ -347,7 +347,7 @@ impl Crew {
         Ok(())
     }
 
-    /// Returns when the last replica first gave a response of the wanted kind.
+    /// Returns the time at which the last replica first gave a response with this state.
     async fn all_answer(&mut self, key: &Key, wanted: State) -> Result<Instant> {
         ensure!(!self.watchers.is_empty(), "there are no watchers");
         let asked = self

@@ -1,4 +1,5 @@
-//! The cost of sharing: calls to Redis, and the cost of a request compared with a single replica that counts in memory.
+//! The cost of sharing limits: calls to Redis, and the cost of a request compared with a single replica that counts in
+//! memory.
 
 use std::{thread, time::Duration};
 
@@ -206,7 +207,7 @@ struct Round {
 }
 
 /// Measures one busy key, with all requests allowed and with all requests denied, alternately on a server with Redis
-/// and on a server without.
+/// and on a server without Redis.
 async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
     let redis = RedisServer::start().await;
     let (rounds, time) = if options.quick { (3, 100) } else { (25, 300) };

@@ -62,7 +62,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         service: None,
         ready: 0,
     };
-    // Keys take turns on the replicas. A new key takes several database transactions.
+    // The keys use the replicas in turn. The first request with a key takes several database transactions.
     let load = Steady {
         key: 0,
         from: Duration::ZERO,

@@ -1,8 +1,8 @@
 //! An open loop: sends requests on schedule, whether or not earlier requests have completed, and logs each outcome.
 //!
 //! Requests are scheduled in advance, so a slow server does not slow down the load. A request takes an idle connection
-//! to its replica or opens one. Above [`CONNECTIONS`], the request waits for a connection, and its log entry shows a
-//! late start. Connections are reopened as replicas stop and start.
+//! to its replica or opens one. If all [`CONNECTIONS`] are in use, the request waits for a connection, and its log
+//! entry shows a late start. Connections are reopened as replicas stop and start.
 
 use std::{
     cell::{Cell, RefCell},
@@ -153,7 +153,7 @@ async fn send(targets: &Targets, schedule: &[Arrival], origin: Instant) -> Resul
     Ok(attempts)
 }
 
-/// Which key requests use, and how they are sent.
+/// The credentials with which requests are sent.
 struct Consumer {
     key: HeaderValue,
     service: Option<HeaderValue>,

@@ -48,7 +48,7 @@ const MISSED: Duration = Duration::from_millis(1500);
 /// How long all replicas may take to detect the loss.
 const DISCOVERY: Duration = Duration::from_secs(1);
 const AFTERWARDS: Duration = Duration::from_secs(6);
-/// The outage has ended after this long without a degraded response.
+/// An outage is over once there has been no degraded response for this long.
 const WELL: Duration = Duration::from_secs(1);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -244,7 +244,7 @@ async fn one(options: &Options, kind: Kind, table: &mut Table) -> Result<Vec<Att
     Ok(log)
 }
 
-/// Causes the fault, ends it, and returns when Redis was available again.
+/// Causes the fault and ends it. Returns when Redis was available again.
 async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Duration> {
     let (begin, over) = (origin + FAULT_AT, origin + FAULT_AT + kind.lasts());
     match world {
@@ -281,8 +281,8 @@ async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Durati
                     .context("the fault begins too early")?,
             )
             .await;
-            // The master has no password and rejects clients that send one. So the replica cannot reconnect and misses
-            // later writes.
+            // The master has no password and rejects clients that send one. Therefore, the replica cannot reconnect and
+            // misses later writes.
             second
                 .command("CONFIG SET masterauth no-such-password")
                 .await;
@@ -316,7 +316,8 @@ pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     plan
 }
 
-/// Returns when the outage ended for a key, after `back`, and which responses were degraded after that.
+/// Returns the time from `back` to the end of the outage for a key, and the responses that were degraded after the
+/// outage.
 fn recovery<'a>(
     own: impl Iterator<Item = &'a Attempt>,
     back: u64,
@@ -431,7 +432,7 @@ mod tests {
     }
 
     #[test]
-    fn an_outage_ends_with_a_second_without_it() {
+    fn an_outage_is_over_after_a_second_without_degraded_responses() {
         let log = [
             answered(900, true),
             answered(1500, true),

@@ -1,7 +1,7 @@
 //! Redis responds late to one replica only.
 //!
-//! The script has run and taken tokens, but its response arrives after the request has given up, so the tokens are
-//! returned. By then, the bucket has refilled, and the other replicas have taken all of its tokens. Returned tokens
+//! The script has run and taken tokens, but its response arrives after the replica has stopped waiting, so the tokens
+//! are returned. By then, the bucket has refilled, and the other replicas have taken all of its tokens. Returned tokens
 //! must not be available twice.
 
 use std::time::Duration;
@@ -36,7 +36,7 @@ const COLUMNS: &[&str] = &[
 ];
 const REPLICAS: usize = 3;
 const LIMIT: (u32, u32) = (60_000, 200);
-/// The time from when responses are delayed until the first requests are sent.
+/// How long responses have been delayed when the first requests are sent.
 const BEFORE: Duration = Duration::from_millis(30);
 /// The time for opening all connections.
 const CONNECTED: Duration = Duration::from_millis(1000);

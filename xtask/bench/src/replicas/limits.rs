@@ -1,9 +1,9 @@
 //! Allowed requests with various numbers of replicas, loads, and plans: never above the envelope in any window, and
 //! only slightly below it.
 //!
-//! Each cell has three keys in the same processes at the same time. At 0.9 times the limit, buckets start full and
-//! everything is allowed. At 1 and 2 times the limit, a burst first empties the bucket, so that the load tests the
-//! envelope at its limit.
+//! Each cell of the table uses three keys, in the same processes at the same time. At 0.9 times the limit, buckets
+//! start full and everything is allowed. At 1 and 2 times the limit, a burst first empties the bucket, so that the load
+//! tests the envelope at its limit.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ const COLUMNS: &[&str] = &[
     "CPU µs per request",
 ];
 const LOADS: [f64; 3] = [0.9, 1.0, 2.0];
-/// The number of requests per second that empty a bucket: as many as this machine can send to processes that share its
+/// The requests per second that empty a bucket: as many as this machine can send to replicas that run on the same
 /// cores.
 const BLOW: f64 = 8000.0;
 

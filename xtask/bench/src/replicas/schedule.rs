@@ -7,9 +7,9 @@ use super::drive::Arrival;
 /// How requests are distributed across replicas.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Spread {
-    /// In turn.
+    /// Requests go to the replicas in turn.
     InTurn,
-    /// Randomly, with this seed.
+    /// Requests go to random replicas, chosen with this seed.
     Random(u64),
 }
 
@@ -77,7 +77,7 @@ pub(crate) fn at_once(key: usize, at: Duration, replica: usize, count: u32) -> V
     vec![one; count as usize]
 }
 
-/// Gives each request a random cost of 1 to 5, from this seed.
+/// Gives each request a random cost of 1 to 5, generated with this seed.
 pub(crate) fn with_costs(arrivals: impl IntoIterator<Item = Arrival>, seed: u64) -> Vec<Arrival> {
     let mut rng = fastrand::Rng::with_seed(seed);
     let arrivals = arrivals.into_iter();
@@ -136,9 +136,10 @@ pub(crate) fn drained_then(
         .collect()
 }
 
-/// Returns worst-case bursts for leases, and when they end. Each cycle sends a steady stream to one replica, so that it
-/// prefetches many tokens; pauses for `phase`, so that they remain unspent; then sends a burst to all others, and at
-/// the same time a smaller and slower one to the first. The next cycle begins with the next replica.
+/// Returns worst-case bursts for leases, and when they end. Each cycle sends a steady stream to one replica, which
+/// prefetches many tokens; pauses for `phase`, during which the tokens remain unspent; and then sends a burst to all
+/// other replicas and, at the same time, a smaller and slower burst to the first replica. The next cycle begins with
+/// the next replica.
 pub(crate) fn on_off(
     key: usize,
     from: Duration,

@@ -64,7 +64,7 @@ impl Stage {
         Self::around(options, replicas, urls, redis, settings).await
     }
 
-    /// Starts replicas with one URL of Redis each, such as that of a proxy.
+    /// Starts replicas, each with its own Redis URL, such as that of a proxy.
     pub(crate) async fn around(
         options: &Options,
         replicas: usize,
@@ -103,7 +103,7 @@ impl Stage {
         Ok(keys)
     }
 
-    /// `None` without Redis.
+    /// Returns `None` without Redis.
     pub(crate) async fn counters(&self) -> Result<Option<Counters>> {
         Ok(match &self.redis {
             Some(redis) => Some(Counters::of(&redis.url()).await?),
@@ -147,7 +147,7 @@ impl Stage {
         }
     }
 
-    /// Uses the check API, where requests may cost more than 1.
+    /// Sends the load to the check API, where requests may cost more than 1.
     pub(crate) async fn check(&self, keys: &[Key], load: &[Arrival]) -> Result<Vec<Attempt>> {
         let targets = Targets {
             service: Some(self.tenant.service_token(self.fleet.addrs()[0]).await?),
@@ -329,7 +329,7 @@ pub(crate) fn percent(part: f64) -> String {
     format!("{:.2}%", part * 100.0)
 }
 
-/// Returns the 99th percentile of how late the load itself sent requests.
+/// Describes how late the load itself sent requests, at the 99th percentile.
 pub(crate) fn lateness(log: &[Attempt]) -> String {
     let late = log
         .iter()

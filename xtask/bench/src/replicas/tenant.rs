@@ -80,7 +80,7 @@ impl Tenant {
         Ok(())
     }
 
-    /// Returns the JSON of a response, or an error unless the response is a success.
+    /// Sends a request and returns the JSON of the response. Fails unless the response is a success.
     pub(crate) async fn call(
         &self,
         server: SocketAddr,

@@ -1,4 +1,4 @@
-//! What becomes slower with more keys: startup, decisions, lookups, edits of a plan, lists, and usage.
+//! Measures what becomes slower with more keys: startup, decisions, lookups, edits of a plan, lists, and usage.
 //!
 //! One tenant has all keys, on one plan. The database is the same for all numbers of keys: keys are added in between.
 //! For each number, a new server starts.
@@ -151,7 +151,7 @@ fn start(options: &Options, cores: Option<Cores>, postgres: &Postgres) -> Result
             (options.keys + options.keys / 4 + 1_000).to_string(),
         ),
         ("QUOTA_ADMIN_RPM", "100000".to_owned()),
-        // Slow requests are measured, and do not fail.
+        // Slow requests must not fail, because their time is measured.
         ("QUOTA_DATABASE_STATEMENT_TIMEOUT", "60s".to_owned()),
         ("QUOTA_REQUEST_TIMEOUT", "60s".to_owned()),
     ];
@@ -168,7 +168,7 @@ fn name(number: usize) -> String {
 }
 
 impl Scale<'_> {
-    /// Adds keys up to this number, and their usage.
+    /// Adds keys until there are `keys` of them, and replaces the usage.
     async fn grow(&mut self, keys: usize) -> Result<()> {
         let numbers = self.secrets.len()..keys;
         let secrets = insert(&self.client, &self.plan, numbers, name).await?;
@@ -180,7 +180,7 @@ impl Scale<'_> {
         let mut times = Vec::new();
         let mut last = None;
         for _ in 0..STARTS {
-            // The previous server has stopped before the next one starts.
+            // Stop the previous server before the next one starts.
             drop(last.take());
             let began = Instant::now();
             last = Some(start(self.options, self.cores, &self.postgres)?);
@@ -272,7 +272,7 @@ impl Scale<'_> {
         first_requests(server.addr, &self.client, counts, secrets, connections).await
     }
 
-    /// Measures first requests. One key would not be a measurement.
+    /// Measures first requests. A single key would not be a meaningful sample.
     async fn lookups(&self, server: &Server, keys: u32, table: &mut Table) -> Result<()> {
         if keys == 1 {
             return Ok(());

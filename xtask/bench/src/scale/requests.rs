@@ -20,7 +20,7 @@ use crate::{
 const REPEATS: usize = 9;
 /// The number of edits whose median is reported.
 pub(super) const EDITS: u32 = 9;
-/// The longest time until an edit of a plan takes effect.
+/// The time within which an edit of a plan must take effect.
 const EFFECTIVE_WITHIN: Duration = Duration::from_secs(30);
 
 pub(super) fn millis(time: Duration) -> f64 {
@@ -41,11 +41,11 @@ pub(super) async fn get(server: SocketAddr, tenant: &Tenant, path: &str) -> Resu
 /// The times of an edit of a plan in milliseconds.
 pub(super) struct Edit {
     pub(super) answered: f64,
-    /// The time from the start of the edit until the response to a request that has the new limit.
+    /// The time from the start of the edit until a response contains the new limit.
     pub(super) effective: f64,
 }
 
-/// Lowers the limit of a plan several times, from `limit`. `secret` is that of a key on the plan.
+/// Lowers the limit of a plan several times, from `limit`. `secret` is the secret of a key on the plan.
 pub(super) async fn edit(
     server: SocketAddr,
     tenant: &Tenant,

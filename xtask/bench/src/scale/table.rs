@@ -1,6 +1,6 @@
 //! A table with a column for each number of keys, and the growth in between.
 
-/// The values of one row. A number of keys that was not measured has none.
+/// The values of one row: `None` for each number of keys that was not measured.
 struct Row {
     name: &'static str,
     values: Vec<Option<f64>>,
@@ -9,11 +9,11 @@ struct Row {
 pub(super) struct Table {
     keys: Vec<u32>,
     rows: Vec<Row>,
-    /// What went wrong.
+    /// Measurements that failed.
     pub(super) notes: Vec<String>,
 }
 
-/// The growth with the number of keys.
+/// How a value grows with the number of keys.
 #[derive(Debug, PartialEq)]
 struct Slope {
     /// The last value divided by the first.
@@ -43,7 +43,7 @@ impl Slope {
     }
 }
 
-/// Returns a number with three significant digits, or all digits of the whole part.
+/// Formats a number with up to three decimal places. Larger numbers have fewer decimal places.
 fn short(value: f64) -> String {
     match value {
         100.0.. => format!("{value:.0}"),
@@ -62,7 +62,7 @@ impl Table {
         }
     }
 
-    /// Sets the value of a row at a number of keys. Rows are in the order in which they are first set.
+    /// Sets the value of a row for a number of keys. Rows are in the order in which they are first set.
     pub(super) fn set(&mut self, name: &'static str, keys: u32, value: f64) {
         eprintln!("{keys} keys: {name}: {}", short(value));
         let Some(column) = self.keys.iter().position(|it| *it == keys) else {

@@ -1,4 +1,4 @@
-//! Usage of every key, inserted into the same tables that the server writes.
+//! Usage of every key, inserted into the tables in which the server stores usage.
 
 use anyhow::Result;
 use tokio_postgres::Client;
@@ -6,8 +6,7 @@ use tokio_postgres::Client;
 /// The number of days with usage, before today.
 const DAYS: u32 = 28;
 
-/// Replaces the usage by one request with each key, on one of 28 days, to one of 50 endpoints. A key has one row in the
-/// log and two in each rollup.
+/// Replaces all usage with one request with each key, on one of 28 days, to one of 50 endpoints.
 pub(super) async fn fill(client: &Client) -> Result<()> {
     client
         .batch_execute(&format!(

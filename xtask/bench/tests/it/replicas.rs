@@ -8,7 +8,7 @@ use std::{
 use quota_server::db::embedded::EmbeddedPostgres;
 use serde_json::Value;
 
-/// The results of a run: tables by name, and whether it succeeded.
+/// The results of a run: the tables, and whether the run succeeded.
 struct Found {
     tables: Vec<Value>,
     content: bool,
@@ -66,7 +66,7 @@ async fn measured(arguments: &[&str]) -> Found {
         .args(["--postgres", &url, "--quick", "--json"])
         .arg(&json)
         .args(arguments);
-    // On a blocking thread, because this runtime keeps the database running.
+    // Run the command on another thread, because this runtime keeps the database running.
     let (done, ran) = tokio::sync::oneshot::channel();
     std::thread::spawn(move || done.send(command.output()));
     let Output { status, stderr, .. } = ran
@@ -105,7 +105,7 @@ async fn missing_sharing_is_detected_and_a_single_replica_is_not_reported() {
 }
 
 #[tokio::test]
-async fn replicas_that_share_a_redis_keep_the_promise() {
+async fn replicas_that_share_a_redis_stay_within_the_envelope() {
     let found = measured(&["--only", "limits", "--replicas", "2"]).await;
     for row in found.rows() {
         assert!(number(row, "admitted") > 0.0, "{row}");
@@ -115,7 +115,7 @@ async fn replicas_that_share_a_redis_keep_the_promise() {
 }
 
 #[tokio::test]
-async fn a_daily_quota_is_exact_over_replicas_that_share_nothing_else() {
+async fn a_daily_quota_is_exact_across_replicas_that_share_nothing_else() {
     let found = measured(&["--only", "daily", "--no-redis", "--replicas", "2"]).await;
     assert!(found.content, "{:?}", found.faults());
     let row = &found.rows()[0];
@@ -123,7 +123,7 @@ async fn a_daily_quota_is_exact_over_replicas_that_share_nothing_else() {
 }
 
 #[tokio::test]
-async fn requests_that_cost_several_tokens_keep_the_promise() {
+async fn requests_that_cost_several_tokens_stay_within_the_envelope() {
     let found = measured(&["--only", "weighted"]).await;
     for row in found.rows() {
         let (admitted, tokens) = (number(row, "admitted"), number(row, "tokens admitted"));
@@ -133,7 +133,7 @@ async fn requests_that_cost_several_tokens_keep_the_promise() {
 }
 
 #[tokio::test]
-async fn a_clean_stop_leaves_exactly_what_was_used() {
+async fn after_a_clean_stop_exactly_the_used_tokens_are_counted() {
     let found = measured(&["--only", "drain", "--no-redis"]).await;
     assert!(found.content, "{:?}", found.faults());
     for row in found.rows() {

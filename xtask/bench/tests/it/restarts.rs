@@ -20,7 +20,7 @@ fn programs() -> PathBuf {
     newest.expect("PostgreSQL is installed").join("bin")
 }
 
-/// Returns the number in the row that begins with this text.
+/// Returns the number in the row whose first cell is `row`.
 fn number(table: &str, row: &str) -> u64 {
     let cell = table.lines().find_map(|line| {
         let (name, cell) = line.trim_matches('|').split_once('|')?;

@@ -52,7 +52,7 @@ impl FakeQuota {
         .await
     }
 
-    /// Responds to each check with these bytes. Closes the connection if there are none.
+    /// Responds to each check with `response`. If `response` is empty, closes the connection instead.
     pub(crate) async fn raw(response: &str) -> Self {
         let response = response.to_owned();
         Self::start(move |_| Some(response.clone())).await

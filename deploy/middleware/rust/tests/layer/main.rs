@@ -319,7 +319,7 @@ async fn check_whose_outcome_is_unknown_is_not_repeated() {
 }
 
 #[tokio::test]
-async fn remembered_denial_makes_no_check_and_ends_in_time() {
+async fn remembered_denial_avoids_checks_until_it_expires() {
     let answer = |n: usize| {
         if n == 0 {
             denied("quota_exceeded", Some(7))
@@ -351,7 +351,7 @@ async fn remembered_denial_makes_no_check_and_ends_in_time() {
 }
 
 #[tokio::test]
-async fn denials_are_checked_each_time_by_default_and_if_the_wait_is_short() {
+async fn denied_requests_are_checked_again_by_default_and_if_the_wait_is_short() {
     let quota = FakeQuota::answering(|_| denied("quota_exceeded", Some(60))).await;
     let uncached = app(builder(&quota));
     let short = FakeQuota::answering(|_| denied("quota_exceeded", Some(1))).await;
