@@ -202,11 +202,18 @@ impl FromJson for Value {
     }
 }
 
+/// Larger exponents have the same result: zero or infinity.
+const MAX_EXPONENT: i32 = 1_000_000_000;
+
 /// Parses a floating-point number. The last bits can differ from the exact result: the standard library's exact
 /// algorithm needs tables that would add ten kilobytes to the download.
 fn float(text: &str) -> f64 {
     let (digits, exponent) = text.split_once(['e', 'E']).unwrap_or((text, "0"));
-    let mut exponent: i32 = exponent.parse().unwrap_or_default();
+    let mut exponent = match exponent.parse::<i32>() {
+        Ok(exponent) => exponent.clamp(-MAX_EXPONENT, MAX_EXPONENT),
+        Err(_) if exponent.starts_with('-') => -MAX_EXPONENT,
+        Err(_) => MAX_EXPONENT,
+    };
     let (mut value, mut in_fraction) = (0.0, false);
     for digit in digits.bytes() {
         match digit {
@@ -218,7 +225,10 @@ fn float(text: &str) -> f64 {
             _ => {}
         }
     }
-    value = if exponent < 0 {
+    // Otherwise, zero times an infinite power would not be a number.
+    value = if value == 0.0 {
+        0.0
+    } else if exponent < 0 {
         value / 10_f64.powi(-exponent)
     } else {
         value * 10_f64.powi(exponent)
@@ -373,6 +383,10 @@ impl Parser<'_> {
     fn hex(&mut self) -> Result<u32, Invalid> {
         let digits = self.text.get(self.at..self.at + 4).ok_or(Invalid)?;
         self.at += 4;
+        // `from_str_radix` would also accept a plus sign.
+        if !digits.bytes().all(|it| it.is_ascii_hexdigit()) {
+            return Err(Invalid);
+        }
         u32::from_str_radix(digits, 16).map_err(|_| Invalid)
     }
 }

@@ -73,6 +73,22 @@ fn floats_have_fractions_and_exponents() {
 }
 
 #[test]
+fn extreme_exponents_give_zero_or_infinity() {
+    for text in ["1e99999999999", "1e2147483647", "12345.678e400"] {
+        assert_eq!(read(text), Ok(f64::INFINITY), "{text}");
+    }
+    for text in [
+        "1e-99999999999",
+        "0.1e-2147483648",
+        "0e400",
+        "0.0e99999999999",
+    ] {
+        assert_eq!(read(text), Ok(0.0), "{text}");
+    }
+    assert_eq!(read("-1e99999999999"), Ok(f64::NEG_INFINITY));
+}
+
+#[test]
 fn anything_else_is_invalid() {
     let texts = [
         "",
@@ -90,6 +106,7 @@ fn anything_else_is_invalid() {
         "\"\\\"",
         "\"\\x\"",
         "\"\\u12\"",
+        "\"\\u+041\"",
         "\"\\ud83d\"",
         "\"\\ud83dx\"",
         "\"\\udc00\"",
