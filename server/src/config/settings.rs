@@ -227,8 +227,8 @@ settings! {
     /// than 32 KiB may not count and, on HTTP/2, reading less than 1 KiB never does.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
-    /// Whether to respond to simple check requests directly, without the general HTTP server: on or off. Direct
-    /// responses are identical to others, but take less CPU time.
+    /// Whether to respond to simple check requests directly, without the general HTTP server: on or off. The responses
+    /// are the same, but take less CPU time.
     direct_responses: "QUOTA_DIRECT_RESPONSES", "on", "MODE";
 
     /// The maximum number of open client connections: 16 to 1000000. The open-file limit may allow fewer. When the
