@@ -83,6 +83,9 @@ const UNSENT: u32 = 64 * 1024;
 const PAUSE: Duration = Duration::from_millis(100);
 /// No connections are accepted while more than this number of sockets are being closed to make room or to free memory.
 const CLOSING: usize = 16;
+/// After accepting this many connections, other tasks run first. Otherwise, requests on open connections would wait for
+/// the first requests of all connections that clients open at the same time.
+const ACCEPTED_TOGETHER: u32 = 8;
 /// How long an HTTP/2 connection without requests in flight may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
 
@@ -145,9 +148,14 @@ pub async fn serve<E, D>(
         timeouts: settings.timeouts,
     });
     let mut is_failing = false;
+    let mut accepted_together = 0;
 
     tokio::pin!(stop);
     loop {
+        if accepted_together == ACCEPTED_TOGETHER {
+            accepted_together = 0;
+            task::yield_now().await;
+        }
         while table.closing() > CLOSING || table.is_backlogged() {
             task::yield_now().await;
         }
@@ -173,6 +181,7 @@ pub async fn serve<E, D>(
         if std::mem::take(&mut is_failing) {
             tracing::info!("accepting connections again");
         }
+        accepted_together += 1;
         let Ok(Admitted { connection, slot }) = table.admit(peer.ip()) else {
             continue;
         };

@@ -1,4 +1,10 @@
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{
+    io::{Read as _, Write as _},
+    sync::{
+        OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use futures_util::stream;
 use poem::{EndpointExt, endpoint::make};
@@ -78,6 +84,14 @@ impl DirectEndpoint for Plain {
                 COUNTED.fetch_add(1, Ordering::Relaxed);
                 Vec::new()
             }
+            "/new" => {
+                if NEW.fetch_add(1, Ordering::Relaxed) == 0 {
+                    let open = OPEN.get().expect("the test has opened a connection");
+                    (&*open).write_all(OPEN_REQUEST).expect("the request fits");
+                }
+                Vec::new()
+            }
+            "/open" => NEW.load(Ordering::Relaxed).to_string().into_bytes(),
             _ => b"here".to_vec(),
         };
         let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
@@ -432,6 +446,10 @@ async fn direct_responses_that_are_not_read_are_bounded() {
 
 /// Counts the requests for `/counted`.
 static COUNTED: AtomicUsize = AtomicUsize::new(0);
+/// The number of requests for `/new`. The first of them sends [`OPEN_REQUEST`] on [`OPEN`].
+static NEW: AtomicUsize = AtomicUsize::new(0);
+static OPEN: OnceLock<std::net::TcpStream> = OnceLock::new();
+const OPEN_REQUEST: &[u8] = b"GET /open HTTP/1.1\r\nHost: q\r\n\r\n";
 
 /// One connection must not keep the others waiting by sending many requests at once.
 #[tokio::test]
@@ -455,6 +473,43 @@ async fn pipelined_requests_let_other_tasks_run() {
     assert!((1..=256).contains(&most), "{most} requests without a break");
     drop(sending.await);
     receiving.abort();
+}
+
+/// Many clients that connect at the same time must not keep requests on open connections waiting.
+#[tokio::test]
+async fn simultaneous_connections_let_open_connections_go_on() {
+    const CONNECTIONS: usize = 64;
+    let mut stream = connect_by(Way::Direct).await;
+    ask(&mut stream).await;
+    let addr = stream.peer_addr().unwrap();
+    let mut open = stream.into_std().unwrap();
+    OPEN.set(open.try_clone().unwrap()).unwrap();
+    // The server runs on this thread, so all connections wait in the backlog until the next `await`.
+    let _new: Vec<_> = std::iter::repeat_with(|| {
+        let mut stream = std::net::TcpStream::connect(addr).unwrap();
+        stream
+            .write_all(b"GET /new HTTP/1.1\r\nHost: q\r\n\r\n")
+            .unwrap();
+        stream
+    })
+    .take(CONNECTIONS)
+    .collect();
+    open.set_nonblocking(false).unwrap();
+    let answer = task::spawn_blocking(move || {
+        let mut answer = [0; 256];
+        let length = open.read(&mut answer).unwrap();
+        String::from_utf8_lossy(&answer[..length]).into_owned()
+    });
+    let answer = answer.await.unwrap();
+    let (_, served) = answer.split_once("\r\n\r\n").unwrap();
+    let served: usize = served.parse().unwrap();
+    assert!(
+        (1..=CONNECTIONS / 4).contains(&served),
+        "{served} new connections were served first"
+    );
+    while NEW.load(Ordering::Relaxed) < CONNECTIONS {
+        task::yield_now().await;
+    }
 }
 
 /// Sends the requests in two parts, split at every possible place, and passes the responses to `check` each time.
