@@ -120,9 +120,9 @@ as_owner() {
   fi
 }
 
-# Unpacks an archive that archive_usage wrote. Adds its segments to the existing ones, to which servers may have written
-# since the backup. The database contains the ID of each segment and the position up to which it was read, so no record
-# is counted twice. Can be repeated after an interruption.
+# Unpacks an archive that archive_usage wrote. Adds the archive's segments to the existing ones, to which servers may
+# have written since the backup. The database contains the ID of each segment and the position up to which the segment
+# has been read, so no record is counted twice. After an interruption, the function can be run again.
 restore_usage() {
   if [ -z "$database" ]; then
     "${compose[@]}" up --no-start quota

@@ -15,8 +15,8 @@ pub const NAME_MAX: usize = 200;
 pub const RPM_MAX: u32 = 60_000_000;
 /// Maximum burst in requests.
 pub const BURST_MAX: u32 = RPM_MAX;
-/// Maximum time in which an empty bucket refills, in minutes (31 days). A burst is therefore at most this many times
-/// the rate.
+/// Maximum time that an empty bucket may take to refill, in minutes: 31 days. Therefore, the burst is at most this many
+/// times the rate per minute.
 pub const FILL_MINUTES_MAX: u32 = 31 * 24 * 60;
 /// Maximum daily or monthly quota: the largest integer in an HTTP structured field (RFC 9651).
 pub const QUOTA_MAX: u64 = 999_999_999_999_999;

@@ -271,7 +271,7 @@ impl Parser<'_> {
         Ok(())
     }
 
-    /// Skips whitespace. If the next byte is then `byte`, consumes it and returns `true`.
+    /// Skips whitespace. If the next byte is `byte`, consumes it and returns `true`.
     fn skip(&mut self, byte: u8) -> bool {
         let found = self.peek() == Some(byte);
         self.at += usize::from(found);

@@ -1,6 +1,6 @@
 //! Macros that define the types in requests and responses. Each macro adds the attributes that serde, garde, and
-//! poem-openapi need. The definition of a type then lists only its fields, their descriptions, and which fields have
-//! bounds (`#[garde(dive)]`).
+//! poem-openapi need. The definition of a type lists only its fields, their descriptions, and which fields have bounds
+//! (`#[garde(dive)]`).
 
 /// A response field that is omitted from JSON if it is `None`. A plain `Option` becomes `null`.
 pub type Omittable<T> = Option<T>;

@@ -85,7 +85,7 @@ export async function billing(world) {
     response = state;
     await open();
     await page.locator("main").getByText(text).first().waitFor();
-    // Only a subscription in good standing renews.
+    // The page shows a renewal date only if the subscription is active.
     const renews = await page.locator("dt", { hasText: /^Renews$/ }).count();
     assert.equal(renews, name === "active" || name === "stale" ? 1 : 0, name);
     await my.inspect(`billing-${name}`);
@@ -105,7 +105,7 @@ export async function billing(world) {
     assert.deepEqual(await buttons(), labels, name);
   }
 
-  // Stripe is unreachable when one of its pages is opened.
+  // Stripe is unreachable when the user opens Checkout.
   world.expected = /status of 503/;
   response = states.free[0];
   await open();
@@ -161,7 +161,7 @@ export async function billing(world) {
   await page.getByRole("row", { name: /Gold.*Paid/ }).waitFor();
   assert.equal((await my.api("GET", `/admin/plans/${plan.id}`)).billing, "paid");
 
-  // If the user does not have the right, the page says so and sends no request.
+  // If the user's role does not give access to billing, the page says so and sends no request.
   let requested = false;
   await page.route(isBilling, (route) => {
     requested = true;
@@ -195,7 +195,7 @@ async function chunks(my) {
   await my.button("Retry").click();
   await my.heading("Audit log").waitFor();
   world.expected = undefined;
-  // These parts are not in the first download, and are loaded before they are needed.
+  // The pages that are loaded on demand are not part of the first download. They are loaded before the user opens them.
   const loaded = () => page.evaluate(() => performance.getEntriesByType("resource").filter((it) => /pages-.*wasm/.test(it.name)).length);
   await page.goto(`${base}/console`);
   await my.heading("Home").waitFor();

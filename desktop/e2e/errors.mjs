@@ -1,4 +1,4 @@
-// Tests invalid input, failing calls, and choices that only the user must make.
+// Tests invalid input, failing calls, and choices that the console must leave to the user.
 
 import assert from "node:assert/strict";
 import { password, quoted } from "./world.mjs";
@@ -32,8 +32,8 @@ export async function errors(world) {
   await my.inspect("plan-invalid");
   await my.field("Burst").fill("70,000,000");
   await page.locator(".field.invalid").waitFor({ state: "detached" });
-  // The error of the field that the user leaves does not move the button while the button is pressed, so the form is
-  // submitted.
+  // If the user leaves a field by clicking the submit button, the field's error does not move the button during the
+  // click, so the form is submitted.
   await my.field("Burst").focus();
   await my.button("Create plan").scrollIntoViewIfNeeded();
   const button = await my.button("Create plan").boundingBox();
@@ -75,7 +75,7 @@ export async function errors(world) {
   // The list shows when the key was last used, without reloading the page.
   await page.getByRole("row", { name: /App .*just now/ }).waitFor();
 
-  // The key's page shows its limits, and updates its last use.
+  // The key's page shows the key's limits, and updates the time of the key's last use.
   await page.getByRole("link", { name: "App" }).click();
   await my.heading("App").waitFor();
   const limit = (name) => page.locator(".limits div").filter({ hasText: name }).locator("dd");

@@ -87,7 +87,8 @@ export async function guard(world) {
   }
   world.latest = page;
 
-  // A revoked session leads to the sign-in page, and back to the current page after signing in.
+  // Users whose session was revoked are sent to the sign-in page, and return to the current page after they have signed
+  // in.
   await my.navigate("Audit log").click();
   await my.heading("Audit log").waitFor();
   const sessions = await my.api("GET", "/auth/sessions?limit=100");

@@ -57,7 +57,7 @@ export async function keyboard(world) {
   await press("Enter");
   await my.heading("Home").waitFor();
 
-  // The first tab stop skips the navigation.
+  // The first tab stop is a link that skips the navigation.
   await page.reload();
   await page.getByRole("link", { name: "Create plan" }).waitFor();
   await to("Skip to content");

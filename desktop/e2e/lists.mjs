@@ -58,7 +58,7 @@ export async function lists(world) {
   assert.equal(search(), "");
   assert.equal(await page.getByRole("link", { name: "Previous page" }).count(), 0);
 
-  // Deleting the last item of a page leads to the first page.
+  // After the only item on a page is deleted, the first page of the list is shown.
   await page.getByRole("link", { name: "Next page" }).click();
   await page.getByRole("link", { name: "Key 20" }).waitFor();
   await page.getByRole("link", { name: "Next page" }).click();

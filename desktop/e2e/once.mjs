@@ -116,7 +116,7 @@ export async function once(world) {
   await my.heading(`Save your key for ${quoted("App")}`).waitFor();
   await save();
 
-  // If the key was rotated elsewhere since the page was loaded, the warning appears before anything is revoked.
+  // If the key has been rotated since the page was loaded, the warning appears before any secret is revoked.
   const { items: [app] } = await my.api("GET", "/admin/api-keys");
   await my.api("POST", `/admin/api-keys/${app.id}/rotate`, { grace_seconds: 0, replace_previous: true });
   await page.reload();

@@ -87,7 +87,7 @@ async function changes(world) {
   await row("API key updated", "Partner").waitFor();
   await row("API key deleted", "Partner").waitFor();
   await row("API key updated", "Partner").getByText("Deactivated").waitFor();
-  // A deleted key has no page: its name leads to its history.
+  // A deleted key has no page, so its name links to the key's history.
   const history = row("API key deleted", "Partner").getByRole("link", { name: "Partner" });
   assert.match(await history.getAttribute("href"), /^\/console\/audit\?target_id=/);
   // The exact time is visible without hovering.

@@ -38,7 +38,7 @@ export async function trouble(world) {
   await my.button("Retry").click();
   await my.heading("Plans").waitFor();
 
-  // A key was deleted elsewhere, so the page does not offer to try again.
+  // The key no longer exists, so the page does not offer to try again.
   await my.api("DELETE", `/admin/api-keys/${created.api_key.id}`);
   await page.goto(`${base}/console/api-keys/${created.api_key.id}`);
   await my.heading("Not found").waitFor();

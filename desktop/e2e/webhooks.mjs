@@ -131,7 +131,7 @@ async function creates(my, receiver) {
   await page.getByText("Copied").first().waitFor();
   assert.equal(await page.evaluate(() => navigator.clipboard.readText()), secret);
   await press(my, "Done");
-  // Saving the secret leads to the webhook's page.
+  // After the user has saved the secret, the console opens the webhook's page.
   await my.heading("Alerts").waitFor();
   await my.heading("No deliveries yet").waitFor();
   assert.equal(await page.evaluate(() => document.body.innerText.includes("whsec_")), false);
@@ -317,7 +317,7 @@ async function stops(my, receiver) {
   await press(my, "Disable webhook");
   await hasFocus(my, "Enable");
   await status(my, "Disabled");
-  // Events are not sent, but test events are.
+  // A disabled webhook receives test events, but no other events.
   const request = await sendTest(my, receiver);
   assert.equal(JSON.parse(request.body).type, "webhook.test");
   await result(my, "The endpoint responded with status 200.");
@@ -334,7 +334,7 @@ async function stops(my, receiver) {
   await press(my, "Enable");
   await status(my, "Enabled");
 
-  // The audit log leads to the webhook.
+  // The audit log has a link to the webhook.
   await my.navigate("Audit log").click();
   await page.locator("#target_type").selectOption({ label: "Webhooks" });
   for (const action of ["Webhook created", "Webhook secret rotated", "Webhook disabled", "Webhook updated"]) {

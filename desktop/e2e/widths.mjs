@@ -26,7 +26,7 @@ function tooClose() {
 function uneven() {
   const fields = [...document.querySelectorAll("dialog[open] .field")].map((it) => [it.textContent, it.getBoundingClientRect()]);
   const next = (a) => fields.map(([, b]) => b).filter((b) => b.top > a.top && b.left < a.right && b.right > a.left).sort((b, c) => b.top - c.top)[0];
-  // Of two fields side by side, the one that ends lower counts.
+  // If two fields are side by side, the distance is measured from the lower of their bottom edges.
   const bottom = (a) => Math.max(...fields.map(([, b]) => b).filter((b) => b.top === a.top).map((b) => b.bottom));
   return fields.filter(([, a]) => next(a) && Math.abs(next(a).top - bottom(a) - 16) > 0.5).map(([text, a]) => [text, next(a).top - bottom(a)]);
 }

@@ -65,7 +65,7 @@ def route(scope: Scope) -> str | None:
     """Returns the method and the route of a request, such as `GET /orders/{id}`. Returns None if there is no route."""
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     for candidate in getattr(scope.get("app"), "routes", []):
-        # FastAPI keeps the routes of an included router together.
+        # FastAPI keeps an included router as a single entry, which contains the router's routes.
         contexts = getattr(candidate, "effective_route_contexts", None)
         included = [candidate] if contexts is None else [it.starlette_route or it for it in contexts()]
         for it in included:
@@ -180,7 +180,8 @@ class QuotaMiddleware:
             # The error's message may contain a header, and therefore the service token.
             raise Unavailable(type(error).__name__) from error
         if response.status_code != 200:
-            # The consumer may have caused a 4xx status. A 503 results from the plan's fallback setting.
+            # The consumer may have caused these 4xx statuses. A 503 with this header results from the plan's fallback
+            # setting.
             is_final = response.status_code in (400, 413, 415, 422, 431) or (
                 response.status_code == 503 and "X-Quota-Degraded" in response.headers
             )

@@ -71,7 +71,7 @@ impl QuotaLayer {
 }
 
 impl QuotaLayerBuilder {
-    /// Sets how long a check may take, including the connection. Default: 1 second.
+    /// Sets how long a check may take, including the time to connect. Default: 1 second.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -84,7 +84,7 @@ impl QuotaLayerBuilder {
     }
 
     /// Reads the API key only from this header. By default, the key is read from `X-API-Key` and from `Authorization:
-    /// Bearer qk_…`. A request with different keys, or with several values of such a header, is rejected.
+    /// Bearer qk_…`. A request with different keys, or with several values of either header, is rejected.
     pub fn key_header(self, name: HeaderName) -> Self {
         self.key(move |parts| request::single(&parts.headers, &name).map(str::to_owned))
     }
@@ -102,8 +102,9 @@ impl QuotaLayerBuilder {
         self
     }
 
-    /// Sets the endpoint under which a request is recorded in usage. By default, the request's method and route, such
-    /// as `GET /orders/{id}`, if axum has matched the route; otherwise none.
+    /// Sets the endpoint under which a request is recorded in usage. By default, the endpoint is the request's method
+    /// and route, such as `GET /orders/{id}`. If axum has not matched a route, the request is recorded without an
+    /// endpoint.
     ///
     /// Return names from a small set, not paths with IDs: usage reports list at most 256 endpoints per key.
     pub fn endpoint(
@@ -114,8 +115,8 @@ impl QuotaLayerBuilder {
         self
     }
 
-    /// Remembers denials of up to `keys` keys, and denies their requests without a check for up to a second. Off by
-    /// default.
+    /// Remembers denials for up to `keys` keys. For up to a second after such a denial, further requests with the same
+    /// key are denied without a check. Off by default.
     ///
     /// Allowed requests are never remembered, so the cache never allows a request that Quota would deny. A denial is
     /// remembered only if a limit caused it and a retry cannot succeed within a second. Therefore, a request is denied

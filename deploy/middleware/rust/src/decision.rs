@@ -88,7 +88,8 @@ pub(crate) struct CheckResponse {
 }
 
 impl CheckResponse {
-    /// Returns `None` if `allowed` and `code` contradict each other.
+    /// Returns the decision, or `None` if the response is not valid: for example, if `allowed` and `code` contradict
+    /// each other.
     pub(crate) fn into_decision(self, request_id: Option<HeaderValue>) -> Option<Decision> {
         if self.allowed != (self.code == Code::Allowed) {
             return None;

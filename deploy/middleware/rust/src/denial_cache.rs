@@ -10,8 +10,8 @@ use quick_cache::sync::Cache;
 
 use crate::decision::{Code, Decision};
 
-/// How long a denial is remembered. Waits are reported in whole seconds, rounded up, so a reported wait of two seconds
-/// is longer than this time.
+/// How long a denial is remembered. Quota rounds waits up to whole seconds, so if Quota reports a wait of two seconds,
+/// the actual wait is longer than this time.
 const KEPT: Duration = Duration::from_secs(1);
 
 /// Denials by key. Allowed requests are never cached.

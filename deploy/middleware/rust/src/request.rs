@@ -62,7 +62,8 @@ pub(crate) fn may_be_key(key: &str) -> bool {
     (1..=MAX_KEY).contains(&key.len()) && key.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
-/// Returns an endpoint in the form that Quota accepts.
+/// Returns an endpoint without control characters, truncated to the length that Quota accepts. Returns `None` if
+/// nothing is left.
 pub(crate) fn endpoint(name: &str) -> Option<String> {
     let name: String = name
         .chars()

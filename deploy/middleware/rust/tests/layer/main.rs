@@ -147,7 +147,7 @@ async fn key_cost_and_endpoint_can_be_chosen() {
     );
     let seen = quota.checks().pop().expect("a check").body;
     assert_eq!(seen, json!({"key": "qk_1", "cost": 1}));
-    // Quota would reject this cost, and no limit is that high.
+    // Quota would reject this cost, so the request is denied without a check.
     let costly = app(builder(&quota).cost(|_| 1_000_001));
     let response = send(&costly, request("/orders/7")).await;
     assert_eq!(response.status, 429);
@@ -309,7 +309,7 @@ async fn check_whose_outcome_is_unknown_is_not_repeated() {
     let app = app(builder(&quota));
     assert_eq!(send(&app, request("/orders/7")).await.status, 503);
     assert_eq!(quota.checks().len(), 1);
-    // The check is not repeated either if its connection has been used before.
+    // The check is also not repeated if its connection has been used before.
     let quota = FakeQuota::answering(|n| if n == 0 { allowed() } else { Value::Null }).await;
     let app = self::app(builder(&quota));
     assert_eq!(send(&app, request("/orders/7")).await.status, 200);
