@@ -2,7 +2,7 @@ use std::fmt;
 
 use url::{Host, Url};
 
-/// A server's origin. Must use HTTPS, or HTTP on this computer.
+/// A server's origin, which must use HTTPS unless the server is on this computer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Server(Url);
 

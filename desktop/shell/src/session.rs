@@ -293,7 +293,7 @@ impl Session {
     }
 
     /// Returns the token that identifies this device to the server at sign-in. The token remains valid after a session
-    /// ends. Returns `None` without a keychain.
+    /// ends. Returns `None` if there is no keychain or no stored token.
     async fn device(&self) -> Option<SecretString> {
         let (keychain, entry) = (Arc::clone(&self.keychain), self.device_entry());
         let stored = keychain::call(move || keychain.get(&entry)).await;
@@ -326,8 +326,8 @@ impl Session {
         self.client.server().to_string()
     }
 
-    /// Waits until no other process is refreshing. If the file cannot be locked, processes may refresh at the same
-    /// time, which the server tolerates for a few seconds.
+    /// Waits until no other process is refreshing, and returns the locked file. Returns `None` if the file cannot be
+    /// locked. In that case, processes may refresh at the same time, which the server tolerates for a few seconds.
     async fn lock_refresh(&self) -> Option<File> {
         let file = File::create(&self.lock).ok()?;
         let deadline = Instant::now() + LOCK_TIMEOUT;

@@ -126,7 +126,8 @@ fn named_after<'a>(code: &'a str, prefix: &str) -> impl Iterator<Item = &'a str>
     })
 }
 
-/// Returns the first identifiers in a `use crate::{…}` list, and the first identifier of every other `crate::` path.
+/// Returns the first identifier of each item in a `use crate::{…}` list, and the first identifier of every other
+/// `crate::` path.
 fn imported_modules(code: &str) -> BTreeSet<&str> {
     let mut found: BTreeSet<&str> = named_after(code, "crate::")
         .filter(|name| !name.is_empty())

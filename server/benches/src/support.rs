@@ -12,8 +12,8 @@ pub(crate) mod app;
 #[path = "../../tests/it/support/postgres.rs"]
 mod postgres;
 
-/// Creates the template from which the databases of servers are copied, unless it exists. Unlike the rest of the
-/// benchmark, this function needs a multi-threaded runtime.
+/// Creates the template database if it does not exist. The servers' databases are copied from the template. Unlike the
+/// rest of the benchmark, this function needs a multi-threaded runtime.
 pub fn migrate() {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)

@@ -1,9 +1,10 @@
-//! Feeds bytes to the parser of plain requests, and compares with hyper. `cargo xtask fuzz` runs this target.
+//! Feeds bytes to the parser of plain requests, and compares the requests that it finds with those that hyper finds.
+//! `cargo xtask fuzz` runs this target.
 
 #![no_main]
 
-// The two files are compiled without the rest of the server, because compiling all its dependencies with
-// instrumentation would take many minutes.
+// The two files of the server are compiled without the rest of the server, because compiling all of the server's
+// dependencies with instrumentation would take many minutes.
 #[expect(dead_code, reason = "the server uses the other items")]
 #[path = "../../src/connection_marks.rs"]
 mod connection_marks;

@@ -35,10 +35,10 @@ const FIELDS: [&str; 10] = [
     "origin",
     "traceparent",
 ];
-/// The maximum number of times that hyper is polled for one input. An input has fewer bytes.
+/// The maximum number of times that hyper is polled for one input: more than the number of bytes in any input.
 const POLLS_MAX: usize = 100_000;
 
-/// A request, as either of the two has read it.
+/// A request, as read by the parser or by hyper.
 #[derive(Debug, PartialEq, Eq)]
 struct Seen {
     method: String,
@@ -70,8 +70,8 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Panics if the parser accepts a request that hyper reads differently, or if it depends on how the bytes arrive.
-/// Returns the number of requests that the parser accepts.
+/// Panics if the parser accepts a request that hyper reads differently, or if the parser finds different requests when
+/// the bytes arrive in several parts. Returns the number of requests that the parser accepts.
 pub fn check(data: &[u8]) -> usize {
     let Some(input) = Input::new(data) else {
         return 0;
@@ -91,7 +91,7 @@ pub fn check(data: &[u8]) -> usize {
 }
 
 /// Reads plain requests from a connection, up to the first request that is not plain, in the same way as the server.
-/// Returns them, and their total length.
+/// Returns these requests and their total length.
 fn accepted(bytes: &[u8], ends: &[usize]) -> (Vec<Seen>, usize) {
     let (mut seen, mut start) = (Vec::new(), 0);
     for &end in ends {
@@ -100,8 +100,8 @@ fn accepted(bytes: &[u8], ends: &[usize]) -> (Vec<Seen>, usize) {
                 Parsed::Plain(request, head) => {
                     let length = head + request.body_length;
                     check_framing(&bytes[start..start + head], &request);
-                    // hyper rejects some targets, and handles the others differently. No endpoint has such a target, so
-                    // the server leaves the request to hyper.
+                    // hyper rejects some of the targets that are not simple, and reads others differently. No endpoint
+                    // has such a target, so the server leaves these requests to hyper.
                     if !is_simple(request.target) || start + length > bytes.len() {
                         return (seen, start);
                     }

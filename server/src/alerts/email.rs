@@ -33,8 +33,8 @@ const RECIPIENTS_MAX: i64 = 100;
 const TENANTS: i64 = 100;
 /// The maximum number of emails to send per round.
 const BATCH: usize = 20;
-/// Seconds until another replica may repeat an attempt. Much longer than an [attempt](crate::mail::SEND_MAX) takes,
-/// including the recording of its result.
+/// Seconds until another replica may repeat an attempt. This time is much longer than an
+/// [attempt](crate::mail::SEND_MAX) takes, including recording its result.
 const LEASE: i32 = 120;
 /// The pauses between attempts, in seconds. Their sum is about a day.
 const PAUSES: [i64; 7] = [60, 300, 900, 3600, 10_800, 25_200, 46_800];

@@ -53,7 +53,8 @@ const PART_MAX: i64 = 20_000;
 const KEYS_MAX: i64 = 250;
 /// The maximum number of alerts per statement.
 const ALERTS_MAX: usize = 500;
-/// The maximum duration of a step, which reads usage at most twice. Each read has a [time limit](quota_standing::USAGE_TIMEOUT).
+/// The maximum duration of a step, which reads usage at most twice, for at most
+/// [`USAGE_TIMEOUT`](quota_standing::USAGE_TIMEOUT) each time.
 const STEP_MAX: Duration = Duration::from_secs(30);
 /// The time after which a round ends, so that other tenants get their turn. The next round checks the remaining
 /// tenants.

@@ -147,8 +147,8 @@ extract_by_credential!(
     }
 );
 
-/// Looks up the key, calls the limiter, and records the decision for `endpoint`, which may be empty. Rejects an invalid
-/// key without calling the limiter.
+/// Looks up the key, calls the limiter, and records the decision for `endpoint`, which may be empty. Returns the key's
+/// record and the decision. If the key is not usable, returns the reason instead, without calling the limiter.
 pub async fn decide(
     context: &RequestContext,
     text: &str,

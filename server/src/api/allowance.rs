@@ -118,8 +118,8 @@ pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     }
 }
 
-/// Rejects a change of a plan's `billing` if the limits for free plans then apply to the plan, and one of its keys has
-/// a higher rate than these limits allow.
+/// Rejects a change of a plan's `billing` if the limits for free plans apply to the changed plan, and one of the plan's
+/// keys has a higher rate than these limits allow.
 pub async fn check_rates_of_keys(
     config: &Config,
     tx: &mut TenantTx,

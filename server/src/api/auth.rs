@@ -64,7 +64,8 @@ fn tenant(row: TenantRow, role: Role) -> Tenant {
     }
 }
 
-/// Returns whether the request asks for tokens in cookies. Only pages of this server may do so.
+/// Returns whether the request asks for tokens in cookies. Rejects such a request if it does not come from this
+/// server's own pages.
 fn cookies_wanted(state: &AppState, request: &Request) -> Result<bool, ApiError> {
     let wanted = browser::wants_cookies(request.headers());
     if wanted {

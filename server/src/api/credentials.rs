@@ -8,7 +8,7 @@ use super::{
 };
 use crate::secret_text::Kind;
 
-/// Returns the token from `Authorization: Bearer`.
+/// Returns the token from `Authorization: Bearer`, or `None` if the header was not sent.
 pub fn bearer(fields: &impl Fields) -> Result<Option<&str>, ApiError> {
     let mut values = fields.values("authorization");
     let Some(value) = values.next() else {
@@ -34,7 +34,8 @@ pub fn bearer(fields: &impl Fields) -> Result<Option<&str>, ApiError> {
     Ok(Some(token.trim()))
 }
 
-/// Returns the API key from `X-API-Key: K` or `Authorization: Bearer K`.
+/// Returns the API key from `X-API-Key: K` or `Authorization: Bearer K`. If neither header was sent, returns `None`, or
+/// rejects the request if there is a key in its query.
 pub fn api_key<'a>(
     fields: &'a impl Fields,
     query: Option<&str>,

@@ -2,7 +2,7 @@
 //!
 //! [`fast_path`](super::fast_path) handles the same requests in any other form. Both modules share the code that reads
 //! credentials, makes and records decisions, and determines headers and bodies. This module only writes the result as
-//! bytes. `server/tests/it/direct` compares the two.
+//! bytes. `server/tests/it/direct` compares the responses of the two modules.
 
 mod response;
 

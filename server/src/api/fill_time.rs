@@ -31,7 +31,8 @@ pub fn check_plan(plan: &Plan, field: &'static str) -> Result<(), ApiError> {
     })
 }
 
-/// Rejects a change to a plan if the burst of a key with a rate override would then take too long to refill.
+/// Rejects a change to a plan if, after the change, the burst of a key with a rate override would take too long to
+/// refill.
 pub async fn check_keys_of_plan(tx: &mut TenantTx, plan: &Plan) -> Result<(), ApiError> {
     // If the plan's burst equals its rate, the burst of each such key equals the key's own rate.
     if plan.burst == plan.default_rpm {

@@ -187,7 +187,7 @@ pub fn check_media_type(media_type: Option<&str>) -> Result<(), ApiError> {
     }
 }
 
-/// Parses and validates a body whose media type is JSON or missing.
+/// Parses and validates a body. The media type, if present, must have been checked by [`check_media_type`].
 pub fn parse_body<T: DeserializeOwned + Validate<Context = ()>>(
     media_type: Option<&str>,
     bytes: &[u8],

@@ -111,7 +111,7 @@ impl StatusOnly {
     }
 
     fn payment_required(denied: StatusCode) -> Self {
-        // Of the statuses for denials, nginx accepts only 403.
+        // Gateways that ask for 403, such as nginx, do not accept 402.
         let status = match denied {
             StatusCode::FORBIDDEN => StatusCode::FORBIDDEN,
             _ => StatusCode::PAYMENT_REQUIRED,

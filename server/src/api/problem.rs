@@ -268,8 +268,8 @@ impl ApiError {
         response
     }
 
-    /// Logs the error if the server failed. Overload is not a failure: errors caused by overload have no source, and
-    /// are counted in metrics instead.
+    /// Logs the error if the server failed. Errors caused by overload or by a lack of space for usage records are
+    /// counted in metrics instead of being logged.
     pub fn log(&self, request_id: &str) {
         let is_busy = self.code == ProblemCode::InsufficientStorage
             || self.code == ProblemCode::Unavailable && self.source.is_none();

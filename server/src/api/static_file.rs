@@ -181,7 +181,7 @@ mod tests {
         }
     }
 
-    /// Otherwise, each abandoned request would start another compression.
+    /// If a compression ended with the request that started it, each abandoned request would start another compression.
     #[tokio::test]
     async fn compression_outlives_the_request_that_started_it() {
         let file = StaticFile::new("text".to_owned(), "text/plain", "no-cache", "");

@@ -11,7 +11,7 @@ const DEBOUNCE_MS: u32 = 250;
 pub fn set_filter(route: Route, name: &str, value: &str) {
     let mut query = route.query.get_untracked().with("cursor", "");
     if name == "target_type" {
-        // Each resource type has its own actions.
+        // Clear the action, because each resource type has its own actions.
         query = query.with("action", "");
     }
     let query = query.with(name, value);

@@ -110,7 +110,8 @@ impl FormState {
         is_valid
     }
 
-    /// Ends a submission. Returns the value, or shows the error. Can be called even after the form has been closed.
+    /// Ends a submission. Returns the value, or shows the error and returns `None`. Can be called even after the form
+    /// has been closed.
     pub fn finish<T>(self, result: CallResult<T>) -> Option<T> {
         let _ = self.busy.try_set(false);
         match result {

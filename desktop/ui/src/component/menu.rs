@@ -50,7 +50,8 @@ impl MenuItem {
     }
 }
 
-/// Returns the index of the item to focus after a key press. `at` is the index of the focused item.
+/// Returns the index of the item to focus after a key press. `at` is the index of the focused item. Returns `None` for
+/// keys that do not move the focus.
 fn target(key: &str, at: usize, count: usize) -> Option<usize> {
     Some(match key {
         "ArrowDown" => (at + 1) % count,

@@ -31,7 +31,7 @@ fn formatter(zone: &str) -> Option<js_sys::Intl::DateTimeFormat> {
     let class = js_sys::Reflect::get(&intl, &"DateTimeFormat".into()).ok()?;
     let class: &js_sys::Function = class.dyn_ref()?;
     let arguments = js_sys::Array::of2(&"en-GB".into(), &options);
-    // Unlike `DateTimeFormat::new`, `construct` returns the exception for an unknown time zone.
+    // If the time zone is unknown, `construct` returns an error, but `DateTimeFormat::new` would throw an exception.
     let made = js_sys::Reflect::construct(class, &arguments).ok()?;
     Some(made.unchecked_into())
 }

@@ -115,7 +115,7 @@ pub fn unannounced(
     })
 }
 
-/// Summarizes new alerts in one message.
+/// Summarizes new alerts in one message. Returns `None` if there are no new alerts.
 pub fn announcement(new: &[QuotaAlert]) -> Option<String> {
     // A burst of requests can cross several thresholds of the same quota. Only the highest threshold matters.
     let highest = new.iter().max_by_key(|it| it.threshold)?;

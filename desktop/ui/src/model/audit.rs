@@ -57,7 +57,7 @@ pub fn field_changes(
     };
     names
         .chain(added)
-        // The event has its own ID and time.
+        // Omit the resource's ID and times: the event itself identifies the resource and says when it was changed.
         .filter(|name| !matches!(name.as_str(), "id" | "created_at" | "updated_at"))
         .map(|name| FieldChange {
             label: field_label(name),

@@ -13,7 +13,8 @@ use super::{
     text::{count, date_time, enumerated, number, relative},
 };
 
-/// While a tenant is subscribed, the server reads its subscription more often than this, unless Stripe is unreachable.
+/// While a tenant is subscribed, the server reads the tenant's subscription more often than this, unless Stripe is
+/// unreachable.
 const STALE_MS: i64 = 30 * 60 * 1000;
 
 fn millis(at: Timestamp) -> i64 {
@@ -24,7 +25,7 @@ fn date(at: Timestamp) -> String {
     date_time(millis(at))
 }
 
-/// Returns the requests that require a subscription, as the subject of a sentence.
+/// Returns a phrase for the requests that require a subscription. The phrase is the subject of a sentence.
 fn paid_requests(keys: u64) -> String {
     match keys {
         0 => "requests with keys on paid plans".to_owned(),

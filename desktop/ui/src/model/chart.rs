@@ -125,7 +125,7 @@ pub fn bar_chart(bars: &[Bar], visible: Visible) -> (Markup, Markup) {
     });
     let step = grid_step(highest.max().unwrap_or(0));
     let top = step * GRIDLINES;
-    // Every value except zero is at least one pixel high.
+    // Bars are at least one pixel high, unless their value is zero.
     let height = |n: u64| {
         let pixels = u128::from(n) * u128::from(BASE - TOP) / u128::from(top);
         u64::try_from(pixels)

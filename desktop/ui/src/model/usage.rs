@@ -264,7 +264,7 @@ fn sort_groups(groups: &mut [UsageGroup], sort: &str, by_cost: bool) {
     }
 }
 
-/// Returns the groups as a table. Each name links to the page filtered by that group.
+/// Returns the groups as a table. A group's name is a link if the page can be filtered by the group.
 pub fn group_table(usage: &Usage, query: &Query, by_cost: bool, now: i64) -> Markup {
     let group_by = usage.group_by.unwrap_or(UsageGroupBy::Key);
     let sort = query.get("sort").unwrap_or_default();

@@ -134,7 +134,7 @@ fn status(it: &Webhook, now: i64) -> Markup {
     element("div", &[], &parts)
 }
 
-/// Returns the number of webhooks with each status.
+/// Returns the number of webhooks with each status, such as `3 enabled, 1 failing`.
 pub fn webhook_counts(webhooks: &[Webhook]) -> String {
     let counts: Vec<String> = [
         (WebhookStatus::Enabled, "enabled"),

@@ -67,7 +67,7 @@ fn actions(query: RwSignal<Query>) -> Signal<Vec<(String, String)>> {
 /// The filters that are behind a button on phones.
 const FIELDS: [&str; 5] = ["actor", "target_type", "action", "from", "to"];
 
-/// Reads the filter from the URL query. The filter's dates are UTC days, and both are included.
+/// Reads the filter from the URL query. The first and the last date are UTC days, and both days are included.
 fn filter(query: &Query) -> AuditFilter {
     const DAY_MS: f64 = 86_400_000.0;
     let midnight = |name: &str, days_later: f64| -> Option<Timestamp> {

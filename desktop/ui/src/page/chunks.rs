@@ -1,7 +1,7 @@
 //! Pages that are not part of the first download. Each group of pages is a WebAssembly module. A module is loaded when
 //! the user opens one of its pages, or in the background shortly after sign-in.
 //!
-//! `cargo xtask console` moves the code that only the `wasm_split` functions below call into the modules.
+//! If code is called only by the `wasm_split` functions below, `cargo xtask console` moves the code into the modules.
 
 #![cfg_attr(
     target_arch = "wasm32",

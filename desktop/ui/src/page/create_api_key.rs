@@ -72,9 +72,10 @@ fn CreateForm(
     focus_soon("#key_name");
     let name = RwSignal::new(String::new());
     let session = session();
-    // The list of keys may be filtered by plan.
+    // If the list of keys is filtered by plan, that plan is preselected.
     let filtered_plan = route().query.with_untracked(|query| query.get("plan_id"));
-    // With several plans, the user must choose one, so that pressing Enter does not assign the wrong limits.
+    // If there are several plans and the list is not filtered by one of them, no plan is preselected, so that pressing
+    // Enter does not assign the wrong limits.
     let preselected = match &plans[..] {
         [only] => Some(only.id.to_string()),
         plans => filtered_plan.filter(|id| plans.iter().any(|plan| plan.id.to_string() == *id)),

@@ -84,9 +84,9 @@ impl KeyUsage {
         self.activity.retry();
     }
 
-    /// Reloads until the data includes the requests that have just been sent.
+    /// Reloads a few times, because the server can take a few seconds to record the requests that have just been sent.
     pub fn reload_after_requests(self) {
-        // Limits reflect requests immediately.
+        // The limits usually reflect the requests immediately.
         self.limits.refresh();
         self.limits.reload_after_requests();
         self.activity.reload_after_requests();

@@ -12,7 +12,7 @@ pub fn expiry_hint() -> String {
     )
 }
 
-/// Returns `None` for an empty or invalid value.
+/// Parses the value of an input. Returns `None` if the value is empty or invalid.
 pub fn parse(text: &str) -> Option<Timestamp> {
     if text.is_empty() {
         return None;
@@ -23,7 +23,7 @@ pub fn parse(text: &str) -> Option<Timestamp> {
     iso.parse().ok()
 }
 
-/// Formats a time to the minute.
+/// Returns a time as the value of an input, truncated to the minute.
 pub fn format(at: Timestamp) -> String {
     let date = js_sys::Date::new_0();
     #[expect(

@@ -1,5 +1,5 @@
 //! Detects new quota alerts while the console is open. The navigation shows the number of new alerts, and a toast
-//! announces them. In the desktop app, the operating system shows the toast's text too.
+//! announces them. In the desktop app, the operating system also shows the toast's text.
 
 use leptos::{prelude::*, task::spawn_local};
 use quota_common::{QuotaAlertId, call::PageOf};

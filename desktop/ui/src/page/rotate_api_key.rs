@@ -67,7 +67,8 @@ fn RotateForm(
         spawn_local(async move {
             let result = api::rotate_api_key(id, body).await;
             if matches!(&result, Err(error) if error.is(ProblemCode::PreviousKeyActive)) {
-                // The key was rotated elsewhere. Reloads it to show the warning before the user tries again.
+                // The key has been rotated since the page loaded it. Reload the key, so that the user sees the warning
+                // before trying again.
                 let _ = form.busy.try_set(false);
                 loader.reload();
                 return;

@@ -219,7 +219,8 @@ impl Test {
         });
     }
 
-    /// Sends a test event and waits for its first attempt.
+    /// Sends a test event and waits until the first attempt to deliver the event has ended. Returns `None` if this
+    /// takes too long, or if the user has left the page.
     async fn result(self) -> CallResult<Option<WebhookDelivery>> {
         let sent = api::test_webhook(self.id).await?;
         self.log.refresh();

@@ -43,7 +43,7 @@ use crate::{
 };
 
 const MEDIA_TYPE: &str = "text/event-stream";
-/// How often the log is read. A decision takes up to a second to appear in the log.
+/// How often the log is read. A decision usually appears in the log within a second.
 const EVERY: Duration = Duration::from_millis(500);
 /// How often to send a comment while there are no events, so that proxies do not close the idle connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
@@ -127,7 +127,8 @@ impl StreamSession {
         match session {
             Ok(session) if session.role.may_read_usage() => None,
             Ok(_) | Err(AuthError::Unauthorized) => Some(End::SessionEnded),
-            // If the session cannot be checked, the log cannot be read either, so do not end the stream.
+            // Do not end the stream if the session cannot be checked: the log cannot be read either, so no events are
+            // sent.
             Err(_) => None,
         }
     }
@@ -232,7 +233,7 @@ fn events(tail: Tail, guard: Guard) -> impl Stream<Item = std::io::Result<Bytes>
                 return Some((Ok(Bytes::from(text)), it));
             }
             let db = it.tail.session.state.db.clone();
-            // With this time limit, a slow PostgreSQL delays the next comment only slightly.
+            // The time limit keeps a slow PostgreSQL from delaying the next comment for long.
             let look = timeout(it.keep_alive, db.within_limit(it.tail.look()));
             let text = match look.await {
                 Ok(Ok(text)) => text,

@@ -11,7 +11,7 @@ pub(super) const META: &str = "<meta charset=\"utf-8\">\n\
 /// Allows only resources from this origin and `data:` images. Does not allow inline scripts or styles.
 pub(super) const CSP: &str = "default-src 'none'; style-src 'self'; img-src 'self' data:; script-src 'self'; connect-src 'self'; \
     form-action 'none'; base-uri 'none'; frame-ancestors 'none'";
-/// The URLs contain no version, so cache these files only briefly.
+/// `Cache-Control` for files whose URLs contain no version, so that browsers cache these files only briefly.
 pub(super) const HOUR: &str = "public, max-age=3600";
 
 pub(super) fn html(body: String) -> Response {
