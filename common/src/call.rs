@@ -281,8 +281,8 @@ impl Call {
         )
     }
 
-    /// Returns whether the call may change data on behalf of a session. A change may take effect even if its response
-    /// does not arrive.
+    /// Returns whether the call may change data on behalf of a session. The change may take effect even if no response
+    /// to the call arrives.
     pub fn is_change(&self) -> bool {
         self.is_of_session() && self.sent().method != "GET"
     }

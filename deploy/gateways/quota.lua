@@ -1,5 +1,5 @@
--- Checks a request with Quota. haproxy.cfg calls this script with `http-request lua.quota`, and its `quota` backend
--- adds the service token, verifies Quota's certificate and keeps connections open.
+-- Checks a request with Quota. haproxy.cfg calls this script with `http-request lua.quota`, and the `quota` backend in
+-- that file adds the service token, verifies Quota's certificate and keeps connections open.
 local URL = "http://127.0.0.1:8404/v1/forward-auth"
 local LIMITS = {
   "x-ratelimit-limit", "x-ratelimit-remaining", "x-ratelimit-reset", "ratelimit-policy", "ratelimit", "x-quota-degraded",

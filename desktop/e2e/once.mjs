@@ -1,5 +1,5 @@
-// Tests that users cannot lose a secret that is shown only once, either while its request is in progress or by leaving
-// the page.
+// Tests that users cannot lose a secret that is shown only once: neither by leaving the page while the secret is being
+// created, nor by leaving the page that shows it.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";

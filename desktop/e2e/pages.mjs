@@ -213,7 +213,7 @@ async function running(world) {
   // The meters at the top of the page show the same usage.
   await page.locator(".meters.wide .meter").filter({ hasText: "Burst" }).getByText("0 of 4 used").waitFor();
   await page.locator(".meters.wide .meter").filter({ hasText: "Daily quota" }).getByText(`${allowed} of 100 used`).waitFor();
-  // After the key is removed from the field, its results are no longer shown.
+  // After the key is removed from the field, the results of requests with the key are no longer shown.
   await page.locator("#pasted_key").fill("");
   await page.locator(".outcome").waitFor({ state: "detached" });
 

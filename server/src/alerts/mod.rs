@@ -8,10 +8,10 @@
 //! a change of the plan or time zone.
 //!
 //! **Used amounts.** The rollups contain the exact cost of allowed requests. The ledger counts the tokens that replicas
-//! have taken, which can exceed the cost by up to 1% of the quota, and by more after a crash. Therefore, the ledger is
-//! used to select the quotas to check, and the rollups are used to determine how much of each quota has been used. A
-//! quota also counts as used up if all of its tokens are taken and it has denied a request. Without metering, there are
-//! no rollups, and only the ledger is used.
+//! have taken, which can exceed the cost: usually by at most 1% of the quota, but by more after a crash. Therefore, the
+//! ledger is used to select the quotas to check, and the rollups are used to determine how much of each quota has been
+//! used. A quota also counts as used up if all of its tokens are taken and it has denied a request. Without metering,
+//! there are no rollups, and only the ledger is used.
 
 pub mod email;
 

@@ -2,8 +2,8 @@
 //!
 //! Every tenant has a maximum number of plans, API keys, service tokens, and webhooks. For plans and API keys, the
 //! operator can set lower limits for tenants without a subscription. The operator can also limit the rates and quotas
-//! of all plans that are not marked `paid`, with or without a subscription. If billing is off, there are no
-//! subscriptions, and the limits on rates and quotas apply to all plans.
+//! of all plans that are not marked `paid`, whether or not the tenant has a subscription. If billing is off, there are
+//! no subscriptions, and the limits on rates and quotas apply to all plans.
 
 use quota_common::{
     FieldError, ProblemCode,

@@ -263,8 +263,8 @@ fn policy_field(
     field
 }
 
-/// The state of the policy that is closest to exhaustion: `r` requests are left, and all are available again in `t`
-/// seconds.
+/// The state of the policy that is closest to exhaustion: `r` requests are left, and the full limit is available again
+/// in `t` seconds.
 ///
 /// For example, `"rpm";r=412;t=23`. Written without heap allocation, because the value differs for every request.
 struct StateField {

@@ -36,7 +36,8 @@ fn release() {
     );
 }
 
-/// Runs `then` immediately or, if a mouse button is pressed, after its release and the click that follows.
+/// Runs `then` immediately or, if a mouse button is pressed, after the button is released and the resulting click has
+/// been handled.
 pub fn after_press(then: impl FnOnce() + 'static) {
     if PRESSED.get() {
         WAITING.with_borrow_mut(|waiting| waiting.push(Box::new(then)));

@@ -212,7 +212,7 @@ fn Filters(plans: Loader<Vec<Plan>>) -> impl IntoView {
     filter_bar("filters", &["plan_id", "status"], search, others.into_any())
 }
 
-/// The menu of a key. The dialogs for its actions are on the key's page.
+/// The menu of a key. The dialogs that the menu opens are on the key's page.
 #[component]
 fn KeyMenu(key: ApiKey, loader: Loader<Page<ApiKey>>) -> impl IntoView {
     let toasts = expect_context::<Toasts>();
