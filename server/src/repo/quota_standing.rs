@@ -90,10 +90,10 @@ impl Lateness {
     }
 }
 
-/// Returns these keys' quota windows in which at least `percent` is taken, unless an alert already says that the quota
-/// is used up. Considers current windows, windows that ended in the last 15 minutes, and windows in which the usage
-/// being checked occurred. Omits windows of the last kind if the key or its plan has been edited since they ended,
-/// because their quota is unknown. Calculates the quota of a shortened window like
+/// Returns these keys' quota windows with at least `percent` percent of the quota taken, unless an alert already says
+/// that the quota is used up. Considers current windows, windows that ended in the last 15 minutes, and windows in
+/// which the usage being checked occurred. Omits windows of the last kind if the key or its plan has been edited since
+/// they ended, because their quota is unknown. Calculates the quota of a shortened window in the same way as
 /// [`quota_usage::take`](super::quota_usage::take).
 pub async fn of_keys(
     tx: &mut SystemTx,
@@ -161,7 +161,7 @@ pub struct TenantQuota {
     pub is_lifted_by_access: bool,
 }
 
-/// Returns the windows of the tenant's quota in which at least `percent` is taken, unless the tenant is exempt. Unlike
+/// Returns the windows of the tenant's quota with at least `percent` percent taken, unless the tenant is exempt. Unlike
 /// the quota's ledger, the rollups also contain requests from times at which the quota did not apply.
 pub async fn of_tenant(
     tx: &mut SystemTx,

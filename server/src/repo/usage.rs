@@ -149,7 +149,7 @@ impl Filter {
         };
         let _ = match (self.plan, group) {
             (Some(_), _) => write!(sql, " AND u.plan_id = $3"),
-            // Each row of a key has one plan: a key has no rows for all plans together.
+            // Each row of a key is for one plan: no row combines a key's requests on all plans.
             _ if has_key => Ok(()),
             (None, Some(GroupBy::Plan)) => write!(sql, " AND u.plan_id <> {ALL}"),
             (None, _) => write!(sql, " AND u.plan_id = {ALL}"),

@@ -108,7 +108,7 @@ const QUOTAS: &str = "\
 /// tokens that replicas hold.
 ///
 /// With metering, the quotas are selected by the ledger, because a month's rollups have many rows, and `used` is then
-/// read from the rollups. Rollups may include requests from before the quota was set, so `used` is at most the number
+/// read from the rollups. Rollups may include requests from before the quota was set, so `used` is capped at the number
 /// in the ledger.
 pub async fn quotas(tx: &mut TenantTx, is_metered: bool) -> Result<Vec<QuotaRow>, DbError> {
     const CAN_BE_USED: &str = "k.is_active AND (k.expires_at IS NULL OR k.expires_at > now())";
