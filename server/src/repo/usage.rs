@@ -160,8 +160,9 @@ impl Filter {
         sql
     }
 
-    /// Returns the `FROM` clause for the rollup `table`, aliased as `u`. The endpoint comes first in the rollup's
-    /// primary key, so a query that groups by endpoint joins the list of endpoints to find the rows of each.
+    /// Returns the `FROM` clause for the rollup `table`, aliased as `u`. In the rollup's primary key, the endpoint
+    /// comes right after the tenant, so a query that groups by endpoint joins the list of endpoints to find the rows of
+    /// each endpoint.
     fn source(&self, table: &str, group: Option<GroupBy>) -> String {
         if group == Some(GroupBy::Endpoint) && self.endpoint.is_none() {
             let key = if self.key.is_some() { "$2" } else { ALL };

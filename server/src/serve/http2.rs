@@ -192,7 +192,7 @@ impl Requests {
         match frame.kind {
             HEADERS | DATA if frame.has(END_STREAM) => {
                 // An empty frame is sent regardless of the client's window, so the frame does not show that the client
-                // reads.
+                // is reading.
                 if frame.kind == DATA && frame.length > 0 {
                     self.unread = None;
                 }

@@ -280,7 +280,7 @@ impl Log {
             return;
         }
         buffer.bytes.extend_from_slice(line);
-        // The log thread is notified once. It takes the whole buffer.
+        // One notification is enough, because the log thread takes the whole buffer.
         if waiting < FLUSH_AT && buffer.bytes.len() >= FLUSH_AT {
             self.state.write.notify_one();
         }
