@@ -141,7 +141,8 @@ impl Targets {
         own
     }
 
-    /// Checks a URL whose host is an address, for which there is no lookup.
+    /// Checks a URL whose host is an IP address. The resolver does not check such a URL, because the host is not looked
+    /// up.
     pub async fn check_literal(
         &self,
         url: &Url,

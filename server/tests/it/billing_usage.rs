@@ -34,7 +34,7 @@ struct World {
 }
 
 impl World {
-    /// Creates a tenant with a plan marked `paid` but without a subscription. Sets Stripe's clock back.
+    /// Creates a tenant with a plan marked `paid` but without a subscription. Sets Stripe's clock back by `ago`.
     async fn unsubscribed(ago: Duration) -> Self {
         let stripe = TestStripe::start().await;
         stripe.fake.set_back(ago);
@@ -224,8 +224,8 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     assert_eq!(world.total(), 21);
 }
 
-/// The total in Stripe equals the usage, despite every kind of fault in requests to the meter, before and after their
-/// effect.
+/// The total in Stripe equals the usage, despite every kind of fault in requests to the meter, before and after they
+/// take effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_charge_nothing_twice_and_lose_nothing() {
     let world = World::subscribed(3 * DAY).await;
@@ -250,8 +250,8 @@ async fn faults_charge_nothing_twice_and_lose_nothing() {
     assert!(used > 70, "{used}");
 }
 
-/// Combines random usage, faults, late rows, crashes between a request and its record, and outages that last longer
-/// than the time for which Stripe recognizes an identifier.
+/// Combines random usage, faults, late rows, crashes between a request and the recording of its result, and outages
+/// that last longer than the time for which Stripe recognizes an identifier.
 #[tokio::test(flavor = "multi_thread")]
 async fn random_schedules_charge_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
