@@ -102,7 +102,7 @@ pub async fn of_keys(
     percent: i32,
     lateness: &Lateness,
 ) -> Result<Vec<QuotaStanding>, DbError> {
-    // A month's rollups have many rows, so they are read only for the windows that matter.
+    // A month's rollups have many rows, so they are read only for the windows that are returned.
     let limit = format!(
         "SET LOCAL statement_timeout = {}",
         USAGE_TIMEOUT.as_millis()
@@ -162,7 +162,8 @@ pub struct TenantQuota {
 }
 
 /// Returns the windows of the tenant's quota with at least `percent` percent taken, unless the tenant is exempt. Unlike
-/// the quota's ledger, the rollups also contain requests from times at which the quota did not apply.
+/// the quota's ledger, the rollups also contain requests from times when the quota did not apply, so `spent` is capped
+/// at `taken`.
 pub async fn of_tenant(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -37,8 +37,8 @@ pub struct Appended {
 /// timeouts would only make the batch start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
-/// The maximum number of rows per statement, except for the log. Encoding more rows would block a request-serving thread
-/// for several milliseconds.
+/// The maximum number of rows per statement, except for the log. Encoding more rows would block a request-serving
+/// thread for several milliseconds.
 const CHUNK: usize = 1_000;
 
 /// Locks the tenants and assigns numbers to the rows. Later statements see everything that was committed before the

@@ -238,7 +238,8 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // Doubled, because the parts of a request keep the frames in which they arrived in memory, and the frames are larger.
+    // Doubled, because the parts of a request keep the frames in which they arrived in memory, and the frames are
+    // larger.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 

@@ -32,8 +32,8 @@ impl StripeError {
         )
     }
 
-    /// Returns whether the customer in a parameter cannot be used, because it was [deleted](super::Stripe::is_deleted) or
-    /// belongs to a different mode or account.
+    /// Returns whether the customer in a parameter cannot be used, because it was [deleted](super::Stripe::is_deleted)
+    /// or belongs to a different mode or account.
     pub fn is_missing_customer(&self) -> bool {
         matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
     }

@@ -100,7 +100,7 @@ impl TestLedger {
         rows.values().flatten().map(|row| row.used).sum()
     }
 
-    /// Returns the windows with usage of each owner, ordered by start.
+    /// Returns each owner's windows that have usage, ordered by start.
     pub(super) fn used_windows(&self) -> Vec<Vec<Kept>> {
         let rows = self.rows.lock().unwrap();
         let used = rows.values().map(|rows| {
