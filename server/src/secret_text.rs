@@ -18,7 +18,7 @@ const PREFIX: usize = 3 + 8;
 pub enum Kind {
     /// An API consumer's key.
     ApiKey,
-    /// A service token for a tenant's gateway.
+    /// A service token for a tenant's gateway or middleware.
     ServiceToken,
     /// A refresh token of a session.
     Refresh,

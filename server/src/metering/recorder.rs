@@ -78,7 +78,7 @@ pub(super) struct Recorder {
 struct Files {
     directory: Option<Arc<Directory>>,
     spare: Option<Arc<Segment>>,
-    /// Full segments that have not been shipped yet, oldest first.
+    /// Sealed segments that have not been removed yet, oldest first.
     sealed: Vec<Arc<Segment>>,
     /// The number of segments, including a spare one that is being created.
     count: usize,

@@ -1,4 +1,5 @@
-//! The server secret, which is stored in the database unless the operator provides one.
+//! The secret that the first replica generates and stores in the database. It is the server secret, unless the operator
+//! sets `QUOTA_SECRET`.
 
 use diesel::prelude::*;
 use diesel_async::RunQueryDsl;

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, TenantTx};
 
-/// The maximum number of rows for each reason a key needs attention (`AttentionKind`).
+/// The maximum number of rows for each reason why a key needs attention (`AttentionKind`).
 const ATTENTION: i64 = 20;
 /// The maximum number of quotas whose usage is read to find those closest to their limit. Larger than [`ATTENTION`],
 /// because the tokens that replicas hold are a large part of a small quota.

@@ -24,8 +24,8 @@ use super::{
 use crate::connection_marks::ConnectionMarks;
 
 /// How long the socket's buffer may accept nothing before a response counts toward the memory limit. The buffer accepts
-/// more after the client has read 32 KiB (half of `UNSENT`), so a response never counts if the client reads at least 11
-/// KB/s.
+/// more after the client has read 32 KiB (half of `UNSENT`), so a response does not count while the client reads at
+/// least 11 KB/s.
 pub(super) const STALLED: Duration = Duration::from_secs(3);
 
 /// The phases of a connection, named after what the connection is waiting for.

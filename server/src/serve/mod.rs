@@ -186,7 +186,7 @@ pub async fn serve<E, D>(
         let Ok(Admitted { connection, slot }) = table.admit(peer.ip()) else {
             continue;
         };
-        // Responses are small and complete, so waiting to fill a packet would only delay them.
+        // Most responses are small and are written in one piece, so waiting to fill a packet would only delay them.
         let _ = stream.set_nodelay(true);
         let stream = WatchedStream::new(stream, connection.clone(), table.clone());
         let (server, metrics) = (server.clone(), settings.metrics.clone());

@@ -1,4 +1,4 @@
-//! Checks every kind of request that Quota sends to Stripe against Stripe's description of its API.
+//! Checks the requests that Quota sends to Stripe against Stripe's description of its API.
 //!
 //! The fake Stripe checks every request in all tests. This test sends each kind of request in [`OPERATIONS`] at least
 //! once.
