@@ -318,8 +318,8 @@ pub(crate) fn seeds() -> u64 {
     std::env::var("BILLING_SEEDS").map_or(25, |seeds| seeds.parse().expect("a number"))
 }
 
-/// The worker is repeatedly stopped at a random moment, and Stripe fails at times. The next worker knows only what the
-/// previous worker has stored and sent.
+/// The worker is repeatedly stopped at a random moment, and some requests to Stripe fail. The next worker knows only
+/// what the previous worker has stored and sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -426,7 +426,8 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
     );
 }
 
-/// An hour in which a billing period ends is split at that point. Usage of a period whose invoice is final is not sent.
+/// If a billing period ends within an hour, the hour is split at that point. Usage of a period whose invoice is final
+/// is not sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_with_the_edge_of_a_period_is_divided() {
     let world = World::subscribed(40 * DAY).await;
@@ -445,7 +446,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
         ])
         .await;
     world.report().await;
-    // If the subscription started at a full hour, all or nearly all of the hour is in the new period.
+    // If the billing period starts at a full hour, the hour is not split.
     let before = if start == edge { 0 } else { 3 };
     let sent = world.counted();
     assert_eq!(sent.len(), 1);

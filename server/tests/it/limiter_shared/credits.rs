@@ -2,9 +2,9 @@
 //!
 //! After every call, the oracle replays the bucket's entire history from a full bucket, without the tokens that have
 //! been returned by then, and compares the results. The oracle keeps no minima and has no rules for credits. Schedules
-//! are random. They include several returns for several grants, late and early, plan edits, callers with an old plan,
-//! lost and stale state, and a clock that goes backward. Scripts with planted errors prove that the oracle detects
-//! them.
+//! are random. They include early and late returns, calls that return the tokens of several grants, plan edits, callers
+//! with an old plan, lost and stale state, and a clock that goes backward. Scripts with planted errors prove that the
+//! oracle detects them.
 #![expect(
     clippy::disallowed_methods,
     reason = "only tests read the seed settings"
@@ -193,7 +193,7 @@ impl Counters {
     }
 }
 
-/// The results of a schedule.
+/// The combined results of the schedules.
 #[derive(Debug, Default)]
 struct Sum {
     returned: u64,

@@ -27,7 +27,8 @@ const KNOWN: u64 = 50_000;
 /// another epoch.
 const SETTLED: u64 = 50_000;
 
-/// How long after a confirmed response there is certainly no outage, in microseconds.
+/// For this many microseconds after a confirmed response, it is certain that no caller has decided requests without the
+/// counters.
 const CONNECTED: u64 = 800_000;
 
 /// A confirmation is stored only if it is newer than the stored confirmation by more than this time, in microseconds.
