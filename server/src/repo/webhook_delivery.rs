@@ -287,7 +287,7 @@ const CONSIDERED: i64 = 256;
 /// have already had `attempts_max` attempts are not returned, but marked as failed.
 ///
 /// The cost grows with the number of tenants that have pending deliveries, and with the number of these tenants'
-/// webhooks, each of which takes one index probe. The cost does not grow with the number of deliveries.
+/// webhooks: each webhook takes one index probe. The cost does not grow with the number of deliveries.
 pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelivery>, DbError> {
     let claimed = sql_query(
         "WITH RECURSIVE later AS ( \

@@ -2,8 +2,8 @@
 //!
 //! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase has its own deadline, except while
 //! a handler runs: the handler is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a finished
-//! response, or progress in sending a response extends a deadline. Single bytes and canceled requests do not extend a
-//! deadline.
+//! response, or progress in sending a response extends a deadline. The first byte of a later request head starts the
+//! deadline of that head. Further bytes and canceled requests do not extend a deadline.
 
 use std::{
     sync::{
@@ -196,7 +196,7 @@ impl Connection {
             .head
             .map(|since| (Phase::Head, self.at(since) + timeouts.header));
         let response = waiting.response.map(|since| {
-            // A connection that has only canceled requests is still shut down gracefully.
+            // A connection whose requests have all been canceled is still shut down gracefully.
             let phase = if is_quiet { Phase::Idle } else { Phase::Write };
             (phase, self.at(since) + timeouts.write)
         });

@@ -111,7 +111,7 @@ pub(super) struct Requests {
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// The time at which a response that was later reset last made progress. Cleared when another response makes
+    /// The last time at which a response made progress before it was reset. Cleared when another response makes
     /// progress. Without this value, a client that resets responses instead of reading them would get a new deadline
     /// with each request.
     unread: Option<u64>,

@@ -238,7 +238,7 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // Doubled, because the parts of a request keep the frames in which they arrived in memory, and the frames are
+    // Doubled, because each part of a request keeps the whole frame that contained it in memory, and the frame is
     // larger.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }

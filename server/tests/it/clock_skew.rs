@@ -38,7 +38,7 @@ const SERVED: usize = 90;
 const LOAD: Duration = Duration::from_secs(4);
 const CLIENTS_PER_REPLICA: usize = 4;
 
-/// Returns the library with which faketime changes a process's clock.
+/// Returns the path of the library that faketime uses to change a process's clock.
 fn faketime() -> PathBuf {
     let libraries = std::fs::read_dir("/usr/lib").expect("it is readable");
     libraries
