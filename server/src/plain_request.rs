@@ -15,7 +15,7 @@ use crate::connection_marks::ConnectionMarks;
 pub const HEAD_MAX: usize = 16 * 1024;
 /// The maximum number of header fields.
 const FIELDS_MAX: usize = 64;
-/// The maximum number of digits in a length. Nine digits fit in a `usize` on every supported platform.
+/// The maximum number of digits in `Content-Length`. Nine digits fit in a `usize` on every supported platform.
 const LENGTH_DIGITS: usize = 9;
 
 /// Responds to plain requests, exactly as the endpoint behind hyper would.

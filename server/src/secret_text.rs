@@ -18,7 +18,7 @@ const PREFIX: usize = 3 + 8;
 pub enum Kind {
     /// An API consumer's key.
     ApiKey,
-    /// A service token for a tenant's gateway.
+    /// A service token for a tenant's gateway or middleware.
     ServiceToken,
     /// A refresh token of a session.
     Refresh,
@@ -43,7 +43,7 @@ pub struct Prefix([u8; PREFIX]);
 
 impl Prefix {
     /// Returns the prefix with this text. Omits characters that are not visible ASCII, and characters beyond the length
-    /// of a prefix. Both exist only if the database was edited by hand.
+    /// of a prefix. Such characters exist only if the database was edited by hand.
     pub fn of(text: &str) -> Self {
         let mut prefix = [0; PREFIX];
         let characters = text.bytes().filter(u8::is_ascii_graphic);

@@ -87,7 +87,7 @@ impl Parent {
     }
 }
 
-/// Returns the current span. `None` if no traced request is being served.
+/// Returns the current span, or `None` if no traced request is being served.
 pub fn current() -> Option<Parent> {
     CURRENT.try_with(Clone::clone).ok()
 }

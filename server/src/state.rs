@@ -417,7 +417,8 @@ async fn initialize_counters(
     if is_initialized {
         return Ok(());
     }
-    // Wait for Redis before locking the row, because other replicas that are starting wait for the lock.
+    // The connection to Redis is awaited before the row is locked, because other replicas that are starting wait for
+    // the lock.
     redis.connected(REDIS_WAIT).await;
     let mut tx = db.system().await?;
     if !repo::replica::begin_counters(&mut tx).await? {

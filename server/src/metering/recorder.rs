@@ -59,7 +59,7 @@ impl From<&io::Error> for Unrecordable {
 
 #[derive(Debug)]
 pub(super) struct Recorder {
-    /// The folder that contains the directories of all replicas.
+    /// The directory that contains the directories of all replicas.
     root: PathBuf,
     segment_size: u64,
     /// The maximum number of segments, including the spare one.
@@ -78,14 +78,14 @@ pub(super) struct Recorder {
 struct Files {
     directory: Option<Arc<Directory>>,
     spare: Option<Arc<Segment>>,
-    /// Full segments that have not been shipped yet, oldest first.
+    /// Sealed segments that have not been removed yet, oldest first.
     sealed: Vec<Arc<Segment>>,
     /// The number of segments, including a spare one that is being created.
     count: usize,
     /// The cause of the last failure to create a segment, and when the next attempt is allowed.
     failed: Option<(Unrecordable, Monotonic)>,
     is_creating_spare: bool,
-    /// Whether to stop creating segments in advance.
+    /// Whether recording has stopped. No more segments are then created in advance.
     is_closed: bool,
 }
 
@@ -168,7 +168,7 @@ impl Recorder {
             .take(|| self.reserve(ENDPOINT_MAX, REQUEST_ID_MAX))
     }
 
-    /// Takes back space that was not needed.
+    /// Takes back reserved space in which no record was written.
     pub fn give_back(&self, space: ReusableSpace) {
         self.reusable.give_back(space);
     }
@@ -298,7 +298,7 @@ impl Recorder {
         }
     }
 
-    /// Returns whether the spare segment must replace the segment in use because of that segment's age.
+    /// Returns whether the segment in use is so old that the spare segment must replace it.
     fn needs_rotation(&self, files: &Files) -> bool {
         let current = self.current.load();
         let is_old = |segment: &Arc<Segment>| self.is_old(segment);

@@ -1,10 +1,10 @@
-//! Space that requests share while no more denials of their tenant are recorded.
+//! Reserved space that is reused by the requests of a tenant whose denials are currently not recorded.
 //!
-//! Like any other request, a request of such a tenant needs space before its decision. But the request is probably
-//! denied, and then no record is written. If each of these requests left void space behind, that space would fill the
-//! backlog in the same way as the records would have filled it. So the space stays open, and the next request of such a
-//! tenant uses the same space. The shipper cannot read past open space. So at the start of each pass, the shipper voids
-//! the space that no request is using.
+//! Like any other request, a request of such a tenant needs space before its decision. If the request is denied, which
+//! is likely, no record is written. If each of these requests left void space behind, the void space would fill the
+//! backlog just as records would. Therefore, the space stays open, and the next request of such a tenant uses it. The
+//! shipper cannot read past open space, so at the start of each pass, the shipper voids the space that no request is
+//! using.
 
 use parking_lot::Mutex;
 

@@ -22,9 +22,9 @@ pub enum Writer {
 /// The end of consecutive records, and why they end there.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
-    /// The byte offset after the last record, including void records. The offset does not move past unused space: in
-    /// the segment of a process that has exited, that space may be part of a copy of a segment that is still being
-    /// written.
+    /// The byte offset after the last record, which may be a void record. The offset does not move past unused space,
+    /// even if the process seems to have exited: the file may be a copy of a segment to which records are still being
+    /// added.
     pub end: u64,
     /// Whether the records end at the end of the segment.
     pub is_complete: bool,
@@ -38,7 +38,7 @@ pub(super) struct Span {
 const CHUNK: usize = 1 << 20;
 const _: () = assert!(RECORD_WORDS_MAX * WORD * 100 < CHUNK);
 
-/// Passes at most `max` records to `take`, starting at `position`.
+/// Passes at most `max` records to `take`, starting at `position`. Returns where and why reading stopped.
 pub(super) fn read(
     file: &File,
     head: &SegmentHead,
@@ -210,8 +210,8 @@ impl<'a> Scan<'a> {
                     break false;
                 }
                 found @ (Found::Empty | Found::Damaged) => {
-                    // The machine may have lost this page and kept later pages. The search ends only at a record with a
-                    // matching CRC.
+                    // The machine may have lost this page and kept later pages. Only a record with a matching CRC ends
+                    // the gap.
                     if matches!(found, Found::Damaged) && !is_lost {
                         span.damaged += 1;
                         is_lost = true;
@@ -228,7 +228,7 @@ impl<'a> Scan<'a> {
     fn next_record(&self, from: usize) -> usize {
         let mut at = from;
         while at + WORD <= self.bytes.len() {
-            // The rest of a segment is usually empty.
+            // The rest of a segment is usually empty, so the header is checked before the whole record.
             let is_header = self
                 .word(at)
                 .and_then(Header::parse)

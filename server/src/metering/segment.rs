@@ -128,10 +128,10 @@ impl Segment {
             // The pages are loaded now, so that the first writes do not wait for page faults.
             let map = MmapOptions::new().populate().map_raw(&file)?;
             if !durable {
-                // The first write to each page would still have to mark the page as changed. The kernel later writes
-                // changed pages to disk, so in a durable file, this would delay the first responses. Linux before 5.14
-                // does not support `PopulateWrite`. Any other error means that writing to the memory would kill the
-                // process.
+                // Without this call, the first write to each page would still have to mark the page as changed. In a
+                // durable file, the call is omitted: the first `fdatasync` would write all of the marked pages to disk,
+                // and delay the first responses. Linux before 5.14 does not support `PopulateWrite`. Any other error
+                // means that writing to the memory would kill the process.
                 match map.advise(Advice::PopulateWrite) {
                     Err(error) if error.kind() != io::ErrorKind::InvalidInput => return Err(error),
                     _ => {}
@@ -246,7 +246,7 @@ impl Segment {
         }
     }
 
-    /// Records that writing the file to disk has failed.
+    /// Marks the segment as broken, because the file could not be written to disk.
     pub fn has_broken(&self) {
         self.is_broken.store(true, Ordering::Relaxed);
     }
@@ -255,13 +255,14 @@ impl Segment {
         self.is_broken.load(Ordering::Relaxed)
     }
 
-    /// Returns the tail's position in bytes: an upper bound for the end of all records.
+    /// Returns the tail's position in bytes: the end of all records, except a record that is being reserved at this
+    /// moment.
     pub fn tail(&self) -> u64 {
         (self.tail.load(Ordering::Acquire) * WORD) as u64
     }
 }
 
-/// Space for a record. If dropped without being filled, the space is discarded.
+/// Space for a record. If dropped without being filled, the space is voided.
 #[derive(Debug)]
 pub struct ReservedRecord {
     pub(super) segment: Arc<Segment>,

@@ -171,7 +171,7 @@ impl Shipper {
         if let Some(error) = failed {
             return Err(error);
         }
-        // Usage is complete even if a file cannot be removed.
+        // The report comes first: even if a file cannot be removed, its records have been shipped.
         self.report(context, recorder).await?;
         removed?;
         Ok(shipped)
@@ -206,7 +206,7 @@ impl Shipper {
             let known = [
                 oldest,
                 source.oldest,
-                // No pass has shipped everything yet.
+                // Used only if no pass has shipped everything yet.
                 self.complete_until
                     .is_none()
                     .then(|| source.head.started_at.into()),
@@ -269,8 +269,8 @@ impl Shipper {
 }
 
 impl Adopter {
-    /// Ships the records of stopped replicas in `root`. Returns the number of records. An error does not stop the
-    /// shipping of other segments, unless PostgreSQL is unreachable; the first error is returned.
+    /// Ships the records of stopped replicas in `root`. Returns the number of shipped records. An error does not stop
+    /// the shipping of other segments, unless PostgreSQL is unreachable; the error is returned at the end.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
         let shipped = self.ship_all(context, root).await;
         let left = self.adopted.iter().map(Adopted::left).sum::<usize>() + self.failed_segments;
@@ -346,8 +346,8 @@ impl Adopter {
     }
 }
 
-/// Ships a directory's segments. Returns the number of records and the first error. An error does not stop the shipping
-/// of other segments, unless PostgreSQL is unreachable.
+/// Ships a directory's segments. Returns the number of shipped records and the first error. An error does not stop the
+/// shipping of other segments, unless PostgreSQL is unreachable.
 async fn ship_directory(
     context: &Context,
     adopted: &mut Adopted,

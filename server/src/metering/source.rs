@@ -38,9 +38,9 @@ const FIRST: usize = 2_000;
 const MOST: usize = 50_000;
 /// The minimum number of records per transaction.
 const LEAST: usize = 50;
-/// If a transaction takes less time, the next batch is larger.
+/// If a transaction takes less time than this, the next batch is larger.
 const SHORT: Duration = Duration::from_millis(300);
-/// If a transaction takes more time, the next batch is smaller.
+/// If a transaction takes more time than this, the next batch is smaller.
 const LONG: Duration = Duration::from_millis(900);
 
 /// The maximum duration of a transaction. Its statements may take longer than the statements of a request.
@@ -242,7 +242,7 @@ impl BatchSize {
     }
 }
 
-/// Ships as much of a segment as possible. Returns the number of records.
+/// Ships as much of a segment as possible. Returns the number of shipped records.
 pub(super) async fn ship(
     context: &Context,
     source: &mut Source,

@@ -1,7 +1,7 @@
 //! The times of events: PostgreSQL's clock, extrapolated with the monotonic clock.
 //!
-//! So replicas with different clocks record consistent times. While PostgreSQL is unreachable, the last measurement is
-//! used.
+//! Therefore, replicas whose own clocks differ record consistent times. While PostgreSQL is unreachable, the last
+//! measurement is used.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

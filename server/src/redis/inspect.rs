@@ -35,7 +35,7 @@ pub struct Node {
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections. `None` if the server hides this number.
     pub max_clients: Option<usize>,
-    /// The error if the server rejects the commands that the script of the counters uses.
+    /// The error that the server returns if it rejects the commands that the script of the counters uses.
     pub script_error: Option<String>,
     /// The number of subscribers to the invalidation channel.
     pub subscribers: usize,

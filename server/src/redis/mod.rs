@@ -10,8 +10,8 @@
 //! that does not have the key is resent.
 //!
 //! While Redis is unreachable, every call fails within `QUOTA_REDIS_TIMEOUT`, or within the longer time that a caller
-//! allows for late responses. Callers can tell that Redis may have lost data from [`Link::generation`], which changes
-//! with every connection, and from [`Link::run_id`], which changes with every restart of the server.
+//! allows for late responses. [`Link::generation`] changes with every connection, and [`Link::run_id`] changes with
+//! every restart of the server. A change of either value shows callers that Redis may have lost data.
 
 mod connection;
 pub mod inspect;

@@ -125,7 +125,7 @@ pub async fn password_hash(tx: &mut SystemTx, user: Uuid) -> Result<Option<Strin
 }
 
 /// Returns whether `hash` is still the user's password hash. Locks the hash until the transaction ends. A transaction
-/// that changes the hash waits for this one, and then sees its effects.
+/// that changes the hash waits for this transaction, and then sees the effects of this transaction.
 pub async fn hold_password(tx: &mut SystemTx, user: Uuid, hash: &str) -> Result<bool, DbError> {
     let current = users::table
         .find(user)

@@ -97,7 +97,7 @@ pub async fn lock(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<Progress
     else {
         return Ok(None);
     };
-    // Read the position after locking, so that it is at least the position that another replica has checked.
+    // The position is read after locking, so that it is at least the position that another replica has checked.
     let last: Option<Last> = sql_query("SELECT last_seq FROM usage_tenants WHERE tenant_id = $1")
         .bind::<SqlUuid, _>(tenant.0)
         .get_result(&mut **tx)
@@ -152,7 +152,7 @@ pub async fn keys(
         id: Uuid,
     }
     let found: Vec<Key> = match keys {
-        // Do not restrict the query by time, because replicas can ship records long after the requests. The index on
+        // The query is not restricted by time, because replicas can ship records long after the requests. The index on
         // positions finds the range in each of the log's daily partitions.
         Keys::Used { after, until } => {
             sql_query(

@@ -19,7 +19,7 @@ pub enum Resource {
 
 /// Blocks the tenant's other transactions that call this function until this transaction ends.
 pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
-    // Use an advisory lock, because locking the tenant's row could cause a deadlock with a change to the tenant.
+    // This is an advisory lock, because locking the tenant's row could cause a deadlock with a change to the tenant.
     sql_query("SELECT pg_advisory_xact_lock(hashtextextended($1::text, 7226422))")
         .bind::<sql_types::Uuid, _>(tx.tenant().0)
         .execute(&mut **tx)

@@ -151,8 +151,8 @@ delete_by_id!(
     pub fn delete in api_keys -> ApiKeyRow
 );
 
-/// Replaces the key's secret. The old secret works until `previous_expires_at`, or stops working immediately if that is
-/// `None`.
+/// Replaces the key's secret. The old secret works until `previous_expires_at`. If this argument is `None`, the old
+/// secret stops working immediately.
 pub async fn rotate(
     tx: &mut TenantTx,
     id: Uuid,
@@ -254,7 +254,8 @@ struct FactsRow {
 }
 
 impl FactsRow {
-    /// Returns one result for each requested hash. If the key was rotated, both of its secrets may have been requested.
+    /// Returns one result for each of the key's secrets whose hash is in `hashes`. After a rotation, the previous
+    /// secret counts too.
     fn found(self, hashes: &[&[u8]]) -> impl Iterator<Item = FoundKey> + use<> {
         let Self { key, plan, .. } = self;
         let is_requested = |hash: &Vec<u8>| hashes.contains(&&**hash);
@@ -313,8 +314,8 @@ fn with_facts() -> _ {
 /// Finds the keys whose current or previous secret has one of these hashes. Searches all tenants, and includes inactive
 /// keys. The order of the results is unspecified.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
-    // Select the number of the newest invalidation in the same statement, so that the number and the data come from the
-    // same snapshot.
+    // The number of the newest invalidation is selected in the same statement, so that the number and the data come
+    // from the same snapshot.
     let as_of = sql::<BigInt>("(SELECT coalesce(max(seq), 0) FROM revocations)");
     let in_grace = sql::<Bool>("coalesce(api_keys.previous_expires_at > now(), false)");
     let rows = with_facts()

@@ -165,7 +165,8 @@ pub async fn set_checkout(
         .filter(billing_accounts::checkout_attempt.eq(attempt))
         .set((
             billing_accounts::checkout_id.eq(session),
-            // A subscription may start soon. Schedule a read soon, in case Stripe's webhook is lost.
+            // A subscription may start soon, so the next read is due within 10 minutes, in case Stripe's webhook is
+            // lost.
             billing_accounts::read_due_at
                 .eq(sql("least(read_due_at, now() + interval '10 minutes')")),
         ))
@@ -349,9 +350,9 @@ struct Due {
     tenant_id: Uuid,
 }
 
-/// Returns customers whose next read is due, and schedules the read after that in about `seconds`. This also keeps
-/// other replicas from reading the same customers. The interval varies randomly by up to 10% in either direction, so
-/// that reads are spread out. If a customer has no subscription that can still change, the interval is twice the time
+/// Returns the tenants whose next read is due, and schedules another read of each tenant in about `seconds`. Until
+/// then, other replicas do not claim the same tenants. The interval varies randomly by up to 10% in either direction,
+/// so that reads are spread out. If a tenant has no subscription that can still change, the interval is twice the time
 /// since the last read, but at least `seconds` and at most a day.
 pub async fn claim_due_reads(
     tx: &mut SystemTx,

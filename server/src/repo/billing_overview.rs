@@ -83,8 +83,8 @@ pub struct PeriodUsage {
     pub error_at: Option<DateTime<Utc>>,
 }
 
-/// Returns the usage since the start of a billing period. All usage in the hour in which the period started is included
-/// until that hour has been divided into reports.
+/// Returns the usage since the start of a billing period. If the period started within an hour, all usage of that hour
+/// is included until the hour has been divided into reports.
 pub async fn usage_since(
     tx: &mut TenantTx,
     period_start: DateTime<Utc>,

@@ -45,8 +45,8 @@ struct Lock {
 
 /// Looks up a key. If it is unknown, locks it against other requests until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequest, DbError> {
-    // Check before locking, because replays of a stored response must not exclude each other: if one of them held the
-    // lock, the next one would report that the request was still being processed.
+    // The key is looked up before locking, because replays of a stored response must not exclude each other: if one of
+    // them held the lock, the next one would report that the request was still being processed.
     let known = find(tx, operation, key).await?;
     if !matches!(known, PriorRequest::Nothing) {
         return Ok(known);
@@ -66,7 +66,7 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Prio
             .get_result::<Lock>(&mut **tx)
             .await?;
         if lock.acquired {
-            // Check again, because the previous holder of the lock may have stored its response.
+            // The key is looked up again, because the previous holder of the lock may have stored its response.
             return find(tx, operation, key).await;
         }
         if attempt + 1 < ATTEMPTS {

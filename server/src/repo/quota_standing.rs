@@ -90,10 +90,10 @@ impl Lateness {
     }
 }
 
-/// Returns these keys' quota windows in which at least `percent` is taken, unless an alert already says that the quota
-/// is used up. Considers current windows, windows that ended in the last 15 minutes, and windows in which the usage
-/// being checked occurred. Omits windows of the last kind if the key or its plan has been edited since they ended,
-/// because their quota is unknown. Calculates the quota of a shortened window like
+/// Returns these keys' quota windows with at least `percent` percent of the quota taken, unless an alert already says
+/// that the quota is used up. Considers current windows, windows that ended in the last 15 minutes, and windows in
+/// which the usage being checked occurred. Omits windows of the last kind if the key or its plan has been edited since
+/// they ended, because their quota is unknown. Calculates the quota of a shortened window in the same way as
 /// [`quota_usage::take`](super::quota_usage::take).
 pub async fn of_keys(
     tx: &mut SystemTx,
@@ -102,7 +102,7 @@ pub async fn of_keys(
     percent: i32,
     lateness: &Lateness,
 ) -> Result<Vec<QuotaStanding>, DbError> {
-    // A month's rollups have many rows, so they are read only for the windows that matter.
+    // A month's rollups have many rows, so they are read only for the windows that are returned.
     let limit = format!(
         "SET LOCAL statement_timeout = {}",
         USAGE_TIMEOUT.as_millis()
@@ -161,8 +161,9 @@ pub struct TenantQuota {
     pub is_lifted_by_access: bool,
 }
 
-/// Returns the windows of the tenant's quota in which at least `percent` is taken, unless the tenant is exempt. Unlike
-/// the quota's ledger, the rollups also contain requests from times at which the quota did not apply.
+/// Returns the windows of the tenant's quota with at least `percent` percent taken, unless the tenant is exempt. Unlike
+/// the quota's ledger, the rollups also contain requests from times when the quota did not apply, so `spent` is capped
+/// at `taken`.
 pub async fn of_tenant(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -1,4 +1,5 @@
-//! The server secret, which is stored in the database unless the operator provides one.
+//! The secret that the first replica generates and stores in the database. It is the server secret, unless the operator
+//! sets `QUOTA_SECRET`.
 
 use diesel::prelude::*;
 use diesel_async::RunQueryDsl;
@@ -22,8 +23,8 @@ pub async fn get_or_insert(tx: &mut SystemTx, candidate: &[u8]) -> Result<Vec<u8
         .await?)
 }
 
-/// Returns the ID of the secret that was in use when sessions started to record their secret. If there is none, stores
-/// and returns `current`.
+/// Returns the ID of the secret that was in use when the server began to store a secret's ID with each session. If this
+/// ID has not been stored yet, stores and returns `current`.
 pub async fn first_of_sessions(tx: &mut SystemTx, current: &[u8]) -> Result<Vec<u8>, DbError> {
     let unset = server_secrets::table.filter(server_secrets::first_session_secret_id.is_null());
     diesel::update(unset)

@@ -158,8 +158,8 @@ pub async fn rotate(
             refresh_tokens::used_at
                 .assume_not_null()
                 .gt(now.into_sql::<Timestamptz>() - GRACE_SECS.seconds())
-                // Null if the token has not been used. An unused token is looked up here only if its session is not
-                // accepted.
+                // Null if the token has not been used. An unused token is looked up here only if its session belongs to
+                // a secret that is not accepted.
                 .nullable(),
             is_accepted(),
         ))

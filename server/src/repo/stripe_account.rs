@@ -17,7 +17,7 @@ use crate::{
 
 #[derive(Debug, Clone, PartialEq, Eq, QueryableByName)]
 pub struct StripeAccount {
-    /// `None` if the secret key does not have permission to read it.
+    /// `None` if the secret key does not have permission to read the account's ID.
     #[diesel(sql_type = Nullable<Text>)]
     pub account_id: Option<String>,
     #[diesel(sql_type = Bool)]

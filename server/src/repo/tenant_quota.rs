@@ -40,9 +40,9 @@ pub struct Unused {
     pub amount: i64,
 }
 
-/// Grants each request as many tokens as it wants, up to the number left in its month. Returns `None` for a month
-/// without a row. Requests must be in ascending order. Each grant is atomic: `used` is read and increased while the row
-/// is locked.
+/// Grants each request as many tokens as it wants, up to the number left in its month. Returns `None` for a request
+/// whose month has no row. Requests must be in ascending order. Each grant is atomic: `used` is read and increased
+/// while the row is locked.
 pub async fn take(tx: &mut SystemTx, asks: &[Ask]) -> Result<Vec<Option<Taken>>, DbError> {
     #[derive(QueryableByName)]
     struct Row {

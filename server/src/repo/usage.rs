@@ -1,9 +1,9 @@
 //! Reads the usage rollups.
 //!
 //! A row of a rollup is for one key or all keys, one endpoint or all endpoints, and one plan or all plans; see the
-//! migration. A query selects only the rows for the combination it needs, so it never sums more rows than necessary. To
-//! rank groups over a long range, a query reads the daily rollup for whole UTC days and the 15-minute rollup for the
-//! rest of the range.
+//! migration. A query selects only the rows for the combination it needs, so it does not have to sum rows of other
+//! combinations. To rank groups over a long range, a query reads the daily rollup for whole UTC days and the 15-minute
+//! rollup for the rest of the range.
 //!
 //! All SQL is assembled from constant parts. Values from callers are always bound as parameters.
 
@@ -149,7 +149,7 @@ impl Filter {
         };
         let _ = match (self.plan, group) {
             (Some(_), _) => write!(sql, " AND u.plan_id = $3"),
-            // Each row of a key has one plan: a key has no rows for all plans together.
+            // Each row of a key is for one plan: no row combines a key's requests on all plans.
             _ if has_key => Ok(()),
             (None, Some(GroupBy::Plan)) => write!(sql, " AND u.plan_id <> {ALL}"),
             (None, _) => write!(sql, " AND u.plan_id = {ALL}"),
@@ -160,8 +160,9 @@ impl Filter {
         sql
     }
 
-    /// Returns the `FROM` clause for the rollup `table`, aliased as `u`. The endpoint comes first in the rollup's
-    /// primary key, so a query that groups by endpoint joins the list of endpoints to find the rows of each.
+    /// Returns the `FROM` clause for the rollup `table`, aliased as `u`. In the rollup's primary key, the endpoint
+    /// comes right after the tenant, so a query that groups by endpoint joins the list of endpoints to find the rows of
+    /// each endpoint.
     fn source(&self, table: &str, group: Option<GroupBy>) -> String {
         if group == Some(GroupBy::Endpoint) && self.endpoint.is_none() {
             let key = if self.key.is_some() { "$2" } else { ALL };

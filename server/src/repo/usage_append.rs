@@ -37,8 +37,8 @@ pub struct Appended {
 /// timeouts would only make the batch start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
-/// The maximum number of rows per statement, except for the log. Encoding more rows would block a request-serving thread
-/// for several milliseconds.
+/// The maximum number of rows per statement, except for the log. Encoding more rows would block a request-serving
+/// thread for several milliseconds.
 const CHUNK: usize = 1_000;
 
 /// Locks the tenants and assigns numbers to the rows. Later statements see everything that was committed before the
@@ -48,7 +48,7 @@ const TAKE_NUMBERS: &str = "\
     ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
     RETURNING tenant_id, last_seq";
 
-/// Each row has the columns of its group. The place of the row determines its number.
+/// Inserts rows of the log. Each row gets the columns of its group, and its place among the rows determines its number.
 const ADD_ROWS: &str = "\
     INSERT INTO usage_log (tenant_id, seq, \"timestamp\", event_id, key_id, plan_id, cost, retry_after_seconds, \
         was_rejected, billing, policy, endpoint, request_id) \
@@ -185,7 +185,7 @@ async fn add_endpoints(
     if new.is_empty() {
         return Ok(HashSet::new());
     }
-    // Add the endpoints in a single step, because endpoints are numbered by the time of their first request.
+    // The endpoints are added in a single step, because they are numbered by the time of their first request.
     let (of_tenants, of_keys) = new
         .into_iter()
         .partition::<Vec<_>, _>(|it| it.0.key.is_nil());
@@ -243,7 +243,7 @@ async fn touch_keys(tx: &mut SystemTx, batch: &UsageBatch) -> Result<(), DbError
     Ok(())
 }
 
-/// `numbers` is the result of [`take_numbers`].
+/// Inserts rows into the log. `numbers` is the result of [`take_numbers`].
 async fn add_rows(tx: &mut SystemTx, rows: &LogRows, numbers: &[i64]) -> Result<(), DbError> {
     let groups = &rows.groups;
     let offset = i64::try_from(rows.offset).unwrap_or(i64::MAX);

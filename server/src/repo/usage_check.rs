@@ -14,7 +14,7 @@ use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
 
 use crate::db::{DbError, SystemTx};
 
-/// Ensures that only one replica compares at a time.
+/// The advisory lock that ensures that only one replica compares at a time.
 const CHECK_LOCK: i64 = 7_226_424;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -23,7 +23,7 @@ pub(super) struct Endpoint<'a> {
     pub tenant: Uuid,
     pub key: Uuid,
     pub name: &'a str,
-    /// The time of the first request in the batch.
+    /// The time of the first request to the endpoint in the batch.
     pub first_at: DateTime<Utc>,
 }
 
@@ -112,7 +112,8 @@ pub(super) async fn find(tx: &mut SystemTx, endpoints: &[Endpoint<'_>]) -> Resul
     Ok(found)
 }
 
-/// Adds up to `limit` endpoints to each list. Returns the indexes of the endpoints that did not fit.
+/// Adds endpoints to each list until the list contains `limit` endpoints. Returns the indexes of the endpoints that did
+/// not fit.
 pub(super) async fn add(
     tx: &mut SystemTx,
     new: &[Endpoint<'_>],

@@ -35,7 +35,7 @@ impl Partitioned {
     }
 }
 
-/// How long creating a partition may take. Includes moving rows that arrived earlier.
+/// How long creating a partition may take, including the time to move rows that arrived earlier.
 pub const CREATE: Duration = Duration::from_mins(5);
 
 /// The maximum number of rows to delete per transaction.

@@ -112,7 +112,7 @@ impl Rollups {
             if of_key == further {
                 requests += sums.requests;
             }
-            // Each row of a key has one plan: a key has no rows for all plans together.
+            // Each row of a key is for one plan: no row combines a key's requests on all plans.
             for (endpoint, key, plan) in [
                 (all, Uuid::nil(), Uuid::nil()),
                 (all, Uuid::nil(), row.plan),

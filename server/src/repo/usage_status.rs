@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, TenantTx};
 
-/// The maximum number of rows for each reason a key needs attention (`AttentionKind`).
+/// The maximum number of rows for each reason why a key needs attention (`AttentionKind`).
 const ATTENTION: i64 = 20;
 /// The maximum number of quotas whose usage is read to find those closest to their limit. Larger than [`ATTENTION`],
 /// because the tokens that replicas hold are a large part of a small quota.
@@ -108,7 +108,7 @@ const QUOTAS: &str = "\
 /// tokens that replicas hold.
 ///
 /// With metering, the quotas are selected by the ledger, because a month's rollups have many rows, and `used` is then
-/// read from the rollups. Rollups may include requests from before the quota was set, so `used` is at most the number
+/// read from the rollups. Rollups may include requests from before the quota was set, so `used` is capped at the number
 /// in the ledger.
 pub async fn quotas(tx: &mut TenantTx, is_metered: bool) -> Result<Vec<QuotaRow>, DbError> {
     const CAN_BE_USED: &str = "k.is_active AND (k.expires_at IS NULL OR k.expires_at > now())";

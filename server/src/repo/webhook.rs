@@ -157,7 +157,7 @@ pub struct Failing {
     /// Whether the attempt used the webhook's current URL.
     #[diesel(sql_type = Bool)]
     pub is_current: bool,
-    /// How long attempts have been failing.
+    /// For how many seconds all attempts have failed.
     #[diesel(sql_type = BigInt)]
     pub seconds: i64,
 }

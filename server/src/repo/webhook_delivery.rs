@@ -58,8 +58,8 @@ pub const PENDING_MAX: i64 = 1000;
 /// Why a delivery was not sent.
 const NO_ROOM: &str = "Not sent, because the webhook had 1,000 pending deliveries.";
 
-/// Returns the number of pending deliveries of each webhook. If the caller has locked a webhook, this number cannot
-/// increase until the transaction ends.
+/// Returns the number of pending deliveries of each webhook. If the caller has locked a webhook, the webhook's number
+/// cannot increase until the transaction ends.
 async fn pending(
     conn: &mut AsyncPgConnection,
     tenant: Uuid,
@@ -108,7 +108,7 @@ pub async fn insert_all(
         is_sent.push(*pending < PENDING_MAX);
         *pending += 1;
     }
-    // Split the list to keep each message to PostgreSQL small.
+    // The list is split to keep each message to PostgreSQL small.
     for (part, is_sent) in deliveries.chunks(1000).zip(is_sent.chunks(1000)) {
         sql_query(
             "INSERT INTO webhook_deliveries \
@@ -287,7 +287,7 @@ const CONSIDERED: i64 = 256;
 /// have already had `attempts_max` attempts are not returned, but marked as failed.
 ///
 /// The cost grows with the number of tenants that have pending deliveries, and with the number of these tenants'
-/// webhooks, each of which takes one index probe. The cost does not grow with the number of deliveries.
+/// webhooks: each webhook takes one index probe. The cost does not grow with the number of deliveries.
 pub async fn claim(tx: &mut SystemTx, claim: &Claim<'_>) -> Result<Vec<DueDelivery>, DbError> {
     let claimed = sql_query(
         "WITH RECURSIVE later AS ( \

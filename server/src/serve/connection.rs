@@ -2,8 +2,8 @@
 //!
 //! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase has its own deadline, except while
 //! a handler runs: the handler is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a finished
-//! response, or progress in sending a response extends a deadline. Single bytes and canceled requests do not extend a
-//! deadline.
+//! response, or progress in sending a response extends a deadline. The first byte of a later request head starts the
+//! deadline of that head. Further bytes and canceled requests do not extend a deadline.
 
 use std::{
     sync::{
@@ -23,8 +23,9 @@ use super::{
 };
 use crate::connection_marks::ConnectionMarks;
 
-/// How long the socket's buffer may accept nothing before a response counts toward the memory limit. If the client
-/// reads at least 11 KB/s, the buffer accepts more of the response within this time.
+/// How long the socket's buffer may accept nothing before a response counts toward the memory limit. The buffer accepts
+/// more after the client has read 32 KiB (half of `UNSENT`), so a response does not count while the client reads at
+/// least 11 KB/s.
 pub(super) const STALLED: Duration = Duration::from_secs(3);
 
 /// The phases of a connection, named after what the connection is waiting for.
@@ -81,7 +82,7 @@ pub(super) struct Connection {
     buffered: AtomicUsize,
     /// HTTP/1: bytes of the response that wait for the socket.
     unsent: AtomicUsize,
-    /// Whether the client has stopped reading, so that `unsent` counts.
+    /// Whether the client has stopped reading, and `unsent` therefore counts.
     is_stalled: AtomicBool,
     /// HTTP/1: whether the rest of a response waits until the socket has accepted everything before it.
     holds_back: AtomicBool,
@@ -195,7 +196,7 @@ impl Connection {
             .head
             .map(|since| (Phase::Head, self.at(since) + timeouts.header));
         let response = waiting.response.map(|since| {
-            // A connection that has only canceled requests is still shut down gracefully.
+            // A connection whose requests have all been canceled is still shut down gracefully.
             let phase = if is_quiet { Phase::Idle } else { Phase::Write };
             (phase, self.at(since) + timeouts.write)
         });
@@ -214,7 +215,8 @@ impl Connection {
         if self.head_began.load(Ordering::Relaxed) == 0 {
             self.head_began.store(self.now(), Ordering::Relaxed);
         }
-        // Counted twice, because hyper's buffer is twice as large, or a handler has made a copy.
+        // The bytes are counted twice, because hyper's buffer is twice their size, or because a handler has made a
+        // copy.
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
 
@@ -291,7 +293,8 @@ impl Connection {
     }
 
     /// Returns when the response that waits for the socket begins to count toward the memory limit, unless the client
-    /// continues to read. `None` if no response is waiting, or if it counts already or never counts.
+    /// continues to read. Returns `None` if no response is waiting, or if the response already counts or can never
+    /// count.
     pub(super) fn stalls_at(&self) -> Option<Instant> {
         let since = self.write_blocked.load(Ordering::Relaxed);
         let is_to_count = since > 0
@@ -301,7 +304,7 @@ impl Connection {
         is_to_count.then(|| self.at(since) + STALLED)
     }
 
-    /// Counts the response that waits for the socket. Like [`Self::account`] otherwise.
+    /// From now on, counts the response that waits for the socket. Otherwise works like [`Self::account`].
     pub(super) fn account_stalled(&self) -> bool {
         self.is_stalled.store(true, Ordering::Relaxed);
         self.account()
@@ -372,7 +375,7 @@ impl Connection {
         since.map(|since| self.at(since))
     }
 
-    /// Returns the time at which the client stopped reading a response. `None` if no response is waiting for the
+    /// Returns the time at which the client stopped reading a response, or `None` if no response is waiting for the
     /// client.
     pub(super) fn stalled_since(&self) -> Option<Instant> {
         let blocked = self.write_blocked.load(Ordering::Relaxed);
@@ -442,7 +445,7 @@ pub(super) struct RequestInFlight {
     connection: Arc<Connection>,
     /// HTTP/2: the bytes of the request's head.
     head: usize,
-    /// HTTP/1: when the request ends, if that is known.
+    /// HTTP/1: when the request ends, or 0 if this is not known yet.
     ends_at: u64,
 }
 

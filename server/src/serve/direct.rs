@@ -34,8 +34,8 @@ const FIRST_READ: usize = 2 * 1024;
 const KEPT_MAX: usize = 8 * 1024;
 /// Once the responses to pipelined requests reach this size, they are sent before the next request is handled.
 const OUTPUT_MAX: usize = 32 * 1024;
-/// If a request arrives in more parts, hyper takes over the connection. The request is parsed from the beginning each
-/// time a part arrives.
+/// If a request arrives in more parts than this, hyper takes over the connection. Each time a part arrives, the request
+/// is parsed from the beginning, so the number of parts must be limited.
 const PARTS_MAX: u32 = 16;
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
@@ -200,7 +200,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         let mut has_waited = !is_whole;
         let mut answered = 0;
         // The response to a request that follows another one. Kept apart from the finished responses in `output`, so
-        // that these can be sent while this one waits.
+        // that the finished responses can be sent while this one waits.
         let mut later = Vec::new();
         let next = loop {
             if answered == bytes.len() {
@@ -233,7 +233,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                 } else {
                     (Some(&mut *output), &mut later)
                 };
-                // Pinned here, because it is large: moving it would cost more than most of the work that it does.
+                // The future is pinned here, because it is large: moving it would cost more than most of its work.
                 let mut answering = pin!(
                     self.endpoint
                         .answer(route, &request, self.peer, marks, response)

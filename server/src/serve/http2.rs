@@ -111,7 +111,7 @@ pub(super) struct Requests {
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// The time at which a response that was later reset last made progress. Cleared when another response makes
+    /// The last time at which a response made progress before it was reset. Cleared when another response makes
     /// progress. Without this value, a client that resets responses instead of reading them would get a new deadline
     /// with each request.
     unread: Option<u64>,
@@ -192,7 +192,7 @@ impl Requests {
         match frame.kind {
             HEADERS | DATA if frame.has(END_STREAM) => {
                 // An empty frame is sent regardless of the client's window, so the frame does not show that the client
-                // reads.
+                // is reading.
                 if frame.kind == DATA && frame.length > 0 {
                     self.unread = None;
                 }

@@ -2,8 +2,8 @@
 //!
 //! The memory use is an estimate. It includes the bytes of request heads and bodies that may still be in memory, the
 //! bytes of responses that wait for clients that have stopped reading, and a fixed amount per HTTP/2 request. Small
-//! amounts are ignored, so most HTTP/1 requests do not count. Responses to clients that read slowly do not count either:
-//! they would use up the limit, although no such client needs to be disconnected.
+//! amounts are ignored, so most HTTP/1 requests do not count. Responses to clients that read slowly do not count
+//! either: they would use up the limit, although no such client needs to be disconnected.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 

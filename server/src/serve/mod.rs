@@ -2,9 +2,9 @@
 //!
 //! poem's server has no timeout for header fields. hyper has no timeout for the first bytes of a connection (which
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
-//! Here, each connection has one timer. [`connection`] computes its current deadline. For HTTP/2, the deadline depends
-//! on the frames on the wire ([`http2`]). [`table`] limits the number of connections. [`direct`] responds to plain
-//! requests without hyper. This module does not know what the endpoint does.
+//! Here, each connection has one timer, and [`connection`] computes the connection's current deadline. For HTTP/2, the
+//! deadline depends on the frames on the wire ([`http2`]). [`table`] limits the number of connections. [`direct`]
+//! responds to plain requests without hyper. This module does not know what the endpoint does.
 
 mod body;
 mod connection;
@@ -83,8 +83,9 @@ const UNSENT: u32 = 64 * 1024;
 const PAUSE: Duration = Duration::from_millis(100);
 /// No connections are accepted while more than this number of sockets are being closed to make room or to free memory.
 const CLOSING: usize = 16;
-/// After accepting this many connections, other tasks run first. Otherwise, requests on open connections would wait for
-/// the first requests of all connections that clients open at the same time.
+/// After this many connections have been accepted, other tasks run before the next connection is accepted. Otherwise,
+/// requests on open connections would wait for the first requests of all connections that clients open at the same
+/// time.
 const ACCEPTED_TOGETHER: u32 = 8;
 /// How long an HTTP/2 connection without requests in flight may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
@@ -115,7 +116,7 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
     };
     // Allows binding while old connections are in TIME_WAIT, as most servers do.
     socket.set_reuseaddr(true)?;
-    // Accepted connections inherit this.
+    // Accepted connections inherit this option.
     if let Err(error) = SockRef::from(&socket).set_tcp_notsent_lowat(UNSENT) {
         tracing::warn!(
             error = &error as &dyn std::error::Error,
@@ -185,7 +186,7 @@ pub async fn serve<E, D>(
         let Ok(Admitted { connection, slot }) = table.admit(peer.ip()) else {
             continue;
         };
-        // Responses are small and complete, so waiting to fill a packet would only delay them.
+        // Most responses are small and are written in one piece, so waiting to fill a packet would only delay them.
         let _ = stream.set_nodelay(true);
         let stream = WatchedStream::new(stream, connection.clone(), table.clone());
         let (server, metrics) = (server.clone(), settings.metrics.clone());
@@ -237,7 +238,8 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // Doubled, because the parts of a request keep the frames in which they arrived in memory, and the frames are larger.
+    // Doubled, because each part of a request keeps the whole frame that contained it in memory, and the frame is
+    // larger.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 
@@ -401,7 +403,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                 if is_armed && !alarm.is_elapsed() {
                     return Poll::Pending;
                 }
-                // Without budget, the alarm does not remember the waker.
+                // If the task's budget is used up, the alarm does not store the waker.
                 let has_budget = task::coop::has_budget_remaining();
                 if alarm.as_mut().poll(context).is_pending() {
                     is_armed = has_budget;

@@ -45,7 +45,8 @@ pub struct Limits {
     /// The maximum number of connections per IPv4 /24 or IPv6 /56, counted in the same way. An IPv6 /48 can have twice
     /// as many.
     pub per_network: usize,
-    /// Networks that are exempt from both limits, because many clients share each of their addresses.
+    /// Networks that are exempt from the limits per address and per network, because many clients share each of their
+    /// addresses.
     pub trusted_proxies: Vec<IpNet>,
     /// How many bytes requests may use on all connections that have not authenticated.
     pub memory: usize,

@@ -136,7 +136,7 @@ impl WatchedStream {
 impl Drop for WatchedStream {
     fn drop(&mut self) {
         if self.connection.has_unsent() {
-            // Otherwise, the kernel would keep what the client does not read for minutes.
+            // Otherwise, the kernel would keep the unread bytes for minutes.
             let _ = self.stream.set_zero_linger();
         }
     }
@@ -174,7 +174,8 @@ impl AsyncRead for WatchedStream {
         let read = if self.allowed == usize::MAX {
             Pin::new(&mut self.stream).poll_read(context, buffer)
         } else {
-            // As many bytes as possible: hyper keeps a buffer for each read, even if the read fills only a part of it.
+            // Reads as many of the allowed bytes as possible: hyper keeps a buffer for each read, even if the read
+            // fills only a part of it.
             let length = buffer.remaining().min(self.allowed);
             let mut part = ReadBuf::new(buffer.initialize_unfilled_to(length));
             let read = Pin::new(&mut self.stream).poll_read(context, &mut part);

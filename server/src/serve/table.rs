@@ -98,15 +98,15 @@ struct Entry {
 }
 
 impl Entry {
-    /// Returns the time at which the connection became idle, if that is long enough ago to close the connection. `None`
-    /// for connections from trusted proxies.
+    /// Returns the time at which the connection became idle, if that is long enough ago to close the connection.
+    /// Returns `None` for connections from trusted proxies.
     fn idle(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.idle_since().filter(|_| !self.is_proxy)?;
         (now.saturating_duration_since(since) >= IDLE_ENOUGH).then_some(since)
     }
 
     /// Returns the time at which the client stopped reading a response, if that is long enough ago to close the
-    /// connection. `None` for connections that do not count toward the limit for their address.
+    /// connection. Returns `None` for connections that do not count toward the limit for their address.
     fn stalled(&self, now: Instant) -> Option<Instant> {
         let since = self.connection.stalled_since();
         let since = since.filter(|_| self.counted_at.is_some())?;

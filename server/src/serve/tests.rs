@@ -51,7 +51,7 @@ fn quiet_events(connection: &ConnectionMarks) -> poem::Body {
     }))
 }
 
-/// The endpoint for plain requests over HTTP/1.
+/// Whether plain requests over HTTP/1 are served directly or by hyper.
 #[derive(Debug, Clone, Copy)]
 enum Way {
     Direct,

@@ -11,7 +11,7 @@ pub enum StripeError {
     /// failure.
     #[error("Stripe returned status {status}: {message}")]
     Failed { status: u16, message: String },
-    /// Stripe rejected the request. It had no effect.
+    /// Stripe rejected the request. The request had no effect.
     #[error("Stripe rejected the request with status {status}: {message}")]
     Rejected { status: u16, message: String },
     /// The object does not exist, or exists only in the other mode. The request had no effect.
@@ -32,8 +32,8 @@ impl StripeError {
         )
     }
 
-    /// Returns whether the customer in a parameter cannot be used, because it was [deleted](super::Stripe::is_deleted) or
-    /// belongs to a different mode or account.
+    /// Returns whether the customer in a parameter cannot be used, because it was [deleted](super::Stripe::is_deleted)
+    /// or belongs to a different mode or account.
     pub fn is_missing_customer(&self) -> bool {
         matches!(self, Self::Missing { param: Some(param), .. } if param == "customer")
     }
@@ -43,11 +43,11 @@ impl From<ClientError> for StripeError {
     fn from(error: ClientError) -> Self {
         let (error, status) = match error {
             ClientError::Stripe(error, status) => (error, status),
-            // Includes responses that are not JSON, such as a proxy's error page. In that case, it is unknown whether
-            // the request had an effect.
+            // This includes responses that are not JSON, such as a proxy's error page. In that case, it is unknown
+            // whether the request had an effect.
             other => return Self::Unknown(other.to_string()),
         };
-        // Keep only the message, because the rest of the error may contain customer input.
+        // Only the message is kept, because the rest of the error may contain customer input.
         let message = error.message.unwrap_or_default();
         let is_missing = error.code == Some(stripe_shared::ApiErrorsCode::ResourceMissing);
         match status {

@@ -96,7 +96,7 @@ pub struct Checkout<'a> {
     pub cancel_url: &'a str,
 }
 
-/// Converts a count, which Stripe sends as a floating-point number.
+/// Converts a count, which Stripe sends as a floating-point number, to an integer.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "counts stay far below 2^53, up to which they are exact"

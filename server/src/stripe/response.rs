@@ -1,6 +1,6 @@
 //! The fields of Stripe objects that Quota reads.
 //!
-//! They are parsed with miniserde, as in the `async-stripe` crates. Fields that are not listed here are ignored.
+//! The fields are parsed with miniserde, as in the `async-stripe` crates. Fields that are not listed here are ignored.
 
 use std::collections::HashMap;
 

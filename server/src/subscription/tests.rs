@@ -221,7 +221,7 @@ fn random_schedules_agree_with_the_table() {
             "seed {seed}"
         );
     }
-    // Ensure that the schedules reach every outcome.
+    // The schedules must reach every outcome.
     assert!(worked > 100_000 && refused > 100_000 && dropped > 100_000);
 }
 
@@ -252,7 +252,7 @@ fn every_order_of_events_ends_in_the_same_state() {
         "canceled",
     ];
     let mut rng = fastrand::Rng::with_seed(7);
-    // Test histories that end with each of the statuses.
+    // Each iteration tests a history that ends with a different status.
     for last in 1..=STATUSES.len() {
         let mut orders = 0;
         let mut finals = Vec::new();

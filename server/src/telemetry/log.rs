@@ -71,8 +71,8 @@ fn shorten(text: &str, max: usize) -> Cow<'_, str> {
 }
 
 impl AccessLine<'_> {
-    /// Appends the line as JSON, formatted by hand because the function runs for every request. `second` is the time
-    /// without its fraction.
+    /// Appends the line as JSON, formatted by hand because the function runs for every request. `second` is the
+    /// formatted time, without the fraction of a second.
     fn json(&self, second: &str, out: &mut Vec<u8>) -> io::Result<()> {
         let mut number = itoa::Buffer::new();
         out.extend_from_slice(b"{\"timestamp\":\"");
@@ -192,7 +192,7 @@ struct Buffer {
     all_written: bool,
 }
 
-/// The current time without its fraction, formatted once for the thousands of lines in the same second.
+/// The current time without the fraction of a second, formatted once for the thousands of lines in the same second.
 #[derive(Debug)]
 struct Second {
     secs: u64,
@@ -280,7 +280,7 @@ impl Log {
             return;
         }
         buffer.bytes.extend_from_slice(line);
-        // The log thread is notified once. It takes the whole buffer.
+        // One notification is enough, because the log thread takes the whole buffer.
         if waiting < FLUSH_AT && buffer.bytes.len() >= FLUSH_AT {
             self.state.write.notify_one();
         }

@@ -11,7 +11,7 @@ use crate::clock::UnixNanos;
 
 /// A generated ID, as text.
 ///
-/// Aligned, because the standard library then checks several characters at once when it converts them to a `str`.
+/// Aligned, because the standard library then checks several bytes at once when it converts the array to a `str`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[repr(align(8))]
 pub struct GeneratedId([u8; Hyphenated::LENGTH]);

@@ -68,7 +68,7 @@ fn pause(attempts: i32, retry_after: Option<u64>, random: f64) -> Option<i64> {
 
 impl Webhooks {
     /// Claims up to `limit` deliveries that are due. `running` contains the tenant and webhook of each attempt in
-    /// progress; these attempts count toward the limits of both.
+    /// progress; these attempts count toward the limits per tenant and per webhook.
     pub async fn claim(
         &self,
         limit: usize,
@@ -108,8 +108,8 @@ impl Webhooks {
             .in_system(async |tx| record(tx, due, &sent).await)
             .await?;
         if is_disabled {
-            // Cancel the other deliveries in a separate transaction, so that the result is recorded even if canceling
-            // fails. In that case, the deliveries stay pending until another attempt fails in the same way.
+            // The other deliveries are canceled in a separate transaction, so that the result is recorded even if
+            // canceling fails. In that case, the deliveries stay pending until another attempt fails in the same way.
             if let Err(error) = self.cancel(due).await {
                 let error = db::chain(&error);
                 tracing::warn!(webhook = %due.webhook_id, error, "cannot cancel deliveries");
@@ -133,7 +133,7 @@ impl Webhooks {
     }
 
     async fn attempt(&self, due: &DueDelivery) -> Sent {
-        // Check the URL again: `QUOTA_WEBHOOK_PRIVATE_NETWORKS` may have changed since the webhook was saved.
+        // The URL is checked again: `QUOTA_WEBHOOK_PRIVATE_NETWORKS` may have changed since the webhook was saved.
         let (url, scheme) = match self.0.targets.parse(&due.url) {
             Ok(parsed) => parsed,
             Err(message) => return Sent::failed(format!("The URL {message}.")),

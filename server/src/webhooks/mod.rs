@@ -177,7 +177,7 @@ impl Webhooks {
             decrypted.ok_or(SecretError::UnknownKey)
         };
         let secret = decrypt(&stored.secret)?;
-        // A previous secret that cannot be decrypted is not used for signing, so keep it unchanged.
+        // A previous secret that cannot be decrypted is not used for signing, so it is kept unchanged.
         let previous = stored.previous_secret.as_deref().map(decrypt);
         let previous = previous.and_then(Result::ok);
         if secret.is_current && previous.as_ref().is_none_or(|it| it.is_current) {

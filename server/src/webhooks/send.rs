@@ -72,7 +72,7 @@ impl Sender {
                 .redirect(redirect::Policy::none())
                 .retry(retry::never())
                 .https_only(scheme == Scheme::Https)
-                // Resolve the host again for each attempt.
+                // Without idle connections, the host is resolved again for each attempt.
                 .pool_max_idle_per_host(0)
                 .timeout(TIMEOUT)
         };

@@ -6,9 +6,9 @@
 //! Redirects are not followed.
 //!
 //! Public addresses are allowed, except those of this machine and those of the host in `QUOTA_PUBLIC_URL`. That host is
-//! excluded because in a container, no interface has the machine's public address. If that host cannot be looked up,
-//! its addresses cannot be excluded. Tenants do not learn whether a host is unknown or has an address that is not
-//! allowed, since that would reveal the names in a private network.
+//! excluded separately, because in a container, no interface has the machine's public address. If that host cannot be
+//! looked up, its addresses cannot be excluded. Tenants do not learn whether a host is unknown or has an address that
+//! is not allowed, since that would reveal the names in a private network.
 //!
 //! The operator can allow more networks (`QUOTA_WEBHOOK_PRIVATE_NETWORKS`). In these networks, every address is
 //! allowed, even this machine's. Only hosts in these networks may have `http://` URLs.
@@ -141,7 +141,8 @@ impl Targets {
         own
     }
 
-    /// Checks a URL whose host is an address, for which there is no lookup.
+    /// Checks a URL whose host is an IP address. The resolver does not check such a URL, because the host is not looked
+    /// up.
     pub async fn check_literal(
         &self,
         url: &Url,

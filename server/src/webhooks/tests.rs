@@ -169,7 +169,7 @@ impl Lookup for Names {
     }
 }
 
-/// Otherwise, tenants could find out which names exist in the network of the server.
+/// If the errors were different, tenants could find out which names exist in the server's network.
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_host_and_forbidden_address_give_the_same_error() {
     let lookup = Arc::new(Names(&[("internal.example.com", "10.0.0.1")]));
@@ -182,7 +182,7 @@ async fn unknown_host_and_forbidden_address_give_the_same_error() {
     assert!(!errors[0].contains("no such host"), "{}", errors[0]);
 }
 
-/// In a container, no interface has the machine's public address.
+/// In a container, no interface has the machine's public address, so the host of the public URL must be refused too.
 #[tokio::test(flavor = "multi_thread")]
 async fn host_of_the_public_url_is_refused_by_name_and_by_address() {
     let lookup = Arc::new(Names(&[

@@ -192,7 +192,7 @@ async fn connect_from(last: u8, app: &TestApp) -> TcpStream {
     socket.connect(app.addr).await.expect("the server listens")
 }
 
-/// Returns the status of the response. `None` if the connection was closed instead.
+/// Returns the status of the response, or `None` if the connection was closed instead.
 async fn ask(stream: &mut TcpStream, path: &str, key: &str) -> Option<u16> {
     let request = format!("GET {path} HTTP/1.1\r\nHost: q\r\nX-API-Key: {key}\r\n\r\n");
     stream.write_all(request.as_bytes()).await.ok()?;

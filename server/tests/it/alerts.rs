@@ -325,7 +325,7 @@ async fn new_window_has_its_own_alerts() {
     assert_eq!(world.thresholds().await, [50, 50]);
 }
 
-/// Storing the deliveries fails. This has the same effect as an exit of the process in the middle of a check.
+/// Storing the deliveries fails. The effect is the same as if the process had exited in the middle of a check.
 #[tokio::test(flavor = "multi_thread")]
 async fn alert_is_not_lost_if_its_deliveries_cannot_be_stored() {
     let world = World::new(json!({"daily_quota": 10})).await;

@@ -430,7 +430,8 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
         "a live event says nothing about a sandbox"
     );
 
-    // A thin event only refers to the subscription, so the server has to request its customer from Stripe.
+    // A thin event only refers to the subscription, so the server has to request the subscription's customer from
+    // Stripe.
     let event = json!({"id": "evt_e", "type": "v1.customer.subscription.updated", "object": "v2.core.event",
         "livemode": false, "related_object": {"id": subscription, "type": "subscription"}});
     stripe.send_event(&app, &event).await;
@@ -446,8 +447,8 @@ async fn unknown_thin_and_foreign_events_are_stored_and_end() {
     );
 }
 
-/// Each request of a checkout fails in every way, before and after its effect. In the end, the tenant has one customer,
-/// and further requests return the same page.
+/// Each request of a checkout fails in every way, before and after it takes effect. In the end, the tenant has one
+/// customer, and further requests return the same page.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_of_stripe_create_nothing_twice() {
     let stripe = TestStripe::start().await;

@@ -220,8 +220,8 @@ async fn account_may_change_until_there_are_customers() {
     assert_eq!(first.fake.all("customer").len(), 0);
 }
 
-/// Stripe may not know a customer because someone deleted the test data. Access ends only if Stripe reports that the
-/// customer was deleted.
+/// Stripe may have no record of a customer, for example because someone deleted the test data. Access ends only if
+/// Stripe reports that the customer was deleted.
 #[tokio::test(flavor = "multi_thread")]
 async fn customer_that_stripe_does_not_know_keeps_its_access() {
     let world = World::new().await;

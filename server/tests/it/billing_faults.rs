@@ -1,7 +1,7 @@
 //! Tests subscriptions and charges while Stripe fails, and while the worker is stopped at random moments.
 //!
-//! Requests of every kind to Stripe fail in random ways, before or after their effect. The oracle is the state of the
-//! fake Stripe: the customers, subscriptions, paid invoices and usage of each tenant.
+//! Requests of every kind to Stripe fail in random ways, before or after they take effect. The oracle is the state of
+//! the fake Stripe: the customers, subscriptions, paid invoices and usage of each tenant.
 
 use std::{
     collections::BTreeMap,
@@ -167,8 +167,8 @@ impl World {
         }
     }
 
-    /// Asserts that the tenant has one customer with one subscription, that it was charged once, and that Stripe has
-    /// counted exactly its usage.
+    /// Asserts that the tenant has one customer with one subscription, that the customer was charged once, and that
+    /// Stripe has counted exactly the tenant's usage.
     async fn expect_charged_once(&self, customer: &Customer, run: u64) {
         let tenant = customer.account.tenant_id.as_str();
         let of = |kind: &str, is_own: &dyn Fn(&Value) -> bool| {

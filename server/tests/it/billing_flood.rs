@@ -19,7 +19,7 @@ use crate::{
 
 /// The maximum number of requests in progress. Further requests wait, and the wait is included in their response times.
 const CONCURRENT: usize = 256;
-/// The number of batches per second in which requests are sent.
+/// The number of batches of requests that are sent per second.
 const PARTS: u64 = 100;
 
 /// A kind of webhook.
@@ -36,8 +36,8 @@ enum Kind {
 }
 
 impl Kind {
-    /// Returns the kind of a webhook. Only one webhook in a hundred is large, because a large webhook is as long as
-    /// thousands of small ones.
+    /// Returns the kind of the webhook with the number `n`. Only one webhook in a hundred is large, because a large
+    /// webhook is as long as thousands of small ones.
     fn nth(n: u64) -> Self {
         match n % 100 {
             0..50 => Self::Valid,
@@ -178,7 +178,8 @@ async fn flood(rate: u64, seconds: u64) -> Flood {
         own.map(|(_, times)| times.len()).sum()
     };
     let new = usize::try_from(stored(&app).await - before).expect("events are not deleted");
-    // After any other response, or none, an event may still have been stored, and Stripe would send it again.
+    // After any other response, or after no response, an event may still have been stored, and Stripe would send it
+    // again.
     let (accepted, unknown) = (responses(&|it| it == 204), responses(&|it| it != 204));
     assert!(
         (accepted..=accepted + unknown).contains(&new),

@@ -1,4 +1,4 @@
-//! Checks every kind of request that Quota sends to Stripe against Stripe's description of its API.
+//! Checks the requests that Quota sends to Stripe against Stripe's description of its API.
 //!
 //! The fake Stripe checks every request in all tests. This test sends each kind of request in [`OPERATIONS`] at least
 //! once.
@@ -113,8 +113,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     assert_eq!(portal.status, 201, "{}", portal.text);
     billing.read_offer().await.expect("the offer is complete");
 
-    // Report yesterday's usage. Below, after the customer's ID has been changed, also report usage that Stripe accepts
-    // but cannot assign to a customer.
+    // Report yesterday's usage.
     stripe.fake.advance(4 * DAY);
     let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
     billing.read(tenant).await.expect("read");
@@ -137,6 +136,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     }
     let compared = billing.reconcile_usage().await.expect("compared");
     assert_eq!(compared.difference, 0);
+    // Stripe accepts usage for a customer that does not exist, and reports later that it cannot assign the usage.
     client
         .execute("UPDATE billing_accounts SET customer_id = 'cus_gone'", &[])
         .await

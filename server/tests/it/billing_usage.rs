@@ -34,7 +34,7 @@ struct World {
 }
 
 impl World {
-    /// Creates a tenant with a plan marked `paid` but without a subscription. Sets Stripe's clock back.
+    /// Creates a tenant with a plan marked `paid` but without a subscription. Sets Stripe's clock back by `ago`.
     async fn unsubscribed(ago: Duration) -> Self {
         let stripe = TestStripe::start().await;
         stripe.fake.set_back(ago);
@@ -224,8 +224,8 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     assert_eq!(world.total(), 21);
 }
 
-/// The total in Stripe equals the usage, despite every kind of fault in requests to the meter, before and after their
-/// effect.
+/// The total in Stripe equals the usage, despite every kind of fault in requests to the meter, before and after they
+/// take effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_charge_nothing_twice_and_lose_nothing() {
     let world = World::subscribed(3 * DAY).await;
@@ -250,8 +250,8 @@ async fn faults_charge_nothing_twice_and_lose_nothing() {
     assert!(used > 70, "{used}");
 }
 
-/// Combines random usage, faults, late rows, crashes between a request and its record, and outages that last longer
-/// than the time for which Stripe recognizes an identifier.
+/// Combines random usage, faults, late rows, crashes between a request and the recording of its result, and outages
+/// that last longer than the time for which Stripe recognizes an identifier.
 #[tokio::test(flavor = "multi_thread")]
 async fn random_schedules_charge_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -318,8 +318,8 @@ pub(crate) fn seeds() -> u64 {
     std::env::var("BILLING_SEEDS").map_or(25, |seeds| seeds.parse().expect("a number"))
 }
 
-/// The worker is repeatedly stopped at a random moment, and Stripe fails at times. The next worker knows only what the
-/// previous worker has stored and sent.
+/// The worker is repeatedly stopped at a random moment, and some requests to Stripe fail. The next worker knows only
+/// what the previous worker has stored and sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -426,7 +426,8 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
     );
 }
 
-/// An hour in which a billing period ends is split at that point. Usage of a period whose invoice is final is not sent.
+/// If a billing period ends within an hour, the hour is split at that point. Usage of a period whose invoice is final
+/// is not sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn hour_with_the_edge_of_a_period_is_divided() {
     let world = World::subscribed(40 * DAY).await;
@@ -445,7 +446,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
         ])
         .await;
     world.report().await;
-    // If the subscription started at a full hour, all or nearly all of the hour is in the new period.
+    // If the billing period starts at a full hour, the hour is not split.
     let before = if start == edge { 0 } else { 3 };
     let sent = world.counted();
     assert_eq!(sent.len(), 1);

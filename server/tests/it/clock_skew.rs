@@ -29,16 +29,16 @@ const CLOCKS: [&str; 3] = ["+0s", "+120s", "-120s"];
 const RPM: u32 = 3000;
 const BURST: u32 = 60;
 const DAILY: usize = 300;
-/// The slack of leased keys: the default `QUOTA_LEASE_TTL` plus [`EXACT`].
+/// The time that is added to each window as a tolerance for leased keys: the default `QUOTA_LEASE_TTL` plus [`EXACT`].
 const LEASED: Duration = Duration::from_nanos(100_002_000);
-/// The slack of strict plans: a microsecond, the resolution of Redis's clock, at either end of a window.
+/// The tolerance for strict plans: a microsecond, the resolution of Redis's clock, at either end of a window.
 const EXACT: Duration = Duration::from_nanos(2_000);
 /// The smallest acceptable share of what one exact bucket would have allowed, in percent.
 const SERVED: usize = 90;
 const LOAD: Duration = Duration::from_secs(4);
 const CLIENTS_PER_REPLICA: usize = 4;
 
-/// Returns the library with which faketime changes a process's clock.
+/// Returns the path of the library that faketime uses to change a process's clock.
 fn faketime() -> PathBuf {
     let libraries = std::fs::read_dir("/usr/lib").expect("it is readable");
     libraries

@@ -78,7 +78,7 @@ fn id<T: From<uuid::Uuid>>() -> T {
     T::from(uuid::Uuid::from_u128(7))
 }
 
-/// Returns each kind of call with all fields set.
+/// Returns one call of each kind, with all fields set.
 fn samples() -> Vec<Call> {
     let page = || PageOf {
         limit: Some(20),

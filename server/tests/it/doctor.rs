@@ -63,7 +63,7 @@ async fn doctor(database: &TestDatabase, settings: &[(&str, &str)]) -> Output {
     run(&all).await
 }
 
-/// Returns the value of `PATH`, with which `initdb` and `postgres` are found.
+/// Returns the value of `PATH`, so that `quota doctor` can find `initdb` and `postgres`.
 #[expect(clippy::disallowed_methods, reason = "the path is not a setting")]
 fn programs() -> String {
     std::env::var("PATH").unwrap_or_default()

@@ -73,7 +73,8 @@ fn every_variable_is_described_and_known_to_the_binary() {
         );
         assert!(names.insert(name), "{name} is listed twice");
     }
-    // Every variable that the server reads is in the example, because nothing else in the server reads the environment.
+    // Every variable that the server reads is in the example: only settings, which the help lists, are read from the
+    // environment.
     let listed = help.matches("[env: ").count();
     assert_eq!(listed, variables.len());
 }

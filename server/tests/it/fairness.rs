@@ -53,7 +53,7 @@ async fn patient() -> Arc<TestApp> {
 async fn burst_of_creations_by_one_tenant_does_not_delay_another() {
     let app = patient().await;
     let (a, b) = (Arc::new(app.register().await), app.register().await);
-    // Another replica holds the lock under which the resources of tenant `a` are counted.
+    // Another replica holds the lock that is required to count the resources of tenant `a`.
     let database = app.database.connect().await;
     let lock = format!(
         "SELECT pg_advisory_lock(hashtextextended('{}', 7226422))",

@@ -168,7 +168,7 @@ async fn plan_above_the_free_limits_must_be_paid() {
         json!({"default_rpm": 61, "daily_quota": 1001, "monthly_quota": 1001}),
     )
     .await;
-    // The burst follows the rate.
+    // The burst follows the rate, so both fields are invalid.
     assert_eq!(
         fields(&refused),
         ["default_rpm", "burst", "daily_quota", "monthly_quota"]

@@ -1,6 +1,6 @@
 //! Tests that background jobs continue after PostgreSQL has stopped responding in the middle of a transaction, for
-//! example because its disk hangs. After PostgreSQL has recovered, only the connections that were open at that time
-//! remain silent, so the jobs have to use other connections.
+//! example because its disk hangs. After PostgreSQL has recovered, the connections that were open when it stopped
+//! responding remain silent, so the jobs have to use other connections.
 
 use std::{
     sync::Arc,

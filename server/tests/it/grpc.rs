@@ -528,8 +528,8 @@ async fn malformed_messages_get_an_error_and_never_a_panic() {
                 _ => body[at] ^= 1 << random.u8(..8),
             }
         }
-        // Most of the altered messages have the wrong length, which is detected before decoding. Therefore, correct the
-        // length of half of them.
+        // Most of the altered messages have the wrong length, which is detected before decoding. Therefore, the length
+        // is corrected in half of them.
         if random.bool() && body.len() > 5 {
             body = framed(&body[5..]);
         }

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::support::app::{Account, TestApp};
 
-/// A number of keys that is enough for more than two batches.
+/// Enough keys for more than two batches.
 const KEYS: u128 = 2_500;
 const BATCH: usize = 1_000;
 const SECOND: u64 = 1_785_738_360;

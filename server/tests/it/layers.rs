@@ -423,7 +423,7 @@ fn modules_import_only_from_lower_ranks_or_their_own_folder() {
         .collect::<Vec<_>>();
     assert!(found.is_empty(), "{found:#?}");
 
-    // The rank of a deleted module would apply to a new module with the same name.
+    // A module that does not exist must not have a rank, which would apply to a new module with the same name.
     for module in RANKS.iter().copied().flatten() {
         assert!(
             files.iter().any(|(path, _)| module_of(path) == *module),

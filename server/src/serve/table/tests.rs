@@ -337,7 +337,7 @@ async fn largest_connections_are_closed_when_memory_is_short() {
     assert_eq!(table.memory.held(), 0);
 }
 
-/// Only what waits for a client that has stopped reading counts, however many other clients read slowly.
+/// Only responses to clients that have stopped reading count, no matter how many other clients read slowly.
 #[tokio::test(start_paused = true)]
 async fn responses_to_clients_that_read_slowly_do_not_count() {
     const WAITING: usize = 30_000;

@@ -47,7 +47,7 @@ const CASES: [&str; 10] = [
     "the same, and the consumer sends `X-Quota-Decision: allowed`",
     "Quota does not respond",
 ];
-/// How many of the cases reach the API.
+/// The number of cases in which the request reaches the API.
 const ADMITTED: usize = 2;
 
 /// What a consumer got.

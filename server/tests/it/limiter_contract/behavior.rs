@@ -263,7 +263,8 @@ pub(super) async fn lowered_quota_is_not_exceeded(world: &World) {
     let high = Plan::any_rate().daily(10_000);
     assert_eq!(key.admitted(&high, 250).await, 250);
     settle().await;
-    // The replica holds a block of the high quota. The low quota is exhausted before this block is.
+    // The replica holds a block of the high quota. The low quota is exhausted before all tokens of this block are
+    // spent.
     let low = Plan::any_rate().daily(260);
     assert_eq!(key.admitted(&low, 100).await, 10);
     settle().await;

@@ -36,7 +36,7 @@ pub(crate) struct TestLedger {
     delay_ms: AtomicU64,
     /// The additional delay of returns.
     return_delay_ms: AtomicU64,
-    /// The number of returns whose responses are lost after the returns have been applied.
+    /// How many of the next returns lose their response after they have been applied.
     lose_answers: AtomicU64,
     /// Whether the next take panics.
     panic: AtomicBool,
@@ -100,7 +100,7 @@ impl TestLedger {
         rows.values().flatten().map(|row| row.used).sum()
     }
 
-    /// Returns the windows with usage of each owner, ordered by start.
+    /// Returns each owner's windows that have usage, ordered by start.
     pub(super) fn used_windows(&self) -> Vec<Vec<Kept>> {
         let rows = self.rows.lock().unwrap();
         let used = rows.values().map(|rows| {

@@ -261,7 +261,7 @@ async fn known_denials_state_the_same_wait_after_the_clock_was_set_back() {
         let decision = key.ask(&plan, 1).await;
         assert_eq!(decision.retry_after_secs(), Some(50), "{decision:?}");
         assert_eq!(decision.seconds_to_reset(decision.rate), 60 * used - 10);
-        // The clock change costs the bucket at most one refill.
+        // Because of the clock change, the bucket loses at most one refilled token.
         world.advance(Duration::from_secs(50));
         key.ask(&plan, 1).await;
         world.advance(Duration::from_secs(60));

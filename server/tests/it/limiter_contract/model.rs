@@ -277,8 +277,8 @@ fn plan() -> impl Strategy<Value = Plan> {
     })
 }
 
-/// Runs `steps` on the limiter and the model, and returns the number of compared decisions. The unit of time, of which
-/// every wait is a multiple, is `grain` nanoseconds.
+/// Runs `steps` on the limiter and the model, and returns the number of compared decisions. Every wait is a multiple of
+/// the unit of time, which is `grain` nanoseconds.
 async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 {
     let mut model = Model::default();
     let mut key = Key::of(&world.start());
@@ -342,7 +342,8 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     compared
 }
 
-/// Asserts that at most `burst + rpm/60 * T` is admitted in any window, with the exact rate and not the rounded one.
+/// Asserts that at most `burst + rpm/60 * T` is admitted in any window of `T` seconds, with the exact rate and not the
+/// rounded one.
 fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
     // Check every window that starts with a grant.
     for (i, (from, _)) in grants.iter().enumerate() {

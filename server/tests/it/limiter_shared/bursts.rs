@@ -416,7 +416,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     assert!(replica.admit(&policies, 1).await.is_allowed());
 }
 
-/// A runtime that has been shut down drops each new task at once.
+/// A runtime that has been shut down drops each new task immediately.
 #[test]
 fn request_ends_although_the_runtime_has_been_shut_down() {
     let (ended, end) = std::sync::mpsc::channel();
@@ -547,7 +547,7 @@ async fn three(
 }
 
 /// Sends 150 requests to the replica whose responses are 120 ms late, and 250 requests to each of two others: to one of
-/// them before the late tokens are returned, and to the other one after they are returned.
+/// them before the tokens granted by the late responses are returned, and to the other one afterward.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn late_responses_grant_nothing_twice() {
     let server = RedisServer::start().await;

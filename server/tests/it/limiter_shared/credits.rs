@@ -2,9 +2,9 @@
 //!
 //! After every call, the oracle replays the bucket's entire history from a full bucket, without the tokens that have
 //! been returned by then, and compares the results. The oracle keeps no minima and has no rules for credits. Schedules
-//! are random. They include several returns for several grants, late and early, plan edits, callers with an old plan,
-//! lost and stale state, and a clock that goes backward. Scripts with planted errors prove that the oracle detects
-//! them.
+//! are random. They include early and late returns, calls that return the tokens of several grants, plan edits, callers
+//! with an old plan, lost and stale state, and a clock that goes backward. Scripts with planted errors prove that the
+//! oracle detects them.
 #![expect(
     clippy::disallowed_methods,
     reason = "only tests read the seed settings"
@@ -93,8 +93,8 @@ fn debt_without_returned(history: &[Event], grants: &[Granted]) -> u128 {
                 remembered,
                 wrote,
             } => {
-                // `beyond` is debt beyond that of an empty bucket, from before the burst was lowered. It decreases
-                // while the bucket is full.
+                // `beyond` is debt that exceeds the debt of an empty bucket, from before the burst was lowered. This
+                // excess decreases while the bucket is full.
                 let (mut debt, mut beyond, last) = bucket;
                 let mut passed = u128::from(at.saturating_sub(last)) * 1000;
                 let mut writes = wrote || at < last;
@@ -193,12 +193,12 @@ impl Counters {
     }
 }
 
-/// The results of a schedule.
+/// The combined results of the schedules.
 #[derive(Debug, Default)]
 struct Sum {
     returned: u64,
-    /// The total credit in schedules without exceptions, and the total that the oracle would have allowed in these
-    /// schedules. The unit of both totals is one full bucket.
+    /// The total credit in schedules without exceptions (edits, failovers and clock changes), and the total that the
+    /// oracle would have allowed in these schedules. The unit of both totals is one full bucket.
     credited: f64,
     allowed: f64,
     exceptions: u64,
@@ -418,7 +418,7 @@ async fn the_script_never_makes_a_bucket_fuller_than_without_the_take() {
 async fn planted_errors_in_the_script_are_found() {
     let lowered = "m = math.max(0, m - credit)\n  n = math.max(0, n - credit)";
     let planted = [
-        // The same minimum is spent again for every return.
+        // The same minimum is used again for every return.
         (lowered, "m = math.min(m, debt)\n  n = math.min(n, debt)"),
         // Tokens are credited across edits, epochs and a clock that goes backward.
         ("back_generation == g and taken_at <= now", "true"),

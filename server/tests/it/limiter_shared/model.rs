@@ -19,15 +19,16 @@ pub(super) const DEADLINE: u64 = 30_000;
 /// microseconds.
 const PROMISED: u64 = 100_000;
 
-/// A call during an outage postpones the start of an unconfirmed epoch only after this many microseconds of the delay,
-/// or after the deadline of calls if that is longer.
+/// A call during an outage postpones the start of an unconfirmed epoch only if this many microseconds of the epoch
+/// delay have passed, or the deadline of calls if that is longer.
 const KNOWN: u64 = 50_000;
 
 /// For this many microseconds plus three deadlines after the start of a confirmed epoch, other callers cannot begin
 /// another epoch.
 const SETTLED: u64 = 50_000;
 
-/// How long after a confirmed response there is certainly no outage, in microseconds.
+/// For this many microseconds after a confirmed response, it is certain that no caller has decided requests without the
+/// counters.
 const CONNECTED: u64 = 800_000;
 
 /// A confirmation is stored only if it is newer than the stored confirmation by more than this time, in microseconds.

@@ -425,7 +425,8 @@ async fn a_denial_in_a_new_epoch_counts_as_a_use_of_the_plan() {
     };
     clock.advance(Duration::from_micros(wait) + Duration::from_secs(1));
     assert_eq!(granted(slow(1)).await, 0);
-    // In 3 s at the lower rate, a twentieth of a token has refilled. The rest takes 5.7 s at the higher rate.
+    // In 3 s at the lower rate, a twentieth of a token has refilled. The rest of the token takes 5.7 s at the higher
+    // rate.
     clock.advance(Duration::from_secs(2));
     assert_eq!(granted(fast(1)).await, 0);
     clock.advance(Duration::from_secs(3));
