@@ -72,7 +72,7 @@ metrics! {
     billing_events_failed: Counter, "billing_events_failed",
         "Stripe webhooks that could not be processed and were abandoned";
     billing_account_mismatch: Gauge, "billing_account_mismatch",
-        "1 while billing is stopped because the account or mode of STRIPE_SECRET_KEY is not that of the customers, otherwise 0";
+        "1 while billing is stopped because STRIPE_SECRET_KEY is not for the customers' account and mode, otherwise 0";
     billing_reports: Counter, "billing_reports", "Usage reports that Stripe has accepted or that did not need to be sent";
     billing_usage_difference: Gauge, "billing_usage_difference",
         "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
