@@ -106,10 +106,10 @@ metrics! {
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
     key_cache_negative_hits: Counter, "key_cache_negative_hits",
-        "Lookups of nonexistent keys that were answered from memory";
+        "Lookups of nonexistent keys, answered from memory";
     key_shared_hits: Counter, "key_shared_hits", "Key lookups served from Redis";
     key_shared_negative_hits: Counter, "key_shared_negative_hits",
-        "Lookups of nonexistent keys that were answered from Redis";
+        "Lookups of nonexistent keys, answered from Redis";
     key_shared_misses: Counter, "key_shared_misses", "Key lookups that found nothing in Redis";
     key_shared_outdated: Counter, "key_shared_outdated",
         "Key lookups that found an outdated record in Redis";
