@@ -63,7 +63,7 @@ metrics! {
     limiter_errors: Counter, "decision_errors", "Requests that got 503 because no decision could be made";
     keys_rejected: Counter, "keys_rejected", "Requests with an invalid, inactive or expired key";
     payment_required: Counter, "payment_required",
-        "Requests with a key that is on a paid plan, and whose tenant has no active subscription";
+        "Requests with a key on a paid plan, rejected because the tenant has no access to paid plans";
     billing_events: Counter, "billing_events", "Stripe webhooks stored";
     billing_signatures_bad: Counter, "billing_signatures_bad",
         "Stripe webhooks rejected because of an invalid signature";
@@ -72,7 +72,7 @@ metrics! {
     billing_events_failed: Counter, "billing_events_failed",
         "Stripe webhooks that could not be processed and were abandoned";
     billing_account_mismatch: Gauge, "billing_account_mismatch",
-        "1 while billing is stopped because STRIPE_SECRET_KEY belongs to a different account or mode than the customers";
+        "1 while billing is stopped because STRIPE_SECRET_KEY is not for the customers' account and mode, otherwise 0";
     billing_reports: Counter, "billing_reports", "Usage reports that Stripe has accepted or that did not need to be sent";
     billing_usage_difference: Gauge, "billing_usage_difference",
         "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
@@ -88,8 +88,8 @@ metrics! {
     alert_errors: Counter, "alert_errors", "Failed attempts to check quotas for alerts; they are retried";
     webhooks_delivered: Counter, "webhooks_delivered", "Deliveries that an endpoint accepted";
     webhook_attempts_failed: Counter, "webhook_attempts_failed",
-        "Failed delivery attempts; they are retried";
-    webhooks_failed: Counter, "webhooks_failed", "Deliveries that were abandoned";
+        "Failed delivery attempts, each followed by another attempt";
+    webhooks_failed: Counter, "webhooks_failed", "Deliveries that were abandoned after a failed attempt";
     webhook_errors: Counter, "webhook_errors",
         "Failed attempts to claim deliveries or to record their results; they are retried";
     webhooks_overdue: Gauge, "webhooks_overdue_seconds",
@@ -98,7 +98,7 @@ metrics! {
         "Webhooks whose signing secrets were encrypted with a QUOTA_SECRET that is not configured, as of startup";
     mails_sent: Counter, "emails_sent", "Emails sent";
     mail_attempts_failed: Counter, "email_attempts_failed",
-        "Failed attempts to send emails; they are retried";
+        "Failed attempts to send an email, each followed by another attempt";
     mails_failed: Counter, "emails_failed", "Emails that were rejected or abandoned";
     mail_errors: Counter, "email_errors",
         "Failed attempts to write or claim emails in PostgreSQL or to record their results; they are retried";
@@ -106,10 +106,10 @@ metrics! {
         "Requests with a key that has an invalid format or checksum, rejected without a lookup";
     key_cache_hits: Counter, "key_cache_hits", "Key lookups served from memory";
     key_cache_negative_hits: Counter, "key_cache_negative_hits",
-        "Key lookups that found in memory that the key does not exist";
+        "Lookups of nonexistent keys, answered from memory";
     key_shared_hits: Counter, "key_shared_hits", "Key lookups served from Redis";
     key_shared_negative_hits: Counter, "key_shared_negative_hits",
-        "Key lookups that found in Redis that the key does not exist";
+        "Lookups of nonexistent keys, answered from Redis";
     key_shared_misses: Counter, "key_shared_misses", "Key lookups that found nothing in Redis";
     key_shared_outdated: Counter, "key_shared_outdated",
         "Key lookups that found an outdated record in Redis";
@@ -193,13 +193,13 @@ metrics! {
     usage_records_replayed: Counter, "usage_records_replayed",
         "Usage records left behind by stopped replicas and written to PostgreSQL";
     usage_records_damaged: Counter, "usage_records_damaged",
-        "Places in segments where a usage record was expected but could not be read";
+        "Positions in segments at which a usage record was expected but could not be read";
     usage_segments_rejected: Counter, "usage_segments_rejected",
         "Segments that were not shipped because they are older than `QUOTA_USAGE_RETENTION`";
     usage_decisions_rejected: Counter, "usage_decisions_rejected",
         "Requests that got 503 because usage could not be recorded";
     usage_denials_unrecorded: Counter, "usage_denials_unrecorded",
-        "Denials not recorded because the usage backlog was more than half full and the tenant had too many denials";
+        "Denials not recorded because the usage backlog was large and the tenant had more than 100 denials per second";
     usage_ship_errors: Counter, "usage_ship_errors", "Batches of usage records that could not be written to PostgreSQL";
     usage_sync_errors: Counter, "usage_sync_errors",
         "Usage segments that could not be written to disk (`QUOTA_DURABILITY=machine`)";
