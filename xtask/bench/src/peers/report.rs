@@ -49,10 +49,11 @@ impl Report<'_> {
     fn introduction(&self, text: &mut String) {
         let _ = write!(
             text,
-            "# Quota beside other rate limiters\n\n\
-             `cargo xtask bench peers` writes this page. Every server does the same work: it limits requests by the key \
-             in `X-API-Key`, and responds with 200 and a short JSON body, or with 429. Counts, such as requests above a \
-             limit, are exact. Times depend on the machine, so compare only the figures of one run.\n\n\
+            "# Quota compared with other rate limiters\n\n\
+             `cargo xtask bench peers` writes this page. Each rate limiter limits requests by the key in `X-API-Key`, and \
+             responds with 200 and a short JSON body, or with 429. *Bare poem* is a handler in poem, the HTTP framework \
+             that Quota uses; it responds with 200 to every request. Counts, such as requests above a limit, are exact. \
+             Times depend on the machine, so compare only figures from the same run.\n\n\
              Machine: {}\n\n\
              Versions: {}.\n\n",
             self.machine,
@@ -97,11 +98,12 @@ impl Report<'_> {
         text.push('\n');
         let _ = write!(
             text,
-            "Medians of {} rounds of {} ms, in which the servers take turns; {CONNECTIONS} keep-alive connections on \
-             loopback that send a request after each response. {} Latency is that of a saturated server. CPU is user \
-             and system time of the server's process, without Redis and PostgreSQL. Memory is that of the same process \
-             after the last round. Redis calls are script calls from `INFO commandstats`; all of these servers except \
-             limitador use Redis only with scripts.\n\n",
+            "The figures are medians of {} rounds. In each round, the servers are loaded for {} ms each, one after \
+             another. The load uses {CONNECTIONS} keep-alive connections on loopback, each of which sends a request \
+             after each response. {} Latency is that of a saturated server. CPU time is the user and system time of the \
+             server's process, without Redis and PostgreSQL. Memory is that of the same process after the last round. \
+             Redis calls are script calls, as counted by `INFO commandstats`: except for limitador, the servers call \
+             Redis only through scripts.\n\n",
             self.options.rounds,
             self.options.millis,
             match self.cores {
@@ -116,7 +118,8 @@ impl Report<'_> {
         let _ = write!(
             text,
             "## Two instances and one limit\n\n\
-             Two instances share one Redis. A new key may send {LIMIT} requests per minute.\n\n\
+             Two instances share one Redis. Each measurement uses a new key, which may send {LIMIT} requests per \
+             minute.\n\n\
              ![Requests allowed with two instances](accuracy.svg)\n\n\
              | Server | Counts with | Bound for {} s | Allowed | Above the bound | Below the bound | Allowed in the worst {} s across the end of a window |\n\
              |---|---|---:|---:|---:|---:|---:|\n",
@@ -139,12 +142,14 @@ impl Report<'_> {
         }
         let _ = write!(
             text,
-            "\nThe load saturates both instances with one key for {} s. The bound is what the server's own rule allows \
-             on one instance: the limit for a window; the burst and what is refilled for a token bucket, plus, for \
-             Quota's leases, what is refilled in {} ms. For the last column, a key's first request starts a window. \
-             From {} s to {} s later, {EDGE_PER_SECOND} requests per second are sent, and the {} s with the most allowed requests \
-             are counted. The default burst of a plan is its limit, so Quota then allows {LIMIT} requests at once; a \
-             plan with a burst of {} shows the effect of a smaller one.\n\n",
+            "\nThe load saturates both instances with one key for {} s. The bound is the number of \
+             requests that the server's own rule allows with one instance. For a window, the bound is the limit. For a \
+             token bucket, the bound is the burst plus the tokens that are refilled during the load; with Quota's \
+             leases, it also includes the tokens that are refilled in {} ms. For the last column, a key's first request \
+             starts a window. From {} s to {} s later, {EDGE_PER_SECOND} requests per second are sent, and the requests \
+             allowed in the {} s with the most allowed requests are counted. By default, a plan's burst equals its \
+             limit, so Quota allows {LIMIT} requests at once; a plan with a burst of {} shows the effect of a smaller \
+             burst.\n\n",
             self.options.seconds,
             LEASE_TTL.as_millis(),
             WINDOW.as_secs() - AROUND_EDGE.as_secs(),
@@ -157,7 +162,7 @@ impl Report<'_> {
     fn outages(&self, text: &mut String) {
         let _ = write!(
             text,
-            "## Redis killed, and late\n\n\
+            "## Redis killed or slow\n\n\
              | Server | Killed: requests below their limit | Killed: limits | Key above its limit: allowed, of the bound | {} ms late: allowed, of the bound | requests/s | p99 ms | failed |\n\
              |---|---|---|---:|---:|---:|---:|---:|\n",
             LATE.as_millis()
@@ -188,12 +193,13 @@ impl Report<'_> {
         }
         let _ = write!(
             text,
-            "\nFirst, Redis is killed with `kill -9` after {} s of load and restarted, without data, after {} s; the load \
-             ends after {} s. The load uses two keys: one whose limit is never reached, and one that is above its limit before the outage. For the \
-             latter, all allowed requests are counted, before, during and after the outage. Then Redis's \
-             responses to both instances are {} ms late, and a new key is used for {} s. Failed requests got neither \
-             200 nor 429. Quota's default while Redis is unavailable is `QUOTA_ON_REDIS_FAILURE=share`: each replica \
-             limits to its share of the rate, starting with an empty bucket.\n\n",
+            "\nFirst, {} s after the load starts, Redis is killed with `kill -9`. After {} s, Redis is restarted without \
+             its data, and after {} s, the load ends. The load uses two keys: one whose limit is never reached, and one \
+             whose limit is reached before the outage. For the key whose limit is reached, the allowed requests before, \
+             during and after the outage are counted. Then Redis's responses to both instances are delayed by {} ms, \
+             and a new key is used for {} s. A request has failed if its response is neither 200 nor 429. While Redis \
+             is unavailable, Quota uses its default fallback setting, `QUOTA_ON_REDIS_FAILURE=share`: each replica \
+             enforces its share of the rate, starting with an empty bucket.\n\n",
             KILLED.as_secs_f64(),
             RESTARTED.as_secs_f64(),
             ENDED.as_secs_f64(),
@@ -209,18 +215,19 @@ impl Report<'_> {
                 let times = self.accuracy.revocation.as_deref().unwrap_or_default();
                 let _ = write!(
                     text,
-                    "Quota: keys are revoked with the API on one replica and used without pause on the other. From the \
-                     start of the call to the first refusal, it took {} at the median and {} at most, of {} keys.\n\n",
+                    "With Quota, {} keys are deactivated, one at a time, by an API call to one replica, while they are \
+                     used continuously on another replica. The time from the start of the call until the first request \
+                     is rejected is {} at the median and {} at most.\n\n",
+                    times.len(),
                     millis(times[times.len() / 2]),
-                    millis(*last),
-                    times.len()
+                    millis(*last)
                 );
             }
             _ => text.push_str("Quota was not measured.\n\n"),
         }
         text.push_str(
-            "The others: not applicable, because they have no keys. They count requests by the value of the header, and \
-             allow any value.\n\n",
+            "The other servers have no list of keys that could be revoked: they count requests by the value of the \
+             header, and accept any value.\n\n",
         );
     }
 
@@ -277,21 +284,22 @@ impl Report<'_> {
 const SETUP: &str = "\
 ## What differs
 
-- Only Quota looks up keys, plans and quotas, and records the usage of each request. The others accept any key and \
-record nothing but a log line.
-- Quota writes a JSON log line per request, nginx and HAProxy their usual access log, and uvicorn its access log, all to \
-files. Fastify does not log requests by default.
-- Without Redis, nginx, HAProxy, rate-limiter-flexible and slowapi count in each instance alone, so two instances \
-allow up to twice the limit.
+- Only Quota looks up keys, plans and quotas, and records the usage of each request. The other servers accept any key, \
+and record at most a log line per request.
+- For each request, Quota, nginx, HAProxy and uvicorn write a line to an access log in a file. Quota's lines are JSON. \
+Fastify does not log requests by default.
+- Without Redis, each instance of nginx, HAProxy, rate-limiter-flexible and slowapi counts only its own requests, so two \
+instances allow up to twice the limit.
 - rate-limiter-flexible uses `inMemoryBlockOnConsumed`, which its documentation recommends: keys over the limit are \
-denied without calling Redis. It has an `insuranceLimiter` and slowapi an in-memory fallback for outages of Redis; both \
-are off by default, and are not used here.
-- Fixed windows of rate-limiter-flexible and slowapi start with a key's first request. HAProxy's sliding window also \
-counts denied requests. nginx and Quota use a leaky or token bucket.
+denied without calling Redis. For outages of Redis, rate-limiter-flexible has an `insuranceLimiter`, and slowapi has an \
+in-memory fallback. Both are off by default, and are not used here.
+- The fixed windows of rate-limiter-flexible and slowapi start with a key's first request. HAProxy's sliding window also \
+counts denied requests. nginx uses a leaky bucket, and Quota uses a token bucket.
 - Node.js runs with `NODE_ENV=production`; uvicorn runs one worker with uvloop and httptools. nginx runs as a single \
 process. The programs and configurations are in `xtask/bench/peers`.
-- limitador is compared if `--limitador FILE` names its server, because neither Debian nor a package registry has it. Its \
-clients send the key in a JSON body. Its reads from Redis are not script calls, and are not counted above.
+- limitador is included only if `--limitador FILE` specifies the path of its server, which neither Debian nor a package \
+registry provides. Requests to limitador contain the key in a JSON body. limitador's reads from Redis are not script \
+calls, and are not counted above.
 ";
 
 /// Returns a name without code formatting, which charts do not support.

@@ -64,14 +64,14 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     println!("{}", table.markdown());
     println!();
     println!(
-        "The columns are numbers of keys, all of one tenant and on one plan. The ratio compares the last value of a row \
-         with its first. The exponent compares the last two values: 0 if they are equal, 1 if the value is proportional \
-         to the number of keys. Startup is the median of {STARTS} starts with an empty data directory \
-         and a migrated database. CPU time is the user and system time of the server's process: medians of {} rounds of \
-         {} ms, with all keys in memory and QUOTA_METERING=off. First requests are those with up to {FIRST_REQUESTS} keys \
-         that are not in memory, or whose plan was edited; µs per request is the elapsed time of all divided by their \
-         number. The usage is one request per key, spread over 28 days. Times \
-         in ms are medians, and include a new connection.",
+        "The columns are numbers of keys, all of one tenant and on one plan. The ratio is the last value of a row \
+         divided by the row's first value. The exponent compares the last two values: it is 0 if they are equal, and 1 \
+         if they are proportional to the number of keys. Startup is the median of {STARTS} starts with an empty data \
+         directory and a migrated database. CPU time is the user and system time of the server's process: medians of \
+         {} rounds of {} ms, with all keys in memory and QUOTA_METERING=off. First requests are the first requests with \
+         up to {FIRST_REQUESTS} keys that are not in memory, or whose plan has just been edited; µs per request is the \
+         total elapsed time divided by the number of requests. The recorded usage is one request per key, spread over \
+         28 days. Times in ms are medians, and include opening a connection.",
         options.rounds, options.millis
     );
     for note in &table.notes {
@@ -317,12 +317,12 @@ impl Scale<'_> {
         let cost = decisions::measure(server, &self.secrets, rounds, time).await?;
         table.set("request with a random key, CPU µs", keys, cost.all_keys);
         table.set(
-            "request with always the same key, CPU µs",
+            "request with the same key each time, CPU µs",
             keys,
             cost.one_key,
         );
         table.set(
-            "request with a random key compared with the same key",
+            "request with a random key, compared with the same key each time",
             keys,
             cost.ratio,
         );
@@ -335,9 +335,9 @@ impl Scale<'_> {
         let edit =
             requests::edit(server.addr, &self.tenant, &self.plan, secret, self.limit).await?;
         self.limit -= requests::EDITS;
-        table.set("edit of the plan, ms", keys, edit.answered);
+        table.set("plan edit, ms", keys, edit.answered);
         table.set(
-            "edit of the plan until a request has the new limit, ms",
+            "time from a plan edit until a request has the new limit, ms",
             keys,
             edit.effective,
         );
