@@ -65,7 +65,7 @@ impl Yesterday {
     }
 }
 
-/// Returns a fraction of a count, rounded to an integer.
+/// Returns the given fraction of a count, rounded to an integer.
 fn part_of(count: u64, part: f64) -> u64 {
     // The count for a quarter hour is far below 2^52.
     #[expect(

@@ -19,8 +19,8 @@ fn forbidden(role: Role) -> ApiError {
 }
 
 impl SignedInTenant {
-    /// Requires permission to change the tenant itself. Used for `PATCH /auth/me`, where only some fields require the
-    /// permission.
+    /// Returns an error unless the caller may change the tenant itself. Used for `PATCH /auth/me`, where only some
+    /// fields require the permission.
     pub fn require_administration(&self) -> Result<(), ApiError> {
         if self.role().may_administer() {
             Ok(())

@@ -67,7 +67,7 @@ impl Billing {
         self.account.0.is_other.load(Ordering::Relaxed)
     }
 
-    /// Returns the description of the secret key's account. Returns [`BillingError::OtherAccount`] if the customers
+    /// Returns a description of the secret key's account. Returns [`BillingError::OtherAccount`] if the customers
     /// belong to a different account or mode. Reads the account from Stripe only once.
     pub async fn verify_account(&self) -> Result<String, BillingError> {
         let result = self.compare_account().await;

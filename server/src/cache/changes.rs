@@ -94,7 +94,7 @@ mod tests {
     const PLAN: Uuid = Uuid::from_u128(2);
     const KEY: Uuid = Uuid::from_u128(3);
 
-    /// Returns whether a change invalidates a key that was loaded in a generation.
+    /// Returns whether a change to `owner` in `generation` invalidates a row that was loaded in `loaded_in`.
     fn is_changed(owner: Owner, generation: u64, loaded_in: u64) -> bool {
         let changes = Changes::default();
         changes.add(owner, generation);

@@ -133,7 +133,7 @@ fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
     })
 }
 
-/// The combined set of resources that several changes invalidate, so that a cache has to be searched only once.
+/// All resources that several changes invalidate. With this set, a cache has to be searched only once.
 #[derive(Debug, Default)]
 pub struct InvalidationSet {
     tenants: HashSet<Uuid>,

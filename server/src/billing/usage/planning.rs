@@ -120,7 +120,7 @@ impl Billing {
     }
 
     /// Plans the usage of an hour up to `until`, which is the end of the hour or a boundary of a billing period within
-    /// it. Returns whether this succeeded.
+    /// it. Returns `false` if usage kept arriving, so the hour could not be planned.
     async fn plan_hour(
         &self,
         tenant: TenantId,
@@ -136,7 +136,8 @@ impl Billing {
         Ok(false)
     }
 
-    /// Returns `false` if usage arrived while the log was being scanned.
+    /// Works like [`plan_hour`](Self::plan_hour), but scans the log only once. Returns `false` if usage arrived during
+    /// the scan.
     async fn try_plan_hour(
         &self,
         tenant: TenantId,
