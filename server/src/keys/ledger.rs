@@ -90,8 +90,8 @@ impl PostgresLedger {
     }
 
     /// Takes tokens from windows in use. In a second transaction, opens missing windows and takes tokens from these
-    /// windows. The second transaction may have to wait for a key that is being deleted, and must not hold locks that
-    /// other calls need during that time.
+    /// windows. The second transaction may have to wait for a key that is being deleted. While it waits, it must not
+    /// hold locks that other calls need.
     async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         let mut results = self.take_from(Windows::Used, requests).await;
         let missing: Vec<usize> = (0..results.len())

@@ -120,8 +120,8 @@ impl Limiter {
             let state = handle.state.lock();
             return state.existing_denials()?.find(policies, cost, &*self.clock);
         };
-        // A denial without a call only repeats the store's last denial. If it were recorded, repeated requests would
-        // prolong the denial.
+        // A denial without a call only repeats the store's last denial. If such a denial were recorded, repeated
+        // requests would prolong it.
         if decision.is_allowed() {
             self.remember(handle, policies, cost, &decision, self.clock.monotonic());
         }

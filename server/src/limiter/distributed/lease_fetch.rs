@@ -61,8 +61,8 @@ impl StoreCore {
         };
         let (handle, span) = (Arc::clone(handle), spans::current());
         runtime.spawn(async move {
-            // Created inside the task: a runtime that has been shut down drops the task at once, while the key is still
-            // locked, and dropping a `LeaseFetch` locks the key.
+            // Created inside the task: a runtime that has been shut down drops the task immediately, while the key is
+            // still locked, and dropping a `LeaseFetch` locks the key.
             fetch(LeaseFetch {
                 inner,
                 handle,
@@ -158,9 +158,9 @@ impl LeaseFetch {
     }
 
     /// Distributes granted tokens: first to the requests that the call was made for, then to requests that have arrived
-    /// since. The rest is held for later if the plan allows it. If the response is late and none of the call's requests
-    /// is waiting any longer, the tokens are not distributed but returned, unless no other tokens are available
-    /// locally. Returns whether any tokens are held.
+    /// since. The remaining tokens are held for later if the plan allows leases. If the response is late and none of
+    /// the call's requests is waiting any longer, the tokens are not distributed but returned, unless no other tokens
+    /// are available locally. Returns whether any tokens are held.
     fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
         let BucketState::Active {
             granted,

@@ -46,7 +46,7 @@ const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
 
-/// See [`StoreCore::max_detection_delay`]. Response times are omitted here. Response times delay the second probe at
+/// See [`StoreCore::max_detection_delay`]. Response times are omitted here, because they delay the second probe at
 /// least as much as the detection.
 const _: () = assert!(
     5 * CALL_EVERY.as_millis()
@@ -56,7 +56,7 @@ const _: () = assert!(
 );
 
 /// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has
-/// confirmed a response sent after the outage began and newer than the stored confirmation by more than
+/// confirmed a response that was sent after the outage began and is newer than the stored confirmation by more than
 /// [`CONFIRMED_EVERY`]. One call gets this response, and the next call confirms it. Each of these calls starts within
 /// [`CALL_EVERY`]. The first response may take up to `deadline`, and so may the second call.
 pub(super) fn first_probe(deadline: Duration) -> Duration {

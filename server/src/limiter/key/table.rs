@@ -291,7 +291,8 @@ impl KeyTable {
         }
     }
 
-    /// Fetches missing blocks until `attempt` succeeds.
+    /// Fetches missing blocks until `attempt` succeeds. Returns an error if a call to the ledger fails or takes too
+    /// long, or if the table is draining.
     pub(in crate::limiter) async fn fetch<T>(
         &self,
         handle: &Arc<KeyHandle>,
