@@ -1,8 +1,8 @@
 //! Callers with a permission in their tenant.
 //!
 //! A handler whose first argument is one of these types runs only for callers with the corresponding permission.
-//! Signed-in callers without it get 403 before the body is read. [`SignedInTenant`] requires no permission; it is for
-//! users' own accounts and sessions. [`Role`] defines the permissions of each role.
+//! Signed-in callers without the permission get 403 before the body is read. [`SignedInTenant`] requires no permission;
+//! it is for users' own accounts and sessions. [`Role`] defines the permissions of each role.
 
 use std::ops::Deref;
 

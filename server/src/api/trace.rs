@@ -1,7 +1,8 @@
 //! The spans of requests.
 //!
-//! Attributes have the names that the OpenTelemetry conventions for HTTP define, where such names exist. Except for the
-//! request ID, which is also in the log, spans contain neither URLs nor headers, because these may contain secrets.
+//! Attributes have the names that the OpenTelemetry conventions for HTTP define, where such names exist. Spans contain
+//! neither URLs nor headers, because these may contain secrets. The only exception is the request ID, which is also in
+//! the log.
 
 use std::net::IpAddr;
 

@@ -173,7 +173,7 @@ fn windows(text: &str) -> Vec<String> {
     windows
 }
 
-/// Returns an upper bound for the number of ways that zxcvbn reads this string's symbols as letters.
+/// Returns an upper bound for the number of ways in which zxcvbn reads this string's symbols as letters.
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();

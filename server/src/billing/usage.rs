@@ -9,7 +9,7 @@
 //!   hour's total in Stripe shows whether the report arrived.
 //! - Usage that arrives after its hour was planned becomes another revision, which contains only the difference.
 //! - If a billing period starts or ends during an hour, the hour is divided at that time, based on the log. The part
-//!   before that time is planned as soon as it is complete, and the rest when the hour has ended.
+//!   before that time is planned as soon as it is complete, and the part after that time when the hour has ended.
 //! - Usage that Stripe would not charge is not sent. It is recorded with the reason.
 
 mod planning;

@@ -1,8 +1,8 @@
 //! Deletes expired rows, and clears expired secrets.
 //!
 //! Each batch is a short transaction. The size of a batch depends on how long the previous batch took, and may be as
-//! small as a single row. The kinds of rows take turns, so that a kind whose rows are slow to delete or locked does not
-//! block the other kinds.
+//! small as a single row. The kinds of rows take turns, so that a kind whose rows are locked, or slow to delete, does
+//! not block the other kinds.
 
 use std::time::{Duration, Instant};
 

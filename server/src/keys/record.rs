@@ -309,7 +309,7 @@ impl KeyStore {
     }
 
     /// Frees the records that [`revoke`](Self::revoke) has invalidated, so that the limiter can drop the state of keys
-    /// that are not used any longer.
+    /// that are no longer used.
     pub fn sweep(&self) {
         self.keys.sweep();
     }

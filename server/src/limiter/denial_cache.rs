@@ -5,8 +5,8 @@
 //! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So the
 //! local bucket is charged only for requests that the store has allowed. (Charging first and refunding denied requests
 //! is not equivalent: the bucket may have been full between the two steps, and the refund would then credit tokens that
-//! were never taken.) Degraded decisions must not be recorded, because they do not show what the shared
-//! counters would decide: a request that the counters would allow must not be denied.
+//! were never taken.) Degraded decisions must not be recorded, because they do not show what the shared counters would
+//! decide: a request that the counters would allow must not be denied.
 //!
 //! The local store keeps its state in the same handle, so a cache in front of the local store would only add cost. The
 //! limiter skips the cache if [`LimitStore::is_local`].

@@ -4,7 +4,7 @@
 //! passes a key's handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger
 //! fails, only keys with calendar quotas (their own or their tenant's) are affected: these keys spend the tokens that
 //! are available locally, and then their requests get an error. A request is allowed only if its cost has been taken
-//! from each policy, except in degraded decisions, for which the plan's fallback setting determines the rate limit.
+//! from each policy. In degraded decisions, the plan's fallback setting determines which rate limit applies.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision

@@ -158,7 +158,7 @@ impl Billing {
         let is_whole = until == start + hour();
         let mut spans = divide(start, edges);
         spans.retain(|it| it.until <= until);
-        // The last part of a complete hour gets the rest of the usage, including usage that is no longer in the log.
+        // The last part of a complete hour gets all remaining usage, including usage that is no longer in the log.
         let scanned = spans.len() - usize::from(is_whole);
         let seen = billing_usage::hour(&mut tx, tenant, start, false).await?;
         let mut unreported = Vec::new();

@@ -36,7 +36,8 @@ pub struct Sent {
 }
 
 impl Billing {
-    /// Sends reports that are due: for several customers concurrently, and for each customer one after the other.
+    /// Sends reports that are due. Reports of different customers are sent concurrently, and reports of the same
+    /// customer one after another.
     pub async fn send_usage(&self) -> Result<Sent, BillingError> {
         self.verify_account().await?;
         let mut sent = Sent::default();

@@ -68,7 +68,7 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
 /// empty all buckets again.
 ///
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
-/// after [`first_probe`], and arrives within another `deadline`. A replica that is probing already waits for
+/// after [`first_probe`], and arrives within another `deadline`. A replica that is already probing waits for
 /// [`PROBE_DEADLINE`] or one `deadline`, pauses for [`PROBE_EVERY`], and its next probe arrives within another
 /// `deadline`. That probe must arrive before the epoch starts, even if the start is no longer postponed.
 pub(super) fn epoch_delay(deadline: Duration) -> Duration {
@@ -89,8 +89,8 @@ impl StoreCore {
         Nanos::from(self.settings.deadline).0 / 1000
     }
 
-    /// Returns the time within which an outage that one replica has detected is also detected by all other replicas, or
-    /// ends for the first replica.
+    /// Returns the maximum time from the moment when one replica detects an outage until all other replicas have
+    /// detected the outage too, or until the outage has ended for the first replica.
     ///
     /// The first replica may detect the outage as soon as it begins, if it received its last response long before. An
     /// idle replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one

@@ -185,7 +185,8 @@ impl KeyTable {
         shard.keys.retain(|NamedHandle(handle)| {
             let mut state = handle.state.lock();
             state.free_remote(monotonic);
-            // If the shard has the only reference, no other reference can be created while the shard is locked.
+            // If the shard has the only reference to the handle, no other reference can be created while the shard is
+            // locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
                 // Once the state has entered a new window, the prefetched block of that window can be returned even if

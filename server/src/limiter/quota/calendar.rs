@@ -162,7 +162,8 @@ impl QuotaWindow {
 /// contains `at`, if there is one. Otherwise, the result is the calendar window, shortened so that it does not overlap
 /// any window with usage.
 pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> QuotaWindow {
-    // Two windows can contain `at` if an older version, which did not store the end of windows, counted usage in both.
+    // Two windows can contain `at` if an older version, which did not store the end of windows, counted usage in both
+    // windows.
     let current = used.iter().filter(|window| window.span.contains(at));
     if let Some(current) = current.max_by_key(|window| window.span.start) {
         return *current;

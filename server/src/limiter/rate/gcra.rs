@@ -5,9 +5,10 @@
 //! depend only on the TAT and their arguments, so a store in memory and a script in Redis make the same decisions.
 //!
 //! Two properties hold. *Never above the limit*: the emission interval is rounded up, so the rate is `rpm` or slightly
-//! less (by at most 1 in 1,000, and only near 60,000,000 per minute). *No lockout when the clock is set back*: a TAT
-//! later than that of an empty bucket can only come from a clock that was ahead, so the bucket counts as empty. So if
-//! the clock is set back by hours, a key waits at most until its bucket has refilled, not for hours.
+//! less. The difference is largest near 60,000,000 per minute, where it is less than 1 in 1,000. *No lockout when the
+//! clock is set back*: a TAT later than that of an empty bucket can only come from a clock that was ahead, so the
+//! bucket counts as empty. So if the clock is set back by hours, a key waits at most until its bucket has refilled, not
+//! for hours.
 //!
 //! Reference: ITU-T I.371, annex A (virtual scheduling algorithm).
 
