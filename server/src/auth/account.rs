@@ -151,7 +151,7 @@ impl Accounts {
         self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Returns the result of a sign-in, with the device token to send at the next one.
+    /// Returns the result of a sign-in, with the device token to send at the next sign-in.
     fn signed_in(
         &self,
         tokens: Tokens,

@@ -209,7 +209,7 @@ impl<T> Default for Queue<T> {
 
 impl<T> Queue<T> {
     /// Adds a waiter to its class. If the class is full, removes the newest waiter of the party with the most waiters.
-    /// Returns `false` if that is the new waiter itself.
+    /// Returns `false` if the new waiter itself would be removed.
     fn push(&mut self, turn: Turn, waiter: T) -> bool {
         let class = &mut self.classes[turn.class as usize];
         if class.len() >= WAITING[turn.class as usize] {

@@ -281,7 +281,7 @@ mod tests {
             // Tokyo
             ("2026-10-31T15:00:00Z", "2026-11-30T15:00:00Z"),
             ("2026-02-28T15:00:00Z", "2026-03-31T15:00:00Z"),
-            // Kiritimati and Pago Pago, the inhabited places furthest from UTC
+            // Kiritimati and Pago Pago, the inhabited places farthest from UTC
             ("2026-01-31T10:00:00Z", "2026-02-28T10:00:00Z"),
             ("2026-02-01T11:00:00Z", "2026-03-01T11:00:00Z"),
         ] {

@@ -385,7 +385,7 @@ impl<V: Send + 'static> Worker<V> {
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,
-    /// The permission to use a connection for unknown secrets, if the batch contains any.
+    /// The permit to use a connection for unknown secrets, if the batch contains any.
     slot: Option<OwnedSemaphorePermit>,
 }
 

@@ -215,8 +215,8 @@ impl Limiter {
         self.store.delete(keys).await
     }
 
-    /// Returns all unused tokens to the ledger and the shared counters, if they respond in time, and stops taking more.
-    /// Call after the last request, before the process exits.
+    /// Returns all unused tokens to the ledger and the shared counters, if they respond in time, and stops taking
+    /// tokens. Call after the last request, before the process exits.
     pub async fn drain(&self) -> ReturnedQuota {
         let Some(quotas) = &self.tenants else {
             return self.store.drain().await;

@@ -131,8 +131,8 @@ impl Cluster {
     ///
     /// This process holds the lock of the data directory, so any PostgreSQL instance running there is an orphan. An
     /// orphan is recognized by its working directory, because PostgreSQL changes to the directory of its cluster. The
-    /// PID in a file would not be sufficient, because by now it may belong to a different process. If `/proc` does not
-    /// exist, only PostgreSQL's own check of its PID file protects the cluster.
+    /// PID in PostgreSQL's PID file would not be sufficient, because by now it may belong to a different process. If
+    /// `/proc` does not exist, only PostgreSQL's own check of its PID file protects the cluster.
     pub(super) async fn stop_orphan(&self) -> Result<(), EmbeddedError> {
         let cluster = fs::canonicalize(&self.place.cluster)
             .map_err(EmbeddedError::file("cannot inspect", &self.place.cluster))?;

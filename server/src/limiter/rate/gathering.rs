@@ -56,7 +56,7 @@ impl Gathering {
     }
 }
 
-/// Returns a number below 256 that differs even for times that are close to each other.
+/// Returns a number below 256 that usually differs even for times that are close to each other.
 fn spread(at: CounterMicros) -> u64 {
     at.0.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56
 }

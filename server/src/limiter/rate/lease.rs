@@ -110,7 +110,7 @@ pub(in crate::limiter) struct Demand {
 
 impl Lease {
     /// Creates the lease of a key. `is_plan_confirmed` is the [value](Self::is_plan_confirmed) of an earlier lease that
-    /// was dropped because it was unused, and false if the plan has been edited since.
+    /// was dropped because it was unused, or `false` if the plan has been edited since.
     pub(in crate::limiter) fn new(is_plan_confirmed: bool) -> Self {
         Self {
             is_plan_confirmed,
