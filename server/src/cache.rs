@@ -296,7 +296,8 @@ where
         loading
     }
 
-    /// Returns whether the key is cached, even if its entry is no longer valid or has been emptied.
+    /// Returns whether the cache has an entry for the key, including an entry that is no longer valid or has been
+    /// emptied.
     pub fn holds(&self, key: &K) -> bool {
         self.inner.present.contains_key(key)
     }

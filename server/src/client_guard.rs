@@ -139,7 +139,7 @@ impl ClientRateLimiter {
         }
     }
 
-    /// Drops idle networks. governor's map does not shrink on its own.
+    /// Drops idle networks. The map in `governor` does not shrink on its own.
     pub fn prune(&self) {
         for governor in self.wider.iter().chain(&self.governor) {
             governor.retain_recent();
@@ -213,7 +213,7 @@ mod tests {
             let _ = guard.admit(ClientNetwork::address(IpAddr::V4(i.into())));
         }
         assert!(guard.governor.as_ref().unwrap().len() <= 100);
-        // governor keeps entries one interval longer than necessary.
+        // `governor` keeps entries one interval longer than necessary.
         clock.advance(Duration::from_secs(121));
         assert_eq!(guard.admit(caller("192.0.2.1")), Ok(()));
     }

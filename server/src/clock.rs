@@ -97,7 +97,7 @@ macro_rules! instants {
 }
 instants!(UnixNanos, Monotonic);
 
-/// A time on the monotonic clock: nanoseconds since an arbitrary start in this process.
+/// A time on the monotonic clock: nanoseconds since an arbitrary point in time that is fixed for this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct Monotonic(pub u64);
@@ -139,7 +139,8 @@ pub trait Clock: Debug + Send + Sync + 'static {
     /// Returns calendar time. Calendar time may stand still or go backward.
     fn now(&self) -> UnixNanos;
 
-    /// Returns the time since an arbitrary point in the life of this process. Monotonic time never goes backward.
+    /// Returns the time since an arbitrary point in time that is fixed for this process. Monotonic time never goes
+    /// backward.
     fn monotonic(&self) -> Monotonic;
 }
 

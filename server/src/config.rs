@@ -2,7 +2,7 @@
 //!
 //! [`Settings`] contains each setting as text, and [`Config`] contains the parsed values. All settings are parsed at
 //! startup. If any setting is invalid, the server does not start, and reports one error per line, with the name of the
-//! variable. The rest of the server does not read the environment.
+//! variable. No other part of the server reads the environment.
 
 mod environment;
 mod example;

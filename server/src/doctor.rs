@@ -1,7 +1,7 @@
 //! `quota doctor`: checks the settings and dependencies of a server, and prints one line for each finding.
 //!
-//! Does not change anything, except that the command starts an existing private PostgreSQL if `DATABASE_URL` is not set
-//! and no server is running. An unreachable dependency is a finding too. Every check has a time limit.
+//! The command changes nothing, except that it starts an existing private PostgreSQL if `DATABASE_URL` is not set and
+//! no server is running. An unreachable dependency is a finding too. Every check has a time limit.
 
 use std::{fmt::Write as _, io};
 

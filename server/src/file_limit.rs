@@ -9,7 +9,8 @@ const OTHER_FILES: usize = 256;
 /// connections, the server would be useless.
 const LEAST: usize = 16;
 
-/// Raises the soft limit to the hard limit and returns the result. Returns `None` if the limit is unknown.
+/// Raises the soft limit to the hard limit if possible, and returns the resulting soft limit. Returns `None` if the
+/// limit is unknown.
 pub fn raise() -> Option<usize> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).ok()?;
     let limit = if soft < hard && setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() {

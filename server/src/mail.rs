@@ -190,7 +190,7 @@ fn one_line(text: &str) -> String {
 }
 
 /// Writes a file completely or not at all. If there are too many files, deletes the oldest ones. The names of the files
-/// are UUIDv7, so they sort by time.
+/// are UUIDs of version 7, so they sort by time.
 fn write(dir: &Path, path: &Path, content: &[u8]) -> io::Result<()> {
     fs::create_dir_all(dir)?;
     let temporary = path.with_extension("part");

@@ -34,12 +34,12 @@ pub struct StatsApi {
     pub state: AppState,
 }
 
-/// The same time of day yesterday, for comparison.
+/// Yesterday, up to the same time of day as now, for comparison.
 struct Yesterday {
     start: DateTime<Utc>,
-    /// The start of the quarter hour that contains this time.
+    /// The start of the quarter hour that contains the same time of day yesterday.
     quarter: DateTime<Utc>,
-    /// The fraction of that quarter hour that had passed by this time.
+    /// The fraction of that quarter hour that had passed at the same time of day.
     part: f64,
 }
 
@@ -65,7 +65,7 @@ impl Yesterday {
     }
 }
 
-/// Returns a fraction of a count, rounded to an integer.
+/// Returns the given fraction of a count, rounded to an integer.
 fn part_of(count: u64, part: f64) -> u64 {
     // The count for a quarter hour is far below 2^52.
     #[expect(

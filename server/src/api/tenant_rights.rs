@@ -1,8 +1,8 @@
 //! Callers with a permission in their tenant.
 //!
 //! A handler whose first argument is one of these types runs only for callers with the corresponding permission.
-//! Signed-in callers without it get 403 before the body is read. [`SignedInTenant`] requires no permission; it is for
-//! users' own accounts and sessions. [`Role`] defines the permissions of each role.
+//! Signed-in callers without the permission get 403 before the body is read. [`SignedInTenant`] requires no permission;
+//! it is for users' own accounts and sessions. [`Role`] defines the permissions of each role.
 
 use std::ops::Deref;
 
@@ -19,8 +19,8 @@ fn forbidden(role: Role) -> ApiError {
 }
 
 impl SignedInTenant {
-    /// Requires permission to change the tenant itself. Used for `PATCH /auth/me`, where only some fields require the
-    /// permission.
+    /// Returns an error unless the caller may change the tenant itself. Used for `PATCH /auth/me`, where only some
+    /// fields require the permission.
     pub fn require_administration(&self) -> Result<(), ApiError> {
         if self.role().may_administer() {
             Ok(())

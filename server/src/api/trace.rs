@@ -1,7 +1,8 @@
 //! The spans of requests.
 //!
-//! Attributes have the names that the OpenTelemetry conventions for HTTP define, where such names exist. Except for the
-//! request ID, which is also in the log, spans contain neither URLs nor headers, because these may contain secrets.
+//! Attributes have the names that the OpenTelemetry conventions for HTTP define, where such names exist. Spans contain
+//! neither URLs nor headers, because these may contain secrets. The only exception is the request ID, which is also in
+//! the log.
 
 use std::net::IpAddr;
 
@@ -12,12 +13,13 @@ use super::{
 };
 use crate::{spans::Span, state::AppState};
 
-/// The methods that appear in spans. A client can send any other text as the method.
+/// The methods that appear in spans under their own names. A client can send any text as the method, so all other
+/// methods appear as `_OTHER`.
 const METHODS: [&str; 9] = [
     "CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "TRACE",
 ];
 
-/// Starts the span of a request, if it is traced. `peer` must be in canonical form.
+/// Starts the span of a request, if the request is traced. `peer` must be in canonical form.
 pub fn begin(
     state: &AppState,
     peer: Option<IpAddr>,
@@ -38,7 +40,7 @@ pub fn begin(
     }
 }
 
-/// Ends the span of a request. `route` is the path's template in the OpenAPI document, if it has one.
+/// Ends the span of a request. `route` is the template of the request's path in the OpenAPI document, if there is one.
 pub fn end(
     mut span: Span,
     context: &RequestContext,

@@ -86,7 +86,8 @@ impl WebhookApi {
             .map_err(|message| ApiError::invalid("url", message))
     }
 
-    /// Waits for the tenant's turn to request a delivery. Fails if the tenant has requested too many deliveries.
+    /// Waits for the tenant's turn to request a delivery. Fails if the tenant has recently requested too many
+    /// deliveries.
     async fn request_turn(&self, caller: &ManagingTenant) -> Result<Turn, ApiError> {
         let admitted = self.state.webhook_requests.admit(caller.tenant());
         admitted.map_err(|wait| {
@@ -398,7 +399,7 @@ impl WebhookApi {
             let Some(delivery) = webhook_delivery::find(tx, id).await? else {
                 return Ok(None);
             };
-            // Deliveries are deleted some time after their webhook.
+            // The webhook may have been deleted already, because its deliveries are deleted some time later.
             if webhook::lock(tx, delivery.webhook_id).await?.is_none() {
                 return Ok(None);
             }

@@ -60,7 +60,7 @@ pub struct Accounts {
 pub struct Credentials<'a> {
     pub email: &'a str,
     pub password: &'a str,
-    /// The device token from earlier sign-ins.
+    /// The device tokens from earlier sign-ins, as the device has stored them.
     pub device: Option<&'a str>,
 }
 
@@ -99,8 +99,9 @@ impl Accounts {
         registered
     }
 
-    /// Calls `before_commit` before the account can exist. If the response from PostgreSQL is lost or the client
-    /// disconnects after that, it is unknown whether the transaction was committed.
+    /// Registers a user without counting the registration. Calls `before_commit` before the account can exist. If the
+    /// response from PostgreSQL is lost or the client disconnects after that call, it is unknown whether the account
+    /// was created.
     async fn register_unlimited(
         &self,
         (email, password): (&str, &str),
@@ -150,7 +151,7 @@ impl Accounts {
         self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Returns the result of a sign-in, with the device token to send at the next one.
+    /// Returns the result of a sign-in, with the device token to send at the next sign-in.
     fn signed_in(
         &self,
         tokens: Tokens,
@@ -228,7 +229,7 @@ impl Accounts {
         Ok(())
     }
 
-    /// Returns the user's email address, the tenant's name, and the role of every membership.
+    /// Returns, for every membership, the user's email address, the tenant's name, and the role.
     pub async fn list(&self) -> Result<Vec<(String, String, String)>, AuthError> {
         let mut tx = self.db.system().await?;
         let all = account::list(&mut tx).await?;
@@ -308,8 +309,9 @@ impl Accounts {
         self.signed_in(tokens, member, (&email, &hash), device)
     }
 
-    /// Counts a sign-in attempt. If a known device has no attempts left, it is treated like an unknown device. If such
-    /// a device were rejected instead, anyone who has obtained the account's device tokens could lock its owner out.
+    /// Counts a sign-in attempt. Returns the attempt, and the device if the attempt was counted as one from a known
+    /// device. If a known device has no attempts left, it is treated like an unknown device. If such a device were
+    /// rejected instead, anyone who has obtained the account's device tokens could lock the owner of the account out.
     async fn attempt(
         &self,
         email: &str,
@@ -325,8 +327,9 @@ impl Accounts {
         Ok((attempt.map_err(refused)?, None))
     }
 
-    /// Verifies a password. While it is being verified, the attempt counts as failed, so disconnecting early has no
-    /// advantage. The attempt stops counting as failed if the password is correct or was not verified after all.
+    /// Returns whether the password is correct. While the password is being verified, the attempt counts as failed, so
+    /// disconnecting early has no advantage. The attempt stops counting as failed if the password is correct or was not
+    /// verified after all.
     async fn verify(
         &self,
         attempt: &mut Attempt,

@@ -12,8 +12,8 @@ for i, key in ipairs(KEYS) do
   local state = redis.call('HMGET', key, 'n', 'at', 'until')
   local at = tonumber(state[2]) or now
   local forgiven = math.max(0, now - at) / tonumber(ARGV[3 * i - 1])
-  -- Attempts beyond this number have no effect. This maximum, and the maximum wait, matter only if another program
-  -- writes to these keys.
+  -- Limit the count to `free` + 32. This limit, and the limit of the wait, matter only if another program writes to
+  -- these keys.
   local n = math.min(tonumber(state[1]) or 0, tonumber(ARGV[3 * i - 2]) + 32)
   counts[i] = math.max(0, n - forgiven)
   local left = (tonumber(state[3]) or 0) - now

@@ -17,8 +17,8 @@
 //! attempt is taken back from all counters.
 //!
 //! Registrations are also counted, by network only. A network can create `QUOTA_REGISTRATIONS_PER_DAY` accounts without
-//! waiting, and then the same number per day. Without this limit, a person could raise all other limits by creating
-//! many accounts, because each account has its own limits.
+//! waiting, and then the same number per day. Without this limit, a person could get around all other limits by
+//! creating many accounts, because each account has its own limits.
 //!
 //! With Redis, a script in Redis counts the attempts of all replicas together. Each replica also counts attempts
 //! locally. While Redis is unreachable, the local counters decide, and allow half as many attempts. No response to a
@@ -173,8 +173,8 @@ impl Attempts {
             .await
     }
 
-    /// Counts an attempt by a signed-in user, for example to change the password. Prevents the use of a stolen session
-    /// to guess the password.
+    /// Counts an attempt by a signed-in user, for example to change the password. Limits how often a stolen session can
+    /// be used to guess the password.
     pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);
         self.take_known(vec![own, self.uses(&[b"user uses", user])])
@@ -256,8 +256,8 @@ impl Attempts {
         if self.redis.is_none() {
             return count.await;
         }
-        // Count in a separate task. Even if the caller is dropped, the task finds out whether Redis has counted the
-        // attempt, and takes it back only in that case.
+        // Count in a separate task. Even if the caller is dropped, the task waits for the response from Redis, and
+        // takes the attempt back in Redis only if Redis has counted it.
         let counted = tokio::spawn(count).await;
         counted.unwrap_or(Err(Wait(Duration::from_secs(1))))
     }
@@ -420,8 +420,8 @@ pub fn account_number(email: &str) -> u64 {
 fn number(of: &impl std::hash::Hash) -> u64 {
     use std::hash::BuildHasher as _;
 
-    // The hash keys are random for each process, so attackers cannot find email addresses with the same number as
-    // another account.
+    // The hash keys are random for each process, so attackers cannot find an email address that has the same hash as
+    // the address of another account.
     static KEYS: std::sync::LazyLock<std::hash::RandomState> =
         std::sync::LazyLock::new(std::hash::RandomState::new);
     KEYS.hash_one(of)

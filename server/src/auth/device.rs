@@ -5,7 +5,7 @@
 //! exhaust. The token is not a credential: without the password, it only allows a few separate attempts.
 //!
 //! A token contains a random ID, the time it was issued, and a tag derived from the account's password. A MAC covers
-//! the token and the account's email address. Changing the password makes all devices unknown. The server stores
+//! this content and the account's email address. Changing the password makes all devices unknown. The server stores
 //! nothing. The value that a device stores may contain tokens for several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};

@@ -2,7 +2,7 @@
 //!
 //! This module does not depend on HTTP. A small pool of dedicated threads hashes passwords, so that a flood of sign-ins
 //! does not use up memory and CPU time that other work needs. While PostgreSQL is unreachable, sign-in is not possible,
-//! and cached sessions remain valid for `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-in
+//! and cached sessions can be used for `QUOTA_STALE_GRACE`. While Redis is unreachable, each replica limits sign-in
 //! attempts separately.
 
 pub mod account;

@@ -2,9 +2,9 @@
 //!
 //! Hashing uses at most two threads and 92 MiB of memory, regardless of load. Callers that wait for a thread belong to
 //! one of three classes: known devices and signed-in users; networks with few recent failures; and all other callers,
-//! including registrations. So a flood of sign-ins does not lock out other users. The number of waiters in each class
-//! is limited, and each class gets a share of the threads. Within a class, accounts or networks take turns. When a
-//! class is full, the account or network with the most waiters loses one of them.
+//! including registrations. The number of waiters in each class is limited, and each class gets a share of the threads,
+//! so a flood of sign-ins does not lock out other users. Within a class, accounts or networks take turns. If a waiter
+//! arrives when its class is full, the account or network with the most waiters loses one of them.
 //!
 //! The same threads estimate the strength of new passwords, because that also takes time.
 
@@ -54,7 +54,7 @@ const TURNS: [CallerClass; 8] = [
 
 /// How many of a password's characters are used for the estimate, not counting repetitions.
 const JUDGED: usize = 64;
-/// The maximum number of ways to read symbols as letters.
+/// The maximum number of ways to read the symbols of one part of a password as letters.
 const READINGS: usize = 32;
 /// The maximum cost of an estimate. An estimate of this cost takes about 4 ms. The cost is the square of the number of
 /// characters, times the number of readings.
@@ -65,7 +65,7 @@ const REPEATED: usize = 4;
 const SYMBOLS: [&str; 12] = [
     "4@", "8", "({[<", "3", "69", "1!|", "1|7", "0", "$5", "+7", "%", "2",
 ];
-/// The maximum number of parts of the account's email address to search for in its password.
+/// The maximum number of parts of the account's email address to search for in the password.
 const EMAIL_PARTS: usize = 16;
 
 /// The class of a caller whose password is hashed.
@@ -83,7 +83,8 @@ pub enum CallerClass {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Turn {
     pub class: CallerClass,
-    /// Identifies the account (for [`CallerClass::Known`]) or the network that takes turns with others of its kind.
+    /// Identifies the account (for [`CallerClass::Known`]) or the network that takes turns with the others in its
+    /// class.
     pub party: u64,
 }
 
@@ -172,7 +173,7 @@ fn windows(text: &str) -> Vec<String> {
     windows
 }
 
-/// Returns an upper bound for the number of ways that zxcvbn reads this string's symbols as letters.
+/// Returns an upper bound for the number of ways in which zxcvbn reads this string's symbols as letters.
 fn readings(text: &[char]) -> usize {
     let of_letter = |letter: &&str| letter.chars().filter(|c| text.contains(c)).count();
     let product: usize = SYMBOLS.iter().map(|it| of_letter(it).max(1)).product();
@@ -208,7 +209,7 @@ impl<T> Default for Queue<T> {
 
 impl<T> Queue<T> {
     /// Adds a waiter to its class. If the class is full, removes the newest waiter of the party with the most waiters.
-    /// Returns `false` if that is the new waiter itself.
+    /// Returns `false` if the new waiter itself would be removed.
     fn push(&mut self, turn: Turn, waiter: T) -> bool {
         let class = &mut self.classes[turn.class as usize];
         if class.len() >= WAITING[turn.class as usize] {

@@ -1,5 +1,6 @@
-//! Derives all keys from one secret. The operator sets this secret; otherwise, it is stored in the database. Each
-//! purpose has its own key (HKDF-SHA-256), so no key reveals another one.
+//! Derives all keys from one secret. This secret is `QUOTA_SECRET` if the operator has set it. Otherwise, it is a
+//! random secret that is stored in the database. Each purpose has its own key (HKDF-SHA-256), so no key reveals another
+//! one.
 //!
 //! While the operator rotates `QUOTA_SECRET`, new signatures use the current secret, and signatures made with
 //! `QUOTA_SECRET_PREVIOUS` are still accepted. Therefore, browser sessions, access tokens, and known devices remain
@@ -140,7 +141,8 @@ pub struct Seals {
 impl Seals {
     /// Derives the seals. `installation_secret` is a secret that only this database contains.
     pub fn new(current: &[u8], previous: Option<&[u8]>, installation_secret: &[u8]) -> Self {
-        // Use a derived key, because the installation's secret itself may sign access tokens.
+        // Use a value that is derived from the installation's secret. Without `QUOTA_SECRET`, the keys that protect
+        // data held by clients are also derived from this secret.
         let installation = derive(installation_secret, &[b"installation"]);
         let key = |master: &[u8], purpose: &str| {
             derive(master, &[purpose.as_bytes(), b"\0", &installation])

@@ -58,7 +58,7 @@ pub struct LiveSession {
 }
 
 impl CachedRow for LiveSession {
-    /// Changed sessions are searched for instead, because there are few sessions.
+    /// Always returns `false`. Changed sessions are instead found by searching the cache, which contains few sessions.
     fn has_changed(&self, _: &Changes, _: u64) -> bool {
         false
     }
@@ -137,9 +137,9 @@ impl Sessions {
     }
 
     /// Exchanges a refresh token for the next pair of tokens. A token that was used a few seconds ago gets the same
-    /// refresh token again, unless that token has also been used. Reusing any other token revokes the session. Also
-    /// revokes the session if it belongs to a secret that is no longer accepted: anyone who knows
-    /// that secret can compute tokens.
+    /// refresh token again, unless the new token has also been used. Reusing any other token revokes the session. Also
+    /// revokes the session if it belongs to a secret that is no longer accepted: anyone who knows that secret can
+    /// compute the session's next tokens.
     pub async fn refresh(&self, token: &str, origin: &Origin) -> Result<Tokens, AuthError> {
         let token =
             SecretText::parse(Kind::Refresh, token.as_bytes()).ok_or(AuthError::Unauthorized)?;

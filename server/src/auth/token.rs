@@ -92,7 +92,7 @@ impl Signer {
         validation.set_audience(&[AUDIENCE]);
         validation.set_issuer(&[ISSUER]);
         validation.set_required_spec_claims(&["exp", "nbf", "aud", "iss", "sub"]);
-        // Quota checks times itself, based on the server's clock.
+        // [`Signer::verify`] checks these times itself, against the time that the caller passes.
         validation.validate_exp = false;
         validation.validate_nbf = false;
         Ok(Self {

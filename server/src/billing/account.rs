@@ -67,7 +67,7 @@ impl Billing {
         self.account.0.is_other.load(Ordering::Relaxed)
     }
 
-    /// Returns the description of the secret key's account. Returns [`BillingError::OtherAccount`] if the customers
+    /// Returns a description of the secret key's account. Returns [`BillingError::OtherAccount`] if the customers
     /// belong to a different account or mode. Reads the account from Stripe only once.
     pub async fn verify_account(&self) -> Result<String, BillingError> {
         let result = self.compare_account().await;
@@ -166,8 +166,8 @@ impl Billing {
     }
 
     /// Switches billing to the secret key's account and mode. Customers and subscriptions of the previous account are
-    /// forgotten, so tenants have no access until they subscribe again. Does nothing if the customers already belong to
-    /// the secret key's account, or if no customers are stored.
+    /// forgotten, so tenants have no access to paid plans until they subscribe again. Does nothing if the customers
+    /// already belong to the secret key's account, or if no customers are stored.
     pub async fn switch_account(&self) -> Result<Switch, BillingError> {
         match self.verify_account().await {
             // If a sandbox's data was deleted, the account is still the same, but has none of the customers.

@@ -66,7 +66,7 @@ impl Billing {
             .await
     }
 
-    /// Processes events that are due. All events of a tenant are processed with a single read.
+    /// Processes events that are due. All due events of a tenant are processed with a single read.
     pub async fn handle_due(&self) -> Result<Round, DbError> {
         if let Some(round) = self.postponed().await? {
             return Ok(round);

@@ -88,7 +88,7 @@ pub struct Billing {
     prices: Prices,
 }
 
-/// A tenant that wants to subscribe, and the pages to which Stripe returns its user.
+/// A tenant that wants to subscribe, and the pages to which Stripe returns the user.
 #[derive(Debug, Clone, Copy)]
 pub struct Buyer<'a> {
     pub tenant: TenantId,
@@ -240,8 +240,8 @@ impl Billing {
         }
     }
 
-    /// Returns the tenant's Stripe customer, and creates it if there is none. Only one customer is created, even if
-    /// this function fails repeatedly and at any point.
+    /// Returns the ID of the tenant's Stripe customer, and creates a customer if there is none. Only one customer is
+    /// created, even if this function fails repeatedly and at any point.
     async fn customer(&self, buyer: &Buyer<'_>) -> Result<String, BillingError> {
         let tenant = buyer.tenant;
         let request = async |tx: &mut SystemTx| {
@@ -377,8 +377,9 @@ impl Billing {
         Ok((session, invalidation))
     }
 
-    /// Returns an error if a completed session has created a subscription. The subscription is `incomplete` until a
-    /// delayed payment arrives. The session may also have been completed since the last read.
+    /// Reads the tenant's subscriptions, and returns an error if a completed session has created one. The session may
+    /// have been completed since the last read, or the subscription may be `incomplete` because a delayed payment has
+    /// not arrived yet.
     async fn expect_no_pending_subscription(&self, tenant: TenantId) -> Result<(), BillingError> {
         self.read(tenant).await?;
         let statuses = self.stripe_statuses(tenant).await?;

@@ -241,7 +241,7 @@ fn endpoint_finding(endpoint: &WebhookEndpoint) -> Finding {
             format!("{} uses API version {version}", endpoint.id),
         )
     } else {
-        // Other versions work too, because the contents of events are not read.
+        // Other versions work too, because Quota does not apply the contents of events.
         let text = format!(
             "{} uses API version {version}; Quota uses {}",
             endpoint.id,

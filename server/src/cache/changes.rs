@@ -3,8 +3,8 @@
 //!
 //! A row belongs to up to three owners: its tenant, its plan, and the key itself. For each owner, a slot contains the
 //! generation of the owner's last change. A row has changed if one of its owners has changed in a later generation than
-//! the one in which the row was loaded. Therefore, the time to edit a plan does not depend on its number of keys, and
-//! no memory per key is needed.
+//! the one in which the row was loaded. Therefore, an edit to a plan takes the same time no matter how many keys are on
+//! the plan, and no memory per key is needed.
 //!
 //! Owners share slots. If two owners have the same slot, a change to one of them also invalidates the rows of the
 //! other, which costs one unnecessary load per row. A change is never missed.
@@ -94,7 +94,7 @@ mod tests {
     const PLAN: Uuid = Uuid::from_u128(2);
     const KEY: Uuid = Uuid::from_u128(3);
 
-    /// Returns whether a change invalidates a key that was loaded in a generation.
+    /// Returns whether a change to `owner` in `generation` invalidates a row that was loaded in `loaded_in`.
     fn is_changed(owner: Owner, generation: u64, loaded_in: u64) -> bool {
         let changes = Changes::default();
         changes.add(owner, generation);

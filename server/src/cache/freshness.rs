@@ -87,9 +87,9 @@ impl Freshness {
         (self.now().saturating_since(polled) <= POLL_FRESH).then_some(polled)
     }
 
-    /// Invalidates the entries of all rows that belong to one of `owners`, and all loads in progress. `owners` is
-    /// iterated only after all loads in progress have been marked to be repeated, so that no outdated entry is used
-    /// afterward.
+    /// Invalidates the entries of all rows that belong to one of `owners`, and all loads in progress. The loads are
+    /// marked to be repeated before `owners` is iterated. Otherwise, a load that ends during the iteration could store
+    /// an outdated entry.
     pub fn changed(&self, owners: impl IntoIterator<Item = Owner>) {
         let generation = self.next_generation();
         for owner in owners {

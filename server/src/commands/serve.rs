@@ -34,7 +34,7 @@ const RETURN_TOKENS_WITHIN: Duration = Duration::from_secs(25);
 const RETURN_TOKENS_MIN: Duration = Duration::from_millis(1500);
 
 /// Returns a future that completes on SIGTERM or SIGINT. The call itself installs the signal handlers. If the first
-/// poll installed them, an earlier signal would kill the process.
+/// poll installed them, a signal before that poll would kill the process.
 fn stop_requested() -> impl Future<Output = ()> {
     let signals = (
         signal(SignalKind::terminate()),

@@ -223,8 +223,8 @@ settings! {
     /// in front of Quota.
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
-    /// How long a client may go without reading any part of a response that is being sent. Reading less
-    /// than 32 KiB may not count and, on HTTP/2, reading less than 1 KiB never does.
+    /// How long a client may go without reading any part of a response that is being sent. If the client reads less
+    /// than 32 KiB, the server may not notice; on HTTP/2, it ignores reads of less than 1 KiB.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
     /// Whether to respond to simple check requests directly, without the general HTTP server: on or off. The responses

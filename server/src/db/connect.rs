@@ -17,7 +17,8 @@ const IDLE_IN_TRANSACTION: Duration = Duration::from_secs(5);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 /// The interval between keepalive probes.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
-/// The number of unanswered keepalive probes that close a connection. Linux uses [`UNACKNOWLEDGED`] instead.
+/// The number of unanswered keepalive probes after which the kernel closes a connection. Linux uses [`UNACKNOWLEDGED`]
+/// instead.
 const KEEPALIVE_RETRIES: u32 = 3;
 /// The kernel closes a connection if sent bytes remain unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(5);

@@ -117,7 +117,7 @@ impl fmt::Debug for Db {
 }
 
 impl Db {
-    /// Creates the pools, which connect on first use. Uses [`Lane::Requests`].
+    /// Creates the pools, which connect on first use. The returned handle uses [`Lane::Requests`].
     pub fn new(url: &SecretString, settings: &DatabaseSettings) -> Self {
         let lanes = Lanes::divide(settings.pool);
         let pool = |size| pool(url, settings, size);

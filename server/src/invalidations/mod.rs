@@ -34,8 +34,8 @@ const CONTEXT: &[&[u8]] = &[b"invalidation 1"];
 /// differ by up to two minutes, and messages arrive quickly. Older changes have already been found by polling.
 const MAX_AGE: Duration = Duration::from_mins(5);
 
-/// A message. Other versions of the server also read it, so fields may be added, but the meaning of existing fields
-/// must not change unless [`CONTEXT`] changes too.
+/// A message. Other versions of the server also read messages, so fields may be added, but the meaning of existing
+/// fields must not change unless [`CONTEXT`] changes too.
 #[derive(Serialize, Deserialize)]
 struct Message<'a> {
     seq: i64,
@@ -133,7 +133,7 @@ fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
     })
 }
 
-/// The combined set of resources that several changes invalidate, so that a cache has to be searched only once.
+/// All resources that several changes invalidate. With this set, a cache has to be searched only once.
 #[derive(Debug, Default)]
 pub struct InvalidationSet {
     tenants: HashSet<Uuid>,

@@ -277,7 +277,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2));
     }
 
-    /// Otherwise, an attacker who can announce future numbers could hide the actual changes with these numbers.
+    /// An attacker who can announce future numbers must not be able to hide the actual changes with these numbers.
     #[test]
     fn announcement_neither_hides_a_number_from_the_poll_nor_raises_the_floor() {
         let recent = Recent::default();

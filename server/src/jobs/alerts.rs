@@ -36,7 +36,7 @@ pub(super) async fn check(state: AppState, mut stopping: watch::Receiver<bool>) 
     }
 }
 
-/// Returns whether to start the next round immediately.
+/// Runs one round of checks. Returns whether the next round should start immediately.
 async fn round(state: &AppState, is_reported: &mut bool) -> bool {
     match state.alerts.check().await {
         Ok(round) => {

@@ -29,11 +29,11 @@ enum DeleteError {
 }
 
 pub(super) async fn delete_limits(state: AppState, mut stopping: watch::Receiver<bool>) {
-    // Until a key has been deleted for this long, a request in progress, or a replica that cannot reach PostgreSQL, may
-    // still use the key, which would create a new bucket for it.
+    // For this long after a key has been deleted, a request in progress, or a replica that cannot reach PostgreSQL, may
+    // still use the key and create a new bucket for it.
     let age = state.config.stale_grace + state.config.request_timeout;
     let mut ticks = every(EVERY);
-    // Rows are kept for a day, so a replica that starts repeats at most the deletions of a day.
+    // Rows are kept for a day, so a replica that has just started repeats at most the deletions of a day.
     let mut last = 0;
     let mut is_failing = false;
     while next(&mut ticks, &mut stopping).await {
@@ -57,7 +57,8 @@ pub(super) async fn delete_limits(state: AppState, mut stopping: watch::Receiver
     }
 }
 
-/// Returns whether there may be more to delete. After an error, the same rows are searched again.
+/// Deletes the limiter state of one batch of deleted keys. Returns whether there may be more to delete. After an error,
+/// the next call searches the same rows again.
 async fn delete_batch(
     state: &AppState,
     last: &mut i64,

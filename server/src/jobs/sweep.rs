@@ -1,8 +1,8 @@
 //! Deletes expired rows, and clears expired secrets.
 //!
-//! Each batch is a short transaction. Its size depends on how long the previous batch took, and may be as small as a
-//! single row. The kinds of rows take turns, so that a kind whose rows are slow to delete or locked does not block the
-//! other kinds.
+//! Each batch is a short transaction. The size of a batch depends on how long the previous batch took, and may be as
+//! small as a single row. The kinds of rows take turns, so that a kind whose rows are locked, or slow to delete, does
+//! not block the other kinds.
 
 use std::time::{Duration, Instant};
 
@@ -20,10 +20,10 @@ const EVERY: Duration = Duration::from_mins(10);
 const FIRST: i64 = 500;
 /// The maximum number of rows in any later batch.
 const LARGEST: i64 = 5000;
-/// If a batch takes less time, the next batch is larger.
+/// If a batch takes less time than this, the next batch is larger.
 const SHORT: Duration = Duration::from_millis(100);
-/// If a batch takes more time, the next batch is smaller. This time is well below the statement timeout, and short
-/// enough for transactions that wait for a row.
+/// If a batch takes more time than this, the next batch is smaller. This time is well below the statement timeout, and
+/// short enough for transactions that wait for a row.
 const LONG: Duration = Duration::from_millis(400);
 /// How long one kind of row is swept before the next kind gets its turn.
 const TURN: Duration = Duration::from_secs(1);

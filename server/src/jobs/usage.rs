@@ -184,7 +184,7 @@ async fn forget_segments(state: &AppState) -> Result<(), DbError> {
     tx.commit().await
 }
 
-/// Removes endpoints without recent requests. Returns whether there may be more of them.
+/// Removes endpoints without recent requests. Returns whether there may be more such endpoints.
 async fn forget_endpoints(state: &AppState) -> Result<bool, DbError> {
     let days = i64::try_from(days(state.config.usage_rollup_retention)).unwrap_or(i64::MAX);
     let mut tx = state.db.system().await?;

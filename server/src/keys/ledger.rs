@@ -90,8 +90,8 @@ impl PostgresLedger {
     }
 
     /// Takes tokens from windows in use. In a second transaction, opens missing windows and takes tokens from these
-    /// windows. The second transaction may have to wait for a key that is being deleted, and must not hold locks that
-    /// other calls need during that time.
+    /// windows. The second transaction may have to wait for a key that is being deleted. While it waits, it must not
+    /// hold locks that other calls need.
     async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         let mut results = self.take_from(Windows::Used, requests).await;
         let missing: Vec<usize> = (0..results.len())
@@ -281,7 +281,7 @@ mod tests {
             // Tokyo
             ("2026-10-31T15:00:00Z", "2026-11-30T15:00:00Z"),
             ("2026-02-28T15:00:00Z", "2026-03-31T15:00:00Z"),
-            // Kiritimati and Pago Pago, the inhabited places furthest from UTC
+            // Kiritimati and Pago Pago, the inhabited places farthest from UTC
             ("2026-01-31T10:00:00Z", "2026-02-28T10:00:00Z"),
             ("2026-02-01T11:00:00Z", "2026-03-01T11:00:00Z"),
         ] {

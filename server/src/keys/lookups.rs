@@ -361,8 +361,8 @@ impl<V: Send + 'static> Worker<V> {
         })
     }
 
-    /// Waits for a connection for unknown secrets. While the worker waits, it does not count, so that it does not keep
-    /// known secrets from being looked up. Returns `None` if there are enough other workers now.
+    /// Waits for a connection for unknown secrets. While the worker waits, it does not count toward the maximum number
+    /// of workers, so that known secrets can still be looked up. Returns `None` if there are enough other workers now.
     async fn wait(batches: Batches<V>) -> Option<Self> {
         let slot = batches.0.settings.for_unknown.clone().acquire_owned().await;
         let mut queue = batches.0.queue.lock();
@@ -385,7 +385,7 @@ impl<V: Send + 'static> Worker<V> {
 struct Batch<V: Send + 'static> {
     batches: Batches<V>,
     list: Vec<Waiting<V>>,
-    /// The permission to use a connection for unknown secrets, if the batch contains any.
+    /// The permit to use a connection for unknown secrets, if the batch contains any.
     slot: Option<OwnedSemaphorePermit>,
 }
 

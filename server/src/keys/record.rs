@@ -141,7 +141,7 @@ impl ServiceRecord {
 }
 
 impl CachedRow for ServiceRecord {
-    /// Changed tokens are searched for instead, because there are few tokens.
+    /// Always returns `false`. Changed tokens are instead found by searching the cache, which contains few tokens.
     fn has_changed(&self, _: &Changes, _: u64) -> bool {
         false
     }
@@ -208,7 +208,8 @@ impl KeyStore {
         if let Some(known) = self.keys.peek_at(&start(&hash), now) {
             return Ok(known);
         }
-        // Boxed because it is large and rarely needed. Otherwise, every decision would reserve memory for it.
+        // This future is boxed, because it is large and rarely needed. Otherwise, every decision would reserve memory
+        // for it.
         Box::pin(self.load_key(hash, caller)).await
     }
 
@@ -301,13 +302,14 @@ impl KeyStore {
         }
     }
 
-    /// Converts a key that was found by its ID to a record. The record uses the same limiter state as requests.
+    /// Converts a key that was found by its ID to a record. The record uses the same limiter state as requests with the
+    /// key.
     pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
         record(found.facts, found.as_of, &self.limiter, &self.plans)
     }
 
     /// Frees the records that [`revoke`](Self::revoke) has invalidated, so that the limiter can drop the state of keys
-    /// that are not used any longer.
+    /// that are no longer used.
     pub fn sweep(&self) {
         self.keys.sweep();
     }

@@ -83,7 +83,7 @@ struct SharedState {
     context: SharedKeysContext,
     /// The monotonic time when Redis is used again.
     paused_until: AtomicU64,
-    /// The last second in which entries for invalid secrets were written, and the number of these entries.
+    /// The last second in which entries for invalid secrets were written, and the number of entries in that second.
     absent_written: AtomicU64,
 }
 
@@ -216,8 +216,8 @@ impl SharedKeys {
     }
 }
 
-/// Counts an entry for an invalid secret. The upper bits of `written` contain the second, and the lower 16 bits contain
-/// the count.
+/// Counts an entry for an invalid secret, and returns whether the entry may be written. The upper bits of `written`
+/// contain the second, and the lower 16 bits contain the count.
 fn is_within_rate(written: &AtomicU64, second: u64) -> bool {
     let before = written.update(Ordering::Relaxed, Ordering::Relaxed, |old| {
         if old >> 16 == second {

@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(decision.seconds_to_reset(decision.rate), 19);
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 500, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);
-        // Of two exhausted policies, the policy that resets later counts as closest to exhaustion.
+        // Of two exhausted policies, the policy that resets later counts as closer to exhaustion.
         decision.daily = Some(state(Policy::Daily, 50_000, 0, 1 << 50));
         decision.monthly = Some(state(Policy::Monthly, 1_000_000, 0, 1 << 51));
         assert_eq!(decision.nearest().policy, Policy::Monthly);

@@ -5,8 +5,8 @@
 //! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So the
 //! local bucket is charged only for requests that the store has allowed. (Charging first and refunding denied requests
 //! is not equivalent: the bucket may have been full between the two steps, and the refund would then credit tokens that
-//! were never taken.) Degraded decisions must not be recorded, because they do not show what the shared
-//! counters would decide: a request that the counters would allow must not be denied.
+//! were never taken.) Degraded decisions must not be recorded, because they do not show what the shared counters would
+//! decide: a request that the counters would allow must not be denied.
 //!
 //! The local store keeps its state in the same handle, so a cache in front of the local store would only add cost. The
 //! limiter skips the cache if [`LimitStore::is_local`].
@@ -32,9 +32,9 @@ pub(super) struct DenialCache {
     /// Decisions under other policies are neither used nor kept.
     fingerprint: Option<u64>,
     /// The TAT of the local bucket, which starts full when the policies are edited. The local bucket never allows a
-    /// request, since the store decides every request that is not denied here. The store keeps the usage, but its
-    /// bucket may have refilled by any amount, because the cache does not know when the store learned of the edit. A
-    /// request that the store would allow must not be denied here.
+    /// request, since the store decides every request that is not denied here. After an edit, the store keeps the
+    /// earlier usage, but its bucket may have refilled by any amount, because the cache does not know when the store
+    /// learned of the edit. A request that the store would allow must not be denied here.
     tat: Monotonic,
     /// When the store's bucket is full, according to its last decision, which includes other replicas' usage.
     full_at: Monotonic,

@@ -89,7 +89,7 @@ impl Policies {
         self
     }
 
-    /// Returns whether both policies have the same limits. Their versions may differ.
+    /// Returns whether `self` and `other` have the same limits. Their versions may differ.
     pub fn has_same_limits(&self, other: &Self) -> bool {
         self.limits == other.limits
     }

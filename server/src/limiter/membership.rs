@@ -7,7 +7,7 @@
 //! be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself has
 //! been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share: the
 //! divisor is at least the number of these replicas, and a replica's rank is at least its position among these
-//! replicas. A replica that stops is still counted for [`FORGOTTEN`], which is long after it has stopped taking a
+//! replicas. A replica that stops is still counted for [`FORGOTTEN`], which is longer than it can continue to take a
 //! share.
 
 use std::{
@@ -87,8 +87,8 @@ impl Membership {
 
     /// Records a count that placed this replica in `slot`, and when the count began and ended.
     ///
-    /// The count's age is measured from its start. The count takes effect at its end: until then, this replica used the
-    /// previous count, and other replicas may not have counted this replica.
+    /// The count's age is measured from its start. The count takes effect at its end: until then, this replica uses the
+    /// previous count, and other replicas may not have counted this replica yet.
     pub fn confirm_count(&self, slot: ReplicaSlot, began: Monotonic, ended: Monotonic) {
         let mut counted = self.counted.lock();
         *counted = Some(match *counted {

@@ -4,7 +4,7 @@
 //! passes a key's handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger
 //! fails, only keys with calendar quotas (their own or their tenant's) are affected: these keys spend the tokens that
 //! are available locally, and then their requests get an error. A request is allowed only if its cost has been taken
-//! from each policy, except in degraded decisions, for which the plan's fallback setting determines the rate limit.
+//! from each policy. In degraded decisions, the plan's fallback setting determines which rate limit applies.
 //!
 //! ```text
 //! local tokens -> denial cache (remote stores only) -> store (all policies, or none) -> decision
@@ -120,8 +120,8 @@ impl Limiter {
             let state = handle.state.lock();
             return state.existing_denials()?.find(policies, cost, &*self.clock);
         };
-        // A denial without a call only repeats the store's last denial. If it were recorded, repeated requests would
-        // prolong the denial.
+        // A denial without a call only repeats the store's last denial. If such a denial were recorded, repeated
+        // requests would prolong it.
         if decision.is_allowed() {
             self.remember(handle, policies, cost, &decision, self.clock.monotonic());
         }
@@ -215,8 +215,8 @@ impl Limiter {
         self.store.delete(keys).await
     }
 
-    /// Returns all unused tokens to the ledger and the shared counters, if they respond in time, and stops taking more.
-    /// Call after the last request, before the process exits.
+    /// Returns all unused tokens to the ledger and the shared counters, if they respond in time, and stops taking
+    /// tokens. Call after the last request, before the process exits.
     pub async fn drain(&self) -> ReturnedQuota {
         let Some(quotas) = &self.tenants else {
             return self.store.drain().await;

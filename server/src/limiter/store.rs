@@ -90,7 +90,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     /// has stopped accepting the keys: another request would get a full bucket.
     async fn delete(&self, keys: &[(TenantId, ApiKeyId)]) -> Result<(), CounterError>;
 
-    /// Returns all unused tokens to the ledger and the shared counters, if they respond in time, and stops taking more.
-    /// Call before the process exits.
+    /// Returns all unused tokens to the ledger and the shared counters, if they respond in time, and stops taking
+    /// tokens. Call before the process exits.
     async fn drain(&self) -> ReturnedQuota;
 }

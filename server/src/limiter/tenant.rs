@@ -8,8 +8,8 @@
 //! A request counts in the month in which its tokens were reserved, even if the request is decided at the beginning of
 //! the next month.
 //!
-//! A request that waits for the store may have reserved the last token. Other requests then wait for its outcome
-//! instead of being denied, since the token may be released.
+//! A request that waits for the store may have reserved the last token. Other requests then wait for the outcome of
+//! that request instead of being denied, since the token may be released.
 
 use std::{
     num::{NonZeroU32, NonZeroU64},

@@ -224,7 +224,7 @@ fn paths(directory: &Path, is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<
             found.push(path);
         }
     }
-    // The names are UUIDv7, which sort by time.
+    // The names are UUIDs of version 7, which sort by time.
     found.sort();
     Ok(found)
 }

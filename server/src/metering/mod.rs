@@ -212,9 +212,8 @@ impl Metering {
                 .is_spent(tenant, self.0.clock.monotonic())
     }
 
-    /// Records the decision made at the monotonic time `at`, which must be after the reservation. If no
-    /// more denials of the tenant are recorded at the moment, a denial is only counted. Call before the response is
-    /// sent.
+    /// Records the decision made at the monotonic time `at`, which must be after the reservation. If no more denials of
+    /// the tenant are recorded at the moment, a denial is only counted. Call before the response is sent.
     #[inline]
     pub async fn record(
         &self,

@@ -57,7 +57,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Returns `None` if the word is not the header of a record.
+    /// Parses a header word. Returns `None` if the word is not the header of a record.
     pub fn parse(word: u64) -> Option<Self> {
         let [a, b, state, version, crc @ ..] = word.to_le_bytes();
         let state = match state {
@@ -239,7 +239,8 @@ pub(super) fn read(segment: Uuid, position: usize, body: &[u8]) -> Option<Record
     })
 }
 
-/// Returns the text of a field. PostgreSQL's `text` cannot contain NUL.
+/// Returns the text of a field, or `None` if the field is not valid UTF-8. NUL is replaced, because PostgreSQL's `text`
+/// cannot contain NUL.
 fn text(bytes: &[u8]) -> Option<Cow<'_, str>> {
     let text = std::str::from_utf8(bytes).ok()?;
     Some(if bytes.contains(&0) {
@@ -249,8 +250,8 @@ fn text(bytes: &[u8]) -> Option<Cow<'_, str>> {
     })
 }
 
-/// Returns the ID of a record: a UUIDv7 that contains the record's time. Its other bits depend on where the record was
-/// written, so that reading the record again yields the same ID.
+/// Returns the ID of a record: a UUIDv7 that contains the record's time. The other bits of the ID depend on where the
+/// record was written, so that reading the record again yields the same ID.
 fn event_id(segment: Uuid, position: usize, at: UnixNanos) -> Uuid {
     let (high, low) = segment.as_u64_pair();
     // No two positions in a segment have the same `rest`, and segments differ in at least 60 random bits.

@@ -56,7 +56,7 @@ fn cell(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Returns the file, with one line per bucket.
+/// Returns the content of the file: a header line, and one line for each bucket of each group.
 pub(super) fn write(usage: &Usage, zone: &Zone) -> Result<String, ApiError> {
     let failed = |error: ::csv::Error| ApiError::internal(error);
     let mut writer = ::csv::WriterBuilder::new()

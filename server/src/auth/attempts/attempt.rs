@@ -56,8 +56,8 @@ impl Attempt {
         }
     }
 
-    /// Clears the first `cleared` counters, keeps the last `kept` ones, and takes the attempt back from all others.
-    /// Does this locally before returning, and in Redis in the returned task.
+    /// Clears the first `cleared` counters, keeps the last `kept` ones, and takes the attempt back from all others. The
+    /// local counters are changed before this function returns, and the counters in Redis by the returned task.
     fn take_back(&self, cleared: usize, kept: usize) -> Option<JoinHandle<()>> {
         let changed = self.counters.len().checked_sub(kept).filter(|n| *n > 0)?;
         {

@@ -68,7 +68,7 @@ fn weak_passwords_with_symbols_are_rejected() {
         assert!(refused(password), "{password}");
     }
     for password in [
-        // Random strings: the first of all printable characters, the others of only digits and symbols.
+        // Three random strings (of all printable characters, of digits and symbols, and of digits), and a passphrase.
         "k7(Q|2z$X9@v%e!R",
         "4[7!9$%0<2@8{5+|6",
         "83920174650938271640",

@@ -120,7 +120,7 @@ impl Billing {
     }
 
     /// Plans the usage of an hour up to `until`, which is the end of the hour or a boundary of a billing period within
-    /// it. Returns whether this succeeded.
+    /// it. Returns `false` if usage kept arriving, so the hour could not be planned.
     async fn plan_hour(
         &self,
         tenant: TenantId,
@@ -136,7 +136,8 @@ impl Billing {
         Ok(false)
     }
 
-    /// Returns `false` if usage arrived while the log was being scanned.
+    /// Works like [`plan_hour`](Self::plan_hour), but scans the log only once. Returns `false` if usage arrived during
+    /// the scan.
     async fn try_plan_hour(
         &self,
         tenant: TenantId,
@@ -157,7 +158,7 @@ impl Billing {
         let is_whole = until == start + hour();
         let mut spans = divide(start, edges);
         spans.retain(|it| it.until <= until);
-        // The last part of a complete hour gets the rest of the usage, including usage that is no longer in the log.
+        // The last part of a complete hour gets all remaining usage, including usage that is no longer in the log.
         let scanned = spans.len() - usize::from(is_whole);
         let seen = billing_usage::hour(&mut tx, tenant, start, false).await?;
         let mut unreported = Vec::new();

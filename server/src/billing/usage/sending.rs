@@ -36,7 +36,8 @@ pub struct Sent {
 }
 
 impl Billing {
-    /// Sends reports that are due: for several customers concurrently, and for each customer one after the other.
+    /// Sends reports that are due. Reports of different customers are sent concurrently, and reports of the same
+    /// customer one after another.
     pub async fn send_usage(&self) -> Result<Sent, BillingError> {
         self.verify_account().await?;
         let mut sent = Sent::default();
@@ -71,7 +72,8 @@ impl Billing {
         Ok(sent)
     }
 
-    /// Sends a tenant's reports while `owner` holds the claim. Sending one report takes less time than a claim lasts.
+    /// Sends a tenant's reports while `owner` holds the claim, and returns the number of finished reports. Sending one
+    /// report takes less time than a claim lasts.
     async fn send_usage_of(&self, tenant: TenantId, owner: Uuid) -> Result<u64, BillingError> {
         let began = Instant::now();
         let mut finished = 0;

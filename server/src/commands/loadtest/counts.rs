@@ -76,8 +76,8 @@ impl Counts {
 }
 
 impl KeyCount {
-    /// Returns the maximum number of tokens that the key's rate limit allows during the test: the burst, plus the rate
-    /// over the duration of the test and the time for which a replica may hold tokens.
+    /// Returns the maximum number of tokens that the key's rate limit allows during the test: the burst, plus the
+    /// tokens that refill during the test and during the time for which a replica may hold tokens.
     pub(super) fn sold(&self) -> Option<f64> {
         let time = self.last?.duration_since(self.first?) + LEASE_TTL;
         let (rpm, burst) = (self.rpm?, self.burst?);

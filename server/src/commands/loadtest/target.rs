@@ -91,7 +91,7 @@ impl Target {
     }
 }
 
-/// Returns the innermost cause, which is equal for all requests that fail for the same reason.
+/// Returns the innermost cause, which is the same for all requests that fail for the same reason.
 fn reason(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return format!("no response within {} s", TIMEOUT.as_secs());

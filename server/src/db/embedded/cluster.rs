@@ -64,7 +64,7 @@ pub(super) struct Cluster {
 }
 
 impl Cluster {
-    /// Stops an [orphan](Self::stop_orphan), and starts PostgreSQL, which then takes a while to become
+    /// Stops an [orphan](Self::stop_orphan) if there is one, and starts PostgreSQL, which then takes a while to become
     /// [`ready`](Self::ready).
     pub(super) async fn launch(&self) -> Result<Guarded, EmbeddedError> {
         self.stop_orphan().await?;
@@ -130,9 +130,9 @@ impl Cluster {
     /// has exited.
     ///
     /// This process holds the lock of the data directory, so any PostgreSQL instance running there is an orphan. An
-    /// orphan is recognized by its working directory, because PostgreSQL changes to the directory of its cluster. (By
-    /// now, the PID in a file may belong to a different process.) If `/proc` does not exist, only PostgreSQL's own
-    /// check of its PID file protects the cluster.
+    /// orphan is recognized by its working directory, because PostgreSQL changes to the directory of its cluster. The
+    /// PID in PostgreSQL's PID file would not be sufficient, because by now it may belong to a different process. If
+    /// `/proc` does not exist, only PostgreSQL's own check of its PID file protects the cluster.
     pub(super) async fn stop_orphan(&self) -> Result<(), EmbeddedError> {
         let cluster = fs::canonicalize(&self.place.cluster)
             .map_err(EmbeddedError::file("cannot inspect", &self.place.cluster))?;
@@ -289,7 +289,7 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
         if running.is_empty() {
             return true;
         }
-        // A postmaster that is starting has not written its file yet.
+        // A postmaster that is starting may not have written its PID file yet.
         let postmaster = fs::read_to_string(cluster.join("postmaster.pid"))
             .ok()
             .and_then(|text| text.lines().next()?.trim().parse::<i32>().ok())

@@ -20,7 +20,7 @@ use super::{address::PORT, error::EmbeddedError};
 /// The maximum length of a socket's path on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;
 
-/// The directory for clusters that cannot be in the data directory of a server that runs as root.
+/// If this process runs as root and the cluster cannot be in the data directory, the cluster is in this directory.
 const FALLBACK_HOME: &str = "/var/lib/quota";
 
 /// Runs "$@", requests a fast shutdown when standard input ends, and exits with the status of "$@". A shell's

@@ -21,7 +21,7 @@ fn fixture(limit: usize, workers: usize) -> Fixture {
     )
 }
 
-/// Like [`fixture`], with connections for unknown secrets that other fixtures use too.
+/// Works like [`fixture`], but several fixtures can share the connections for unknown secrets.
 fn fixture_on(limit: usize, workers: usize, for_unknown: &Arc<Semaphore>) -> Fixture {
     let permits = Arc::new(Semaphore::new(0));
     let statements = Arc::new(Mutex::new(Vec::new()));

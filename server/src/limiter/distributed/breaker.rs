@@ -187,8 +187,8 @@ impl CircuitBreaker {
     }
 
     /// Opens the breaker if it is closed, because the counters start a new epoch at `start` or slightly later, and
-    /// grant no tokens until then. From `start` on, this replica pauses: it allows no requests from its share.
-    /// Like [`record_failure`](Self::record_failure), returns `true` if the call opens the breaker.
+    /// grant no tokens until then. From `start` on, this replica pauses: it allows no requests from its share. Like
+    /// [`record_failure`](Self::record_failure), returns `true` if the call opens the breaker.
     pub(super) fn open_for_new_epoch(&self, start: Monotonic, now: Monotonic) -> bool {
         let mut inner = self.inner.lock();
         let is_first = self.open(&mut inner, now);

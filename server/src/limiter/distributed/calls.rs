@@ -3,11 +3,11 @@
 //! Calls run in separate tasks, so that a waiting request can be canceled, a late response is still used, and no tokens
 //! are lost. All waiting requests for a key share one call, which requests all the tokens that these requests need.
 //! Requests that arrive during a call get the tokens that the call's own requests do not need, or wait for the next
-//! call. The next call starts when the current call ends, is late, or has taken a small fraction of the time in which
-//! the bucket fills ([`Terms::pause`]).
+//! call. The next call starts when the current call ends, is late, or has taken a small fraction of the time that an
+//! empty bucket takes to fill ([`Terms::pause`]).
 //!
-//! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits
-//! until at most two deadlines have passed.
+//! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits for at
+//! most two deadlines.
 //!
 //! Tokens from a late response are used like tokens from a timely response: for requests, and as a lease if the plan
 //! allows leases. However, if none of the call's requests is waiting any longer and other tokens are available locally,

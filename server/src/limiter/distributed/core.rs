@@ -56,7 +56,7 @@ pub(super) enum AfterDeadline {
     GiveUp,
 }
 
-/// The same instant on both clocks.
+/// The same instant on the calendar clock and on the monotonic clock.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Moment {
     pub(super) now: UnixNanos,

@@ -61,8 +61,8 @@ impl StoreCore {
         };
         let (handle, span) = (Arc::clone(handle), spans::current());
         runtime.spawn(async move {
-            // Created inside the task: a runtime that has been shut down drops the task at once, while the key is still
-            // locked, and dropping a `LeaseFetch` locks the key.
+            // Created inside the task: a runtime that has been shut down drops the task immediately, while the key is
+            // still locked, and dropping a `LeaseFetch` locks the key.
             fetch(LeaseFetch {
                 inner,
                 handle,
@@ -158,9 +158,9 @@ impl LeaseFetch {
     }
 
     /// Distributes granted tokens: first to the requests that the call was made for, then to requests that have arrived
-    /// since. The rest is held for later if the plan allows it. If the response is late and none of the call's requests
-    /// is waiting any longer, the tokens are not distributed but returned, unless no other tokens are available
-    /// locally. Returns whether any tokens are held.
+    /// since. The remaining tokens are held for later if the plan allows leases. If the response is late and none of
+    /// the call's requests is waiting any longer, the tokens are not distributed but returned, unless no other tokens
+    /// are available locally. Returns whether any tokens are held.
     fn distribute(&mut self, at: CounterMicros, bucket: BucketState) -> bool {
         let BucketState::Active {
             granted,
@@ -243,11 +243,12 @@ impl LeaseFetch {
     }
 
     /// Denies requests locally while the bucket has too few tokens, but only for a short time, since other replicas may
-    /// return tokens. If the bucket is empty, the counters are not called for part of the lease TTL, so that tokens
-    /// accumulate and are not fetched one by one. That time is too short for the bucket to fill up.
+    /// return tokens. If the bucket is empty, this replica makes no calls during a part of the lease TTL, so that
+    /// tokens accumulate and are not fetched one by one. That pause is too short for the bucket to fill up.
     ///
-    /// The time is measured from the start of the call. The counters decide a little later, but the next call takes
-    /// just as long to reach the counters, so measuring from the response would count the time in transit twice.
+    /// The time for which requests are denied is measured from the start of the call. The counters decide a little
+    /// later, but the next call takes just as long to reach the counters, so measuring from the response would count
+    /// the time in transit twice.
     fn deny_while_low(&self, lease: &mut Lease, grant: Unspent, debt: Nanos, refused: Option<u64>) {
         let (call, ttl) = (&self.call, self.inner.ttl);
         // A debt above `tau` comes from another version of the plan and cannot be compared.

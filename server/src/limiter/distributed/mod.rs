@@ -1,9 +1,9 @@
 //! The distributed store: buckets that all replicas share, leases, and decisions during an outage.
 //!
 //! The store decides when to call the shared counters. Calendar quotas use blocks from the ledger, as in the local
-//! store, but the blocks of all replicas together are no larger than one block in the local store. This module does not
-//! depend on Redis: the counters are a trait ([`SharedCounters`]), implemented by a script in Redis and, in the
-//! simulation, by a model of that script.
+//! store, but the blocks of all replicas together are no larger than one block in the local store, except that each
+//! block has at least one token. This module does not depend on Redis: the counters are a trait ([`SharedCounters`]),
+//! implemented by a script in Redis and, in the simulation, by a model of that script.
 //!
 //! ```text
 //! local tokens          ─ spend them, no I/O
@@ -40,20 +40,21 @@
 //! a cluster, a new replica never causes an epoch, because partitions may be idle for a long time.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
-//! hold, the rest is missing again when the burst is raised, less what would have refilled while the bucket was full. A
-//! bucket learns of an edit from the first request after the edit, without the time of the edit. So the bucket counts
-//! as having refilled at the lower of the two rates since the previous request. A bucket that has been idle for a
-//! minute plus twice the time until it was full is deleted, and counts as full under any plan. After a loss of state,
-//! raising the burst does not add more tokens than have refilled since then.
+//! hold, the bucket is empty, and the excess is remembered. If the burst is raised later, the excess is missing too,
+//! minus the tokens that would have refilled while the smaller bucket was full. A bucket learns of an edit from the
+//! first request after the edit, but does not learn when the edit was made. So the bucket counts as having refilled at
+//! the lower of the two rates since the previous request. A bucket that has been idle for a minute plus twice the time
+//! until it was full is deleted, and counts as full under any plan. After a loss of state, raising the burst does not
+//! add more tokens than have refilled since then.
 //!
 //! **Not guaranteed.** While only some replicas have an outage, `Share` lets these replicas allow their part `p` of the
 //! bucket in addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the
 //! sum of their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica's part is
 //! the entire burst. The same can happen at the start of a new epoch, if one replica's first call fails while other
-//! replicas' calls succeed. Additional requests cannot be allowed in an outage of all replicas, even if the outage is
-//! too short for some of them to detect: shares begin to fill only when the outage has either ended or been detected by
-//! all replicas. In a cluster, however, a replica that was not using a partition does not detect the partition's
-//! outage. `Closed` never allows additional requests.
+//! replicas' calls succeed. In an outage of all replicas, no additional requests are allowed, even if the outage is too
+//! short for some of the replicas to detect: shares begin to fill only when the outage has either ended or been
+//! detected by all replicas. In a cluster, however, a replica that was not using a partition does not detect the
+//! partition's outage. `Closed` never allows additional requests.
 
 mod breaker;
 mod calls;

@@ -46,7 +46,7 @@ const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
 
-/// See [`StoreCore::max_detection_delay`]. Response times are omitted here. Response times delay the second probe at
+/// See [`StoreCore::max_detection_delay`]. Response times are omitted here, because they delay the second probe at
 /// least as much as the detection.
 const _: () = assert!(
     5 * CALL_EVERY.as_millis()
@@ -56,7 +56,7 @@ const _: () = assert!(
 );
 
 /// Returns the delay before the first probe in an outage. By then, every replica that still gets responses has
-/// confirmed a response sent after the outage began and newer than the stored confirmation by more than
+/// confirmed a response that was sent after the outage began and is newer than the stored confirmation by more than
 /// [`CONFIRMED_EVERY`]. One call gets this response, and the next call confirms it. Each of these calls starts within
 /// [`CALL_EVERY`]. The first response may take up to `deadline`, and so may the second call.
 pub(super) fn first_probe(deadline: Duration) -> Duration {
@@ -68,7 +68,7 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
 /// empty all buckets again.
 ///
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
-/// after [`first_probe`], and arrives within another `deadline`. A replica that is probing already waits for
+/// after [`first_probe`], and arrives within another `deadline`. A replica that is already probing waits for
 /// [`PROBE_DEADLINE`] or one `deadline`, pauses for [`PROBE_EVERY`], and its next probe arrives within another
 /// `deadline`. That probe must arrive before the epoch starts, even if the start is no longer postponed.
 pub(super) fn epoch_delay(deadline: Duration) -> Duration {
@@ -89,8 +89,8 @@ impl StoreCore {
         Nanos::from(self.settings.deadline).0 / 1000
     }
 
-    /// Returns the time within which an outage that one replica has detected is also detected by all other replicas, or
-    /// ends for the first replica.
+    /// Returns the maximum time from the moment when one replica detects an outage until all other replicas have
+    /// detected the outage too, or until the outage has ended for the first replica.
     ///
     /// The first replica may detect the outage as soon as it begins, if it received its last response long before. An
     /// idle replica starts five calls, each within [`CALL_EVERY`], and opens its breaker when the fifth one fails, one

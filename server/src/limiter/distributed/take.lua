@@ -78,8 +78,8 @@ local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
 -- delay is longer than that call may take.
 local PROMISED = delay - 100000
 -- An unconfirmed start is postponed only once this many microseconds of the delay have passed. By then, a caller that
--- received the start in time has confirmed it. If starts were postponed earlier,
--- callers could postpone the start of the epoch for each other indefinitely.
+-- received the start in time has confirmed it. If starts were postponed earlier, callers could postpone the start of
+-- the epoch for each other indefinitely.
 local KNOWN = math.max(50000, tonumber(ARGV[15]))
 -- By this many microseconds after the start of an epoch, callers that were promised the epoch have received and
 -- confirmed a response. The confirmation requires two calls, each of which may take one deadline.
@@ -105,11 +105,11 @@ local function exchanged(number, e0, e)
   return whole_tokens * e + q, r
 end
 
--- A new epoch begins if Redis has no epoch, or if the current one began on another Redis process. It also
--- begins if the caller has decided requests without the counters, with two exceptions: the caller was
--- promised this epoch and calls soon after its start, or other callers have received responses since. A
--- caller that has just started cannot know whether other callers have decided requests without the counters.
--- If no caller has received a response for a while, the new caller assumes that other callers have done so.
+-- A new epoch begins if Redis has no epoch, or if the current epoch began on another Redis process. A new epoch also
+-- begins if the caller has decided requests without the counters, with two exceptions: the caller was promised this
+-- epoch and calls soon after its start, or other callers have received responses since. A caller that has just started
+-- cannot know whether other callers have decided requests without the counters. If no caller has received a response
+-- for a while, the new caller assumes that other callers have done so.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
@@ -117,7 +117,8 @@ local returns_in_time = promised > 0 and start == promised and now - start < PRO
 local others_connected = (ok > outage and ok <= now and now - ok < CONNECTED) or (outage == 1 and ok == 0)
 local is_stranger = outage > 0 and start and start <= now and not returns_in_time and not others_connected
 -- Callers that were promised the epoch are about to confirm a response. If a caller with slow responses could begin
--- another epoch before that, this caller could keep all others from recovering. So that caller has to call again.
+-- another epoch before then, it could keep all other callers from recovering. Therefore, such a caller has to call
+-- again.
 local is_settling = is_stranger and epoch[4] == '1' and now - start < SETTLED
 if epoch[1] ~= run or not start or start > now + delay or (is_stranger and not is_settling) then
   start = now + delay

@@ -49,7 +49,7 @@ pub(in crate::limiter) struct KeyState {
     remote: Option<Box<RemoteState>>,
     /// The total cost of requests that wait for quota tokens, except requests that have reserved these tokens.
     pub(in crate::limiter) waited_for: u64,
-    /// An upper bound for the largest cost among these requests.
+    /// An upper bound for the largest cost among the requests in `waited_for`.
     largest_wait: u32,
     /// See [`Lease::new`].
     is_plan_confirmed: bool,
@@ -215,7 +215,7 @@ impl KeyState {
         Some(Arc::clone(quotas.call_ended.get_or_insert_default()))
     }
 
-    /// Returns the same notification, if requests wait for it.
+    /// Works like [`call_ended`](Self::call_ended), but returns `None` if the notification has not been created.
     pub(in crate::limiter) fn existing_call_ended(&self) -> Option<Arc<Notify>> {
         self.quotas.as_deref()?.call_ended.clone()
     }
@@ -446,7 +446,7 @@ impl KeyState {
         }
     }
 
-    /// Returns why the ledger should be called for each quota after a decision: to fetch tokens in advance, to return
+    /// Returns, for each quota, why the ledger should be called after a decision: to fetch tokens in advance, to return
     /// tokens, or to query an exhausted quota again.
     pub(in crate::limiter) fn pending_refills(
         &self,

@@ -185,7 +185,8 @@ impl KeyTable {
         shard.keys.retain(|NamedHandle(handle)| {
             let mut state = handle.state.lock();
             state.free_remote(monotonic);
-            // If the shard has the only reference, no other reference can be created while the shard is locked.
+            // If the shard has the only reference to the handle, no other reference can be created while the shard is
+            // locked.
             let is_shared = Arc::strong_count(handle) > 1;
             if is_shared || state.tat > now {
                 // Once the state has entered a new window, the prefetched block of that window can be returned even if
@@ -291,7 +292,8 @@ impl KeyTable {
         }
     }
 
-    /// Fetches missing blocks until `attempt` succeeds.
+    /// Fetches missing blocks until `attempt` succeeds. Returns an error if a call to the ledger fails or takes too
+    /// long, or if the table is draining.
     pub(in crate::limiter) async fn fetch<T>(
         &self,
         handle: &Arc<KeyHandle>,

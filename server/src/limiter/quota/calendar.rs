@@ -162,7 +162,8 @@ impl QuotaWindow {
 /// contains `at`, if there is one. Otherwise, the result is the calendar window, shortened so that it does not overlap
 /// any window with usage.
 pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> QuotaWindow {
-    // Two windows can contain `at` if an older version, which did not store the end of windows, counted usage in both.
+    // Two windows can contain `at` if an older version, which did not store the end of windows, counted usage in both
+    // windows.
     let current = used.iter().filter(|window| window.span.contains(at));
     if let Some(current) = current.max_by_key(|window| window.span.start) {
         return *current;
@@ -355,7 +356,7 @@ mod tests {
             let window = month("UTC", now);
             assert_eq!(window.end.0 - window.start.0, days * 24 * HOUR, "{now}");
         }
-        // March in Berlin loses an hour.
+        // In Berlin, March is an hour shorter, because clocks are set forward.
         let march = month("Europe/Berlin", "2026-03-15T00:00Z");
         assert_eq!(march.end.0 - march.start.0, 31 * 24 * HOUR - HOUR);
     }
@@ -428,8 +429,8 @@ mod tests {
     fn windows_cover_ten_years_of_every_zone() {
         let zones = zones();
         assert!(zones.len() > 400, "only {} zones compiled in", zones.len());
-        // The decades of the zones start in 50 different years, so that every year from 1971 to 2029 is covered by some
-        // zones.
+        // Each zone is checked for ten years. These decades start in 50 different years, so every year from 1971 to
+        // 2029 is checked for some zones.
         for (i, name) in zones.iter().enumerate() {
             let zone = zone(name);
             let from = Date::new(1971 + i16::try_from(i % 50).unwrap(), 1, 1).unwrap();

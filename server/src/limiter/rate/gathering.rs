@@ -3,7 +3,7 @@
 use super::{counters::CounterMicros, gcra::Gcra, waiter::Unspent};
 use crate::clock::Nanos;
 
-/// The longest pause is the lease TTL, shortened by up to `1 / VARIES` of the TTL.
+/// The longest pause is shorter than the lease TTL by a varying amount: at most `1 / VARIES` of the TTL.
 const VARIES: u64 = 8;
 
 /// When this replica's last call was made, if that call took all of the bucket's tokens.
@@ -20,10 +20,11 @@ impl Gathering {
     /// Records a call that got `grant` and left `left` in the bucket. Returns how long to wait before the next call if
     /// there are too few tokens, so that tokens are not fetched one by one.
     ///
-    /// The wait is half the lease TTL. The more of the tokens other replicas take, the longer the wait, up to nearly
-    /// the whole TTL. The calls of all replicas together then still empty the bucket about twice per TTL. The longest
-    /// wait varies, because replicas that always call at the same time would leave no tokens for each other. The wait
-    /// is never so long that the bucket could fill up, since a full bucket stops refilling.
+    /// If no other replica takes tokens, the wait is half the lease TTL. The more of the tokens other replicas take,
+    /// the longer the wait, up to nearly the whole TTL. So the calls of two replicas together still empty the bucket
+    /// about twice per TTL. If there are more replicas, each of them calls about once per TTL. The longest wait varies,
+    /// because replicas that always call at the same time would leave no tokens for each other. The wait is never so
+    /// long that the bucket could fill up, since a full bucket stops refilling.
     pub(in crate::limiter) fn pause(
         &mut self,
         gcra: Gcra,
@@ -55,7 +56,7 @@ impl Gathering {
     }
 }
 
-/// Returns a number below 256 that differs even for times that are close to each other.
+/// Returns a number below 256 that usually differs even for times that are close to each other.
 fn spread(at: CounterMicros) -> u64 {
     at.0.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 56
 }

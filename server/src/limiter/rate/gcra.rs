@@ -5,9 +5,10 @@
 //! depend only on the TAT and their arguments, so a store in memory and a script in Redis make the same decisions.
 //!
 //! Two properties hold. *Never above the limit*: the emission interval is rounded up, so the rate is `rpm` or slightly
-//! less (by at most 1 in 1,000, and only near 60,000,000 per minute). *No lockout when the clock is set back*: a TAT
-//! later than that of an empty bucket can only come from a clock that was ahead, so the bucket counts as empty. So
-//! setting the clock back by hours makes a key wait for one refill, not for hours.
+//! less. The difference is largest near 60,000,000 per minute, where it is less than 1 in 1,000. *No lockout when the
+//! clock is set back*: a TAT later than that of an empty bucket can only come from a clock that was ahead, so the
+//! bucket counts as empty. So if the clock is set back by hours, a key waits at most until its bucket has refilled, not
+//! for hours.
 //!
 //! Reference: ITU-T I.371, annex A (virtual scheduling algorithm).
 
@@ -102,9 +103,10 @@ impl Gcra {
     }
 
     /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old bucket.
-    /// If more tokens are missing than the new bucket can hold, the new bucket is empty, and the rest is missing again
-    /// once the bucket is enlarged. `level` is as of `used_at`, when tokens were last taken. Since the time of the edit
-    /// is unknown, the bucket counts as having refilled at the lower of the two rates since `used_at`.
+    /// If more tokens are missing than the new bucket can hold, the new bucket is empty, and the excess is kept in
+    /// [`Level::beyond`], so that these tokens are still missing if the bucket is enlarged soon afterward. `level` is
+    /// as of `used_at`, when tokens were last taken. Since the time of the edit is unknown, the bucket counts as having
+    /// refilled at the lower of the two rates since `used_at`.
     ///
     /// So when the burst is raised, the added tokens are available immediately, minus any usage that did not fit in the
     /// old bucket. When the burst is lowered, no request waits longer than the new bucket takes to fill. Lowering the
@@ -313,7 +315,7 @@ mod tests {
             );
             let back = a.carry_over(b, carried, NOW, NOW).tat;
             prop_assert!(back >= tat);
-            // At most one token more is missing than before.
+            // At most one more token is missing than before.
             prop_assert!(back <= tat.saturating_add(a.emission()));
         }
     }

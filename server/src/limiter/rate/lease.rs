@@ -1,7 +1,7 @@
 //! Leases: tokens that a replica has taken from a key's bucket in advance.
 //!
-//! Decides how many tokens to take, until when they may be spent, which tokens to return, and which requests wait. Does
-//! no I/O.
+//! This module decides how many tokens to take, until when they may be spent, which tokens to return, and which
+//! requests wait. It does no I/O.
 //!
 //! **Guarantee.** A token is spent only after the counters have granted it. The token goes to a request that was waiting
 //! when the call began, or is spent at most `ttl` after the call began. So the tokens of all requests that arrive and
@@ -110,7 +110,7 @@ pub(in crate::limiter) struct Demand {
 
 impl Lease {
     /// Creates the lease of a key. `is_plan_confirmed` is the [value](Self::is_plan_confirmed) of an earlier lease that
-    /// was dropped because it was unused, and false if the plan has been edited since.
+    /// was dropped because it was unused, or `false` if the plan has been edited since.
     pub(in crate::limiter) fn new(is_plan_confirmed: bool) -> Self {
         Self {
             is_plan_confirmed,
@@ -159,8 +159,8 @@ impl Lease {
             && self.held.count() == 0
     }
 
-    /// Returns whether the lease can be replaced with a [new](Self::new) one while its key is in use. The new one must
-    /// report and decide the same, and no call or request may refer to this one.
+    /// Returns whether the lease can be replaced with a [new](Self::new) one while its key is in use: the new lease
+    /// would report and decide the same, and no call or request refers to this lease.
     pub(in crate::limiter) fn is_like_new(&self, now: Monotonic) -> bool {
         let view = self.view.unwrap_or_default();
         let is_full = view.seen.saturating_add(view.debt).saturating_add(UNUSED) <= now;
@@ -271,7 +271,7 @@ impl Lease {
     }
 
     /// Counts the tokens of a request toward the lease size, unless the request needs more than the largest lease. A
-    /// lease would not help such a request, and the tokens would be missing elsewhere.
+    /// lease would not help such a request, and the additional tokens would be missing on other replicas.
     fn count(&mut self, n: u64) {
         if self.terms.is_none_or(|terms| n <= terms.max_lease_size()) {
             self.needed = self.needed.saturating_add(n);
@@ -370,7 +370,7 @@ impl Lease {
     }
 
     /// Records that a call has succeeded, failed or become late, so that the next one may begin. `for_later` is the
-    /// number from its [`Demand`].
+    /// number in the call's [`Demand`].
     pub(in crate::limiter) fn end_fetch(&mut self, for_later: u64) {
         self.fetching = self.fetching.saturating_sub(1);
         self.requested_for_later = self.requested_for_later.saturating_sub(for_later);

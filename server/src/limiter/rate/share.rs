@@ -124,7 +124,7 @@ mod tests {
         })
     }
 
-    /// A share of a bucket whose state the counters reported under the current plan.
+    /// Returns an unused share of a bucket whose state the counters have reported under the current plan.
     fn seen() -> Share {
         Share::new(false)
     }

@@ -6,7 +6,7 @@ use crate::clock::Nanos;
 /// The minimum time between the starts of concurrent calls for a key.
 const PAUSE_MIN: Nanos = Nanos::from_millis(1);
 
-/// The lease size is at most the burst divided by this.
+/// The lease size is at most the burst divided by this number.
 const BURST_DIVISOR: u64 = 10;
 
 /// The plan's parameters in a call to the counters.

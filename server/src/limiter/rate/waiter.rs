@@ -16,7 +16,7 @@ pub(in crate::limiter) struct Unspent {
 }
 
 impl Unspent {
-    /// Combines both sets of tokens. If their generations differ, the counters will not credit the tokens, which is
+    /// Combines two sets of tokens. If their generations differ, the counters will not credit the tokens, which is
     /// always safe.
     pub(super) fn and(self, more: Self) -> Self {
         match (self.tokens, more.tokens) {

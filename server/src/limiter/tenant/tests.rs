@@ -22,7 +22,7 @@ use crate::{
     },
 };
 
-/// An in-memory ledger for one tenant, by window start.
+/// An in-memory ledger for one tenant. The keys of `used` are the starts of the windows.
 #[derive(Debug, Default)]
 struct Memory {
     used: Mutex<BTreeMap<UnixNanos, u64>>,

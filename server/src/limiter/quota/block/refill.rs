@@ -67,7 +67,7 @@ impl Block {
         } else {
             self.patience
         };
-        // The difference is absolute, because a clock that was set back must not block a key for hours.
+        // The absolute difference is used, because a clock that was set back must not block a key for hours.
         now.abs_diff(self.answered_at) >= patience
     }
 
