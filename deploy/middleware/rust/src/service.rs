@@ -89,7 +89,9 @@ impl Checker {
             cost,
             endpoint: (settings.endpoint)(parts).and_then(|name| request::endpoint(&name)),
         };
-        let request_id = parts.headers.get(REQUEST_ID);
+        // With several IDs, none identifies the request.
+        let mut ids = parts.headers.get_all(REQUEST_ID).iter();
+        let request_id = ids.next().filter(|_| ids.next().is_none());
         let request_id = request_id.filter(|id| request::is_id(id.as_bytes()));
         match self.client.check(&check, request_id).await {
             Ok(decision) if decision.code == Code::Allowed => Verdict::Pass(decision),

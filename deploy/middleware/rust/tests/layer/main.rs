@@ -88,6 +88,18 @@ fn denied(code: &str, retry_after: Option<u64>) -> Value {
 }
 
 #[tokio::test]
+async fn several_request_ids_are_not_forwarded() {
+    let quota = FakeQuota::answering(|_| allowed()).await;
+    let app = app(builder(&quota));
+    let ids = request("/orders/7")
+        .header("x-request-id", "r-1")
+        .header("x-request-id", "r-2");
+    assert_eq!(send(&app, ids).await.status, 200);
+    let seen = quota.checks().pop().expect("a check");
+    assert_eq!(seen.header("x-request-id"), None);
+}
+
+#[tokio::test]
 async fn allowed_request_reaches_the_handler_with_its_decision() {
     let quota = FakeQuota::answering(|_| allowed()).await;
     let app = app(builder(&quota));
