@@ -30,7 +30,8 @@ use crate::support::app::TestApp;
 
 const REQUESTS: u64 = 3000;
 const AT_A_TIME: usize = 64;
-/// The maximum number of requests of a caller, because the caller's access token expires.
+/// The maximum number of requests with one caller's credentials. The number is limited because the access token
+/// expires.
 const PER_CALLER: u64 = 5000;
 /// How long an HTTP/2 connection stays open after the last frame.
 const QUIET: Duration = Duration::from_millis(300);
@@ -462,8 +463,8 @@ fn count(
     found
 }
 
-/// In debug builds only, h2 0.4.20 asserts that a connection has no streams when the connection ends. Malformed frames
-/// can violate this assertion.
+/// Returns whether a panic comes from an assertion in h2 0.4.20 that a connection has no streams when the connection
+/// ends. Malformed frames can violate this assertion, which exists only in debug builds.
 fn is_debug_assertion_of_h2(panic: &PanicHookInfo<'_>) -> bool {
     let file = panic.location().map_or("", |it| it.file());
     file.contains("/h2-0.") && file.ends_with("/counts.rs")

@@ -689,7 +689,8 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
     assert_eq!(metric(&world.app, rejected).await, "1");
 }
 
-/// Takes the lock that [`append`](quota_server::repo::usage_append::append) waits for.
+/// Takes the lock that [`append`](quota_server::repo::usage_append::append) waits for, and returns the connection that
+/// holds the lock.
 async fn lock_tenants(database: &TestDatabase) -> tokio_postgres::Client {
     let client = database.connect().await;
     client

@@ -1057,7 +1057,8 @@ async fn sign_in_during_reset(
     (status, body, answered_at > reset_at)
 }
 
-/// The old password is correct when the sign-in looks it up, and wrong when the session would be created.
+/// The old password is still correct when the sign-in reads the password hash, but no longer when the session would be
+/// created.
 #[tokio::test(flavor = "multi_thread")]
 async fn sign_in_during_a_password_change_creates_no_session() {
     let app = TestApp::start().await;

@@ -66,7 +66,8 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Returns several replicas, each at the given round-trip time from one Redis, and the policies of a `closed` plan.
+/// Returns several replicas that share one Redis, with the given round-trip time to it, and the policies of a `closed`
+/// plan.
 fn several(
     replicas: usize,
     round_trip: u64,
@@ -124,7 +125,8 @@ pub(super) fn replica_with(
     Limiter::new(store, clock)
 }
 
-/// Returns a replica for each of the memberships, with the given fallback setting.
+/// Returns a replica for each of the memberships, with the given fallback setting, the world in which the replicas run,
+/// and policies with the given limit.
 pub(super) fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -313,12 +315,12 @@ fn a_busy_key_takes_few_calls_to_redis() {
     }
 }
 
-/// Replicas get many more requests for a key than its limit allows. Per lifetime of a lease, a single replica calls
-/// Redis twice, or several replicas call Redis about once each. All calls take tokens. When other replicas stop, the
-/// remaining replica takes over their part of the limit immediately.
+/// Replicas get many more requests for a key than its limit allows. During the lifetime of a lease, a single replica
+/// calls Redis about twice. If there are several replicas, each of them calls Redis about once. All of these calls take
+/// tokens. When other replicas stop, the remaining replica takes over their part of the limit immediately.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
-    // One token per millisecond.
+    // One token refills per millisecond.
     let (rpm, burst) = (60_000, 1000);
     for round_trip in [0, 1, 5] {
         paused(async {

@@ -10,9 +10,9 @@ use super::{
     KNOWN, MS, RECOVERED, SECOND,
 };
 
-/// How long an outage has lasted when a replica no longer waits for Redis.
+/// The time after the start of an outage from which a replica no longer waits for Redis.
 const NOTICED: u64 = 500 * MS;
-/// How long an outage has lasted when a replica admits its share.
+/// The time after the start of an outage from which a replica admits its share.
 const SHARED: u64 = 1400 * MS;
 /// Returns the times at which each replica sent requests for any key of the same partition.
 pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>> {
@@ -28,9 +28,9 @@ pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>
 /// The time for which a replica keeps using a partition of a cluster after a request.
 const IN_USE: u64 = 9 * SECOND;
 
-/// Returns whether the counters lose their state, or no replica that uses them gets a response for so long that the
-/// counters must start with empty buckets. While some replicas get responses, or most calls succeed, the counters keep
-/// their state.
+/// Returns whether `fault` makes the counters lose their state, or keeps responses from all replicas that use the
+/// counters for so long that the counters must start with empty buckets. While some replicas get responses, or most
+/// calls succeed, the counters keep their state.
 pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) -> bool {
     let from = fault.at * MS;
     let has_used = |replica: usize| {
