@@ -30,8 +30,8 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         let plan = app.plan(&account, plan).await;
         keys.push(app.key(&account, &plan).await.text);
     }
-    // While Redis is available, the fallback setting makes no difference. Send requests until a block of the daily
-    // quota is available locally.
+    // While Redis is available, the fallback setting makes no difference. The first admitted request makes a block of
+    // the daily quota available locally.
     for key in &keys {
         let began = Instant::now();
         loop {

@@ -19,7 +19,7 @@ use crate::support::{
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00f067aa0ba902b7";
-/// Long enough for a busy machine.
+/// How long a test waits for spans, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn traceparent(flags: &str) -> String {

@@ -130,7 +130,7 @@ impl State {
         Ok(self.find("subscription", &id)?.clone())
     }
 
-    /// Drafts an invoice for a usage period.
+    /// Drafts an invoice for a usage period. Returns the invoice's ID.
     fn invoice(&mut self, subscription: &str, reason: &str, period: (i64, i64)) -> String {
         let id = self.id("in");
         let of = self

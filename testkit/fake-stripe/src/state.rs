@@ -130,7 +130,7 @@ pub struct State {
     pub after_retries: AfterRetries,
     /// How many of the next invoices cannot be finalized.
     pub failing_finalizations: u32,
-    /// The idempotency key of the request that is being processed, which its events contain.
+    /// The idempotency key of the request that is being processed. The events that the request causes contain the key.
     pub request_key: Option<String>,
 }
 

@@ -305,8 +305,8 @@ async fn trials_end() {
     assert_eq!(shop.status(paused).await, "active");
 }
 
-/// Renewals move the periods of items. Failed payments lead to past_due. From there, a payment leads to active again,
-/// and the last failure leads to unpaid or canceled, or leaves the status unchanged.
+/// Renewals move the periods of items. After a failed payment, a subscription is past due. A later payment makes it
+/// active again. If the last attempt fails, the subscription is marked unpaid, is canceled, or remains past due.
 #[tokio::test]
 async fn failed_renewals_run_their_course() {
     for (outcome, last) in [
