@@ -38,7 +38,7 @@ pub(crate) fn alone(parts: &[String]) -> Result<ExitCode> {
     } else {
         install_packages()?;
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
-        // The folder comes before the parts.
+        // The script expects the folder before the parts, so an empty folder is passed if none is set.
         let screenshots = std::env::var_os("QUOTA_SCREENSHOTS").unwrap_or_default();
         on_server(|address| browse(address, None, Some(&screenshots), &parts))?.success()
     };

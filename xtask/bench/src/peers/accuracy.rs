@@ -254,7 +254,8 @@ async fn outage(pair: &mut Pair) -> Result<Outage> {
     Ok(evaluate_outage(&log?, rule))
 }
 
-/// Evaluates requests of a key whose limit is reached (0) and of a key whose limit is not (1).
+/// Evaluates the log of two keys: request 0 uses a key whose limit is reached, and request 1 uses a key whose limit is
+/// not reached.
 fn evaluate_outage(log: &[Attempt], rule: Rule) -> Outage {
     let of = |request: u16| log.iter().filter(move |it| it.request == request);
     let limited: Vec<Attempt> = of(0).copied().collect();

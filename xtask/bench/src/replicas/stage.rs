@@ -191,7 +191,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Stops everything except Redis.
+    /// Stops everything except Redis, and returns the Redis server.
     pub(crate) async fn end(mut self) -> Result<Option<RedisServer>> {
         self.fleet.stop().await?;
         self.database.remove().await?;
