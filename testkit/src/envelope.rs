@@ -213,7 +213,7 @@ mod tests {
 
     use super::*;
 
-    /// Checks every window separately.
+    /// Returns the excess of the worst window, found by checking every window separately.
     fn naive(envelope: Envelope, spans: &[Span]) -> Option<i64> {
         let mut most = None;
         for from in spans.iter().map(|it| it.sent) {

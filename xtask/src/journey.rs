@@ -85,7 +85,8 @@ pub(crate) fn run() -> Result<bool> {
     Ok(status.success() && counted && in_app)
 }
 
-/// Compares what the console shows with a test client's log of its requests to two replicas.
+/// Compares what the console shows with a test client's log of its requests to two replicas. Returns `false` if the
+/// test failed.
 fn recount(screenshots: Option<&OsStr>) -> Result<bool> {
     let database = Throwaway::start()?;
     let redis = Redis::start()?;

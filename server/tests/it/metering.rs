@@ -580,7 +580,7 @@ async fn a_clean_stop_leaves_nothing_behind() {
 }
 
 /// Copies the records of a running server to a directory that no process has locked, as if a second server had been
-/// killed.
+/// killed. Returns the paths of the copies.
 fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
     std::fs::create_dir_all(to).expect("there is space");
     let entries = std::fs::read_dir(from).expect("a readable directory");

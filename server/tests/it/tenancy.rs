@@ -15,7 +15,7 @@ use crate::{
     usage,
 };
 
-/// A tenant with at least one resource of each kind, and several of those that can be listed.
+/// A tenant with at least one resource of each kind, and several resources of each kind that can be listed.
 struct Tenant {
     account: Account,
     plan: String,

@@ -38,7 +38,8 @@ fn connect(port: u16, options: &[&str]) -> Result<Session, String> {
     }
 }
 
-/// A server that accepts whatever OpenSSL implements.
+/// Starts a server that accepts every version and cipher suite that OpenSSL implements. Returns the process and its
+/// port.
 async fn lax_server(dir: &std::path::Path) -> (Process, u16) {
     let (key, certificate) = (dir.join("key.pem"), dir.join("certificate.pem"));
     let made = Command::new("openssl")

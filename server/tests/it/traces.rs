@@ -44,7 +44,7 @@ fn children<'a>(spans: &'a [Received], parent: &Received) -> Vec<&'a Received> {
     spans.iter().filter(|it| it.parent == parent.id).collect()
 }
 
-/// Creates an account with a key whose rate and burst are `rpm`.
+/// Creates an account with a key whose rate and burst are `rpm`. Returns the account and the key's secret.
 async fn key(app: &TestApp, rpm: u32) -> (Account, String) {
     let account = app.register().await;
     let plan = app.plan(&account, json!({"default_rpm": rpm})).await;

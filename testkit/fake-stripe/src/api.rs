@@ -245,7 +245,7 @@ impl State {
         Ok(self.expanded(object, &params["expand"], ""))
     }
 
-    /// Returns the object, in which the ID of the latest invoice is replaced with the invoice if `expand` requests it.
+    /// Returns the object. If `expand` requests it, the object contains the latest invoice instead of the invoice's ID.
     fn expanded(&self, object: &Value, expand: &Value, prefix: &str) -> Value {
         let mut object = object.clone();
         let wanted = format!("{prefix}latest_invoice");

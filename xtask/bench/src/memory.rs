@@ -25,9 +25,9 @@ use crate::{
 };
 
 const CONNECTIONS: usize = 64;
-/// The number of keys that are used before the first measurement. They are used for as many requests as all other keys
-/// together. Therefore, the server has already allocated memory for requests and their usage before the first
-/// measurement.
+/// The number of keys that are used before the first measurement. They are used for at least as many requests as all
+/// other keys together. Therefore, the server has already allocated memory for requests and their usage before the
+/// first measurement.
 const WARM_UP: usize = 2_000;
 /// How long the server is idle before each measurement. The server drops the state of idle keys every 10 s.
 const SETTLES: Duration = Duration::from_secs(12);

@@ -994,6 +994,7 @@ async fn stranger_cannot_lock_out_an_owner() {
 }
 
 /// Keeps both password threads busy for a while, with accounts whose password hashes take `passes` passes to verify.
+/// Returns the tasks that sign in to these accounts.
 async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task::JoinHandle<u16>> {
     let costly = format!(
         "$argon2id$v=19$m=65536,t={passes},p=1$c29tZXNhbHRzb21lc2FsdA$\

@@ -530,7 +530,7 @@ pub(crate) const HIDING: &[(&str, &str)] = &[
     ),
 ];
 
-/// Names and texts of requests that are followed by another request. A server may respond to both.
+/// Names and texts of requests that are followed by another request. A server may respond to both requests.
 pub(crate) const PIPELINED: &[(&str, &str)] = &[
     (
         "after a length with an underscore",

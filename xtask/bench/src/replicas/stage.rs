@@ -156,7 +156,7 @@ impl Stage {
         drive(&targets, load, Instant::now()).await
     }
 
-    /// Opens this many connections to each replica before the first request.
+    /// Sends the load, after opening `ready` connections to each replica.
     pub(crate) async fn drive_ready(
         &self,
         keys: &[Key],

@@ -440,7 +440,8 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<S
 }
 
 /// Checks keys with the fallback setting `open`. With this setting, each replica enforces the limit separately while it
-/// cannot reach the counters, and no tokens are leased.
+/// cannot reach the counters, and no tokens are leased. Returns a description of a window that exceeds the envelope, if
+/// there is one.
 fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -> Option<String> {
     (0..scene.replica_bounds().1).find_map(|replica| {
         let of = entries.iter().filter(|it| it.replica == replica);
@@ -877,8 +878,9 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
     None
 }
 
-/// Finds a wrong denial by the rate limit: under every plan that may apply, the bucket would contain enough tokens even
-/// if none of the tokens that Redis ever granted had refilled.
+/// Returns a description of a wrong denial by the rate limit, if there is one. A denial is wrong if, under every plan
+/// that may apply, the bucket would contain enough tokens even if none of the tokens that Redis ever granted had
+/// refilled.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     entries.iter().find_map(|it| {
@@ -917,9 +919,9 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
             .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
 }
 
-/// Finds a denial whose wait is wrong. A wait is wrong if the same request is denied again after the wait although
-/// nothing was taken in the meantime, or if the wait is longer than an empty bucket takes to refill enough tokens. A
-/// missing wait is wrong if the bucket can hold enough tokens.
+/// Returns a description of a denial whose wait is wrong, if there is one. A wait is wrong if the same request is
+/// denied again after the wait although nothing was taken in the meantime, or if the wait is longer than an empty
+/// bucket takes to refill enough tokens. A missing wait is wrong if the bucket can hold enough tokens.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {

@@ -125,8 +125,8 @@ pub(super) fn replica_with(
     Limiter::new(store, clock)
 }
 
-/// Returns a replica for each of the memberships, with the given fallback setting, the world in which the replicas run,
-/// and policies with the given limit.
+/// Returns the world, a replica in it for each of the memberships, and policies with the given limit. All replicas have
+/// the given fallback setting.
 pub(super) fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -580,8 +580,8 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
     });
 }
 
-/// A call for a large request and small ones takes all tokens if there are too few for the large one. The small
-/// requests need only some of these tokens, and the rest is returned immediately.
+/// A call that serves a large request and small requests takes all tokens in the bucket if there are too few for the
+/// large request. The small requests need only some of these tokens, and the rest is returned immediately.
 #[test]
 fn tokens_taken_in_vain_for_a_large_request_are_returned_at_once() {
     paused(async {
@@ -637,8 +637,8 @@ fn a_full_burst_is_admitted_despite_leases() {
     });
 }
 
-/// The denial of a request with a cost above one states when enough tokens will be available, even if the counters are
-/// not called in the meantime.
+/// If a request that costs more than one token is denied, the denial states when enough tokens will be available, even
+/// if the counters are not called in the meantime.
 #[test]
 fn a_denial_states_the_wait_for_the_requested_cost() {
     paused(async {

@@ -10,9 +10,9 @@ use super::{
     KNOWN, MS, RECOVERED, SECOND,
 };
 
-/// The time after the start of an outage from which a replica no longer waits for Redis.
+/// The time from the start of an outage until a replica no longer waits for Redis.
 const NOTICED: u64 = 500 * MS;
-/// The time after the start of an outage from which a replica admits its share.
+/// The time from the start of an outage until a replica admits its share.
 const SHARED: u64 = 1400 * MS;
 /// Returns the times at which each replica sent requests for any key of the same partition.
 pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>> {
@@ -99,7 +99,7 @@ pub(super) fn is_outage(fault: &Fault) -> bool {
     }
 }
 
-/// Finds a decision without Redis that no fault explains.
+/// Returns a description of a decision without Redis that no fault explains, if there is one.
 pub(super) fn disconnected(scene: &Scene, entries: &[Entry], used: &[Vec<u64>]) -> Option<String> {
     let is_explained = |it: &Entry| {
         scene.faults.iter().any(|fault| {
@@ -119,7 +119,7 @@ fn unedited(key: &Key, from: u64, until: u64) -> Option<(usize, Plan)> {
     (number == 0 || plan.from * MS + KNOWN < from).then_some((number, plan))
 }
 
-/// Finds an outage in which a replica serves less than the fallback setting allows.
+/// Returns a description of an outage in which a replica serves less than the fallback setting allows, if there is one.
 pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     scene.faults.iter().find_map(|fault| {
         (0..scene.replicas)
