@@ -79,7 +79,7 @@ pub(crate) fn run() -> Result<bool> {
     let screenshots = std::env::var_os("QUOTA_SCREENSHOTS");
     let screenshots = screenshots.as_deref();
     let status = browse(&server.address, None, screenshots, &[])?;
-    // Runs all parts, even if the first one fails.
+    // All tests run, even if an earlier one fails.
     let counted = recount(screenshots)?;
     let in_app = desktop::journey(&server.address)?;
     Ok(status.success() && counted && in_app)

@@ -34,7 +34,7 @@ pub struct Alerts {
 }
 
 impl Alerts {
-    /// Checks one alert without a notification service, and then another alert with this service.
+    /// Checks one alert without a notification service, and then another alert with such a service.
     pub async fn check(page: &App, world: &World, server: &str) -> Result<Self> {
         let key = create_key(page).await?;
         let display = world.display()?;

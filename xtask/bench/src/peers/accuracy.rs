@@ -85,7 +85,7 @@ pub(crate) struct Row {
     pub(crate) is_shared: bool,
     pub(crate) rule: Rule,
     pub(crate) saturated: Counted,
-    /// The maximum number of requests allowed in any 10 seconds.
+    /// The maximum number of requests allowed in any 10 seconds near the end of a fixed window.
     pub(crate) edge: Option<u64>,
     pub(crate) late: Option<Counted>,
     pub(crate) outage: Option<Outage>,

@@ -249,8 +249,8 @@ impl Recount {
         share(self.tokens, self.ideal)
     }
 
-    /// Returns whether less than 99% of the possible requests were allowed. One request is within the measurement
-    /// error: a client cannot tell whether its tokens were already available.
+    /// Returns whether less than 99% of the possible tokens were granted. A difference of one request is within the
+    /// measurement error, because a client cannot tell whether the request's tokens were already available.
     pub(crate) fn is_short(&self) -> bool {
         self.served() < 0.99 && self.tokens + self.dearest < self.ideal
     }
