@@ -144,7 +144,7 @@ fn with_cargo_test(mut command: Command) -> Result<(ExitStatus, Option<String>)>
     Ok((runner.wait()?, summary))
 }
 
-/// Returns the number before `word`.
+/// Returns the number that precedes `word` in the text.
 fn count(text: &str, word: &str) -> u64 {
     let words: Vec<&str> = text
         .split([' ', ';'])

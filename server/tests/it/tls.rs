@@ -7,7 +7,7 @@ use quota_testkit::{Process, redis::free_port};
 
 use crate::support::caddy::Caddy;
 
-/// Options that select every cipher suite that OpenSSL still implements, however weak.
+/// Options that select every cipher suite with encryption that OpenSSL still implements, however weak.
 const ALL: [&str; 2] = ["-cipher", "ALL:@SECLEVEL=0"];
 
 /// What a client and a server agreed on.

@@ -123,7 +123,8 @@ pub struct State {
     pub cards: HashMap<String, Card>,
     pub timers: Vec<(i64, u64, Timer)>,
     pub usage: Vec<Usage>,
-    /// Secrets of webhook endpoints, each with the time when it expires, if it does. The newest secret is last.
+    /// Secrets of webhook endpoints, each with the time when it expires, or `None` if it does not expire. The newest
+    /// secret is last.
     pub secrets: HashMap<String, Vec<(String, Option<i64>)>>,
     /// Events, each with the endpoint that it must be delivered to.
     pub outbox: VecDeque<(String, String)>,

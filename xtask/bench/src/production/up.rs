@@ -76,7 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Returns a receiver of the number of signals so far that have asked this process to stop.
+/// Returns a receiver for the number of signals that have asked this process to stop so far.
 fn stop_signals() -> Result<watch::Receiver<u32>> {
     let (count, counted) = watch::channel(0);
     let mut signals = [

@@ -135,7 +135,7 @@ pub(super) struct Request {
     pub(super) at: u64,
     pub(super) key: usize,
     pub(super) cost: u32,
-    /// Selects one of the replicas that are running at `at`.
+    /// Selects one of the replicas that are running at the time `at`.
     pub(super) pick: usize,
 }
 

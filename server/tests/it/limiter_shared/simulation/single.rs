@@ -66,7 +66,7 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Returns several replicas that share one Redis, with the given round-trip time to it, and the policies of a `closed`
+/// Returns several replicas with the given round-trip time to the Redis that they share, and the policies of a `closed`
 /// plan.
 fn several(
     replicas: usize,

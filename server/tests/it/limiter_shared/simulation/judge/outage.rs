@@ -28,8 +28,8 @@ pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>
 /// The time for which a replica keeps using a partition of a cluster after a request.
 const IN_USE: u64 = 9 * SECOND;
 
-/// Returns whether `fault` makes the counters lose their state, or keeps responses from all replicas that use the
-/// counters for so long that the counters must start with empty buckets. While some replicas get responses, or most
+/// Returns whether, because of `fault`, the counters lose their state, or no replica that uses the counters gets a
+/// response for so long that the counters must start with empty buckets. While some replicas get responses, or most
 /// calls succeed, the counters keep their state.
 pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) -> bool {
     let from = fault.at * MS;
