@@ -10,8 +10,8 @@
 pub struct Envelope {
     /// The emission interval in nanoseconds, rounded up as the server does.
     emission: i64,
-    /// What may be allowed at a single instant (the burst plus the slack), as the time in which it refills, in
-    /// nanoseconds.
+    /// The number of tokens that may be allowed at a single instant (the burst plus the slack), expressed as the time
+    /// in which they refill, in nanoseconds.
     at_once: i64,
 }
 
@@ -20,7 +20,7 @@ pub struct Envelope {
 pub struct Span {
     pub sent: u64,
     pub answered: u64,
-    /// The number of tokens.
+    /// The number of tokens that the request takes.
     pub cost: u32,
 }
 
@@ -29,7 +29,7 @@ pub struct Span {
 pub struct Worst {
     pub from: u64,
     pub to: u64,
-    /// The number of tokens.
+    /// The number of tokens that were allowed in the window.
     pub admitted: u64,
     /// The number of tokens above the envelope. Negative if the window is below the envelope.
     pub excess: f64,
@@ -47,8 +47,8 @@ impl Envelope {
         }
     }
 
-    /// Creates an envelope from the emission interval and from what may be allowed at a single instant (as the time in
-    /// which it refills), both in nanoseconds.
+    /// Creates an envelope from the emission interval, and from the time in which the tokens that may be allowed at a
+    /// single instant refill. Both are in nanoseconds.
     pub fn from_nanos(emission: u64, at_once: u64) -> Self {
         Self {
             emission: signed(emission),
@@ -133,8 +133,8 @@ fn signed(nanos: impl TryInto<i64>) -> i64 {
         .unwrap_or_else(|_| panic!("a measurement is shorter than 292 years"))
 }
 
-/// For each start of a window, its time plus the value of all requests that were allowed from then on. The sums are
-/// suffix sums, so that one allowed request changes one leaf.
+/// For each possible start of a window, the time of the start plus the value of all requests that were allowed from
+/// that time on. The sums are suffix sums, so one allowed request changes only one leaf.
 struct Tree {
     leaves: usize,
     nodes: Vec<Node>,
@@ -213,7 +213,7 @@ mod tests {
 
     use super::*;
 
-    /// Checks every window separately.
+    /// Returns the excess of the worst window, found by checking every window separately.
     fn naive(envelope: Envelope, spans: &[Span]) -> Option<i64> {
         let mut most = None;
         for from in spans.iter().map(|it| it.sent) {

@@ -42,8 +42,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts the program of `command` with its arguments, environment and directory, and appends its output to
-    /// `output`. Ctrl-C in the terminal does not reach the program.
+    /// Starts the program in `command`, with the command's arguments, environment and working directory, and appends
+    /// the program's output to `output`. Ctrl-C in the terminal does not reach the program.
     pub fn start(command: &Command, output: &Path) -> io::Result<Self> {
         let mut shell = Command::new("/bin/sh");
         shell

@@ -33,7 +33,7 @@ impl SentinelGroup {
         let replica = RedisServer::start_with(&["--replicaof", "127.0.0.1", &port]).await;
         let mut sentinels = Vec::new();
         for _ in 0..3 {
-            // Sentinel rewrites its configuration file.
+            // Sentinel rewrites its configuration file, so each sentinel gets its own file.
             let file = tempfile::NamedTempFile::new().expect("a file");
             let (_, path) = file.keep().expect("the file is kept");
             let config = format!(

@@ -40,6 +40,8 @@ struct State {
 }
 
 impl SmtpServer {
+    /// Starts a mail server on a free loopback port.
+    ///
     /// # Panics
     ///
     /// Panics if loopback has no free port.

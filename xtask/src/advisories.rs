@@ -201,8 +201,8 @@ impl Advisory {
 }
 
 /// Returns whether a version matches, as RustSec defines it. In `semver`, a pre-release matches only requirements that
-/// contain a pre-release. RustSec compares versions by their order alone. In both, a pre-release of 2.0.0 does not
-/// match `>= 2.0.0`.
+/// contain a pre-release. RustSec compares versions only by their order. By either rule, a pre-release of 2.0.0 does
+/// not match `>= 2.0.0`.
 fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);

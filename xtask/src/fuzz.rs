@@ -11,7 +11,8 @@ const TARGET: &str = "plain_request";
 
 /// # Errors
 ///
-/// Fails if an input is found for which a check in the fuzz target fails. The input is then in `server/fuzz/artifacts`.
+/// Fails if an input is found for which a check in the fuzz target fails. The input is saved in
+/// `server/fuzz/artifacts`.
 pub(crate) fn run(seconds: u64) -> Result<()> {
     machine::install(&[machine::CPP])?;
     let program = program()?;

@@ -77,7 +77,7 @@ pub(crate) fn check() -> Result<()> {
     Ok(())
 }
 
-/// Describes the first line where two files differ.
+/// Describes the first line where two files differ. Returns `None` if they are equal.
 fn first_difference(committed: &str, expected: &str) -> Option<String> {
     if committed == expected {
         return None;

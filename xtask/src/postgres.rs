@@ -270,7 +270,7 @@ fn temporary_dir() -> Result<PathBuf> {
     // Don't use `env::temp_dir()`: its path may be too long for a socket, or not accessible to the user that PostgreSQL
     // runs as.
     let dir = PathBuf::from(format!("/tmp/quota-test-{}-{nanos}", std::process::id()));
-    // Fails if the directory exists, so that it cannot belong to another user.
+    // Fails if the directory exists, because an existing directory could belong to another user.
     fs::DirBuilder::new()
         .mode(0o711)
         .create(&dir)

@@ -89,8 +89,8 @@ fn of_desktop(has_nextest: bool) -> Result<bool> {
     Ok(status.context("cannot run cargo")?.success())
 }
 
-/// Runs nextest, which reports on standard error; its last summary line reads `Summary [   1.234s] 12 tests run: 12
-/// passed, 1 skipped`.
+/// Runs nextest. Returns its exit status, and the counts in the last summary line that it prints on standard error,
+/// such as `Summary [   1.234s] 12 tests run: 12 passed, 1 skipped`.
 fn with_nextest(mut command: Command) -> Result<(ExitStatus, Option<String>)> {
     if stderr().is_terminal() {
         command.env("CARGO_TERM_COLOR", "always");
@@ -117,8 +117,8 @@ fn with_nextest(mut command: Command) -> Result<(ExitStatus, Option<String>)> {
     Ok((runner.wait()?, summary))
 }
 
-/// Runs `cargo test`, which reports on standard output, one line per test binary: `test result: ok. 3 passed; 0 failed;
-/// 1 ignored; …`.
+/// Runs `cargo test`. Returns its exit status, and the total counts. For each test binary, `cargo test` prints a line
+/// on standard output, such as `test result: ok. 3 passed; 0 failed; 1 ignored; …`.
 fn with_cargo_test(mut command: Command) -> Result<(ExitStatus, Option<String>)> {
     if stdout().is_terminal() {
         command.env("CARGO_TERM_COLOR", "always");
@@ -144,7 +144,7 @@ fn with_cargo_test(mut command: Command) -> Result<(ExitStatus, Option<String>)>
     Ok((runner.wait()?, summary))
 }
 
-/// Returns the number before `word`.
+/// Returns the number that precedes `word` in the text.
 fn count(text: &str, word: &str) -> u64 {
     let words: Vec<&str> = text
         .split([' ', ';'])

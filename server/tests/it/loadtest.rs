@@ -21,7 +21,7 @@ fn run(arguments: &[&str]) -> (bool, String, String) {
     )
 }
 
-/// Returns the number before a word.
+/// Returns the number that precedes a word in the text.
 fn number(text: &str, word: &str) -> u64 {
     let before = text.split(word).next().expect("some text").trim_end();
     let digits = before.rsplit(|c: char| !c.is_ascii_digit()).next();

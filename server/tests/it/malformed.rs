@@ -30,9 +30,10 @@ use crate::support::app::TestApp;
 
 const REQUESTS: u64 = 3000;
 const AT_A_TIME: usize = 64;
-/// The maximum number of requests of a caller, because the caller's access token expires.
+/// The maximum number of requests with one caller's credentials. The number is limited because the access token
+/// expires.
 const PER_CALLER: u64 = 5000;
-/// How long an HTTP/2 connection stays open after the last frame.
+/// How long the server must send nothing on an HTTP/2 connection before the test closes the connection.
 const QUIET: Duration = Duration::from_millis(300);
 /// The maximum duration of a connection. The header and idle timeouts are a second each, but the machine may be busy.
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
@@ -435,7 +436,7 @@ async fn counted(app: &TestApp) -> BTreeMap<u16, u64> {
         .collect()
 }
 
-/// Adds the statuses of HTTP/1 responses. Returns their number.
+/// Adds the statuses of HTTP/1 responses to `statuses`. Returns the number of responses.
 fn count(
     seed: u64,
     request: &[u8],
@@ -462,8 +463,8 @@ fn count(
     found
 }
 
-/// In debug builds only, h2 0.4.20 asserts that a connection has no streams when the connection ends. Malformed frames
-/// can violate this assertion.
+/// Returns whether a panic comes from an assertion in h2 0.4.20 that a connection has no streams when the connection
+/// ends. Malformed frames can violate this assertion, which exists only in debug builds.
 fn is_debug_assertion_of_h2(panic: &PanicHookInfo<'_>) -> bool {
     let file = panic.location().map_or("", |it| it.file());
     file.contains("/h2-0.") && file.ends_with("/counts.rs")

@@ -580,7 +580,7 @@ async fn a_clean_stop_leaves_nothing_behind() {
 }
 
 /// Copies the records of a running server to a directory that no process has locked, as if a second server had been
-/// killed.
+/// killed. Returns the paths of the copies.
 fn copy_segments(from: &Path, to: &Path) -> Vec<PathBuf> {
     std::fs::create_dir_all(to).expect("there is space");
     let entries = std::fs::read_dir(from).expect("a readable directory");
@@ -689,7 +689,8 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
     assert_eq!(metric(&world.app, rejected).await, "1");
 }
 
-/// Takes the lock that [`append`](quota_server::repo::usage_append::append) waits for.
+/// Takes the lock that [`append`](quota_server::repo::usage_append::append) waits for, and returns the connection that
+/// holds the lock.
 async fn lock_tenants(database: &TestDatabase) -> tokio_postgres::Client {
     let client = database.connect().await;
     client

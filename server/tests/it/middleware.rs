@@ -40,7 +40,8 @@ async fn send(request: RequestBuilder) -> Response {
     request.send().await.expect("the API responds")
 }
 
-/// Returns the problem in a response. Asserts that the problem matches the response, and that caches must not store it.
+/// Returns the problem in a response. Asserts that the problem matches the response, and that caches must not store the
+/// response.
 async fn problem(response: Response, status: u16) -> Value {
     assert_eq!(response.status(), status, "{response:?}");
     assert_eq!(

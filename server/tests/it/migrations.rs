@@ -102,7 +102,7 @@ async fn concurrent_migrations_both_succeed() {
     );
 }
 
-/// Roles belong to the cluster, and two databases of the cluster create them concurrently.
+/// Roles belong to the cluster, and the migrations of two databases in the cluster create the roles concurrently.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_databases_in_one_cluster_do_not_interfere() {
     let (one, other) = tokio::join!(TestDatabase::create_empty(), TestDatabase::create_empty());
@@ -123,7 +123,7 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
     migrate(database.url()).await;
     let client = database.connect().await;
     // NOT NULL constraints are not named in migrations, but as of PostgreSQL 18, they are constraints in the catalog.
-    // Constraints of partitions belong to their table.
+    // Partitions have the constraints of the table that they belong to.
     let sql = "SELECT conrelid::regclass::text, conname::text FROM pg_constraint \
         WHERE connamespace = 'public'::regnamespace AND contype <> 'n' \
         AND conrelid <> '__diesel_schema_migrations'::regclass \

@@ -16,7 +16,7 @@ const RULES: &str = include_str!("../../../deploy/monitoring/alerts.yml");
 const RULE_TESTS: &str = include_str!("../../../deploy/monitoring/alerts_test.yml");
 const BOARD: &str = include_str!("../../../deploy/monitoring/grafana.json");
 
-/// A metric, as in a scrape or in the table.
+/// A metric, as it appears in a scrape or in the table of metrics.
 #[derive(Debug, Default, Clone, PartialEq, Eq)]
 struct Family {
     kind: String,
@@ -72,7 +72,7 @@ fn parse(scrape: &str) -> Families {
     families
 }
 
-/// Returns the rows of the table, and the alerts that each of them links to.
+/// Returns the rows of the table of metrics, and the alerts that each row links to.
 fn table() -> (Families, BTreeMap<String, BTreeSet<String>>) {
     let (mut families, mut alerts) = (Families::new(), BTreeMap::new());
     for row in TABLE.lines().filter(|line| line.starts_with("| `quota_")) {

@@ -12,7 +12,8 @@ use crate::{
 };
 
 /// Fields for which a value within the bounds may still be invalid: a short password is easy to guess, the current
-/// password must be correct, no time zone has such a short or long name, and a burst must refill within 31 days.
+/// password must be correct, no time zone has a name that is as short or as long as the bounds allow, and a burst must
+/// refill within 31 days.
 const MORE_THAN_BOUNDS: &[&str] = &[
     "burst.max",
     "current_password",

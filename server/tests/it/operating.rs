@@ -140,7 +140,7 @@ async fn health_checks_distinguish_ready_serving_and_live() {
     };
     assert_eq!(codes(&process), [Some(0), Some(0), Some(0)]);
 
-    // Without PostgreSQL, the server still serves keys in memory.
+    // Without PostgreSQL, the server still serves requests with keys that are in memory.
     proxy.set(Fault::Refuse);
     proxy.cut();
     tokio::time::sleep(Duration::from_millis(500)).await;

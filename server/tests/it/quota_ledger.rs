@@ -191,7 +191,7 @@ async fn drain_returns_the_blocks_of_many_keys_exactly() {
     assert_eq!(world.used().await, 2 * admitted);
 }
 
-/// A random schedule gets the same results from PostgreSQL and from the limiter's test ledger.
+/// A random sequence of calls gets the same results from PostgreSQL and from the limiter's test ledger.
 #[tokio::test(flavor = "multi_thread")]
 async fn postgres_behaves_like_the_test_ledger() {
     let world = World::with_keys(4).await;
@@ -220,7 +220,7 @@ async fn postgres_behaves_like_the_test_ledger() {
                 id: Uuid::now_v7(),
                 rows: vec![(row, all.map(|(_, n)| n).sum())],
             };
-            // The repetition has no effect.
+            // Returning the batch a second time has no effect.
             for _ in 0..2 {
                 postgres
                     .give_back(&batch)
@@ -363,7 +363,7 @@ async fn previous_version_counts_in_the_same_windows() {
     assert_eq!((taken.granted, taken.used), (5, 50));
 }
 
-/// The deletion of a key does not deadlock with concurrent ledger calls, neither for this key nor for other keys.
+/// The deletion of a key does not deadlock with concurrent ledger calls, either for this key or for other keys.
 #[tokio::test(flavor = "multi_thread")]
 async fn deletion_and_ledger_do_not_deadlock() {
     let world = World::with_keys(3).await;

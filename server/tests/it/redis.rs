@@ -50,7 +50,7 @@ async fn add(redis: &Redis, key: &str, n: i64) -> Result<i64, CallError> {
     Ok(i64::from_redis_value(value).expect("a number"))
 }
 
-/// Retries a call until it succeeds.
+/// Retries a call until it succeeds, and returns its result.
 async fn eventually(redis: &Redis, key: &str) -> i64 {
     let began = Instant::now();
     loop {

@@ -30,8 +30,8 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         let plan = app.plan(&account, plan).await;
         keys.push(app.key(&account, &plan).await.text);
     }
-    // While Redis is available, the fallback setting makes no difference. A block of the daily quota becomes available
-    // locally.
+    // While Redis is available, the fallback setting makes no difference. The first admitted request makes a block of
+    // the daily quota available locally.
     for key in &keys {
         let began = Instant::now();
         loop {
@@ -186,7 +186,7 @@ async fn lost_buckets_are_empty_even_if_the_first_start_did_not_reach_redis() {
         redis.restart().await;
         let app = start(TestApp::setup().database(database)).await;
         let second = admitted(&app).await;
-        // The bucket is refilled with one token per second.
+        // One token per second refills.
         assert!(
             second < 50,
             "{second} admitted, first start reached Redis: {is_reached}"

@@ -277,7 +277,7 @@ async fn encrypted(database: &TestDatabase, authority: &Authority) -> u16 {
                 let mut request = [0; 8];
                 while stream.read_exact(&mut request).await.is_ok() {
                     let accepted = request == SSL_REQUEST;
-                    // Any other message is a request for encryption by GSSAPI.
+                    // Any other message is a request for GSSAPI encryption.
                     let answer = if accepted { b"S" } else { b"N" };
                     if stream.write_all(answer).await.is_err() || accepted {
                         break;

@@ -1,4 +1,5 @@
-//! Tests that the key records that replicas share in Redis save lookups, and that an outdated record is never used.
+//! Tests that the key records that replicas share in Redis save database lookups, and that an outdated record is never
+//! used.
 
 use std::{
     sync::Arc,
@@ -440,7 +441,8 @@ fn unsealed(seq: i64, id: uuid::Uuid) -> String {
     json!({"seq": seq, "tenant": id, "target": "tenant", "id": id, "at": at}).to_string()
 }
 
-/// Someone with access to Redis announces future numbers. The real changes with these numbers must still count.
+/// Someone with access to Redis publishes messages with future numbers. The real changes with these numbers must still
+/// count.
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
     let world = World::start().await;
@@ -520,7 +522,7 @@ async fn starting_replica_rejects_records_of_keys_deleted_long_ago() {
         .act(&world.account, "DELETE", &path, json!(null))
         .await;
     assert_eq!(deleted.status, 204, "{}", deleted.body);
-    // Another account's change is newer, so that the deletion may be swept.
+    // Make a newer change in another account, so that the row of the deletion may be swept.
     let other = world.first.register().await;
     let plan = world.first.plan(&other, json!({"default_rpm": 60})).await;
     let changed = world

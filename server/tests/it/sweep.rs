@@ -17,7 +17,7 @@ struct World {
 }
 
 /// Fills a database with `many` expired idempotency keys, a few expired rows of every other kind, and one current row
-/// of each.
+/// of each kind.
 async fn world(many: i32) -> World {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;

@@ -15,7 +15,7 @@ use crate::{
     usage,
 };
 
-/// A tenant with at least one resource of each kind, and several of those that can be listed.
+/// A tenant with at least one resource of each kind, and several resources of each kind that can be listed.
 struct Tenant {
     account: Account,
     plan: String,
@@ -581,7 +581,8 @@ async fn another_tenants_key_is_unknown_to_a_gateway_and_not_charged() {
 
 // In the database: row-level security blocks rows that a query forgets to exclude. ---------------------------------
 
-/// Returns how many rows a statement affects as `quota_app` for a tenant, and rolls back. `None` if it is denied.
+/// Returns how many rows a statement affects as `quota_app` for a tenant, and rolls back. Returns `None` if the
+/// statement is denied.
 async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<u64> {
     let transaction = client.transaction().await.expect("a transaction");
     transaction
@@ -735,7 +736,7 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
             role.get::<_, &str>(0)
         );
     }
-    // Neither role is a member of another role, so neither can gain privileges.
+    // Neither role is a member of another role, so neither can gain the privileges of another role.
     let member = client
         .query_one(
             "SELECT count(*) FROM pg_auth_members WHERE member IN ('quota_app'::regrole, 'quota_system'::regrole)",

@@ -1,5 +1,5 @@
 //! Tests of Caddy's TLS with the repository's `Caddyfile`: which versions and cipher suites clients can use. The client
-//! is OpenSSL's, because rustls cannot offer obsolete ones.
+//! is OpenSSL's, because rustls cannot offer obsolete versions and suites.
 
 use std::process::{Command, Stdio};
 
@@ -7,7 +7,7 @@ use quota_testkit::{Process, redis::free_port};
 
 use crate::support::caddy::Caddy;
 
-/// Everything that OpenSSL still implements, however weak.
+/// Options that select every cipher suite with encryption that OpenSSL still implements, however weak.
 const ALL: [&str; 2] = ["-cipher", "ALL:@SECLEVEL=0"];
 
 /// What a client and a server agreed on.
@@ -38,7 +38,8 @@ fn connect(port: u16, options: &[&str]) -> Result<Session, String> {
     }
 }
 
-/// A server that accepts whatever OpenSSL implements.
+/// Starts a server that accepts every version and cipher suite that OpenSSL implements. Returns the process and its
+/// port.
 async fn lax_server(dir: &std::path::Path) -> (Process, u16) {
     let (key, certificate) = (dir.join("key.pem"), dir.join("certificate.pem"));
     let made = Command::new("openssl")

@@ -19,7 +19,7 @@ use crate::support::{
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const PARENT: &str = "00f067aa0ba902b7";
-/// Long enough for a busy machine.
+/// How long a test waits for spans, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 fn traceparent(flags: &str) -> String {
@@ -44,7 +44,7 @@ fn children<'a>(spans: &'a [Received], parent: &Received) -> Vec<&'a Received> {
     spans.iter().filter(|it| it.parent == parent.id).collect()
 }
 
-/// Creates an account with a key whose rate and burst are `rpm`.
+/// Creates an account with a key whose rate and burst are `rpm`. Returns the account and the key's secret.
 async fn key(app: &TestApp, rpm: u32) -> (Account, String) {
     let account = app.register().await;
     let plan = app.plan(&account, json!({"default_rpm": rpm})).await;

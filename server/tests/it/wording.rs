@@ -7,7 +7,8 @@ use serde_json::Value;
 
 use crate::support::app::{DOCUMENT, TestApp};
 
-/// Words and phrases that read as translated, or that have a standard term. Compared in lower case, as whole words.
+/// Words and phrases that read like a translation, or that a standard term should replace. They are compared in lower
+/// case, as whole words.
 const BANNED: &[&str] = &[
     "alone",
     "anew",

@@ -200,7 +200,7 @@ impl State {
                 self.find("product", params["product"].as_str().unwrap_or_default())?;
                 if params["recurring"]["usage_type"] == "metered" {
                     let meter = params["recurring"]["meter"].as_str();
-                    // Metered prices without a meter were removed in 2025.
+                    // In 2025, Stripe removed metered prices without a meter.
                     self.find(
                         "billing.meter",
                         meter.ok_or_else(|| Failure::missing("recurring[meter]"))?,
@@ -245,7 +245,7 @@ impl State {
         Ok(self.expanded(object, &params["expand"], ""))
     }
 
-    /// Replaces the ID of the latest invoice with the invoice, if `expand` requests it.
+    /// Returns the object. If `expand` requests it, the object contains the latest invoice instead of the invoice's ID.
     fn expanded(&self, object: &Value, expand: &Value, prefix: &str) -> Value {
         let mut object = object.clone();
         let wanted = format!("{prefix}latest_invoice");

@@ -130,7 +130,7 @@ impl State {
         Ok(self.find("subscription", &id)?.clone())
     }
 
-    /// Drafts an invoice for a usage period.
+    /// Drafts an invoice for a usage period. Returns the invoice's ID.
     fn invoice(&mut self, subscription: &str, reason: &str, period: (i64, i64)) -> String {
         let id = self.id("in");
         let of = self
@@ -468,7 +468,7 @@ impl State {
         Ok(session)
     }
 
-    /// Settles a Checkout Session's delayed payment, so that it either succeeds or fails.
+    /// Makes the delayed payment of a Checkout Session succeed or fail. Returns the session.
     pub fn settle_session(&mut self, id: &str, succeeds: bool) -> Result<Value, Failure> {
         let session = self.find("checkout.session", id)?.clone();
         let (customer, invoice) = (text(&session["customer"]), text(&session["invoice"]));

@@ -32,8 +32,8 @@ pub enum When {
 /// How a request fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum How {
-    /// Stripe itself returns an error with this status. Requests with the same idempotency key get the status again,
-    /// except 409 and 429, which Stripe returns before it processes a request.
+    /// Stripe itself returns an error with this status. Requests with the same idempotency key get the same status
+    /// again, unless it is 409 or 429: Stripe returns these two before it processes a request.
     Status(u16),
     /// A proxy returns 502 with an HTML page.
     Html,
@@ -61,7 +61,8 @@ impl Fault {
         Self { when, how }
     }
 
-    /// Returns every kind of fault, before and after the effect. Slow responses take `slow`.
+    /// Returns every kind of fault, before the effect and, except for 409 and 429, after it. Slow responses take
+    /// `slow`.
     pub fn all(slow: Duration) -> Vec<Self> {
         let before = [409, 429, 500, 503].map(How::Status).to_vec();
         let after = [500, 503].map(How::Status).to_vec();

@@ -267,7 +267,7 @@ impl FakeStripe {
         self.with(|state| state.signed(event, endpoint, delivery))
     }
 
-    /// Delivers all queued events, in order, once. Returns the statuses.
+    /// Delivers each queued event once, in order. Returns the statuses of the responses.
     pub async fn deliver_all(&self) -> Vec<u16> {
         let mut statuses = Vec::new();
         for (event, endpoint) in self.take_queued() {

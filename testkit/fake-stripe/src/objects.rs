@@ -4,12 +4,12 @@ use serde_json::{Value, json};
 
 use crate::state::{API_VERSION, text};
 
-/// Returns the parameter, or null.
+/// Returns the parameter, or null if the parameter is missing.
 fn optional(params: &Value, name: &str) -> Value {
     params.get(name).cloned().unwrap_or(Value::Null)
 }
 
-/// Returns the parameter, or an empty object.
+/// Returns the `metadata` parameter, or an empty object if the parameter is missing.
 fn metadata(params: &Value) -> Value {
     params.get("metadata").cloned().unwrap_or_else(|| json!({}))
 }

@@ -70,7 +70,7 @@ fn price_line(state: &State, price: &Value) -> String {
     )
 }
 
-/// Serves a page, or executes the action of a button on it.
+/// Serves a page, or executes the action of a button on the page. Returns `None` if there is no such page.
 pub fn answer(
     state: &mut State,
     method: &Method,

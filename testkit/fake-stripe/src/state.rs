@@ -123,14 +123,15 @@ pub struct State {
     pub cards: HashMap<String, Card>,
     pub timers: Vec<(i64, u64, Timer)>,
     pub usage: Vec<Usage>,
-    /// Secrets of webhook endpoints, each with the time when it expires. The newest secret is last.
+    /// Secrets of webhook endpoints, each with the time when it expires, or `None` if it does not expire. The newest
+    /// secret is last.
     pub secrets: HashMap<String, Vec<(String, Option<i64>)>>,
     /// Events, each with the endpoint that it must be delivered to.
     pub outbox: VecDeque<(String, String)>,
     pub after_retries: AfterRetries,
     /// How many of the next invoices cannot be finalized.
     pub failing_finalizations: u32,
-    /// The idempotency key of the request that is being processed, which its events contain.
+    /// The idempotency key of the request that is being processed. The events that the request causes contain the key.
     pub request_key: Option<String>,
 }
 

@@ -28,7 +28,7 @@ pub enum Signature {
 #[derive(Debug, Clone, Default)]
 pub struct Delivery {
     pub signature: Signature,
-    /// Whether to use a new ID, because Stripe sometimes sends an event twice with different IDs.
+    /// Whether to send the event under a new ID. Stripe sometimes sends an event twice with different IDs.
     pub under_new_id: bool,
     /// Whether to use the format for an endpoint with an API version from 2024.
     pub as_of_2024: bool,

@@ -305,8 +305,8 @@ async fn trials_end() {
     assert_eq!(shop.status(paused).await, "active");
 }
 
-/// Renewals move the periods of items. Failed payments lead to past_due. From there, a payment leads to active again,
-/// and the last failure leads to unpaid or canceled, or leaves the status unchanged.
+/// Renewals move the periods of items. After a failed payment, a subscription is past due. A later payment makes it
+/// active again. If the last attempt fails, the subscription is marked unpaid, is canceled, or remains past due.
 #[tokio::test]
 async fn failed_renewals_run_their_course() {
     for (outcome, last) in [
@@ -597,7 +597,8 @@ async fn finalization_can_fail() {
 /// A received webhook: the signature header and the body.
 type Hook = (Option<String>, String);
 
-/// Receives webhooks. Responds to each attempt with one of `statuses`, starting with the last, and then with 200.
+/// Starts a server that receives webhooks, and returns its URL and the received webhooks. The server responds to each
+/// attempt with one of `statuses`, starting with the last, and after that with 200.
 async fn receiver(mut statuses: Vec<u16>) -> (String, Arc<Mutex<Vec<Hook>>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await

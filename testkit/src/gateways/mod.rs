@@ -128,7 +128,7 @@ impl Program {
         if self != Self::Traefik {
             return true;
         }
-        // Traefik listens before it reads its configuration. Until then, every path is unknown.
+        // Traefik listens before it has read its configuration. Until Traefik has read it, every path is unknown.
         let request = format!("GET {READY} HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n");
         let mut response = Vec::new();
         let is_sent = stream.write_all(request.as_bytes()).await.is_ok();

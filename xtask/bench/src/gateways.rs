@@ -50,7 +50,7 @@ pub(crate) struct Options {
     /// The length of a round in milliseconds
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
     millis: u64,
-    /// Measure only gateways whose name contains this
+    /// Measure only gateways whose names contain this text
     #[arg(long)]
     only: Option<String>,
 }

@@ -34,7 +34,7 @@ fn find(bytes: &[u8], what: &[u8]) -> Option<usize> {
     bytes.windows(what.len()).position(|it| it == what)
 }
 
-/// Sends one request on a new connection.
+/// Sends one request on a new connection. Returns the status and the body of the response.
 pub(crate) fn call(
     server: SocketAddr,
     method: &str,

@@ -185,7 +185,7 @@ async fn open_loop(case: &Case, rate: f64, time: Duration) -> Result<Option<Vec<
 }
 
 /// Sends requests when they are due, or as soon as the response to the previous one has arrived. Returns the response
-/// times, and the number of responses with another status.
+/// times, and the number of responses whose status is not `expected`.
 async fn connection(
     mut stream: TcpStream,
     schedule: Rc<Schedule>,

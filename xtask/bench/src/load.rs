@@ -34,7 +34,7 @@ impl Load {
         Ok(Self { runtime })
     }
 
-    /// Sends the same `request` repeatedly for the duration `time`.
+    /// Sends the same `request` repeatedly for the duration `time`. Returns the number of responses by status.
     pub(crate) fn put(
         &self,
         server: SocketAddr,
@@ -47,7 +47,8 @@ impl Load {
     }
 }
 
-/// Sends requests for the duration `time`. `request` returns the next request.
+/// Sends requests for the duration `time`, and returns the number of responses by status. `request` returns the next
+/// request.
 pub(crate) async fn closed_loop(
     server: SocketAddr,
     time: Duration,

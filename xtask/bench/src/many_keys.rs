@@ -21,7 +21,8 @@ const BATCH: usize = 10_000;
 const ATTEMPTS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(500);
 
-/// Inserts one key for each number, and returns their secrets. `name` returns the name of the key with a number.
+/// Inserts one key for each number, and returns their secrets. `name` returns the name of the key with the given
+/// number.
 pub(crate) async fn insert(
     client: &Client,
     plan: &str,

@@ -1,8 +1,8 @@
 //! The memory of a cached key: the growth of the server's resident memory while every key is used once. The files of
 //! usage records, which the server maps, do not count.
 //!
-//! Four servers run one after another: one for each combination of with or without Redis and with or without quotas.
-//! The keys are inserted into the database directly, because creating them over HTTP would take longer.
+//! Four servers run one after another: with and without Redis, and, in each case, with and without quotas. The keys are
+//! inserted into the database directly, because creating them over HTTP would take longer.
 
 use std::{
     fs,
@@ -25,9 +25,9 @@ use crate::{
 };
 
 const CONNECTIONS: usize = 64;
-/// The number of keys that are used before the first measurement. They are used for as many requests as all other keys
-/// together. Therefore, the server has already allocated memory for requests and their usage before the first
-/// measurement.
+/// The number of keys that are used before the first measurement. They are used for at least as many requests as all
+/// other keys together. Therefore, the server has already allocated memory for requests and their usage before the
+/// first measurement.
 const WARM_UP: usize = 2_000;
 /// How long the server is idle before each measurement. The server drops the state of idle keys every 10 s.
 const SETTLES: Duration = Duration::from_secs(12);

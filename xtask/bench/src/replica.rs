@@ -31,7 +31,7 @@ pub(crate) struct Replica {
 }
 
 impl Replica {
-    /// `settings` are environment variables.
+    /// Creates a replica without starting the server. `settings` are environment variables.
     pub(crate) fn new(
         quota: &Path,
         addr: SocketAddr,

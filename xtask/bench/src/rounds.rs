@@ -116,7 +116,7 @@ impl Call {
     const fn denials(self) -> Answers {
         match self {
             Self::Echo | Self::ForwardAuth => Answers::Limited,
-            // The denial is in the body.
+            // The status is 200, and the denial is in the body.
             Self::Check => Answers::Ok,
         }
     }
@@ -170,7 +170,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         .build()?;
     let redis_server = runtime.block_on(RedisServer::start());
     settings.push(("REDIS_URL", redis_server.url()));
-    // Otherwise, a slow response on a busy machine would count as an outage of Redis.
+    // With the default timeout, a slow response on a busy machine would count as an outage of Redis.
     settings.push(("QUOTA_REDIS_TIMEOUT", "250ms".to_owned()));
     let redis = Server::quota(quota, "info", cores, &settings)?;
 

@@ -69,7 +69,7 @@ fn main() -> Result<()> {
         loader = split::renamed(&loader, &name, &hashed)?;
     }
     let wasm = add_hashed(&mut files, "quota-ui", "wasm", &module.emit_wasm());
-    // The two scripts import each other, so their names contain a hash of both.
+    // The two scripts import each other, so their names contain a hash of both scripts.
     let both = hash_of(format!("{glue}{loader}"));
     let names = [format!("quota-ui-{both}.js"), format!("loader-{both}.js")];
     files.insert(

@@ -37,7 +37,7 @@ impl Account {
         created(client.post(url).bearer_auth(&self.token).json(&body)).await
     }
 
-    /// Creates a key on a new plan.
+    /// Creates a key on a new plan. Returns the key's secret.
     pub async fn key(&self, client: &Client, plan: Value) -> Result<String> {
         let plan = self.create(client, "plans", plan).await?;
         let key = json!({"name": "test", "plan_id": plan["id"]});

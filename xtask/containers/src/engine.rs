@@ -137,7 +137,7 @@ impl Drop for Engine {
     }
 }
 
-/// Runs a command. An error contains its output.
+/// Runs a command. If the command fails, the error contains the command's output.
 pub fn succeed(command: &mut Command) -> Result<()> {
     read(command).map(drop)
 }

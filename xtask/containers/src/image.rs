@@ -14,7 +14,7 @@ use crate::{
     root,
 };
 
-/// The maximum size, in MB.
+/// The maximum size of the image, in MB.
 const SIZE: f64 = 35.0;
 
 /// An image to build.
@@ -59,7 +59,7 @@ impl Image<'_> {
     }
 }
 
-/// Copies a binary to where the Dockerfile expects one that was built elsewhere.
+/// Copies a binary to the path at which the Dockerfile expects a binary that was built outside the image.
 pub fn put_binary(binary: &Path, source: &Path) -> Result<()> {
     let folder = source.join("deploy/bin");
     fs::create_dir_all(&folder)?;
@@ -112,8 +112,8 @@ pub struct Upgrade {
     pub is_skewed: bool,
 }
 
-/// Builds the image to upgrade from or to: that of an earlier commit, or that of the same version with a different
-/// label.
+/// Builds the second image that an upgrade requires: an image of the earlier commit `from` to upgrade from or, if
+/// `from` is `None`, an image of this version with a different label to upgrade to.
 pub fn upgrade(
     engine: &Engine,
     folder: &Path,

@@ -195,7 +195,8 @@ fn is_post(number: u64) -> bool {
     number.is_multiple_of(2)
 }
 
-/// The key changes after every second request, so that each key is used with both kinds of requests.
+/// Returns whether a request uses the key whose limit is exceeded. The key changes after every second request, so that
+/// each key is used with both kinds of requests.
 fn is_limited(number: u64) -> bool {
     (number / 2).is_multiple_of(2)
 }

@@ -58,7 +58,7 @@ enum Part {
     Backup,
     /// `compose.yml` from a fresh clone
     Development,
-    /// The runbook, from a machine with nothing but Debian to a limited request
+    /// The steps of the runbook, on a machine with nothing but Debian
     Runbook,
 }
 

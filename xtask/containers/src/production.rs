@@ -368,7 +368,7 @@ impl<'a> Production<'a> {
             .collect()
     }
 
-    /// If a test failed, prints the last log lines.
+    /// Prints the last log lines if a test failed, and returns the result of the test.
     pub fn logs_of(&self, tested: Result<()>) -> Result<()> {
         if tested.is_err()
             && let Ok(logs) =

@@ -20,21 +20,21 @@ const TIMEOUT: Duration = Duration::from_secs(20);
 /// How long to wait for an alert. The server checks quotas every 5 seconds, and the console checks for alerts every
 /// minute.
 const ALERT_TIMEOUT: Duration = Duration::from_secs(120);
-/// Long enough for a notification to arrive.
+/// A pause that is long enough for a notification to arrive.
 const SETTLE: Duration = Duration::from_secs(1);
 
 const PLAN: &str = "Trial";
 /// Notifications must not interpret this name as markup.
 const KEY: &str = "Partner <b>R&D";
 
-/// A key with a daily quota of 10 requests.
+/// A key with a daily quota of 10 requests, and the service that receives the notifications.
 pub struct Alerts {
     key: String,
     notifications: Notifications,
 }
 
 impl Alerts {
-    /// Checks one alert without a notification service, and then another alert with this service.
+    /// Checks one alert without a notification service, and then another alert with such a service.
     pub async fn check(page: &App, world: &World, server: &str) -> Result<Self> {
         let key = create_key(page).await?;
         let display = world.display()?;

@@ -1,7 +1,8 @@
 //! Measures the app's memory and time to first paint, compared with an empty window.
 //!
-//! Starts the app and the empty window alternately, so that other load affects both. Memory is measured after a pause,
-//! as the sum of the proportional set sizes (PSS) of all processes, so shared libraries are not counted several times.
+//! Starts the app and the empty window alternately, so that other load affects both equally. Memory is measured after a
+//! pause, as the sum of the proportional set sizes (PSS) of all processes, so shared libraries are not counted several
+//! times.
 
 use std::{
     fs,

@@ -261,7 +261,8 @@ async fn with_server_unreachable(page: &App, proxy: &FaultProxy) -> Result<()> {
     .await
 }
 
-/// Checks that the live tail says when the server is unreachable, although the app then returns stored decisions.
+/// Checks that the live tail shows that the server is unreachable, even though the app returns stored decisions in the
+/// meantime.
 async fn live_tail(page: &App, proxy: &FaultProxy) -> Result<()> {
     page.follow("Usage").await?;
     page.press("Open live tail").await?;
@@ -335,7 +336,7 @@ async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
     display.close(TITLE)?;
     page.text("Copy it before you quit.").await?;
     page.screenshot("quit-warning").await?;
-    // Escape asks instead whether to close the dialog.
+    // When the user presses Escape, the app asks whether to close the dialog instead.
     page.run("document.querySelector('#secret').dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }))")
         .await?;
     page.text("Copy it before you close.").await?;

@@ -101,7 +101,7 @@ impl Notifications {
         .await
     }
 
-    /// Reports a click on a notification, at a time of the display's clock.
+    /// Reports a click on a notification at the given time, according to the X server's clock.
     pub async fn click(&self, id: u32, at: u32) -> Result<()> {
         let token = format!("stand-in_TIME{at}");
         let everyone = None::<&str>;

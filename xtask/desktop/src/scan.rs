@@ -9,8 +9,8 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Returns whether the bytes contain a refresh token or a JWT, in UTF-8 or UTF-16. Does not use a regular expression:
-/// in a debug build, searching the memory of a process would take minutes.
+/// Returns whether the bytes contain a refresh token or a JWT, in UTF-8 or UTF-16. Does not use a regular expression,
+/// because in a debug build, searching the memory of a process with one would take minutes.
 pub fn has_token(bytes: &[u8]) -> bool {
     bytes.iter().enumerate().any(|(at, first)| match first {
         b'q' => is_refresh(&bytes[at..], 1) || is_refresh(&bytes[at..], 2),
@@ -103,7 +103,7 @@ pub fn memory(pid: i32) -> Result<bool> {
         if let Some(own) = writable(line) {
             range = own;
         } else if line.starts_with("Rss:") && !line.ends_with(" 0 kB") {
-            // Most reserved memory was never touched, so this skips gigabytes of absent pages.
+            // Most reserved memory was never touched, so reading only the pages that are present skips gigabytes.
             for run in present(&mut pages, &range)? {
                 let mut bytes = Vec::new();
                 memory.seek(SeekFrom::Start(run.start * PAGE))?;

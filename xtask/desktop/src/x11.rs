@@ -39,7 +39,7 @@ impl Display {
         Ok(Self { connection, root })
     }
 
-    /// Returns the visible window with a title. Without a window manager, it is a child of the root.
+    /// Returns the visible window with a title. Without a window manager, the window is a child of the root window.
     fn window(&self, title: &str) -> Result<Window> {
         let tree = self.connection.query_tree(self.root)?.reply()?;
         for window in tree.children {
@@ -71,7 +71,7 @@ impl Display {
         Ok(())
     }
 
-    /// Returns the time of the display's clock, in milliseconds.
+    /// Returns the X server's time, in milliseconds.
     pub fn time(&self) -> Result<u32> {
         let attributes = ChangeWindowAttributesAux::new().event_mask(EventMask::PROPERTY_CHANGE);
         self.connection

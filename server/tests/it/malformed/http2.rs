@@ -33,7 +33,7 @@ const FIELDS: &[(&str, &str)] = &[
     ("range", "bytes=0-0,5-1,-"),
 ];
 
-/// Returns a connection's bytes.
+/// Returns the bytes that a client sends on one connection.
 pub(super) fn connection(random: &mut Rng, caller: &Caller) -> Vec<u8> {
     let mut bytes = hello(random.choice([0, 1, 65_535, 0x7fff_ffff]).unwrap_or(65_535));
     for stream in (1..=random.u32(1..6) * 2).step_by(2) {

@@ -111,7 +111,7 @@ fn resolve(schema: &Value) -> &Value {
     schema
 }
 
-/// Returns JSON, most parts of which follow the schema.
+/// Returns JSON that mostly follows the schema.
 fn sample(random: &mut Rng, caller: &Caller, schema: &Value, depth: u8) -> String {
     let schema = resolve(schema);
     if random.u8(..20) == 0 || depth == 0 {

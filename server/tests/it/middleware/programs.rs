@@ -19,7 +19,7 @@ use tokio::{
     task::JoinSet,
 };
 
-/// Long enough for a busy machine.
+/// The maximum time that an application may take to start. This is long enough for a busy machine.
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

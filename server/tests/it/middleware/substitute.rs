@@ -1,4 +1,4 @@
-//! A server at Quota's address that responds to checks as a test demands.
+//! A server at Quota's address that responds to checks as a test specifies.
 
 use std::{
     net::SocketAddr,
@@ -60,8 +60,8 @@ impl Substitute {
         format!("http://{}", self.addr)
     }
 
-    /// Responds to later checks with `response`, or does not respond if it is [`SILENCE`]. Closes the connection after
-    /// `response` if it is not a complete response.
+    /// Responds to later checks with `response`. If `response` is [`SILENCE`], does not respond. If `response` is not a
+    /// complete response, closes the connection after sending it.
     pub(super) fn respond_with(&self, response: &str) {
         response.clone_into(&mut self.shared.response.lock());
     }

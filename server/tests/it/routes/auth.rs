@@ -994,6 +994,7 @@ async fn stranger_cannot_lock_out_an_owner() {
 }
 
 /// Keeps both password threads busy for a while, with accounts whose password hashes take `passes` passes to verify.
+/// Returns the tasks that sign in to these accounts.
 async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task::JoinHandle<u16>> {
     let costly = format!(
         "$argon2id$v=19$m=65536,t={passes},p=1$c29tZXNhbHRzb21lc2FsdA$\
@@ -1057,7 +1058,8 @@ async fn sign_in_during_reset(
     (status, body, answered_at > reset_at)
 }
 
-/// The old password is correct when the sign-in looks it up, and wrong when the session would be created.
+/// The old password is still correct when the sign-in reads the password hash, but no longer when the session would be
+/// created.
 #[tokio::test(flavor = "multi_thread")]
 async fn sign_in_during_a_password_change_creates_no_session() {
     let app = TestApp::start().await;

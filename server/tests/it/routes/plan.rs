@@ -152,7 +152,7 @@ async fn plan_names_are_unique_within_a_tenant() {
     );
 }
 
-/// 31 days at one request per minute.
+/// The number of requests in 31 days at one request per minute.
 const MONTH: u32 = 31 * 24 * 60;
 
 #[tokio::test(flavor = "multi_thread")]

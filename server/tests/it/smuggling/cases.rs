@@ -23,7 +23,7 @@ pub(crate) struct Attacker<'a> {
     pub(crate) token: &'a str,
 }
 
-/// Fills in a text. Returns its parts, before and after a pause.
+/// Fills in the placeholders of a text. Returns the parts of the text, between which the attacker pauses.
 pub(crate) fn filled(text: &str, hidden: Hidden, attacker: &Attacker<'_>) -> Vec<Vec<u8>> {
     let hidden = match hidden {
         Hidden::Request => HIDDEN,
@@ -530,7 +530,7 @@ pub(crate) const HIDING: &[(&str, &str)] = &[
     ),
 ];
 
-/// Names and texts of requests that are followed by another request. A server may respond to both.
+/// Names and texts of requests that are followed by another request. A server may respond to both requests.
 pub(crate) const PIPELINED: &[(&str, &str)] = &[
     (
         "after a length with an underscore",
@@ -566,7 +566,8 @@ pub(crate) const PIPELINED: &[(&str, &str)] = &[
     ),
 ];
 
-/// Names and texts of requests with an oddity that other servers may interpret differently. They hide no other request.
+/// Names and texts of requests with an oddity that other servers may interpret differently. These requests hide no
+/// other request.
 pub(crate) const ODD: &[(&str, &str)] = &[
     (
         "bare LF",

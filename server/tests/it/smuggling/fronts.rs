@@ -14,8 +14,8 @@ use super::response;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Direct,
-    /// Forwards what arrives together on a client's connection as one request, without changes, on one connection for
-    /// all clients. The next response on that connection goes to the client.
+    /// Forwards the bytes that arrive together from a client as one request, without changes, on one connection to the
+    /// server for all clients. The server's next response goes to this client.
     Relay,
     Proxy(Program, Parsing),
 }

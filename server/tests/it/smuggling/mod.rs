@@ -240,7 +240,7 @@ impl Client {
     }
 }
 
-/// Sends all cases through a front, or only the case with this name.
+/// Sends all cases through a front, or only the case named `only`, and returns what happened.
 async fn run(kind: Kind, server: SocketAddr, world: &World, only: Option<&str>) -> Report {
     let front = kind.start(server).await;
     let mut run = Run {

@@ -1,7 +1,7 @@
 //! A server that is vulnerable to request smuggling. It proves that the tests detect the vulnerability.
 //!
-//! The server honors any field that resembles `Transfer-Encoding: chunked` even if there is a length, ignores the
-//! bodies of GET requests, and keeps the connection open.
+//! The server honors any field that resembles `Transfer-Encoding: chunked` even if the request also has a
+//! `Content-Length`, ignores the bodies of GET requests, and keeps the connection open.
 
 use std::{collections::HashMap, net::SocketAddr, sync::Arc};
 
@@ -50,7 +50,8 @@ async fn serve(mut stream: TcpStream, limits: &HashMap<String, String>) -> std::
     }
 }
 
-/// Returns the head of the request at the beginning of these bytes, and the length of the request, if it is complete.
+/// Returns the head of the request at the beginning of these bytes, and the length of the request, if the request is
+/// complete.
 fn request(bytes: &[u8]) -> Option<(String, usize)> {
     let (text, end) = head(bytes)?;
     let lower = text.to_ascii_lowercase();

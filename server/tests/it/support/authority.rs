@@ -13,7 +13,7 @@ use tokio_rustls::rustls::{
     pki_types::{PrivateKeyDer, pem::PemObject as _},
 };
 
-/// A certificate authority, and its certificate for `localhost`.
+/// A certificate authority, and a certificate for `localhost` that it has issued.
 pub(crate) struct Authority {
     /// The file with the authority's certificate.
     pub(crate) root: PathBuf,

@@ -11,7 +11,7 @@ use quota_testkit::{Process, caddy, redis::free_port};
 use reqwest::Client;
 use tempfile::TempDir;
 
-/// Allows for a busy machine.
+/// The maximum time that Caddy may take to start, even on a busy machine.
 const STARTED_WITHIN: Duration = Duration::from_secs(60);
 
 pub(crate) struct Caddy {

@@ -38,7 +38,7 @@ impl Received {
         serde_json::from_str(&self.body).expect("the body is JSON")
     }
 
-    /// Verifies the signature with the reference implementation of Standard Webhooks.
+    /// Returns whether the signature is valid, according to the reference implementation of Standard Webhooks.
     pub(crate) fn is_signed_with(&self, secret: &str) -> bool {
         let mut headers = HeaderMap::new();
         for (name, value) in &self.headers {
@@ -124,7 +124,7 @@ impl Hooks {
             .collect()
     }
 
-    /// Waits until `count` requests have been received at a path.
+    /// Waits until `count` requests have been received at a path, and returns all requests received there.
     pub(crate) async fn wait_for(&self, path: &str, count: usize) -> Vec<Received> {
         let began = Instant::now();
         loop {

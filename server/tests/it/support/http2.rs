@@ -26,7 +26,7 @@ pub(crate) fn hello(window: u32) -> Vec<u8> {
     [PREFACE, &frame(SETTINGS, 0, 0, &settings)].concat()
 }
 
-/// Encodes a length for HPACK, with 7 bits in its first byte.
+/// Encodes a length for HPACK, with a 7-bit prefix.
 fn length(mut length: usize) -> Vec<u8> {
     if let Ok(short @ ..127) = u8::try_from(length) {
         return vec![short];

@@ -192,8 +192,8 @@ fn admin_url() -> &'static str {
     })
 }
 
-/// Starts a cluster that stops when this process exits. The cluster needs a runtime that outlives the runtimes of the
-/// tests.
+/// Starts a cluster that stops when this process exits, and returns the URL of the cluster's maintenance database. The
+/// cluster needs a runtime that outlives the runtimes of the tests.
 fn start_own() -> String {
     let (url, started) = std::sync::mpsc::channel();
     thread::spawn(move || {

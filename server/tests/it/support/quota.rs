@@ -21,7 +21,7 @@ use tempfile::TempDir;
 
 use super::app::PASSWORD;
 
-/// The first startup creates a database, and the machine may be busy.
+/// The maximum time until the server is ready. The first startup creates a database, and the machine may be busy.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
 /// How long stopping after SIGTERM may take.
 const STOPPED_WITHIN: Duration = Duration::from_secs(30);
@@ -58,7 +58,8 @@ impl Quota {
         quota
     }
 
-    /// Like [`start_with`](Self::start_with), but stops reading the output once the server is ready.
+    /// Like [`start_with`](Self::start_with), but stops reading the output once the server is ready, and also returns
+    /// the rest of the output.
     pub(crate) fn start_unread(
         data_dir: &Path,
         settings: &[(&str, &str)],

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::usage;
 
-/// A time limit that holds on a busy machine.
+/// How long a test waits for a result, even on a busy machine.
 const AT_MOST: Duration = Duration::from_secs(15);
 
 pub(crate) struct TestStripe {
@@ -130,7 +130,7 @@ impl TestStripe {
     }
 }
 
-/// Waits until `GET /billing` returns the given access.
+/// Waits until `GET /billing` returns the given access. Returns the body of that response.
 pub(crate) async fn wait_for_access(app: &TestApp, account: &Account, access: &str) -> Value {
     let began = Instant::now();
     loop {

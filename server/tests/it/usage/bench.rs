@@ -236,7 +236,7 @@ async fn ten_million_rows() {
     fill(&app, &mut generator).await;
     vacuum(&app).await;
     let rows = rows + BACKLOG;
-    // Sign in again, because access tokens are valid for only a few minutes.
+    // Sign in again, because access tokens are valid for only 15 minutes.
     let account = generator.account;
     let login = json!({"email": account.email, "password": PASSWORD});
     let token = app

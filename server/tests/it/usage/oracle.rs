@@ -75,7 +75,7 @@ async fn world(days: &[&str]) -> World {
     for day in days {
         let day: DateTime<Utc> = format!("{day}T00:00:00Z").parse().expect("a day");
         for _ in 0..600 {
-            // Squaring makes the first keys and endpoints far more frequent.
+            // Multiplying two random numbers makes the first keys and endpoints far more frequent.
             let mut square =
                 |n: u64| usize::try_from(dice.below(n) * dice.below(n) / n).expect("small");
             let (key, endpoint) = (square(30), square(40));

@@ -64,7 +64,7 @@ impl Answered {
         self.code == "allowed"
     }
 
-    /// Returns the policy under which the request is counted. Each plan denies by only one policy.
+    /// Returns the policy under which the request is counted. Each plan has at most one policy that can deny a request.
     fn policy(&self) -> &str {
         match self.code.as_str() {
             "quota_exceeded" => ["rpm", "daily", "none"][self.key % 3],

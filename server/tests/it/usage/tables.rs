@@ -184,8 +184,8 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
         0
     );
     assert_eq!(list(&key).await["total"]["allowed"], 500);
-    // The tenant's list is longer. One consumer cannot fill the tenant's list, because an endpoint is added to it only
-    // if the list of the consumer's key contains the endpoint.
+    // The tenant's list is longer. One consumer cannot fill the tenant's list, because an endpoint is added to the
+    // tenant's list only if the list of the consumer's key contains the endpoint.
     assert_eq!(list("endpoint=GET%20/255").await["total"]["allowed"], 1);
     assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 0);
     let other = UsageRecord {

@@ -76,7 +76,8 @@ impl Load {
         format!("{}-{connection}-{number}", self.server.port())
     }
 
-    /// Sends requests one after another until the load is stopped. `pause` is the time between two requests.
+    /// Sends requests one after another until the load is stopped. `pause` is the time between a response and the next
+    /// request.
     pub(super) async fn run(self: Arc<Self>, connection: usize, pause: Duration) -> Result<()> {
         let mut stream = None;
         while !self.stop.load(Ordering::Relaxed) {

@@ -50,7 +50,7 @@ pub(crate) struct Options {
     /// Connections from the load to each replica
     #[arg(long, default_value_t = 32)]
     connections: usize,
-    /// Time between two requests of a connection, in milliseconds
+    /// Time between a response and the next request on a connection, in milliseconds
     #[arg(long, default_value_t = 20)]
     pause: u64,
     /// Before each kill, wait until this many requests are in flight

@@ -85,7 +85,7 @@ pub(crate) struct Row {
     pub(crate) is_shared: bool,
     pub(crate) rule: Rule,
     pub(crate) saturated: Counted,
-    /// The maximum number of requests allowed in any 10 seconds.
+    /// The maximum number of requests allowed in any 10 seconds near the end of a fixed window.
     pub(crate) edge: Option<u64>,
     pub(crate) late: Option<Counted>,
     pub(crate) outage: Option<Outage>,
@@ -254,7 +254,8 @@ async fn outage(pair: &mut Pair) -> Result<Outage> {
     Ok(evaluate_outage(&log?, rule))
 }
 
-/// Evaluates requests of a key whose limit is reached (0) and of a key whose limit is not (1).
+/// Evaluates the log of two keys: request 0 uses a key whose limit is reached, and request 1 uses a key whose limit is
+/// not reached.
 fn evaluate_outage(log: &[Attempt], rule: Rule) -> Outage {
     let of = |request: u16| log.iter().filter(move |it| it.request == request);
     let limited: Vec<Attempt> = of(0).copied().collect();

@@ -200,7 +200,7 @@ fn quota(
     let mut settings = Vec::new();
     if let Some((redis, _)) = &redis {
         settings.push(("REDIS_URL", redis.url()));
-        // Otherwise, a slow response on a busy machine would count as an outage of Redis.
+        // With the default timeout, a slow response on a busy machine would count as an outage of Redis.
         settings.push(("QUOTA_REDIS_TIMEOUT", "250ms".to_owned()));
     }
     if !is_direct {

@@ -66,7 +66,7 @@ pub(crate) async fn drive(plan: &Plan) -> Result<Vec<Attempt>> {
                 pending: None,
             };
             let run = connection.run(end, pace);
-            // A request without a response does not delay the end.
+            // A request without a response delays the end of the load by at most `PATIENCE`.
             let _ = timeout_at(end + PATIENCE, run).await;
             if let Some((sent, request)) = connection.pending {
                 connection.finish(sent, request, 0);

@@ -23,7 +23,8 @@ pub(crate) fn fastify(tools: &Path) -> Result<PathBuf> {
     })
 }
 
-/// Installs FastAPI and its packages, and returns the directory of the program. The packages are in `packages`.
+/// Installs FastAPI and its packages, and returns the directory of the program. The packages are in the `packages`
+/// subdirectory.
 pub(crate) fn fastapi(tools: &Path) -> Result<PathBuf> {
     installed(
         tools,

@@ -1,5 +1,5 @@
-//! Two instances of a server. Unless each instance counts separately, both share one Redis, which they reach through
-//! proxies that can delay its responses.
+//! Two instances of a server. Unless each instance counts separately, the two instances share one Redis, which they
+//! reach through proxies that can delay its responses.
 
 use std::{cell::Cell, net::SocketAddr, time::Duration};
 

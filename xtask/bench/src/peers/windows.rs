@@ -39,7 +39,7 @@ pub(crate) fn length(log: &[Attempt]) -> Duration {
 }
 
 /// Returns the largest number of allowed requests in a window of this length. A request counts only if it was both sent
-/// and answered in the window, so that the result is never too high.
+/// and answered in the window, so the result is never too high.
 pub(crate) fn worst_window(log: &[Attempt], window: Duration) -> u64 {
     let window = u64::try_from(window.as_nanos()).unwrap_or(u64::MAX);
     let mut allowed: Vec<&Attempt> = log.iter().filter(|it| it.status == 200).collect();

@@ -81,7 +81,7 @@ fn respond(query: &[u8], addresses: &[Ipv4Addr]) -> Option<Vec<u8>> {
 mod tests {
     use super::*;
 
-    /// A query for `quota`, with an additional record, as Go sends it.
+    /// Returns a query for `quota` with an additional record, as Go sends it.
     fn query(kind: u8) -> Vec<u8> {
         let mut query = vec![0xab, 0xcd, 1, 0, 0, 1, 0, 0, 0, 0, 0, 1];
         query.extend(b"\x05quota\0");

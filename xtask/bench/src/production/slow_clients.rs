@@ -318,9 +318,9 @@ async fn attack_until(
     let mut most = 0;
     for run in 0.. {
         let prefix = prefix.with_extension(run.to_string());
-        // Each connection needs a file descriptor. The default limit is often 1024.
-        // slowhttptest keeps a processor busy. In a real attack, the clients do that on other machines, so the measured
-        // processes must not wait for it.
+        // Each connection needs a file descriptor. The default limit is often 1024. slowhttptest keeps a processor
+        // busy. In a real attack, the clients use the processors of other machines, so slowhttptest must not delay the
+        // measured processes.
         let mut command = Command::new("/bin/sh");
         command
             .args([

@@ -76,7 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Counts the signals that ask this process to stop.
+/// Returns a receiver for the number of signals that have asked this process to stop so far.
 fn stop_signals() -> Result<watch::Receiver<u32>> {
     let (count, counted) = watch::channel(0);
     let mut signals = [
@@ -121,7 +121,8 @@ async fn start(options: &Options) -> Result<Production> {
         https,
         with_demo: true,
         directives: "info",
-        // An unoptimized build on a busy machine would otherwise often mistake a slow response for an outage of Redis.
+        // With the default timeout, an unoptimized build on a busy machine would often mistake a slow response for an
+        // outage of Redis.
         settings: vec![("QUOTA_REDIS_TIMEOUT", "250ms".into())],
     };
     let production = Production::start(&shape, postgres).await?;

@@ -218,7 +218,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
         ("REDIS_URL", redis.url()),
         ("QUOTA_LEASE_TTL", format!("{}ms", options.lease_ttl)),
     ];
-    // Runtimes cannot be nested, so this one is on another thread.
+    // Runtimes cannot be nested, so the task runs on another thread.
     let apart = |task: &(dyn Fn() -> Result<Vec<[Round; 2]>> + Sync)| {
         thread::scope(|scope| scope.spawn(task).join().ok().context("the task panicked")?)
     };

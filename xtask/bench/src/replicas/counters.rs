@@ -25,7 +25,7 @@ impl Counters {
         Ok(scripts(&text))
     }
 
-    /// Closes every subscription, as a network failure would.
+    /// Closes every subscription, as a network failure would. Returns the number of connections that were closed.
     pub(crate) async fn end_subscriptions(&mut self) -> Result<u64> {
         Ok(redis::cmd("CLIENT")
             .arg(&["KILL", "TYPE", "pubsub"])

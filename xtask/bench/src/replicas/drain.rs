@@ -1,7 +1,7 @@
 //! A clean stop with many keys in use: unused tokens of blocks are returned.
 //!
-//! Keys are inserted into the database, since creating so many keys over HTTP takes too long. Usage is read from the
-//! database.
+//! Keys are inserted into the database directly, because creating so many keys over HTTP would take too long. Usage is
+//! read from the database.
 
 use std::{collections::BTreeMap, time::Duration};
 

@@ -304,7 +304,8 @@ fn number(headers: &HeaderMap, name: &header::HeaderName) -> Option<u32> {
     headers.get(name)?.to_str().ok()?.parse().ok()
 }
 
-/// Returns whether the request was decided without Redis: the header is then present, regardless of its value.
+/// Returns whether the request was decided without Redis. If it was, the response has the header, regardless of the
+/// header's value.
 fn is_degraded(headers: &HeaderMap) -> bool {
     headers
         .keys()

@@ -43,9 +43,9 @@ const COLUMNS: &[&str] = &[
 const REPLICAS: usize = 3;
 /// When the fault occurs.
 const FAULT_AT: Duration = Duration::from_secs(4);
-/// How long before the fault the future master stops receiving writes.
+/// The time from the last write that the future master receives until the fault.
 const MISSED: Duration = Duration::from_millis(1500);
-/// How long all replicas may take to detect the loss.
+/// The maximum time until all replicas have detected the loss of Redis.
 const DISCOVERY: Duration = Duration::from_secs(1);
 const AFTERWARDS: Duration = Duration::from_secs(6);
 /// An outage is over once there has been no degraded response for this long.
@@ -244,7 +244,7 @@ async fn one(options: &Options, kind: Kind, table: &mut Table) -> Result<Vec<Att
     Ok(log)
 }
 
-/// Causes the fault and ends it. Returns when Redis was available again.
+/// Causes the fault and ends it. Returns the time from `origin` until Redis was available again.
 async fn happen(kind: Kind, world: &mut World, origin: Instant) -> Result<Duration> {
     let (begin, over) = (origin + FAULT_AT, origin + FAULT_AT + kind.lasts());
     match world {

@@ -68,12 +68,12 @@ impl Database {
     }
 }
 
-/// The settings of the replicas.
+/// How the replicas are started.
 #[derive(Clone)]
 pub(crate) struct Setup {
     pub(crate) binary: PathBuf,
     pub(crate) database_url: String,
-    /// One URL per replica; none for replicas without Redis.
+    /// One URL per replica, or no URLs if the replicas run without Redis.
     pub(crate) redis_urls: Vec<String>,
     /// Additional environment variables.
     pub(crate) settings: Vec<(&'static str, String)>,
@@ -138,7 +138,7 @@ impl Fleet {
         self.stop_within(STOPPED_WITHIN).await
     }
 
-    /// Stops all replicas within this time.
+    /// Stops all replicas with SIGTERM. Fails if a replica does not exit in time, or exits with an error.
     pub(crate) async fn stop_within(&mut self, time: Duration) -> Result<()> {
         for replica in &mut self.replicas {
             replica.process.signal(Signal::SIGTERM)?;

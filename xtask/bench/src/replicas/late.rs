@@ -36,7 +36,7 @@ const COLUMNS: &[&str] = &[
 ];
 const REPLICAS: usize = 3;
 const LIMIT: (u32, u32) = (60_000, 200);
-/// How long responses have been delayed when the first requests are sent.
+/// The time from the start of the delay until the first requests are sent.
 const BEFORE: Duration = Duration::from_millis(30);
 /// The time for opening all connections.
 const CONNECTED: Duration = Duration::from_millis(1000);

@@ -2,8 +2,8 @@
 //! only slightly below it.
 //!
 //! Each cell of the table uses three keys, in the same processes at the same time. At 0.9 times the limit, buckets
-//! start full and everything is allowed. At 1 and 2 times the limit, a burst first empties the bucket, so that the load
-//! tests the envelope at its limit.
+//! start full and everything is allowed. At 1 and 2 times the limit, a burst first empties the bucket, so that any
+//! excess over the envelope becomes visible.
 
 use std::time::Duration;
 

@@ -96,7 +96,7 @@ pub(crate) fn together(parts: impl IntoIterator<Item = Vec<Arrival>>) -> Vec<Arr
     all
 }
 
-/// Returns a burst of more than a full bucket, followed by a steady rate that meets an empty bucket. For a small
+/// Returns a burst that takes more than a full bucket contains, followed by requests at a steady rate. For a small
 /// bucket, the burst is larger than what all replicas together would allow without sharing.
 pub(crate) fn drained_then(
     steady: Steady,

@@ -156,7 +156,7 @@ impl Stage {
         drive(&targets, load, Instant::now()).await
     }
 
-    /// Opens this many connections to each replica before the first request.
+    /// Sends the load, after opening `ready` connections to each replica.
     pub(crate) async fn drive_ready(
         &self,
         keys: &[Key],
@@ -191,7 +191,7 @@ impl Stage {
         Ok(())
     }
 
-    /// Stops everything except Redis.
+    /// Stops everything except Redis, and returns the Redis server.
     pub(crate) async fn end(mut self) -> Result<Option<RedisServer>> {
         self.fleet.stop().await?;
         self.database.remove().await?;
@@ -249,8 +249,8 @@ impl Recount {
         share(self.tokens, self.ideal)
     }
 
-    /// Returns whether less than 99% of the possible requests were allowed. One request is within the measurement
-    /// error: a client cannot tell whether its tokens were already available.
+    /// Returns whether less than 99% of the possible tokens were granted. A difference of one request is within the
+    /// measurement error, because a client cannot tell whether the request's tokens were already available.
     pub(crate) fn is_short(&self) -> bool {
         self.served() < 0.99 && self.tokens + self.dearest < self.ideal
     }

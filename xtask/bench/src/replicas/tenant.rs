@@ -15,7 +15,7 @@ use tokio::net::TcpStream;
 #[derive(Clone)]
 pub(crate) struct Tenant {
     email: String,
-    /// Valid for 15 minutes.
+    /// The access token, which is valid for 15 minutes.
     token: String,
 }
 

@@ -45,7 +45,8 @@ pub(super) struct Edit {
     pub(super) effective: f64,
 }
 
-/// Lowers the limit of a plan several times, from `limit`. `secret` is the secret of a key on the plan.
+/// Lowers the limit of a plan several times, starting from `limit`, and returns the median times. `secret` is the
+/// secret of a key on the plan.
 pub(super) async fn edit(
     server: SocketAddr,
     tenant: &Tenant,

@@ -1,23 +1,23 @@
-//! Checks the limiter's guarantees by recounting, based only on the log of requests.
+//! Checks the limiter's guarantees by recounting the requests in the log.
 //!
-//! The checks are derived from the documented guarantees, not from how the limiter implements them. Numbers from
-//! replicas or Redis are used only for two checks: a denial is wrong if Redis had never granted enough tokens to empty
-//! the bucket, and the totals must match.
+//! The checks are derived from the documented guarantees, not from how the limiter implements them. The numbers of
+//! tokens that replicas and Redis report are used only for two checks: a denial is wrong if Redis had never granted
+//! enough tokens to empty the bucket, and the totals must match.
 //!
 //! **Upper bound.** In any window of `T`, all replicas together admit at most `burst + rate·(T + ttl)` tokens, or
 //! `burst + rate·T` for a strict plan, no matter what happens. In the second after a plan is edited, replicas may
 //! follow either version of the plan. Therefore, the bound for a window that overlaps this second uses the larger burst
-//! and, at each moment, the larger rate of the plans that requests follow. Between the requests of two plans, the lower
-//! rate counts, because a bucket learns of an edit from a request. If Redis has lost its state and has decided no
-//! request under the earlier plan since then, the later plan counts from the start of the new epoch, even if the edit
-//! came after this start, because Redis no longer knows the earlier plan. `closed` has no exception. `share` has one
-//! exception: while some replicas have lost Redis (or get all responses late) and others have not, the replicas that
-//! have lost Redis use their share `p` of the bucket, in addition to the tokens that the others take from Redis. All
-//! replicas together then admit at most `(1 + p)` times the bound, where `p` is at most 1. If some calls fail just
-//! after an outage, the replicas that made these calls still count as having lost Redis while the other replicas use
-//! Redis again. With `open`, the requests that a replica admits without Redis satisfy the bound of a strict plan,
-//! separately for each replica. Requests admitted by Redis satisfy the bound without exceptions, with every fallback
-//! setting.
+//! and, at each moment, the larger rate of the plans that requests follow. Between the last request under one plan and
+//! the first request under the next, the lower of the two rates counts, because a bucket learns of an edit only from a
+//! request. If Redis has lost its state and has decided no request under the earlier plan since then, the later plan
+//! counts from the start of the new epoch, even if the edit came after the start of this epoch, because Redis no longer
+//! knows the earlier plan. With `closed`, there is no exception to this bound. With `share`, there is one exception:
+//! while some replicas have lost Redis (or get all responses late) and others have not, the replicas that have lost
+//! Redis use their share `p` of the bucket, in addition to the tokens that the others take from Redis. All replicas
+//! together then admit at most `(1 + p)` times the bound, where `p` is at most 1. If some calls fail just after an
+//! outage, the replicas that made these calls still count as having lost Redis while the other replicas use Redis
+//! again. With `open`, the requests that a replica admits without Redis satisfy the bound of a strict plan, separately
+//! for each replica. Requests admitted by Redis satisfy the bound without exceptions, with every fallback setting.
 //!
 //! **Lower bound.** In any period of 2 s that contains no fault and starts at least [`RECOVERED`] after the last fault,
 //! the replicas admit at least 99% of what an exact bucket would admit of the same requests, to within a token or two.
@@ -25,31 +25,33 @@
 //! the tokens that may have been granted for requests to which it had not responded are lost. For a leased key, two
 //! kinds of tokens are not counted as available. The first are tokens that another replica may hold: at most a tenth of
 //! the burst and at most twice the cost of the requests that the replica got just before, for at most [`HELD`]. The
-//! second are the last tokens of a bucket, because they are taken together and not one by one: as many tokens as refill
-//! in [`GATHER`], from the time at which the bucket contains fewer tokens than this number until it contains twice as
-//! many. Requests that arrive during a call to Redis are decided together by the next call, for every plan. So at the
-//! end of a window, the refill of the last round trip may be unused. Also, while a request of the window waits, a
-//! request that is sent after the window may be admitted. If the first request is denied, the second counts as part of
-//! the window. In addition, Redis learns of an edit with the first request that it decides after the edit: tokens that
-//! refill before this request count at the lower of the two rates, unless a restarted Redis has lost the earlier plan.
-//! After a fault, a bucket is empty only if Redis lost its state, or if no replica that uses it received a response.
-//! Otherwise, the bucket has lost only the tokens that Redis granted in responses that arrived late or never, and those
-//! that were returned by calls that never arrived.
+//! second are the last tokens of a bucket, because replicas let them accumulate and then take them together: once the
+//! bucket contains fewer tokens than refill in [`GATHER`], that many tokens are not counted until the bucket contains
+//! twice as many. Requests that arrive during a call to Redis are decided together by the next call, for every plan. So
+//! at the end of a window, the tokens that refilled during the last round trip may be unspent. Also, a request that is
+//! sent after the window may be admitted while a request of the window is still waiting. If the waiting request is then
+//! denied, the later request counts as part of the window. In addition, Redis learns of an edit with the first request
+//! that it decides after the edit: tokens that refill before this request count at the lower of the two rates, unless a
+//! restarted Redis has lost the earlier plan. After a fault, a bucket is empty only if Redis lost its state, or if no
+//! replica that uses the bucket received a response during the fault. Otherwise, the bucket has lost only the tokens
+//! that Redis granted in responses that arrived late or never, and those that were returned by calls that never
+//! arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what a
-//! separate bucket would admit of the requests that the replica gets. With `open`, from half a second on, the bucket
-//! has the full limit. The bucket is full at first, and requests that Redis decides take nothing from it. With `share`,
-//! from 1.4 s on, the bucket has the replica's share of the limit, and is empty at first. This check requires a
-//! constant number of replicas. If a replica has never had a response for the key under this plan, its share starts
-//! with the replica's first request.
+//! separate bucket would admit of the requests that the replica gets. With `open`, this applies from half a second
+//! after the start of the outage, and the separate bucket has the full limit. This bucket is full at first, and
+//! requests that Redis decides take nothing from it. With `share`, this applies from 1.4 s after the start, and the
+//! separate bucket has the replica's share of the limit and is empty at first. This check requires a constant number of
+//! replicas. If a replica has never had a response for the key under the current plan, the replica's share starts with
+//! the replica's first request for the key.
 //!
 //! **Connections.** A replica decides without Redis only during a fault that affects the replica, and for [`RECOVERED`]
 //! after the fault. If Redis may lose its state because of a fault, the fault counts as affecting every replica.
 //!
 //! **Waits.** A denial by the rate limit states a time to wait, which is at most the time that an empty bucket needs
-//! for the request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, the same request is
-//! admitted after that time, rounded up to whole seconds as in a header, once the tokens of a leased key have
-//! accumulated.
+//! for the request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, a request with the
+//! same cost is admitted after that time, rounded up to whole seconds as in a header. With a leased key, the request
+//! may also have to wait until tokens have accumulated.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -75,19 +77,20 @@ const MS: u64 = 1_000_000;
 const SECOND: u64 = 1000 * MS;
 const FOREVER: u64 = u64::MAX / 4;
 
-/// The time after a fault within which probes reach Redis again, and lost buckets start empty.
+/// The maximum time from the end of a fault until probes reach Redis again and, if Redis lost its state, buckets have
+/// started empty.
 const RECOVERED: u64 = 2000 * MS;
 /// The length of the windows in which the lower bound is checked.
 const WINDOW: u64 = 2000 * MS;
 /// The interval between the starts of windows.
 const STEP: u64 = 250 * MS;
-/// The lifetime of a lease and the time of its return, plus two more lifetimes for denials that other replicas
-/// remember.
+/// The lifetime of a lease and the time that returning it takes, plus two more lifetimes for denials that other
+/// replicas remember.
 const HELD: u64 = 350 * MS;
 /// How long tokens of an empty bucket may accumulate before they are taken: half the lifetime of a lease, plus the
 /// round trip to Redis.
 const GATHER: u64 = 60 * MS;
-/// The maximum time of a decision, which waits for Redis at most twice.
+/// The maximum duration of a decision, which waits for Redis at most twice.
 const PATIENCE: u64 = 2 * DEADLINE.as_nanos() as u64 + 5 * MS;
 
 /// A guarantee that can be broken.
@@ -225,9 +228,9 @@ fn in_force(key: &Key) -> Vec<InForce> {
 /// plan under which no request was sent never took effect, and the slower plan applies between the requests of two
 /// plans.
 ///
-/// A replica that has not learned of an edit yet may also return tokens during the time that an edit takes to arrive.
-/// If no request under a plan satisfies `is_heard`, it is unknown whether the bucket learned of the plan, so the result
-/// covers both cases.
+/// During the time that an edit takes to arrive, a replica that has not learned of it yet may also return tokens under
+/// the earlier plan. If no request under a plan satisfies `is_heard`, it is unknown whether the bucket learned of the
+/// plan, so the result covers both cases.
 fn followed(
     key: &Key,
     entries: &[Entry],
@@ -436,8 +439,9 @@ fn over(scene: &Scene, key: &Key, entries: &[Entry], epochs: &[u64]) -> Option<S
     worst(&plans, &all, &beside)
 }
 
-/// Checks `open`. With this setting, each replica enforces the limit separately while it cannot reach the counters, and
-/// no tokens are leased.
+/// Checks keys with the fallback setting `open`. With this setting, each replica enforces the limit separately while it
+/// cannot reach the counters, and no tokens are leased. Returns a description of a window that exceeds the envelope, if
+/// there is one.
 fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -> Option<String> {
     (0..scene.replica_bounds().1).find_map(|replica| {
         let of = entries.iter().filter(|it| it.replica == replica);
@@ -454,8 +458,8 @@ fn over_by_open(scene: &Scene, key: &Key, entries: &[Entry], restarts: &[u64]) -
     })
 }
 
-/// Returns a description of a window that exceeds the envelope, if there is one. More is allowed while shares are
-/// admitted in addition to what Redis admits.
+/// Returns a description of a window that exceeds the envelope, if there is one. The envelope is larger while shares
+/// are admitted in addition to what Redis admits.
 fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<String> {
     /// One token, in units of a clock that advances with the refill and not with time.
     const TOKEN: f64 = 1e9;
@@ -615,8 +619,8 @@ struct Bucket<'a> {
     /// The unspent tokens that have refilled since the bucket was emptied. A later, larger burst does not make more
     /// tokens available.
     refilled: f64,
-    /// Whether tokens accumulate in the bucket until they are taken together. A change applies from the next instant
-    /// on: requests at the same instant take as many tokens as there are.
+    /// Whether tokens accumulate in the bucket until they are taken together. A change of this value applies from the
+    /// next instant on: requests at the same instant can take all the tokens in the bucket.
     is_low: bool,
     /// The time of the latest request.
     instant: Option<u64>,
@@ -852,7 +856,7 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
                 }
                 if cost <= there {
                     exact.take(cost);
-                    // The tokens of a replica that crashed are lost.
+                    // A request that got no response because its replica crashed is not due: its tokens may be lost.
                     if it.answer != Answer::None {
                         due += cost;
                         if it.answer != Answer::Admitted {
@@ -874,8 +878,9 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
     None
 }
 
-/// Finds a wrong denial by the rate limit: under every plan that may apply, the bucket would contain enough tokens even
-/// if none of the tokens that Redis ever granted had refilled.
+/// Returns a description of a wrong denial by the rate limit, if there is one. A denial is wrong if, under every plan
+/// that may apply, the bucket would contain enough tokens even if none of the tokens that Redis ever granted had
+/// refilled.
 fn dishonest(key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     entries.iter().find_map(|it| {
@@ -914,9 +919,9 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
             .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
 }
 
-/// Finds a denial whose wait is wrong. A wait is wrong if the same request is denied again after the wait although
-/// nothing was taken in the meantime, or if the wait is longer than an empty bucket takes to refill enough tokens. A
-/// missing wait is wrong if the bucket can hold enough tokens.
+/// Returns a description of a denial whose wait is wrong, if there is one. A wait is wrong if the same request is
+/// denied again after the wait although nothing was taken in the meantime, or if the wait is longer than an empty
+/// bucket takes to refill enough tokens. A missing wait is wrong if the bucket can hold enough tokens.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {

@@ -289,7 +289,7 @@ fn an_outage_of_one_replica_empties_no_bucket() {
         (1, 190, ms(200)),
         (1, 480, ms(500)),
     ] {
-        // `apart` is the time by which the heartbeats of the second replica follow those of the first one.
+        // `apart` is how long after the first replica's heartbeats the second replica's heartbeats are sent.
         for (apart, cut_at, lasts) in [0, 35, 75].into_iter().flat_map(|apart| {
             (0..120)
                 .step_by(20)
@@ -339,7 +339,7 @@ fn a_loss_of_state_empties_every_bucket_once() {
     let ms = Duration::from_millis;
     let mut wrong = String::new();
     for (round_trip, deadline) in [(28, 30), (95, 100), (190, 200), (950, 1000)] {
-        // `apart` is the time by which the heartbeats of the second replica follow those of the first one.
+        // `apart` is how long after the first replica's heartbeats the second replica's heartbeats are sent.
         let outages = (0..8).map(|n| 200 + n * (deadline + 250) / 8);
         for (lasts, apart, reach) in outages.flat_map(|lasts| {
             [

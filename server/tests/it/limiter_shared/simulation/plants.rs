@@ -1,5 +1,5 @@
-//! Worlds that are broken on purpose. The simulation must detect each of them. Otherwise, its success would prove
-//! nothing.
+//! Errors that are planted on purpose. The simulation must detect each of these errors. Otherwise, a simulation without
+//! violations would prove nothing.
 
 use std::{
     collections::HashMap,
@@ -56,9 +56,9 @@ pub(super) enum Plant {
     PromiseNeverExpires,
     /// An edit fills the share that a replica admits without Redis.
     FreshShareAfterEdit,
-    /// `open` admits every request without Redis.
+    /// With `open`, every request that is decided without Redis is admitted.
     OpenWithoutLimit,
-    /// `open` admits some requests without Redis, although Redis responds.
+    /// With `open`, some requests are admitted without Redis, although Redis responds.
     OpenWithoutOutage,
     /// Without Redis, requests on plans with the given fallback setting are denied.
     DeniesWithoutRedis(OnRedisFailure),
@@ -126,7 +126,7 @@ impl Plant {
         (Self::ProlongsWaits, Promise::Wait, 20),
     ];
 
-    /// Returns the call that reaches Redis.
+    /// Returns the call that reaches Redis when a replica makes `call`.
     pub(super) fn call(self, call: TakeCall, now: u64) -> TakeCall {
         match (self, call.bucket) {
             (Self::ReturnsInFull, _) if call.back > 0 => TakeCall {
@@ -211,7 +211,7 @@ impl Planted {
         }
     }
 
-    /// Takes one of the tokens that an edit granted.
+    /// Takes one of the tokens that an edit has wrongly granted, and returns whether one was left.
     fn takes_fresh(&self, handle: &KeyHandle, policies: &Policies) -> bool {
         let mut shares = self.shares.lock();
         let (version, left) = shares.entry(handle.key()).or_insert((1, 0));
@@ -246,7 +246,8 @@ impl Planted {
         }
     }
 
-    /// With some of the planted errors, denies requests that the plan's fallback setting has admitted without Redis.
+    /// Returns the decision or, with some of the planted errors, a denial of a request that the plan's fallback setting
+    /// has admitted without Redis.
     fn without_redis(&self, decision: Decision, policies: &Policies) -> Decision {
         let denies = match self.plant {
             Plant::DeniesWithoutRedis(choice) => policies.on_failure() == Some(choice),

@@ -1,15 +1,15 @@
 //! Simulates calendar quotas in the scenes of the parent module, with one ledger that all replicas share. After the
 //! scene, requests are sent for another 40 s.
 //!
-//! **Upper bound.** No matter what happens to replicas and to Redis, and no matter what a plan does without Redis, no
-//! more than the quota is admitted.
+//! **Upper bound.** No matter what happens to replicas and to Redis, and no matter what a plan's fallback setting is,
+//! no more than the quota is admitted.
 //!
 //! **Lower bound.** In the end, a quota that still denies requests has been served in full, except for the tokens that
 //! a replica had when it crashed: at most a block (one hundredth of the quota, or one token), and the cost of the
-//! requests that the replica was deciding when it crashed. In the meantime, a quota does not deny requests while more
-//! tokens are left than replicas may hold: their blocks, and the tokens for requests that were denied in the end. A
-//! replica that has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it
-//! waits for the ledger, which always responds within 20 ms.
+//! requests that the replica was deciding when it crashed. Until then, a quota does not deny requests while more tokens
+//! are left than replicas may hold: their blocks, and the tokens for requests that were denied in the end. A replica
+//! that has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it waits
+//! for the ledger, which always responds within 20 ms.
 
 use std::{
     num::NonZeroU64,
@@ -37,8 +37,8 @@ const LAST_EVERY: usize = 200;
 /// The time after which all replicas know the state of the ledger again, in milliseconds.
 const SETTLED: u64 = 25_000;
 
-/// Returns the scene of a seed, with quotas for a part of the load or for more than the whole load, and the time at
-/// which the requests after the scene begin.
+/// Returns the scene of a seed, and the time at which the requests after the scene begin. The scene's quotas cover part
+/// of the load, or more than the whole load.
 fn with_quotas(seed: u64) -> (Scene, u64) {
     let mut scene = Scene::of(seed);
     let mut rng = Rng::with_seed(seed ^ 0x9_0BED);
@@ -163,7 +163,7 @@ fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, b
     (None, is_exhausted)
 }
 
-/// Returns the result of a seed: a broken guarantee, and how many keys were exhausted in the end.
+/// Returns the result of a seed: a broken guarantee, if there is one, and how many keys were exhausted in the end.
 fn broken_in(seed: u64, plant: Plant) -> (Option<String>, u64) {
     let (scene, from) = with_quotas(seed);
     let log = paused(play(&scene, plant));

@@ -81,8 +81,7 @@ pub(super) struct Log {
     pub(super) entries: Vec<Entry>,
     /// The times at which Redis reported a new epoch, in nanoseconds since the load began, by key.
     pub(super) epochs: Vec<Vec<u64>>,
-    /// By key: when tokens were lost, so that neither a replica nor a bucket had them afterward, and how many were
-    /// lost.
+    /// By key: when tokens were lost, and how many. Neither a replica nor a bucket has these tokens afterward.
     pub(super) missed: Vec<Vec<(u64, u64)>>,
     /// The times at which any replica received a response in time, by key.
     pub(super) heard: Vec<Vec<u64>>,

@@ -135,7 +135,7 @@ pub(super) struct Request {
     pub(super) at: u64,
     pub(super) key: usize,
     pub(super) cost: u32,
-    /// Selects one of the replicas that are running at that time.
+    /// Selects one of the replicas that are running at the time `at`.
     pub(super) pick: usize,
 }
 
@@ -254,7 +254,7 @@ impl Scene {
         });
     }
 
-    /// Sends requests to one replica, to which Redis responds too late, so that granted tokens are returned. Then sends
+    /// Sends requests to one replica, to which Redis responds too late, so the granted tokens are returned. Then sends
     /// requests to other replicas: the returned tokens must not be available twice.
     fn late_returns(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
@@ -303,8 +303,8 @@ impl Scene {
         }
     }
 
-    /// For 2 to 20 seconds, Redis responds to every replica too late. Then Redis recovers. The key's bucket is emptied
-    /// before this period, and the key gets more requests than its limit allows after it.
+    /// For 2 to 20 seconds, Redis responds too late to every replica. Then Redis recovers. The key's bucket is emptied
+    /// before this period. After it, the key gets more requests than its limit allows.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let rpm = [600, 2000, 6000][rng.usize(..3)];

@@ -66,7 +66,8 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Returns several replicas, each at the given round-trip time from one Redis, and the policies of a `closed` plan.
+/// Returns several replicas with the given round-trip time to the Redis that they share, and the policies of a `closed`
+/// plan.
 fn several(
     replicas: usize,
     round_trip: u64,
@@ -124,7 +125,8 @@ pub(super) fn replica_with(
     Limiter::new(store, clock)
 }
 
-/// Returns a replica for each of the memberships, with the given fallback setting.
+/// Returns the world, a replica in it for each of the memberships, and policies with the given limit. All replicas have
+/// the given fallback setting.
 pub(super) fn without_redis(
     on_failure: OnRedisFailure,
     memberships: &[Arc<Membership>],
@@ -313,12 +315,12 @@ fn a_busy_key_takes_few_calls_to_redis() {
     }
 }
 
-/// Replicas get many more requests for a key than its limit allows. Per lifetime of a lease, a single replica calls
-/// Redis twice, or several replicas call Redis about once each. All calls take tokens. When other replicas stop, the
-/// remaining replica takes over their part of the limit immediately.
+/// Replicas get many more requests for a key than its limit allows. During the lifetime of a lease, a single replica
+/// calls Redis about twice. If there are several replicas, each of them calls Redis about once. All of these calls take
+/// tokens. When other replicas stop, the remaining replica takes over their part of the limit immediately.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
-    // One token per millisecond.
+    // One token refills per millisecond.
     let (rpm, burst) = (60_000, 1000);
     for round_trip in [0, 1, 5] {
         paused(async {
@@ -578,8 +580,8 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
     });
 }
 
-/// A call for a large request and small ones takes all tokens if there are too few for the large one. The small
-/// requests need only some of these tokens, and the rest is returned immediately.
+/// A call that serves a large request and small requests takes all tokens in the bucket if there are too few for the
+/// large request. The small requests need only some of these tokens, and the rest is returned immediately.
 #[test]
 fn tokens_taken_in_vain_for_a_large_request_are_returned_at_once() {
     paused(async {
@@ -635,8 +637,8 @@ fn a_full_burst_is_admitted_despite_leases() {
     });
 }
 
-/// The denial of a request with a cost above one states when enough tokens will be available, even if the counters are
-/// not called in the meantime.
+/// If a request that costs more than one token is denied, the denial states when enough tokens will be available, even
+/// if the counters are not called in the meantime.
 #[test]
 fn a_denial_states_the_wait_for_the_requested_cost() {
     paused(async {

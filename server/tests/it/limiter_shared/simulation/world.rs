@@ -1,8 +1,8 @@
 //! Redis and the network to it, in virtual time.
 //!
 //! The process behind the links runs the [model](crate::limiter_shared::model) of the script. The process stalls, loses
-//! its state and fails over to a stale copy; links delay, lose and cut traffic. A call that was sent arrives, whether
-//! or not the caller is still waiting.
+//! its state and fails over to a stale copy; links delay, lose and cut traffic. A call that no link loses arrives even
+//! if the caller is no longer waiting.
 
 use std::{
     collections::{HashMap, HashSet},

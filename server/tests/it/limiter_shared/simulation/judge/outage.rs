@@ -10,9 +10,9 @@ use super::{
     KNOWN, MS, RECOVERED, SECOND,
 };
 
-/// How long an outage has lasted when a replica no longer waits for Redis.
+/// The time from the start of an outage until a replica no longer waits for Redis.
 const NOTICED: u64 = 500 * MS;
-/// How long an outage has lasted when a replica admits its share.
+/// The time from the start of an outage until a replica admits its share.
 const SHARED: u64 = 1400 * MS;
 /// Returns the times at which each replica sent requests for any key of the same partition.
 pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>> {
@@ -28,9 +28,9 @@ pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>
 /// The time for which a replica keeps using a partition of a cluster after a request.
 const IN_USE: u64 = 9 * SECOND;
 
-/// Returns whether the counters lose their state, or no replica that uses them gets a response for so long that the
-/// counters must start with empty buckets. While some replicas get responses, or most calls succeed, the counters keep
-/// their state.
+/// Returns whether, because of `fault`, the counters lose their state, or no replica that uses the counters gets a
+/// response for so long that the counters must start with empty buckets. While some replicas get responses, or most
+/// calls succeed, the counters keep their state.
 pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) -> bool {
     let from = fault.at * MS;
     let has_used = |replica: usize| {
@@ -99,7 +99,7 @@ pub(super) fn is_outage(fault: &Fault) -> bool {
     }
 }
 
-/// Finds a decision without Redis that no fault explains.
+/// Returns a description of a decision without Redis that no fault explains, if there is one.
 pub(super) fn disconnected(scene: &Scene, entries: &[Entry], used: &[Vec<u64>]) -> Option<String> {
     let is_explained = |it: &Entry| {
         scene.faults.iter().any(|fault| {
@@ -119,7 +119,7 @@ fn unedited(key: &Key, from: u64, until: u64) -> Option<(usize, Plan)> {
     (number == 0 || plan.from * MS + KNOWN < from).then_some((number, plan))
 }
 
-/// Finds an outage in which a replica serves less than the fallback setting allows.
+/// Returns a description of an outage in which a replica serves less than the fallback setting allows, if there is one.
 pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     scene.faults.iter().find_map(|fault| {
         (0..scene.replicas)

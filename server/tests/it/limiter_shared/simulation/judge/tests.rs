@@ -7,7 +7,7 @@ use super::{
     Answer, Entry, Facts, MS, over, under, under_in_outage,
 };
 
-/// Each of the faults below begins a new epoch.
+/// The times at which the faults below begin new epochs.
 const EPOCHS: [u64; 2] = [1550 * MS, 2850 * MS];
 
 fn plan(from: u64, rpm: u32, burst: u32, strict: bool) -> Plan {
@@ -163,7 +163,7 @@ fn redis_learns_of_an_edit_from_a_request_that_it_decides() {
         let sent = requests(at, 0, 1);
         sent.map(|it| Entry { degraded, ..it }).collect::<Vec<_>>()
     };
-    // At 5050 ms, `due` requests must be admitted, except for two.
+    // Asserts that at least `due - 2` of the 150 requests at 5050 ms must be admitted.
     let mut assert_due = |faults: &[Fault], earlier: &[Vec<Entry>], due: usize| {
         scene.faults = faults.to_vec();
         let log = |admitted| {
@@ -198,7 +198,7 @@ fn what_refilled_after_a_loss_is_spent_once() {
     let log = |every: u64| {
         let times = (5000..8000).step_by(50);
         let each = times.flat_map(|at| {
-            // Admit a request every `every` milliseconds, once the edit has taken effect everywhere.
+            // Once the edit has taken effect everywhere, one request is admitted every `every` milliseconds.
             requests(at, usize::from(at > 6100 && at % every == 0), 1)
         });
         each.collect::<Vec<_>>()
@@ -222,7 +222,7 @@ fn a_few_tokens_are_taken_together_and_not_one_by_one() {
     };
     assert_eq!(verdict(&scene, &log(25)), None);
     assert!(verdict(&scene, &log(100)).is_some());
-    // A burst takes as many tokens as there are.
+    // Requests that are sent at the same time can take all the tokens in the bucket.
     let at_once = |admitted| requests(1000, admitted, 700).collect::<Vec<_>>();
     assert_eq!(verdict(&scene, &at_once(600)), None);
     assert!(verdict(&scene, &at_once(580)).is_some());
@@ -359,15 +359,16 @@ fn a_lost_bucket_also_refills_at_a_rate_from_after_the_loss() {
     assert!(!is_over(2510, 2) && is_over(2510, 3));
 }
 
-/// A request that waits for Redis when an outage begins is decided later than it was sent. A full bucket does not
-/// refill any further until then.
+/// A request that waits for Redis when an outage begins is decided later than it was sent. Until it is decided, a full
+/// bucket does not refill any further.
 #[test]
 fn requests_that_waited_take_their_tokens_when_they_are_answered() {
     let mut scene = scene(vec![plan(0, 6000, 100, true)]);
     scene.keys[0].on_failure = OnRedisFailure::Open;
     scene.faults.push(outage(1000, 3000));
     // Checks a log of requests that waited for 60 ms until `answered`, and of requests that did not wait. Of the
-    // requests that waited, `waited` are admitted; of the others, `later` are. The outage counts from 1500 ms on.
+    // requests that waited, `waited` are admitted. Of the requests that did not wait, `later` are admitted. The outage
+    // counts from 1500 ms on.
     let is_under = |answered: u64, waited: usize, later: usize| {
         let waited = requests(answered - 60, waited, 110).map(|it| Entry {
             answered: answered * MS,
