@@ -48,7 +48,7 @@ text_enum! {
         InactiveKey = "inactive_key",
         /// The key has expired.
         ExpiredKey = "expired_key",
-        /// The key is on a paid plan, and its tenant has no active subscription; nothing was consumed.
+        /// The key is on a paid plan, and its tenant has no valid subscription; nothing was consumed.
         PaymentRequired = "payment_required",
     }
 }

@@ -113,7 +113,7 @@ problems! {
     Unauthorized = "unauthorized", 401, "Missing or invalid credentials";
     /// The email or password is incorrect. For security reasons, the response does not say which.
     WrongCredentials = "wrong-credentials", 401, "Incorrect email or password";
-    /// The key is on a paid plan, and its tenant has no active subscription. The request does not count against any
+    /// The key is on a paid plan, and its tenant has no valid subscription. The request does not count against any
     /// limit. A user who may manage the tenant's billing has to subscribe or pay the outstanding invoice. After that,
     /// keys on paid plans work again within seconds.
     SubscriptionNeeded = "subscription-needed", 402, "Subscription required";

@@ -2,6 +2,8 @@
 //!
 //! The demo is created once for each database. Its secrets are stored in the data directory, in a file that only the
 //! file's owner can read, so that later startups can show the secrets again. The database contains only their hashes.
+//! The file is written first: if creating the demo then fails, the next startup completes it instead of creating
+//! another one.
 
 use std::{
     fs,
@@ -20,6 +22,7 @@ use crate::{
     db::DbError,
     keys::LookupCaller,
     repo::{
+        account,
         api_key::{self, NewApiKey},
         plan::{self, NewPlan},
         service_token::{self, NewServiceToken},
@@ -54,12 +57,21 @@ struct Demo {
     service_token: String,
 }
 
+/// A description of the demo.
+pub struct Description {
+    /// Contains the secrets.
+    pub text: String,
+    /// Whether this call created the demo.
+    pub is_new: bool,
+}
+
 /// Creates the demo if it does not exist, and returns a description of it.
-pub async fn create_once(state: &AppState) -> Result<String, DemoError> {
+pub async fn create_once(state: &AppState) -> Result<Description, DemoError> {
     let file = state.config.data_dir.join(FILE);
-    let demo = match read(&file)? {
-        Some(demo) if is_known(state, &demo).await? => demo,
-        _ => create(state, &file).await?,
+    let (demo, is_new) = match read(&file)? {
+        Some(demo) if is_known(state, &demo).await? => (demo, false),
+        Some(demo) if complete(state, &demo).await? => (demo, true),
+        _ => (create(state, &file).await?, true),
     };
     let base = &state.config.public_url;
     let Demo {
@@ -83,7 +95,10 @@ pub async fn create_once(state: &AppState) -> Result<String, DemoError> {
         format!("  curl -i {base}/v1/echo -H 'X-API-Key: {key}'"),
         String::new(),
     ];
-    Ok(lines.join("\n"))
+    Ok(Description {
+        text: lines.join("\n"),
+        is_new,
+    })
 }
 
 /// Returns the stored demo, or `None` if the file does not exist or is damaged.
@@ -118,21 +133,52 @@ async fn create(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
         key: key.reveal(),
         service_token: token.reveal(),
     };
+    write(file, &demo)?;
     let (_, tenant) = state
         .accounts
         .create(&demo.email, &demo.password, Some("Demo"))
         .await?;
     insert(state, tenant, &key, &token).await?;
+    Ok(demo)
+}
 
-    fs::create_dir_all(&state.config.data_dir)?;
-    let _ = fs::remove_file(file);
+fn write(file: &Path, demo: &Demo) -> io::Result<()> {
+    if let Some(directory) = file.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    // An error while writing must not leave a damaged file.
+    let new = file.with_extension("json.new");
+    let _ = fs::remove_file(&new);
     let mut out = fs::File::options()
         .write(true)
         .create_new(true)
         .mode(0o600)
-        .open(file)?;
-    out.write_all(&serde_json::to_vec_pretty(&demo).map_err(io::Error::other)?)?;
-    Ok(demo)
+        .open(&new)?;
+    out.write_all(&serde_json::to_vec_pretty(demo).map_err(io::Error::other)?)?;
+    out.sync_all()?;
+    fs::rename(new, file)
+}
+
+/// Completes a demo that has an account but no plan, because its creation was interrupted. Returns whether there was
+/// such a demo.
+async fn complete(state: &AppState, demo: &Demo) -> Result<bool, DbError> {
+    let key = SecretText::parse(Kind::ApiKey, demo.key.as_bytes());
+    let token = SecretText::parse(Kind::ServiceToken, demo.service_token.as_bytes());
+    let (Some(key), Some(token)) = (key, token) else {
+        return Ok(false);
+    };
+    let mut tx = state.db.system().await?;
+    let account = account::for_login(&mut tx, &demo.email).await?;
+    tx.commit().await?;
+    let Some(account) = account else {
+        return Ok(false);
+    };
+    match insert(state, TenantId(account.tenant_id), &key, &token).await {
+        Ok(()) => Ok(true),
+        // The demo was complete, and its key has been deleted since.
+        Err(DbError::Constraint(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 async fn insert(
@@ -155,7 +201,7 @@ async fn insert(
         billing: "free",
     };
     let plan = plan::insert(&mut tx, &plan).await?;
-    let key = NewApiKey {
+    let new_key = NewApiKey {
         tenant_id: tenant.0,
         id: Uuid::now_v7(),
         plan_id: plan.id,
@@ -167,14 +213,17 @@ async fn insert(
         external_id: None,
         metadata: serde_json::json!({}),
     };
-    api_key::insert(&mut tx, &key).await?;
-    let token = NewServiceToken {
+    api_key::insert(&mut tx, &new_key).await?;
+    let new_token = NewServiceToken {
         tenant_id: tenant.0,
         id: Uuid::now_v7(),
         name: "Demo gateway",
         prefix: &token.prefix(),
         token_hash: &token.hash(),
     };
-    service_token::insert(&mut tx, &token).await?;
-    tx.commit().await
+    service_token::insert(&mut tx, &new_token).await?;
+    tx.commit().await?;
+    state.keys.created(key);
+    state.keys.created(token);
+    Ok(())
 }

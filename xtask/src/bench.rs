@@ -17,7 +17,7 @@ use crate::{
 /// The default number of seeds for the simulation.
 const SEEDS: &str = "20000";
 /// The test that runs the seeds.
-const SIMULATION: &str = "limiter_shared::simulation::every_promise_holds_in_every_seed";
+const SIMULATION: &str = "limiter_shared::simulation::every_guarantee_holds_in_every_seed";
 
 /// The default number of cases for the comparison of direct responses.
 const CASES: &str = "1000000";

@@ -204,7 +204,7 @@ async def deny(send: Callable[..., Any], decision: dict[str, Any], request_id: s
     if code in ("unknown_key", "inactive_key", "expired_key"):
         await respond(send, 401, "Unauthorized", "This API key is invalid, inactive or expired.", headers, more)
     elif code == "payment_required":
-        await respond(send, 402, "Payment Required", "This API key requires an active subscription.", headers, more)
+        await respond(send, 402, "Payment Required", "This API key requires a valid subscription.", headers, more)
     elif code == "reduced_capacity":
         more["type"] = PROBLEMS + "temporary-reduced-capacity"
         await respond(send, 429, "Temporarily reduced capacity", CANNOT_CHECK, headers, more)

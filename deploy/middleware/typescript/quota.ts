@@ -181,7 +181,7 @@ function deny(
     case "expired_key":
       return respond(response, 401, "Unauthorized", "This API key is invalid, inactive or expired.", headers, more);
     case "payment_required":
-      return respond(response, 402, "Payment Required", "This API key requires an active subscription.", headers, more);
+      return respond(response, 402, "Payment Required", "This API key requires a valid subscription.", headers, more);
     case "reduced_capacity":
       more.type = `${PROBLEMS}temporary-reduced-capacity`;
       return respond(response, 429, "Temporarily reduced capacity", CANNOT_CHECK, headers, more);

@@ -161,11 +161,11 @@ impl ApiResponse for StatusOnly {
                 bare(200, "Allowed. The body is empty."),
                 bare(
                     402,
-                    "The key is on a paid plan, and its tenant has no active subscription. With `deny=403`, the status is 403 instead. The body is empty.",
+                    "The key is on a paid plan, and its tenant has no valid subscription. With `deny=403`, the status is 403 instead. The body is empty.",
                 ),
                 bare(
                     403,
-                    "With `deny=403`: denied, or the key is on a paid plan whose tenant has no active subscription. The body is empty.",
+                    "With `deny=403`: denied, or the key is on a paid plan whose tenant has no valid subscription. The body is empty.",
                 ),
                 bare(429, "Denied. The body is empty."),
             ],

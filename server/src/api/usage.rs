@@ -278,23 +278,6 @@ pub(super) const fn policy_name(policy: Policy) -> PolicyName {
     }
 }
 
-fn wants_csv(request: &Request) -> bool {
-    // Uses the first supported media type.
-    let accept = request.headers().get_all(poem::http::header::ACCEPT);
-    let types = accept
-        .iter()
-        .filter_map(|it| it.to_str().ok())
-        .flat_map(|it| it.split(','));
-    types
-        .filter_map(|it| it.trim().parse::<mime::Mime>().ok())
-        .find_map(|it| match it.essence_str() {
-            csv::ESSENCE => Some(true),
-            "application/json" | "*/*" | "application/*" => Some(false),
-            _ => None,
-        })
-        .unwrap_or(false)
-}
-
 /// Returns the time on PostgreSQL's clock, and the time up to which all requests are counted.
 pub(super) async fn times(state: &AppState) -> Result<usage_shipper::Times, ApiError> {
     let mut tx = state.db.system().await?;
@@ -403,7 +386,7 @@ impl UsageApi {
             buckets: grouped.buckets,
             groups: grouped.groups,
         };
-        if wants_csv(request) {
+        if csv::is_preferred(request.headers()) {
             Ok(UsageResponse::Csv(csv::write(&usage, &zone)?))
         } else {
             Ok(UsageResponse::Json(Json(usage)))

@@ -134,11 +134,11 @@ async fn serve_on(
     doctor::warn_of_plaintext(url).await;
     doctor::warn_of_too_many_connections(config, url).await;
     if with_demo {
-        let shown = demo::create_once(&state).await?;
-        if config.log_format == LogFormat::Json {
+        let demo = demo::create_once(&state).await?;
+        if demo.is_new && config.log_format == LogFormat::Json {
             tracing::info!("demo created");
         }
-        println!("{shown}");
+        println!("{}", demo.text);
     }
 
     let public_settings = ServeSettings::public(&state, file_limit);

@@ -11,6 +11,7 @@ use std::{
 
 use ipnet::IpNet;
 use secrecy::{ExposeSecret as _, SecretString};
+use tokio_postgres::config::Host;
 use url::Url;
 
 /// Collects errors, so that they can all be reported together.
@@ -27,7 +28,8 @@ impl Reader {
         match parse(text.trim()) {
             Ok(value) => value,
             Err(message) => {
-                self.0.push(format!("{variable}: {message}, got {text:?}"));
+                self.0
+                    .push(format!("{variable}: {message}, got {}", quoted(text)));
                 fallback
             }
         }
@@ -176,6 +178,15 @@ impl Reader {
     }
 }
 
+/// Returns a value in quotation marks. Does not return a URL with an `@`, because it may contain a password.
+fn quoted(text: &str) -> String {
+    if text.contains("://") && text.contains('@') {
+        "a URL with a user or password".to_owned()
+    } else {
+        format!("{text:?}")
+    }
+}
+
 /// A value, and the name of the variable that contains the value or the path of its file.
 pub(super) struct Sourced {
     pub(super) variable: String,
@@ -221,13 +232,18 @@ pub(super) fn duration(text: &str) -> Option<Duration> {
 
 /// Accepts `postgres://…` URLs and libpq's keyword format.
 pub(super) fn database_url(text: &str) -> Result<(), String> {
-    text.parse::<tokio_postgres::Config>()
-        .map(drop)
-        .map_err(|error| {
-            // The parser's message may contain the password.
-            let _ = error;
-            "must be a PostgreSQL address such as postgres://user:password@host/database".to_owned()
-        })
+    // The parser's message may contain the password.
+    let config = text.parse::<tokio_postgres::Config>().map_err(
+        |_| "must be a PostgreSQL address such as postgres://user:password@host/database",
+    )?;
+    // The parser ends the password at the first `@`.
+    let is_cut = |host: &Host| matches!(host, Host::Tcp(name) if name.contains('@'));
+    if config.get_hosts().iter().any(is_cut)
+        || config.get_dbname().is_some_and(|name| name.contains('@'))
+    {
+        return Err("must percent-encode special characters, such as @ in passwords".into());
+    }
+    Ok(())
 }
 
 pub(super) fn public_url(text: &str) -> Result<String, String> {
@@ -245,13 +261,16 @@ pub(super) fn origin(text: &str) -> Result<String, String> {
     if text == "*" {
         return Ok(text.to_owned());
     }
-    let url = Url::parse(text)
-        .map_err(|_| format!("{text:?} is not an origin such as https://app.example.com"))?;
+    let bad = || {
+        format!(
+            "{} is not an origin such as https://app.example.com",
+            quoted(text)
+        )
+    };
+    let url = Url::parse(text).map_err(|_| bad())?;
     let origin = url.origin();
     if !origin.is_tuple() || url.path() != "/" || url.query().is_some() {
-        return Err(format!(
-            "{text:?} is not an origin such as https://app.example.com"
-        ));
+        return Err(bad());
     }
     Ok(origin.ascii_serialization())
 }
@@ -297,5 +316,5 @@ pub(super) fn optional_address(text: &str) -> Result<Option<SocketAddr>, String>
 pub(super) fn network(text: &str) -> Result<IpNet, String> {
     text.parse::<IpNet>()
         .or_else(|_| text.parse::<IpAddr>().map(IpNet::from))
-        .map_err(|_| format!("{text:?} is not a network such as 10.0.0.0/8"))
+        .map_err(|_| format!("{} is not a network such as 10.0.0.0/8", quoted(text)))
 }

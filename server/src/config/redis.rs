@@ -108,8 +108,7 @@ enum Kind {
     Cluster,
 }
 
-/// Parses `REDIS_URL`. Errors contain no part of the URL except the name of an unknown parameter, since any other part
-/// may be a password.
+/// Parses `REDIS_URL`. Errors contain no part of the URL, since any part may be a password.
 pub fn servers(text: &str) -> Result<RedisServers, String> {
     let (scheme, rest) = text.split_once("://").ok_or(
         "must begin with redis://, rediss://, redis+sentinel:// or redis+cluster://".to_owned(),
@@ -135,6 +134,16 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
             );
         }
     };
+    // A password that contains one of these characters would end there, and the rest of it would be read as a path, a
+    // query or a fragment.
+    if rest
+        .split_once(['/', '?', '#'])
+        .is_some_and(|(_, after)| after.contains('@'))
+    {
+        return Err(
+            "must percent-encode special characters, such as @, /, ? and # in passwords".into(),
+        );
+    }
     if kind == Kind::Plain && !rest.contains(',') {
         return one(text);
     }
@@ -185,7 +194,13 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
             "sentinel_password" if kind == Kind::Sentinel => {
                 sentinel = sentinel.set_password(value);
             }
-            name => return Err(format!("must not have the parameter {name:?}")),
+            _ if kind == Kind::Sentinel => {
+                return Err(
+                    "must have no parameters except protocol, sentinel_user and sentinel_password"
+                        .into(),
+                );
+            }
+            _ => return Err("must have no parameters except protocol".into()),
         }
     }
     let connection = |addr: ConnectionAddr, info: RedisConnectionInfo| {
@@ -390,10 +405,32 @@ mod tests {
             "redis+sentinel://:hunter2@a/main?master=hunter2",
             "redis+ring://:hunter2@a",
             "redis+cluster://:hunter2@a?protocol=resp4",
+            "redis+cluster://:hunter2@a?hunter2=1",
         ] {
             let error = servers(text).expect_err(text);
             assert!(!error.contains("hunter2"), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn unescaped_character_in_a_password_is_rejected_without_showing_the_password() {
+        for text in [
+            "redis://user:1234?hunter2@host",
+            "redis://user:1234/hunter2@host",
+            "redis+cluster://user:1234?hunter2@host",
+            "redis+sentinel://user:1234?hunter2@host/main",
+            "redis+sentinel://user:1234/hunter2@host",
+            "redis+sentinel://user?hunter2@host/main",
+            "rediss://user?hunter2@a,b",
+        ] {
+            let error = servers(text).expect_err(text);
+            for part in ["hunter2", "1234"] {
+                assert!(!error.contains(part), "{text}: {error}");
+            }
+            assert!(error.contains("percent-encode"), "{text}: {error}");
+        }
+        let socket = servers("unix:///run/redis@1.sock").unwrap();
+        assert_eq!(socket.to_string(), "/run/redis@1.sock");
     }
 
     #[test]

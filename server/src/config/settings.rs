@@ -48,8 +48,9 @@ settings! {
     /// Replicas may share one directory.
     data_dir: "QUOTA_DATA_DIR", "./.quota", "DIR";
 
-    /// The PostgreSQL database, as postgres://user:password@host/database. Unset: the server runs a private PostgreSQL
-    /// in QUOTA_DATA_DIR, with the PostgreSQL programs installed on the machine.
+    /// The PostgreSQL database, as postgres://user:password@host/database. Percent-encode special characters in the
+    /// user name and the password. Unset: the server runs a private PostgreSQL in QUOTA_DATA_DIR, with the PostgreSQL
+    /// programs installed on the machine.
     database_url: "DATABASE_URL", "", "URL", hide_env_values = true;
 
     /// A file that contains the value of DATABASE_URL, such as a mounted secret. Set either this variable or
@@ -75,8 +76,8 @@ settings! {
 
     /// The Redis server through which replicas share their counters: redis://user:password@host:port/db; with Sentinel,
     /// redis+sentinel://user:password@host:port,host:port/group/db; with Redis Cluster, redis://host:port,host:port.
-    /// With rediss instead of redis, connections use TLS; valkey is a synonym for redis. Unset: counters are kept in
-    /// memory, for a single replica.
+    /// With rediss instead of redis, connections use TLS; valkey is a synonym for redis. Percent-encode special
+    /// characters in the user name and the password. Unset: counters are kept in memory, for a single replica.
     redis_url: "REDIS_URL", "", "URL", hide_env_values = true;
 
     /// A file that contains the value of REDIS_URL. Set either this variable or REDIS_URL.

@@ -110,6 +110,79 @@ fn all_errors_are_reported_and_name_their_variable() {
 }
 
 #[test]
+fn error_does_not_contain_the_password_of_a_url() {
+    let misplaced = "postgres://quota:hunter2@db/quota";
+    for (flag, variable) in [
+        (
+            "--database-url=postgres://u:p@hunter2@db/quota",
+            "DATABASE_URL",
+        ),
+        (
+            "--database-url=postgres://u:p@1/hunter2@db/quota",
+            "DATABASE_URL",
+        ),
+        (
+            "--database-url=postgres://u:hunter2@db:x/quota",
+            "DATABASE_URL",
+        ),
+        (
+            "--database-url=postgres://u:p@db/quota?hunter2=1",
+            "DATABASE_URL",
+        ),
+        (
+            "--database-url=host=db password=correct hunter2",
+            "DATABASE_URL",
+        ),
+        (
+            "--redis-url=redis+sentinel://user?hunter2@host/main",
+            "REDIS_URL",
+        ),
+        ("--smtp-url=smtps://u:hunter2@host/?x", "SMTP_URL"),
+        ("--public-url=https://u:hunter2@host/?x", "QUOTA_PUBLIC_URL"),
+        (
+            "--allowed-origins=https://a.example,https://u:hunter2@host/x",
+            "ALLOWED_ORIGINS",
+        ),
+        (
+            "--otel-exporter-otlp-endpoint=https://u:hunter2@host/#x",
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+        ),
+        (
+            "--stripe-api-base=https://u:hunter2@host/?x",
+            "STRIPE_API_BASE",
+        ),
+        (&format!("--listen={misplaced}"), "QUOTA_LISTEN"),
+        (
+            &format!("--trusted-proxies={misplaced}"),
+            "QUOTA_TRUSTED_PROXIES",
+        ),
+    ] {
+        let errors = Config::read(&settings(&[flag])).expect_err(flag).0;
+        assert!(
+            errors
+                .iter()
+                .any(|it| it.starts_with(&format!("{variable}: "))),
+            "{flag}: {errors:?}"
+        );
+        assert!(!errors.concat().contains("hunter2"), "{errors:?}");
+    }
+}
+
+#[test]
+fn error_shows_a_value_without_credentials() {
+    let flags = [
+        "--public-url=https://host/?x",
+        "--trusted-proxies=10.0.0.0/99",
+    ];
+    let errors = Config::read(&settings(&flags)).unwrap_err().0;
+    assert!(errors[0].ends_with("got \"https://host/?x\""), "{errors:?}");
+    assert!(
+        errors[1].contains("\"10.0.0.0/99\" is not a network"),
+        "{errors:?}"
+    );
+}
+
+#[test]
 fn debug_output_has_no_secret() {
     let secret = "correct-horse-battery-staple-0123456789";
     let config = Config::read(&settings(&[

@@ -173,7 +173,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (
                     P::SubscriptionNeeded,
-                    "The key is on a paid plan, and its tenant has no active subscription. The request does not count against any limit.",
+                    "The key is on a paid plan, and its tenant has no valid subscription. The request does not count against any limit.",
                 ),
                 (
                     P::Malformed,

@@ -63,7 +63,7 @@ metrics! {
     limiter_errors: Counter, "decision_errors", "Requests that got 503 because no decision could be made";
     keys_rejected: Counter, "keys_rejected", "Requests with an invalid, inactive or expired key";
     payment_required: Counter, "payment_required",
-        "Requests with a key on a paid plan, rejected because the tenant has no access to paid plans";
+        "Requests with a key on a paid plan, rejected because the tenant has no valid subscription";
     billing_events: Counter, "billing_events", "Stripe webhooks stored";
     billing_signatures_bad: Counter, "billing_signatures_bad",
         "Stripe webhooks rejected because of an invalid signature";

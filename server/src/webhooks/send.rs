@@ -206,9 +206,61 @@ fn reason(error: &reqwest::Error) -> String {
 
 #[cfg(test)]
 mod tests {
-    use reqwest::header::{DATE, HeaderMap, HeaderValue};
+    use std::{
+        convert::Infallible,
+        sync::atomic::{AtomicUsize, Ordering},
+    };
+
+    use futures_util::stream;
+    use http_body_util::StreamBody;
+    use hyper::body::{Bytes, Frame};
+    use reqwest::{
+        Body,
+        header::{DATE, HeaderMap, HeaderValue},
+    };
 
     use super::*;
+
+    /// Returns a response whose body consists of `chunks` chunks of 1 KiB, with a pause before each of them. `read`
+    /// counts the chunks that have been read.
+    fn response(chunks: usize, pause: Duration, read: &Arc<AtomicUsize>) -> Response {
+        let read = read.clone();
+        let body = stream::unfold(chunks, move |left| {
+            let read = read.clone();
+            async move {
+                let left = left.checked_sub(1)?;
+                tokio::time::sleep(pause).await;
+                read.fetch_add(1, Ordering::Relaxed);
+                let chunk = Frame::data(Bytes::from_static(&[b'x'; 1024]));
+                Some((Ok::<_, Infallible>(chunk), left))
+            }
+        });
+        http::Response::builder()
+            .status(500)
+            .body(Body::wrap(StreamBody::new(Box::pin(body))))
+            .unwrap()
+            .into()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_body_is_not_awaited_for_longer_than_a_second() {
+        let read = Arc::new(AtomicUsize::new(0));
+        let began = Instant::now();
+        let sent = received(response(1000, Duration::from_millis(300), &read)).await;
+        assert_eq!(sent.status, Some(500));
+        assert_eq!(began.elapsed(), Duration::from_secs(1));
+        assert_eq!(read.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn at_most_16_kibibytes_of_a_body_are_read() {
+        for (chunks, expected) in [(1000, 16), (5, 5)] {
+            let read = Arc::new(AtomicUsize::new(0));
+            let sent = received(response(chunks, Duration::ZERO, &read)).await;
+            assert_eq!(sent.status, Some(500));
+            assert_eq!(read.load(Ordering::Relaxed), expected);
+        }
+    }
 
     #[test]
     fn retry_after_is_seconds_or_a_time() {

@@ -1,16 +1,28 @@
 //! Tests of the demo that `quota serve --demo` creates.
 
-use std::fs;
+use std::{fs, os::unix::fs::symlink};
 
 use quota_server::demo;
 
 use crate::support::app::TestApp;
+
+async fn users(app: &TestApp) -> i64 {
+    let database = app.database.connect().await;
+    let count = database.query_one("SELECT count(*) FROM users", &[]).await;
+    count.unwrap().get(0)
+}
+
+fn key(text: &str) -> &str {
+    let line = text.lines().find(|it| it.contains("API key")).unwrap();
+    line.split_whitespace().last().unwrap()
+}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn demo_is_created_once_even_if_its_key_cannot_be_looked_up() {
     let data = tempfile::tempdir().unwrap();
     let first = TestApp::setup().data_dir(data.path()).start().await;
     let shown = demo::create_once(&first.state).await.unwrap();
+    assert!(shown.is_new);
     let file = data.path().join("demo.json");
     let stored = fs::read(&file).unwrap();
     let database = first.database.clone();
@@ -29,15 +41,55 @@ async fn demo_is_created_once_even_if_its_key_cannot_be_looked_up() {
     holder.batch_execute(lock).await.unwrap();
     assert!(demo::create_once(&second.state).await.is_err());
     holder.batch_execute("ROLLBACK").await.unwrap();
-    let count = holder.query_one("SELECT count(*) FROM users", &[]).await;
-    assert_eq!(count.unwrap().get::<_, i64>(0), 1);
+    assert_eq!(users(&second).await, 1);
     assert_eq!(fs::read(&file).unwrap(), stored);
     // The links contain the server's port.
     let again = demo::create_once(&second.state).await.unwrap();
-    let key = |text: &str| {
-        text.lines()
-            .find(|it| it.contains("API key"))
-            .map(str::to_owned)
-    };
-    assert_eq!(key(&again), key(&shown));
+    assert_eq!(key(&again.text), key(&shown.text));
+    assert!(!again.is_new);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn demo_is_not_created_if_its_secrets_cannot_be_stored() {
+    let parent = tempfile::tempdir().unwrap();
+    let (data, moved) = (parent.path().join("data"), parent.path().join("moved"));
+    fs::create_dir(&data).unwrap();
+    let app = TestApp::setup().data_dir(&data).start().await;
+    // No file can be created in a directory whose symbolic link leads nowhere, even by root.
+    fs::rename(&data, &moved).unwrap();
+    symlink(parent.path().join("missing"), &data).unwrap();
+    assert!(demo::create_once(&app.state).await.is_err());
+    assert_eq!(users(&app).await, 0);
+
+    fs::remove_file(&data).unwrap();
+    fs::rename(&moved, &data).unwrap();
+    assert!(demo::create_once(&app.state).await.unwrap().is_new);
+    assert_eq!(users(&app).await, 1);
+}
+
+/// The account and the key are inserted in two transactions. The second one fails.
+#[tokio::test(flavor = "multi_thread")]
+async fn incomplete_demo_is_completed_at_the_next_startup() {
+    let data = tempfile::tempdir().unwrap();
+    let app = TestApp::setup()
+        .data_dir(data.path())
+        .flag("--database-lock-timeout=100ms")
+        .without_jobs()
+        .start()
+        .await;
+    let holder = app.database.connect().await;
+    let lock = "BEGIN; LOCK TABLE service_tokens IN EXCLUSIVE MODE";
+    holder.batch_execute(lock).await.unwrap();
+    assert!(demo::create_once(&app.state).await.is_err());
+    holder.batch_execute("ROLLBACK").await.unwrap();
+    assert_eq!(users(&app).await, 1);
+
+    let shown = demo::create_once(&app.state).await.unwrap();
+    assert!(shown.is_new);
+    assert_eq!(users(&app).await, 1);
+    let echo = app.get("/v1/echo").header("X-API-Key", key(&shown.text));
+    assert_eq!(echo.send().await.status, 200);
+    let again = demo::create_once(&app.state).await.unwrap();
+    assert_eq!(key(&again.text), key(&shown.text));
+    assert!(!again.is_new);
 }

@@ -329,7 +329,7 @@ fn graph(files: &[(String, String)]) -> BTreeMap<&str, BTreeSet<&str>> {
 }
 
 /// Returns the files of a folder that are in an import cycle, or that import from files in a cycle.
-fn circle(graph: &BTreeMap<&str, BTreeSet<&str>>, folder: &str) -> Vec<String> {
+fn cyclic_files(graph: &BTreeMap<&str, BTreeSet<&str>>, folder: &str) -> Vec<String> {
     let mut rest = graph.clone();
     rest.retain(|path, _| path.starts_with(folder));
     loop {
@@ -438,7 +438,7 @@ fn limiter_modules_import_only_from_lower_ranks_and_never_in_a_cycle() {
     let graph = graph(&files);
     let found = inner_violations(&graph);
     assert!(found.is_empty(), "{found:#?}");
-    let found = circle(&graph, "limiter/");
+    let found = cyclic_files(&graph, "limiter/");
     assert!(found.is_empty(), "{found:#?}");
     for (folder, ranks) in INNER_RANKS {
         for module in ranks.iter().copied().flatten() {
@@ -484,9 +484,9 @@ fn planted_cycles_and_inner_violations_are_found() {
     let clean_graph = graph(&clean_files);
     assert_eq!(clean_graph["limiter/key/table.rs"].len(), 1);
     assert_eq!(inner_violations(&clean_graph), Vec::<String>::new());
-    assert_eq!(circle(&clean_graph, "limiter/"), Vec::<String>::new());
+    assert_eq!(cyclic_files(&clean_graph, "limiter/"), Vec::<String>::new());
 
-    for (path, planted, circles, inner) in [
+    for (path, planted, cyclic, inner) in [
         ("limiter/key/state.rs", "use super::table::KeyTable;", 2, 0),
         (
             "limiter/key/state.rs",
@@ -508,10 +508,13 @@ fn planted_cycles_and_inner_violations_are_found() {
         all.push((path, planted));
         let files = files(&all);
         let graph = graph(&files);
-        assert!(circle(&graph, "limiter/").len() >= circles, "{planted}");
+        assert!(
+            cyclic_files(&graph, "limiter/").len() >= cyclic,
+            "{planted}"
+        );
         assert_eq!(
-            circle(&graph, "limiter/").is_empty(),
-            circles == 0,
+            cyclic_files(&graph, "limiter/").is_empty(),
+            cyclic == 0,
             "{planted}"
         );
         assert_eq!(inner_violations(&graph).len(), inner, "{planted}");

@@ -781,7 +781,9 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
         world.app.ship_usage().await;
         let row = client
             .query_one(
-                "SELECT pending_records,                      extract(epoch FROM now() - coalesce(oldest_pending_at, reported_at))::float8                  FROM usage_shippers",
+                "SELECT pending_records, \
+                 extract(epoch FROM now() - coalesce(oldest_pending_at, reported_at))::float8 \
+                 FROM usage_shippers",
                 &[],
             )
             .await

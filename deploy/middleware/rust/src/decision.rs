@@ -19,7 +19,7 @@ pub enum Code {
     UnknownKey,
     InactiveKey,
     ExpiredKey,
-    /// The key is on a paid plan, and its tenant has no active subscription.
+    /// The key is on a paid plan, and its tenant has no valid subscription.
     PaymentRequired,
     /// Quota could not be reached, and the layer passes on requests in that case. Nothing is known about the key.
     #[serde(skip)]

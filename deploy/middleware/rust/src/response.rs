@@ -84,7 +84,7 @@ pub(crate) fn denied(decision: &Decision, cost: u32) -> Response<Full<Bytes>> {
             402,
             BLANK,
             "Payment Required",
-            "This API key requires an active subscription.",
+            "This API key requires a valid subscription.",
         ),
         Code::ReducedCapacity => (
             429,

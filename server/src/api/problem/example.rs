@@ -4,7 +4,8 @@ use quota_common::{FieldError, Problem, ProblemCode, limit::PolicyName};
 
 pub(super) const USAGE_UNRECORDABLE: &str = "Usage can't be recorded right now. This request doesn't count against any limit. Try again in a few seconds.";
 
-pub(super) const SUBSCRIPTION_NEEDED: &str = "This key's plan requires an active subscription. This request doesn't count against any limit.";
+pub(super) const SUBSCRIPTION_NEEDED: &str =
+    "This key's plan requires a valid subscription. This request doesn't count against any limit.";
 
 /// Returns a typical problem of this type.
 pub fn example(code: ProblemCode, base: &str) -> Problem {

@@ -3,11 +3,12 @@
 //! API consumers can choose the names of endpoints, and spreadsheets evaluate cells that look like formulas. Such cells
 //! are prefixed with an apostrophe, which turns them into text.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, cmp::Reverse};
 
+use mime::Mime;
 use poem::{
     Response,
-    http::{HeaderValue, header},
+    http::{HeaderMap, HeaderValue, header},
 };
 use poem_openapi::registry::{MetaSchema, MetaSchemaRef};
 use quota_common::usage::Usage;
@@ -17,7 +18,6 @@ use crate::{
     limiter::Zone,
 };
 
-pub(super) const ESSENCE: &str = "text/csv";
 pub(super) const MEDIA_TYPE: &str = "text/csv; charset=utf-8";
 
 const COLUMNS: [&str; 12] = [
@@ -34,6 +34,41 @@ const COLUMNS: [&str; 12] = [
     "allowed_cost",
     "rejected_cost",
 ];
+
+/// Returns whether the client prefers CSV to JSON (RFC 9110, section 12.5.1). If the quality values are equal, prefers the
+/// format that is listed first, and JSON if only ranges such as `*/*` are listed.
+pub(super) fn is_preferred(headers: &HeaderMap) -> bool {
+    let accepted: Vec<(Mime, f32)> = headers
+        .get_all(header::ACCEPT)
+        .iter()
+        .filter_map(|it| it.to_str().ok())
+        .flat_map(|it| it.split(','))
+        .filter_map(|it| {
+            let range = it.trim().parse::<Mime>().ok()?;
+            let quality = match range.get_param("q") {
+                None => 1.0,
+                Some(value) => value.as_str().parse().ok()?,
+            };
+            (0.0..=1.0).contains(&quality).then_some((range, quality))
+        })
+        .collect();
+    // Returns the quality of the most specific range that includes a media type, and where the media type itself is
+    // listed.
+    let preference = |ranges: [&str; 3]| {
+        let find = |wanted| {
+            accepted
+                .iter()
+                .position(|(it, _)| it.essence_str() == wanted)
+        };
+        let explicit = find(ranges[0]);
+        let found = ranges.into_iter().find_map(find);
+        let quality = found.map_or(0.0, |index| accepted[index].1);
+        (quality, Reverse(explicit.unwrap_or(usize::MAX)))
+    };
+    let csv = preference(["text/csv", "text/*", "*/*"]);
+    let json = preference(["application/json", "application/*", "*/*"]);
+    csv.0 > 0.0 && csv > json
+}
 
 /// Returns the schema of a CSV file, with an example.
 pub(super) fn schema() -> MetaSchemaRef {
@@ -121,5 +156,53 @@ mod tests {
         for harmless in ["", "GET /orders", "a=b", "1-2", "'=1"] {
             assert_eq!(cell(harmless), harmless);
         }
+    }
+
+    #[test]
+    fn format_is_the_one_that_the_client_prefers() {
+        let chosen = |fields: &[&str]| {
+            let mut headers = HeaderMap::new();
+            for field in fields {
+                headers.append(header::ACCEPT, field.parse().unwrap());
+            }
+            if is_preferred(&headers) {
+                "csv"
+            } else {
+                "json"
+            }
+        };
+        for (accept, format) in [
+            ("text/csv", "csv"),
+            ("text/csv;charset=utf-8", "csv"),
+            ("TEXT/CSV", "csv"),
+            ("text/*", "csv"),
+            ("application/json", "json"),
+            ("application/*", "json"),
+            ("*/*", "json"),
+            ("image/png", "json"),
+            // Equal preferences: the first format that is named, or the only one.
+            ("text/csv, application/json", "csv"),
+            ("application/json, text/csv", "json"),
+            ("text/csv, */*", "csv"),
+            ("*/*, text/csv", "csv"),
+            ("text/csv;q=0.9, application/json", "json"),
+            ("application/json;q=0.5, text/csv;q=0.8", "csv"),
+            ("text/csv;charset=utf-8;q=0.1, */*;q=0.2", "json"),
+            ("text/csv;q=0", "json"),
+            ("text/csv;q=0, */*", "json"),
+            ("application/json;q=0, */*", "csv"),
+            ("application/json;Q=0.5, text/csv", "csv"),
+            // An element with an invalid quality value is ignored.
+            ("text/csv;q=high, application/json;q=0.1", "json"),
+            ("text/csv;q=2, application/json;q=0.1", "json"),
+            (
+                "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+                "json",
+            ),
+        ] {
+            assert_eq!(chosen(&[accept]), format, "{accept}");
+        }
+        assert_eq!(chosen(&[]), "json");
+        assert_eq!(chosen(&["application/json;q=0.5", "text/csv"]), "csv");
     }
 }

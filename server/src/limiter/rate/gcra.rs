@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rest_across_an_edit_refills_at_the_lower_rate() {
+    fn idle_time_that_spans_an_edit_refills_at_the_lower_rate() {
         let (fast, slow) = (gcra(6000, 100), gcra(12, 100));
         let drained = |gcra: Gcra| Level {
             tat: NOW.saturating_add(gcra.tau()),

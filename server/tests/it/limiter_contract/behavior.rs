@@ -235,7 +235,7 @@ pub(super) async fn lowering_and_raising_the_burst_grants_nothing(world: &World)
 
 /// If the plan was edited while no requests were sent, the time of the edit is unknown. Therefore, until the first
 /// request under the new plan, the bucket refills at the lower of the two rates.
-pub(super) async fn a_rest_across_an_edit_refills_at_the_lower_rate(world: &World) {
+pub(super) async fn idle_time_that_spans_an_edit_refills_at_the_lower_rate(world: &World) {
     let key = Key::of(&world.start());
     let (fast, slow) = (Plan::rate(6000, 100), Plan::rate(60, 100));
     assert_eq!(key.admitted(&fast, 200).await, 100);

@@ -64,7 +64,7 @@ on_every_store! {
     larger_burst_is_available_immediately_less_what_was_used,
     smaller_burst_is_not_a_new_one,
     lowering_and_raising_the_burst_grants_nothing,
-    a_rest_across_an_edit_refills_at_the_lower_rate,
+    idle_time_that_spans_an_edit_refills_at_the_lower_rate,
     raised_quota_applies_immediately,
     lowered_quota_is_not_exceeded,
     key_finds_its_handle_again,

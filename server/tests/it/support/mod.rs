@@ -11,21 +11,21 @@ pub(crate) mod postgres;
 pub(crate) mod quota;
 pub(crate) mod stripe;
 
-/// Defines one test for each combination of a promise and a program, in one module per program. A promise is a function
-/// that takes a program.
+/// Defines one test for each combination of a scenario and a program, in one module per program. A scenario is a
+/// function that takes a program.
 macro_rules! test_with_each_program {
-    ({ $($module:ident: $program:ident,)+ } $promises:tt) => {
+    ({ $($module:ident: $program:ident,)+ } $scenarios:tt) => {
         $(mod $module {
-            crate::support::test_with_program! { $program $promises }
+            crate::support::test_with_program! { $program $scenarios }
         })+
     };
 }
 
 macro_rules! test_with_program {
-    ($program:ident { $($promise:ident)+ }) => {
+    ($program:ident { $($scenario:ident)+ }) => {
         $(#[tokio::test(flavor = "multi_thread")]
-        async fn $promise() {
-            super::$promise(super::Program::$program).await;
+        async fn $scenario() {
+            super::$scenario(super::Program::$program).await;
         })+
     };
 }

@@ -195,13 +195,22 @@ async fn csv_runs_no_formula() {
     let answer = it.csv("/admin/usage?group_by=key&bucket=day").await;
     assert!(answer.text.contains(",'=1+1,"), "{}", answer.text);
 
-    // A client that accepts JSON gets JSON, even if it also accepts CSV.
-    let json = it.app.get("/admin/usage").bearer(&it.account.access_token);
-    let json = json
-        .header("Accept", "application/json, text/csv")
-        .send()
-        .await;
-    assert_eq!(json.header("content-type"), Some("application/json"));
+    for (accept, content_type) in [
+        ("application/json, text/csv", "application/json"),
+        ("text/csv;q=0.5, application/json;q=0.9", "application/json"),
+        (
+            "application/json;q=0.5, text/csv",
+            "text/csv; charset=utf-8",
+        ),
+    ] {
+        let get = it.app.get("/admin/usage").bearer(&it.account.access_token);
+        let answer = get.header("Accept", accept).send().await;
+        assert_eq!(
+            answer.header("content-type"),
+            Some(content_type),
+            "{accept}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -95,7 +95,7 @@ const PATIENCE: u64 = 2 * DEADLINE.as_nanos() as u64 + 5 * MS;
 
 /// A guarantee that can be broken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Promise {
+pub(super) enum Guarantee {
     Upper,
     Lower,
     /// A 429 although the bucket certainly had enough tokens.
@@ -114,7 +114,7 @@ pub(super) enum Promise {
 
 #[derive(Debug)]
 pub(super) struct Violation {
-    pub(super) promise: Promise,
+    pub(super) guarantee: Guarantee,
     pub(super) text: String,
 }
 
@@ -129,12 +129,12 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
             .collect();
         // Among requests sent at the same time, those without a response may have been decided first.
         entries.sort_by_key(|it| (it.asked, it.answer != Answer::None));
-        let mut broken = |promise, text: String| {
+        let mut broken = |guarantee, text: String| {
             let text = format!("key {number} ({}): {text}", key.load);
-            found.push(Violation { promise, text });
+            found.push(Violation { guarantee, text });
         };
         if let Some(text) = over(scene, key, &entries, &log.epochs[number]) {
-            broken(Promise::Upper, text);
+            broken(Guarantee::Upper, text);
         }
         let facts = Facts {
             epochs: &log.epochs[number],
@@ -143,22 +143,22 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
             used: used(scene, number, &log.entries),
         };
         if let Some(text) = under(scene, key, &entries, &facts) {
-            broken(Promise::Lower, text);
+            broken(Guarantee::Lower, text);
         }
         if let Some(text) = disconnected(scene, &entries, &facts.used) {
-            broken(Promise::Connected, text);
+            broken(Guarantee::Connected, text);
         }
         if let Some(text) = under_in_outage(scene, key, &entries) {
-            broken(Promise::Outage, text);
+            broken(Guarantee::Outage, text);
         }
         if let Some(text) = dishonest(key, &entries) {
-            broken(Promise::Honest, text);
+            broken(Guarantee::Honest, text);
         }
         if let Some(text) = wrong_wait(scene, key, &entries) {
-            broken(Promise::Wait, text);
+            broken(Guarantee::Wait, text);
         }
         if let Some(late) = entries.iter().find(|it| it.answered - it.asked > PATIENCE) {
-            broken(Promise::Prompt, format!("{late:?}"));
+            broken(Guarantee::Prompt, format!("{late:?}"));
         }
         for it in &entries {
             let wrong = match key.on_failure {
@@ -166,7 +166,7 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
                 _ => it.answer == Answer::Unavailable,
             };
             if wrong {
-                broken(Promise::Mode, format!("{it:?}"));
+                broken(Guarantee::Mode, format!("{it:?}"));
                 break;
             }
         }
@@ -179,20 +179,20 @@ pub(super) fn judge(scene: &Scene, log: &Log) -> Vec<Violation> {
             .sum();
         if spent + returned > granted {
             let text = format!("{granted} granted, {returned} returned, {spent} spent");
-            broken(Promise::Mode, text);
+            broken(Guarantee::Mode, text);
         }
     }
     for (taken, spent, gone) in &log.books {
         if *taken != spent + gone {
             found.push(Violation {
-                promise: Promise::Mode,
+                guarantee: Guarantee::Mode,
                 text: format!("{taken} tokens taken, {spent} spent, {gone} returned or lost"),
             });
         }
     }
     if !log.degraded.is_empty() {
         found.push(Violation {
-            promise: Promise::Mode,
+            guarantee: Guarantee::Mode,
             text: format!("replicas {:?} do not return to Redis", log.degraded),
         });
     }

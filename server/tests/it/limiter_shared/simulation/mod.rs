@@ -33,7 +33,7 @@ use std::{
 use parking_lot::Mutex;
 
 use self::{
-    judge::{Promise, Violation, judge},
+    judge::{Guarantee, Violation, judge},
     plants::Plant,
     run::{Log, play},
     scene::Scene,
@@ -74,7 +74,7 @@ fn described(scene: &Scene, log: &Log, violations: &[Violation]) -> String {
         log.entries.len()
     );
     for violation in violations {
-        let _ = writeln!(text, "{:?}: {}", violation.promise, violation.text);
+        let _ = writeln!(text, "{:?}: {}", violation.guarantee, violation.text);
     }
     let _ = writeln!(text, "to run only this seed: QUOTA_SEED={}", scene.seed);
     text
@@ -105,7 +105,7 @@ fn each_seed(seeds: std::ops::Range<u64>, each: impl Fn(u64) -> bool + Sync) {
 }
 
 #[test]
-fn every_promise_holds_in_every_seed() {
+fn every_guarantee_holds_in_every_seed() {
     if let Some(seed) = number("QUOTA_SEED") {
         let (scene, log, violations) = simulate(seed, Plant::Nothing);
         for it in &log.entries {
@@ -154,23 +154,23 @@ fn every_promise_holds_in_every_seed() {
         "{seeds} seeds, {asked} requests, {admitted} admitted, {} seeds failed",
         failed.len()
     );
-    let mut by_promise = BTreeMap::<String, Vec<u64>>::new();
+    let mut by_guarantee = BTreeMap::<String, Vec<u64>>::new();
     for (seed, (violations, _)) in &failed {
         for violation in violations {
-            let seeds = by_promise
-                .entry(format!("{:?}", violation.promise))
+            let seeds = by_guarantee
+                .entry(format!("{:?}", violation.guarantee))
                 .or_default();
             if seeds.last() != Some(seed) {
                 seeds.push(*seed);
             }
         }
     }
-    for (promise, seeds) in &by_promise {
-        println!("{promise}: {} seeds", seeds.len());
+    for (guarantee, seeds) in &by_guarantee {
+        println!("{guarantee}: {} seeds", seeds.len());
     }
     for (seed, (violations, _)) in failed.iter().take(LISTED) {
         for violation in violations {
-            println!("seed {seed}: {:?}: {}", violation.promise, violation.text);
+            println!("seed {seed}: {:?}: {}", violation.guarantee, violation.text);
         }
     }
     let texts: Vec<_> = failed
@@ -186,36 +186,36 @@ fn every_promise_holds_in_every_seed() {
 }
 
 /// Asserts that every planted error that breaks a guarantee selected by `of` is found.
-fn find_planted(of: impl Fn(Promise) -> bool) {
-    for (plant, promise, seeds) in Plant::ALL.iter().filter(|(_, promise, _)| of(*promise)) {
+fn find_planted(of: impl Fn(Guarantee) -> bool) {
+    for (plant, guarantee, seeds) in Plant::ALL.iter().filter(|(_, guarantee, _)| of(*guarantee)) {
         let found = AtomicBool::new(false);
         each_seed(0..*seeds, |seed| {
             let (_, _, violations) = simulate(seed, *plant);
-            if violations.iter().any(|it| it.promise == *promise) {
+            if violations.iter().any(|it| it.guarantee == *guarantee) {
                 found.store(true, Ordering::Relaxed);
             }
             !found.load(Ordering::Relaxed)
         });
         assert!(
             found.into_inner(),
-            "{plant:?} breaks {promise:?} in none of {seeds} seeds"
+            "{plant:?} breaks {guarantee:?} in none of {seeds} seeds"
         );
     }
 }
 
 #[test]
 fn each_planted_excess_is_found() {
-    find_planted(|promise| promise == Promise::Upper);
+    find_planted(|guarantee| guarantee == Guarantee::Upper);
 }
 
 #[test]
 fn each_planted_shortfall_is_found() {
-    find_planted(|promise| promise != Promise::Upper);
+    find_planted(|guarantee| guarantee != Guarantee::Upper);
 }
 
 /// The judge raises no false alarms: a single exact bucket breaks no guarantee, no matter what requests it gets.
 #[test]
-fn one_exact_bucket_breaks_no_promise() {
+fn one_exact_bucket_breaks_no_guarantee() {
     each_seed(0..200, |seed| {
         let mut scene = Scene::of(seed);
         // Replicas that know of an edit and replicas that do not know of it yet would switch the shared bucket back and
@@ -227,12 +227,12 @@ fn one_exact_bucket_breaks_no_promise() {
         let broken = judge(&scene, &log);
         // There is no Redis whose grants could be compared.
         let counted = [
-            Promise::Upper,
-            Promise::Lower,
-            Promise::Wait,
-            Promise::Prompt,
+            Guarantee::Upper,
+            Guarantee::Lower,
+            Guarantee::Wait,
+            Guarantee::Prompt,
         ];
-        let broken_by_requests = broken.iter().filter(|it| counted.contains(&it.promise));
+        let broken_by_requests = broken.iter().filter(|it| counted.contains(&it.guarantee));
         let text = || described(&scene, &log, &broken);
         assert_eq!(broken_by_requests.count(), 0, "{}", text());
         true

@@ -22,7 +22,7 @@ use quota_server::limiter::{
 };
 use tokio::time::Instant;
 
-use super::judge::Promise;
+use super::judge::Guarantee;
 use crate::limiter_contract::TestLedger;
 
 /// The kinds of planted errors.
@@ -83,47 +83,47 @@ pub(super) enum Plant {
 impl Plant {
     /// The errors that must be detected, with the guarantees they break and the number of seeds within which they must
     /// be found.
-    pub(super) const ALL: &[(Self, Promise, u64)] = &[
-        (Self::AdmitsAll, Promise::Upper, 20),
-        (Self::DeniesAll, Promise::Lower, 20),
-        (Self::RefusesCrowds, Promise::Lower, 100),
-        (Self::RemembersDenials(60), Promise::Lower, 100),
-        (Self::SpendsTwice, Promise::Upper, 100),
-        (Self::SharesNothing, Promise::Upper, 50),
-        (Self::ReturnsInFull, Promise::Upper, 1000),
-        (Self::ReturnsTwice, Promise::Upper, 1000),
-        (Self::ReturnsNothing, Promise::Lower, 400),
-        (Self::FreshAfterEdit, Promise::Upper, 400),
-        (Self::FullAfterLoss, Promise::Upper, 400),
-        (Self::PromiseNeverExpires, Promise::Upper, 400),
-        (Self::FreshShareAfterEdit, Promise::Upper, 400),
-        (Self::OpenWithoutLimit, Promise::Upper, 400),
-        (Self::OpenWithoutOutage, Promise::Connected, 100),
+    pub(super) const ALL: &[(Self, Guarantee, u64)] = &[
+        (Self::AdmitsAll, Guarantee::Upper, 20),
+        (Self::DeniesAll, Guarantee::Lower, 20),
+        (Self::RefusesCrowds, Guarantee::Lower, 100),
+        (Self::RemembersDenials(60), Guarantee::Lower, 100),
+        (Self::SpendsTwice, Guarantee::Upper, 100),
+        (Self::SharesNothing, Guarantee::Upper, 50),
+        (Self::ReturnsInFull, Guarantee::Upper, 1000),
+        (Self::ReturnsTwice, Guarantee::Upper, 1000),
+        (Self::ReturnsNothing, Guarantee::Lower, 400),
+        (Self::FreshAfterEdit, Guarantee::Upper, 400),
+        (Self::FullAfterLoss, Guarantee::Upper, 400),
+        (Self::PromiseNeverExpires, Guarantee::Upper, 400),
+        (Self::FreshShareAfterEdit, Guarantee::Upper, 400),
+        (Self::OpenWithoutLimit, Guarantee::Upper, 400),
+        (Self::OpenWithoutOutage, Guarantee::Connected, 100),
         (
             Self::DeniesWithoutRedis(OnRedisFailure::Open),
-            Promise::Outage,
+            Guarantee::Outage,
             200,
         ),
         (
             Self::DeniesWithoutRedis(OnRedisFailure::Share),
-            Promise::Outage,
+            Guarantee::Outage,
             200,
         ),
         (
             Self::HalvesWithoutRedis(OnRedisFailure::Open),
-            Promise::Outage,
+            Guarantee::Outage,
             400,
         ),
         (
             Self::HalvesWithoutRedis(OnRedisFailure::Share),
-            Promise::Outage,
+            Guarantee::Outage,
             400,
         ),
-        (Self::ConfirmsNothing, Promise::Connected, 400),
-        (Self::ConfirmsNothing, Promise::Lower, 1000),
-        (Self::LosesStateWhenSlow, Promise::Lower, 400),
-        (Self::ForgetsWaits, Promise::Wait, 400),
-        (Self::ProlongsWaits, Promise::Wait, 20),
+        (Self::ConfirmsNothing, Guarantee::Connected, 400),
+        (Self::ConfirmsNothing, Guarantee::Lower, 1000),
+        (Self::LosesStateWhenSlow, Guarantee::Lower, 400),
+        (Self::ForgetsWaits, Guarantee::Wait, 400),
+        (Self::ProlongsWaits, Guarantee::Wait, 20),
     ];
 
     /// Returns the call that reaches Redis when a replica makes `call`.
