@@ -15,7 +15,7 @@ const BY_ROLE_OR_LIMIT: &str =
 const STRIPE_UNAVAILABLE: &str =
     "Stripe or the database is unavailable. Retry after `Retry-After` seconds.";
 const NO_REFRESH_TOKEN: &str =
-    "No refresh token was sent, or it is invalid, expired or already used.";
+    "The refresh token is missing, invalid, expired or already used.";
 const INVALID_OR_MISMATCH: &str = "Validation failed (see `errors`), or the `Idempotency-Key` was already used with a different request body.";
 const UNCHECKED: &str =
     "A dependency is unavailable, or usage can't be recorded. Retry after `Retry-After` seconds.";
@@ -54,7 +54,7 @@ const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
             &[
                 (
                     P::Unauthorized,
-                    "No refresh token was sent, or it is malformed.",
+                    "The refresh token is missing or malformed.",
                 ),
                 (P::Forbidden, BY_COOKIE),
             ],

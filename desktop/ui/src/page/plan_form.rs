@@ -130,7 +130,7 @@ pub fn PlanFields(plan: PlanForm) -> impl IntoView {
                 label="If Redis is unavailable"
                 value=plan.on_redis_failure
                 options
-                hint="Multi-replica deployments only."
+                hint="Applies only if the server uses Redis."
             />
         </details>
     }
