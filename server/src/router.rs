@@ -90,7 +90,7 @@ pub fn grpc(state: &AppState) -> GrpcService {
 
 /// Applies the CORS rules to every path except forward-auth.
 ///
-/// On forward-auth requests, `Origin` and the preflight method come from the client of the gateway. The gateway would
+/// On forward-auth requests, `Origin` and the method of a preflight come from the gateway's client. The gateway would
 /// mistake the response to a preflight for an allowed request, and a rejected origin for a denied request.
 struct CrossOrigin<E, F> {
     others: E,
@@ -136,7 +136,7 @@ fn cors(state: &AppState) -> Option<Cors> {
     if origins.iter().any(|origin| origin == "*") {
         return Some(cors.allow_origins_fn(|_| true));
     }
-    // Pages on this server also send their origin.
+    // Pages on this server also send their origin, so this origin must be allowed too.
     let own =
         url::Url::parse(&state.config.public_url).map(|url| url.origin().ascii_serialization());
     Some(

@@ -86,9 +86,9 @@ impl SecretText {
     }
 
     /// Derives a secret from 32 unpredictable bytes. The digits 0 to 7 are more likely than the others, because 256 is
-    /// not a multiple of 62; this lowers the min-entropy by 8.8 bits, from 190.5 to 181.7 bits, which are far more than
-    /// anyone can guess. The same bytes must give the same secret in every version of Quota: while replicas of two
-    /// versions are running, both may derive the successor of the same refresh token.
+    /// not a multiple of 62. This lowers the min-entropy from 190.5 to 181.7 bits, which is still impossible to guess.
+    /// The same bytes must give the same secret in every version of Quota: while replicas of two versions are running,
+    /// both may derive the successor of the same refresh token.
     pub fn from_bytes(kind: Kind, bytes: &[u8; 32]) -> Self {
         Self::assemble(kind, &bytes.map(|byte| DIGITS[usize::from(byte) % 62]))
     }

@@ -1,4 +1,4 @@
-//! Changes that replicas must apply to their caches, in commit order. The table is called `revocations`.
+//! Changes that replicas must apply to their caches, in commit order. They are stored in the `revocations` table.
 
 use std::time::Duration;
 
@@ -69,8 +69,9 @@ pub struct Invalidation {
     pub at: DateTime<Utc>,
 }
 
-/// Inserts an invalidation. Call this last in a transaction, because the insert waits for all other transactions that
-/// have inserted an invalidation. Publish the returned value after the commit.
+/// Inserts an invalidation. Call this last in a transaction, because the insert waits until all other transactions that
+/// have inserted an invalidation have ended, and blocks later inserts until this transaction ends. Publish the returned
+/// value after the commit.
 pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, DbError> {
     let tenant = tx.tenant().0;
     insert_on(tx, tenant, target).await
@@ -207,9 +208,9 @@ struct SearchedRow {
     is_old: bool,
 }
 
-/// Returns the API keys that no longer exist, from the rows after number `seq` that are at least `age` old. If a key
-/// was edited before it was deleted, the key may be returned twice: for the row of the edit, and again for the row of
-/// the deletion.
+/// Searches the rows after number `seq` that are at least `age` old, and returns the API keys in them that no longer
+/// exist. If a key was edited before it was deleted, the key may be returned twice: for the row of the edit, and again
+/// for the row of the deletion.
 pub async fn deleted_keys(
     tx: &mut SystemTx,
     seq: i64,

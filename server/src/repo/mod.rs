@@ -182,7 +182,8 @@ impl SortedSlice {
     }
 }
 
-/// Returns the `ORDER BY` expression for a table's `name` column. Does not depend on the database's locale.
+/// Returns the `ORDER BY` expression for a table's `name` column. Names are compared byte by byte, not by the rules of
+/// the database's locale.
 fn by_name(descending: bool) -> SqlLiteral<Text> {
     sql(if descending {
         r#"lower(name) COLLATE "C" DESC"#

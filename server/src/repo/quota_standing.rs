@@ -102,13 +102,13 @@ pub async fn of_keys(
     percent: i32,
     lateness: &Lateness,
 ) -> Result<Vec<QuotaStanding>, DbError> {
-    // A month's rollups have many rows, so they are read only for the windows that are returned.
     let limit = format!(
         "SET LOCAL statement_timeout = {}",
         USAGE_TIMEOUT.as_millis()
     );
     tx.batch_execute(&limit).await?;
     let since: Vec<_> = keys.iter().map(|key| lateness.oldest.get(key)).collect();
+    // The rollups are read only for the windows that are returned, because a month's rollups have many rows.
     let standings = sql_query(
         r"WITH windows AS MATERIALIZED (
               SELECT k.id AS key_id, k.name AS key_name, v.policy, w.quota, w.used AS taken, w.window_start, w.window_end

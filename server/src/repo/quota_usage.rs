@@ -4,8 +4,8 @@
 //! [`lock`] and check [`used_windows`]. Windows without usage are ignored.
 //!
 //! **Lock order.** Locks are always acquired in this order: first [`lock`], then keys (`api_keys`, `FOR KEY SHARE`),
-//! then rows. Deleting a key locks the key and then its rows in any order, so a row must never be locked before its
-//! key.
+//! then rows. Deleting a key locks the key first and then its rows, in no particular order, so a row must never be
+//! locked before its key.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -118,8 +118,8 @@ pub async fn take(
         None => vec![None; asks.len()],
         Some(starts) => starts.iter().copied().map(Some).collect(),
     };
-    // The quota of a window is proportional to its length, rounded up. The quotient has at least 16 decimal places,
-    // enough to round exactly.
+    // The quota of a window is proportional to the window's length, rounded up. PostgreSQL calculates the quotient with
+    // enough digits to round it correctly.
     let rows = diesel::sql_query(
         "WITH keys AS MATERIALIZED ( \
              SELECT a.* FROM unnest($1, $2, $3, $4, $5, $6, $7) WITH ORDINALITY \
@@ -176,8 +176,8 @@ pub async fn lock(tx: &mut SystemTx, asks: &[Ask]) -> Result<(), DbError> {
     Ok(())
 }
 
-/// For each request, returns the windows that have usage and end after the request's time in `since`, and those with
-/// usage but without a stored end.
+/// For each request, returns the windows with usage that end after the request's time in `since`, or whose end is not
+/// stored.
 pub async fn used_windows(
     tx: &mut SystemTx,
     asks: &[Ask],

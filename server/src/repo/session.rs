@@ -16,8 +16,8 @@ use crate::{
     schema::{refresh_tokens, sessions},
 };
 
-/// For this many seconds, the previous refresh token still returns its successor. This helps two tabs that refresh at
-/// the same time, and clients that have lost a response.
+/// For this many seconds after its first use, a refresh token can be used again and yields the same successor. This
+/// helps two tabs that refresh at the same time, and clients that have lost a response.
 pub const GRACE_SECS: i32 = 10;
 
 #[derive(Debug, Clone, Queryable, Selectable)]
@@ -61,7 +61,7 @@ pub enum Rotation {
     /// This was the session's current token. Its successor has been stored.
     Rotated(SessionRow),
     /// This was the session's previous token, used moments ago. Its successor is the same as before. Contains the
-    /// successor's index.
+    /// successor's index in the `successors` argument of [`rotate`].
     Repeated(SessionRow, usize),
     /// The token was used before, so someone may have copied it. The session must be revoked.
     Reused(SessionRow),

@@ -1,4 +1,4 @@
-//! The customers' Stripe account.
+//! The Stripe account to which all customers belong.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -77,16 +77,16 @@ pub async fn customers(tx: &mut SystemTx, limit: i64) -> Result<Vec<String>, DbE
     Ok(customers.load(&mut **tx).await?)
 }
 
-/// A tenant whose access was not `free` before the switch.
+/// A tenant whose access was not `free` before [`switch`] replaced the account.
 #[derive(Debug, Clone)]
 pub struct EndedAccess {
     pub tenant_id: Uuid,
     pub before: Shown,
-    /// Whether the tenant had access to paid plans, even if that access had already ended.
+    /// The previous value of `has_paid_access`, which stays `true` after `paid_access_until`.
     pub had_paid_access: bool,
 }
 
-/// A tenant's access before the switch.
+/// A tenant's access before [`switch`].
 type Before = (Uuid, String, Option<DateTime<Utc>>, bool);
 
 /// Replaces the account, and deletes all customers and subscriptions. Usage that has not been reported will not be

@@ -142,7 +142,7 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
 }
 
 /// Assigns each record the next position in its tenant's log. Returns, for each tenant, the difference between a
-/// record's position and its place in the batch, counted from 1.
+/// record's position and its place in the batch. Places start at 1.
 async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
     let taken = diesel::sql_query(TAKE_NUMBERS)
         .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))

@@ -19,13 +19,13 @@ const CHECK_LOCK: i64 = 7_226_424;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Differences {
-    /// The highest minus the lowest number of requests among the log and the levels of the rollups, summed over all
-    /// tenants.
+    /// The difference between the highest and the lowest number of a tenant's requests in the log and in each level of
+    /// the rollups. Summed over all tenants.
     pub log_and_rollups: i64,
     /// The cost that is in the ledger but was not recorded.
     pub ledger_excess: i64,
-    /// The cost that was recorded but is not in the ledger. Includes only windows in which neither the key nor its plan
-    /// changed.
+    /// The cost that was recorded but is not in the ledger. Excludes a window if the key or its plan has changed since
+    /// an hour before the window started.
     pub rollup_excess: i64,
 }
 
@@ -78,7 +78,8 @@ SELECT coalesce(sum(difference), 0)::bigint AS difference FROM (
     FROM levels GROUP BY tenant_id
 ) t"#;
 
-/// Compares windows that ended between 1 and 25 hours ago. By then, replicas have returned unused tokens.
+/// Compares the ledger with the rollups for windows that ended between 1 and 25 hours ago. By then, replicas have
+/// returned unused tokens.
 ///
 /// If a key's plan gains or loses a quota during a window, the ledger rightly counts only part of the key's usage.
 /// Therefore, usage that exceeds the ledger is reported only if neither the key nor its plan has changed since an hour

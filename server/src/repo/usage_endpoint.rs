@@ -1,8 +1,8 @@
 //! The endpoints that have their own rollups. Each key and each tenant has a list of limited length.
 //!
-//! Endpoints that are not in a list count as `other`. Clients can choose the path of a request, so an endpoint enters
-//! the tenant's list only if it is in its key's list. This prevents one key from filling up the tenant's list. An
-//! endpoint is removed from the lists when it no longer has rollups.
+//! Endpoints that are not in a list count as `other`. Clients can choose the path of a request, so one key could fill
+//! up the tenant's list. Therefore, an endpoint enters the tenant's list only if it is also in a key's list, which is
+//! shorter. An endpoint is removed from the lists when it no longer has rollups.
 //!
 //! [`find`], [`add`], and [`mark_seen`] are steps of [`usage_append::append`](super::usage_append::append), which locks
 //! the tenants.
@@ -143,7 +143,8 @@ pub(super) async fn mark_seen(
     Ok(())
 }
 
-/// Removes up to `limit` endpoints that have had no requests for `days`. Returns the number of removed endpoints.
+/// Removes up to `limit` endpoints that have had no requests for more than `days` days. Returns the number of removed
+/// endpoints.
 pub async fn forget(tx: &mut SystemTx, days: i64, limit: i64) -> Result<usize, DbError> {
     let forgotten = diesel::sql_query(
         "DELETE FROM usage_endpoints WHERE ctid = ANY(ARRAY( \

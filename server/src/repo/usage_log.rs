@@ -65,8 +65,8 @@ pub struct DecisionRow {
 const COLUMNS: &str = r#"l.seq, l.event_id, l."timestamp", l.key_id, k.name AS key_name, l.plan_id, l.endpoint,
     l.was_rejected, l.policy, l.retry_after_seconds, l.cost, l.request_id"#;
 
-/// Returns the conditions of a filter. Parameters: `$3` key, `$4` endpoint, `$5` whether the request was denied, `$6`
-/// request ID.
+/// Returns the conditions of a filter: those that an index covers if `of_index` is set, and the others if not.
+/// Parameters: `$3` key, `$4` endpoint, `$5` whether the request was denied, `$6` request ID.
 fn conditions(filter: &Filter, of_index: bool) -> String {
     let indexed = [
         (filter.key.is_some(), " AND l.key_id = $3"),
@@ -122,7 +122,7 @@ pub async fn list(
         "SELECT l.* FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{} ORDER BY l.seq DESC",
         conditions(filter, true),
     );
-    // PostgreSQL still evaluates a materialized query only for the rows that are needed.
+    // Even if a query is materialized, PostgreSQL reads only as many of its rows as are needed.
     let sql = format!(
         "WITH searched AS MATERIALIZED ({rows} LIMIT $8) \
          SELECT {COLUMNS} FROM (SELECT * FROM searched l WHERE true{} ORDER BY l.seq DESC LIMIT $7) l \

@@ -1,8 +1,9 @@
 //! Creates partitions of the usage tables in advance, drops them after the retention period, and deletes old rows that
 //! have no partition.
 //!
-//! Database functions do this, because only the tables' owner has the necessary rights; see the migration. Rows for a
-//! day without a partition are in the default partition until a partition for that day is created.
+//! Database functions do this, because only the tables' owner has the necessary rights. The migrations define these
+//! functions. Rows for a day without a partition are in the default partition until a partition for that day is
+//! created.
 
 use std::time::Duration;
 
@@ -99,9 +100,9 @@ pub async fn delete_unpartitioned(
     Ok(deleted.number >= DELETED_ROWS)
 }
 
-/// Deletes cursors that have not moved for two days and belong to segments whose records are too old to be accepted,
-/// and reports of replicas that have been silent for two days longer than the retention period of the log. `days` is
-/// this retention period. The segments remain rejected even if the retention period is extended later.
+/// Deletes the cursors of segments whose records are too old to be accepted, unless a cursor has moved in the last two
+/// days. Also deletes reports that are at least two days older than the retention period of the log, which is `days`.
+/// The segments remain rejected even if the retention period is extended later.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {
     diesel::sql_query(
         "WITH deleted AS ( \

@@ -14,7 +14,7 @@ use super::usage_array::EncodedArray;
 /// for too long.
 const CHUNK: usize = 4_000;
 
-/// The columns that can be different in every row.
+/// The columns that can differ in every row.
 #[derive(Debug, Clone)]
 pub(super) struct LogRow {
     pub at: DateTime<Utc>,
@@ -103,7 +103,7 @@ pub(super) fn encode(
     groups: &[LogGroup<'_>],
 ) -> Vec<LogRows> {
     rows.sort_by_key(|it| (groups[it.group].tenant_index, it.at, it.event_id));
-    // The last chunk that contains each group so far, and the group's place in that chunk.
+    // For each group, the last chunk so far that contains the group, and the group's place in that chunk.
     let mut places = vec![(usize::MAX, 0); groups.len()];
     let encode_chunk = |(chunk, rows): (usize, &[LogRow])| {
         let mut encoded = LogRows {

@@ -14,7 +14,8 @@ use crate::db::{DbError, TenantTx};
 /// The maximum number of rows for each reason why a key needs attention (`AttentionKind`).
 const ATTENTION: i64 = 20;
 /// The maximum number of quotas whose usage is read to find those closest to their limit. Larger than [`ATTENTION`],
-/// because the tokens that replicas hold are a large part of a small quota.
+/// because these quotas are chosen by the tokens that replicas have taken. Of a small quota, replicas may hold a large
+/// part that has not been used.
 const CANDIDATES: i64 = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
@@ -107,9 +108,9 @@ const QUOTAS: &str = "\
 /// Returns the quotas of active keys that are closest to their limit, closest first. Without metering, `used` includes
 /// tokens that replicas hold.
 ///
-/// With metering, the quotas are selected by the ledger, because a month's rollups have many rows, and `used` is then
-/// read from the rollups. Rollups may include requests from before the quota was set, so `used` is capped at the number
-/// in the ledger.
+/// With metering, the quotas are chosen by the ledger, because a month's rollups have many rows. Then `used` is read
+/// from the rollups of these quotas. Rollups may include requests from before the quota was set, so `used` is capped at
+/// the number in the ledger.
 pub async fn quotas(tx: &mut TenantTx, is_metered: bool) -> Result<Vec<QuotaRow>, DbError> {
     const CAN_BE_USED: &str = "k.is_active AND (k.expires_at IS NULL OR k.expires_at > now())";
     const CLOSEST: &str = "used::double precision / quota DESC, window_end DESC, key_id";

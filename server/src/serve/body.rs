@@ -34,7 +34,8 @@ impl<B: Body<Data = Bytes> + Unpin> Body for ResponseBody<B> {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, B::Error>>> {
-        // hyper would collect several chunks before it writes them, and keep a buffer of their total size.
+        // A chunk waits until the previous chunk has been sent. Otherwise, hyper would collect several chunks before it
+        // writes them, and keep a buffer of their total size.
         if !self.rest.is_empty() {
             let is_early = std::mem::take(&mut self.has_passed) || self.request.has_unsent();
             if is_early && self.request.hold_back() {
