@@ -20,8 +20,8 @@ fn folder(variable: &str) -> PathBuf {
 
 fn main() -> io::Result<()> {
     let built = folder("CARGO_MANIFEST_DIR").join("../desktop/ui/dist");
-    // List the folder by both names: the relative one works in any checkout, and the absolute one prevents mistaking
-    // another checkout for this one.
+    // Give Cargo both paths of the folder. The relative path works in any checkout. The absolute path prevents Cargo
+    // from mistaking another checkout for this one.
     println!("cargo:rerun-if-changed=../desktop/ui/dist");
     println!("cargo:rerun-if-changed={}", built.display());
     println!("cargo:rerun-if-changed=build.rs");

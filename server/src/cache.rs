@@ -345,8 +345,7 @@ where
             if let (Ok(value), true) = (&loaded, is_current) {
                 let loaded_at = current_at.unwrap_or(began);
                 self.keep(key, value.clone(), loaded_at, generation);
-                // An invalidation after this call finds the entry, but an invalidation before it may have missed the
-                // entry.
+                // An invalidation after the entry was stored finds the entry, but an earlier one may have missed it.
                 is_current = is_unchanged();
                 if !is_current {
                     self.empty(key);
@@ -354,7 +353,7 @@ where
                 }
             }
             outcome = Some(loaded);
-            // At least one key, possibly this key, was invalidated during the load, so the load is repeated.
+            // Repeat a successful load if a key, possibly this one, was invalidated in the meantime.
             if is_current || matches!(outcome, Some(Err(_))) {
                 break;
             }

@@ -90,7 +90,7 @@ pub fn check(data: &[u8]) -> usize {
     seen.len()
 }
 
-/// Reads plain requests from a connection, up to the first request that is not plain, in the same way as the server.
+/// Reads plain requests from a connection in the same way as the server, up to the first request that is not plain.
 /// Returns these requests and their total length.
 fn accepted(bytes: &[u8], ends: &[usize]) -> (Vec<Seen>, usize) {
     let (mut seen, mut start) = (Vec::new(), 0);

@@ -173,8 +173,8 @@ impl Attempts {
             .await
     }
 
-    /// Counts an attempt by a signed-in user, for example to change the password. Limits how often a stolen session can
-    /// be used to guess the password.
+    /// Counts an attempt by a signed-in user to enter the password, for example to change it. This limits how often a
+    /// stolen session can be used to guess the password.
     pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);
         self.take_known(vec![own, self.uses(&[b"user uses", user])])
@@ -360,7 +360,8 @@ impl Attempts {
                 .get(&counter.name)
                 .map_or(0.0, |count| count.left(now))
                 + 1.0;
-            // A fraction of an attempt may have been forgiven between two consecutive attempts.
+            // A fraction of an attempt is forgiven between two consecutive attempts. This must not postpone the first
+            // wait.
             let over = tries - free(counter);
             let wait = if over > -0.5 {
                 let over = over.max(0.0);

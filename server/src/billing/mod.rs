@@ -1,9 +1,9 @@
-//! Tenants' subscriptions: what access they provide, and how tenants pay.
+//! Tenants' subscriptions: the access to paid plans that follows from them, and how tenants pay.
 //!
 //! Stripe is the source of truth. The database contains only the result of the last read of a customer's subscriptions.
-//! Webhooks and the passage of time only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they
-//! start. A read that started before the last applied one is discarded, so the result does not depend on the order in
-//! which events arrive or reads complete. [`subscription`] defines what access a subscription provides.
+//! Webhooks and timers only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they start. A read
+//! that started before the last applied one is discarded, so the result does not depend on the order in which events
+//! arrive or reads complete. [`subscription`] defines which access follows from which subscriptions.
 //!
 //! If Stripe is unreachable, or the secret key belongs to [another account](account), tenants keep their access, but no
 //! tenant can subscribe.
@@ -377,9 +377,9 @@ impl Billing {
         Ok((session, invalidation))
     }
 
-    /// Reads the tenant's subscriptions, and returns an error if a completed session has created one. The session may
-    /// have been completed since the last read, or the subscription may be `incomplete` because a delayed payment has
-    /// not arrived yet.
+    /// Reads the tenant's subscriptions, and returns an error if a completed Checkout Session has created a
+    /// subscription. The session may have been completed since the last read, or the subscription may be `incomplete`
+    /// because a delayed payment has not arrived yet.
     async fn expect_no_pending_subscription(&self, tenant: TenantId) -> Result<(), BillingError> {
         self.read(tenant).await?;
         let statuses = self.stripe_statuses(tenant).await?;

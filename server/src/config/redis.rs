@@ -134,8 +134,8 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
             );
         }
     };
-    // A password that contains one of these characters would end there, and the rest of it would be read as a path, a
-    // query or a fragment.
+    // An unencoded `/`, `?` or `#` in a password would end the password there, and the rest of it would be read as a
+    // path, a query or a fragment.
     if rest
         .split_once(['/', '?', '#'])
         .is_some_and(|(_, after)| after.contains('@'))
