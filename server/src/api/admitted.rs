@@ -295,8 +295,8 @@ pub struct AdmittedKey {
 }
 
 impl AdmittedKey {
-    /// Makes a decision on a request to `GET /v1/echo`, which takes one token from each limit of its API key. Records
-    /// the decision.
+    /// Makes a decision on a request to `GET /v1/echo`, with a cost of 1, and records the decision. Returns an error if
+    /// the request is not allowed.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let query = request.uri().query();
         Self::of(RequestContext::of(request)?, request.headers(), query).await

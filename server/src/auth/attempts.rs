@@ -12,9 +12,10 @@
 //! it). After that, the wait doubles with each attempt, and one attempt is forgiven at a fixed interval (for an account
 //! and network, every five minutes). Therefore, a lockout lasts only slightly longer than this interval, and an
 //! attacker gets about one guess per interval. An attempt is counted before its password is verified, so parallel
-//! attempts have no advantage. If the password is correct, the attempt is taken back from all counters that count only
-//! failures. If the password was never verified, because too many requests were waiting or the client disconnected, the
-//! attempt is taken back from all counters.
+//! attempts have no advantage. If the attempt succeeds, the counters for the account and network, or for the device,
+//! are cleared. The attempt is then taken back from the other counters that count only failures. If the password was
+//! never verified, because too many requests were waiting or the client disconnected, the attempt is taken back from
+//! all counters.
 //!
 //! Registrations are also counted, by network only. A network can create `QUOTA_REGISTRATIONS_PER_DAY` accounts without
 //! waiting, and then the same number per day. Without this limit, a person could get around all other limits by

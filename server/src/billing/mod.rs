@@ -127,8 +127,8 @@ impl Billing {
         })
     }
 
-    /// Reads the tenant's subscriptions from Stripe, and stores the resulting access. If access has changed, returns
-    /// the invalidation to publish. Does nothing for a tenant without a customer.
+    /// Reads the tenant's subscriptions from Stripe, and stores the resulting access. If access to paid plans has
+    /// changed, returns the invalidation to publish. Does nothing for a tenant without a customer.
     pub async fn read(&self, tenant: TenantId) -> Result<Option<Invalidation>, BillingError> {
         self.verify_account().await?;
         let begun = self
@@ -291,7 +291,7 @@ impl Billing {
 
     /// Returns a Checkout Session for a tenant without a subscription. Returns the same session while it is open, so
     /// that a tenant cannot pay twice. If the tenant's customer was deleted, creates a new one. If the tenant's access
-    /// turns out to have changed, also returns the invalidation to publish.
+    /// to paid plans turns out to have changed, also returns the invalidation to publish.
     pub async fn checkout(
         &self,
         buyer: &Buyer<'_>,
@@ -434,7 +434,7 @@ impl Billing {
     }
 }
 
-/// Stores the access that results from a read. Returns the invalidation to publish if access has changed.
+/// Stores the access that results from a read. Returns the invalidation to publish if access to paid plans has changed.
 async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,
