@@ -38,7 +38,7 @@ fn main() -> io::Result<()> {
     files.sort();
     let mut table = String::from("const FILES: &[File] = &[\n");
     for (name, path) in &files {
-        // Hidden files and the compressed copies themselves are not compressed.
+        // Skip files without compressed copies: hidden files, and the compressed copies themselves.
         let compressed = ["br", "gz"].map(|kind| with_suffix(path, kind));
         if !compressed.iter().all(|path| path.exists()) {
             continue;

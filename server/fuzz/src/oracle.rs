@@ -131,7 +131,7 @@ fn is_simple(target: &str) -> bool {
     target.starts_with('/') && target.bytes().all(is_known)
 }
 
-/// Checks the head of a plain request with the grammar of RFC 9112, independently of httparse.
+/// Checks the head of a plain request against the grammar of RFC 9112, independently of httparse.
 fn check_framing(head: &[u8], request: &PlainRequest<'_>) {
     let shown = || String::from_utf8_lossy(head).into_owned();
     let text = str::from_utf8(head).unwrap_or_else(|_| panic!("not ASCII: {}", shown()));
