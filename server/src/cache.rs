@@ -9,8 +9,8 @@
 //! again, entries within their grace period are used without waiting, and only a few at a time are reloaded in the
 //! background. Therefore, an outage delays only the first few requests, not the first request for each key.
 //!
-//! A changed entry is not removed. Its row is never used again, but the entry shows that its key exists, so that
-//! reloading the entry does not compete with lookups of unknown keys. [`Changes`] determines which entries have
+//! A changed entry is not removed. Its row is never used again, but the entry shows that its key exists. Lookups of
+//! unknown keys leave database connections for reloading such entries. [`Changes`] determines which entries have
 //! changed.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.

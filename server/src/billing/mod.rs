@@ -272,7 +272,8 @@ impl Billing {
                 let name = account.customer_name.as_str();
                 let created = self.stripe.create_customer(&id, email, name, &key).await;
                 if let Err(StripeError::Failed { .. }) = &created {
-                    // The same idempotency key would fail for a day. The next attempt searches for a customer first.
+                    // Another request with the same idempotency key would fail for a day. The next attempt searches for
+                    // a customer first.
                     self.db
                         .in_system(async |tx| {
                             billing::next_customer_attempt(tx, tenant, attempt).await
@@ -359,12 +360,13 @@ impl Billing {
             success_url: buyer.success_url,
             cancel_url: buyer.cancel_url,
         };
-        // The key contains the customer, because a Checkout Session for another customer is a different request.
+        // The idempotency key contains the customer, because a Checkout Session for another customer is a different
+        // request.
         let key = format!("quota-checkout-{tenant}-{attempt}-{customer}");
         let created = self.stripe.create_checkout(&checkout, &key).await;
         if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
-            // The same idempotency key would return the same error. If a session was created after all, no user has
-            // seen its page.
+            // Another request with the same idempotency key would get the same error. If a session was created after
+            // all, no user has seen its page.
             self.end_checkout(tenant, attempt).await?;
         }
         let session = created?;
