@@ -20,8 +20,8 @@ fn folder(variable: &str) -> PathBuf {
 
 fn main() -> io::Result<()> {
     let built = folder("CARGO_MANIFEST_DIR").join("../desktop/ui/dist");
-    // List the folder by both names: the relative one works in any checkout, and the absolute one prevents mistaking
-    // another checkout for this one.
+    // Give Cargo both paths of the folder. The relative path works in any checkout. The absolute path prevents Cargo
+    // from mistaking another checkout for this one.
     println!("cargo:rerun-if-changed=../desktop/ui/dist");
     println!("cargo:rerun-if-changed={}", built.display());
     println!("cargo:rerun-if-changed=build.rs");
@@ -38,7 +38,7 @@ fn main() -> io::Result<()> {
     files.sort();
     let mut table = String::from("const FILES: &[File] = &[\n");
     for (name, path) in &files {
-        // Hidden files and the compressed copies themselves are not compressed.
+        // Skip files without compressed copies: hidden files, and the compressed copies themselves.
         let compressed = ["br", "gz"].map(|kind| with_suffix(path, kind));
         if !compressed.iter().all(|path| path.exists()) {
             continue;

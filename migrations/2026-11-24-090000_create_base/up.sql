@@ -1,6 +1,6 @@
--- The roles that the server uses. They own nothing, so row-level security applies to them, no matter which role the
--- server signs in with. Roles belong to the cluster, not to the database: two databases may create them concurrently.
--- If the migrating role may not create roles, create these two beforehand.
+-- The roles that the server uses. They own nothing, so row-level security applies to them, regardless of the role that
+-- the server signs in as. Roles belong to the cluster, not to the database, so migrations of two databases may create
+-- them at the same time. If the migrating role may not create roles, create these two beforehand.
 DO $$
 DECLARE
     name text;
@@ -174,7 +174,7 @@ COMMENT ON COLUMN api_keys.key_hash IS 'SHA-256 of the secret, which has 190 ran
 COMMENT ON COLUMN api_keys.previous_key_hash IS 'SHA-256 of the secret before the last rotation';
 COMMENT ON COLUMN api_keys.previous_expires_at IS 'The time until which the previous secret works';
 COMMENT ON COLUMN api_keys.rpm_override IS 'Sustained requests per minute, overriding the plan''s';
--- A change of last_used_at is not an edit; every other change is.
+-- Recording when a key was last used is not an edit, so it does not change updated_at.
 CREATE FUNCTION touch_api_key() RETURNS trigger
     LANGUAGE plpgsql AS $$
 BEGIN

@@ -1,8 +1,8 @@
 -- Usage: the log of decisions, its rollups, and how far each replica's segments have been shipped.
 --
--- The primary key of every table with tenants' rows starts with tenant_id, and none of them has a foreign key: usage
--- outlives its keys, and a late batch must not fail because a key was deleted. All of them can be distributed by
--- tenant_id.
+-- The primary key of every table with tenants' rows starts with tenant_id, so these tables can be distributed by
+-- tenant. They have no foreign keys: usage outlives its API keys, and a late batch must not fail because an API key was
+-- deleted.
 
 -- The log ----------------------------------------------------------------------------------------------
 
@@ -50,12 +50,14 @@ COMMENT ON TABLE usage_tenants IS 'The last position in each tenant''s log';
 COMMENT ON COLUMN usage_tenants.last_seq IS
     'The last number in usage_log.seq. Its row is locked until the rows with the new numbers are committed, so a reader who has read up to a number has missed none before it';
 
--- Rollups ---------------------------------------------------------------------------------------------- Each row
--- counts requests with one key or all keys, to one endpoint or all endpoints, and on one plan or all plans, so several
--- rows with the same start count the same request. The zero UUID stands for all keys or plans, E'\x01' for all
--- endpoints, and E'\x02' for the endpoints above the limit: names of endpoints have no control characters. Each row of
--- a key has one plan: a key has no rows for all plans together. The endpoint comes before the key in the primary key,
--- so that the rows of all keys are next to each other. The endpoints of a key are in usage_endpoints.
+-- Rollups ----------------------------------------------------------------------------------------------
+--
+-- Each row counts the requests with one key or all keys, to one endpoint or all endpoints, and on one plan or all
+-- plans. Therefore, several rows with the same start count the same request. The zero UUID stands for all keys or all
+-- plans. E'\x01' stands for all endpoints, and E'\x02' for the endpoints above the limit. Names of endpoints do not
+-- contain these characters. Rows of a single key always belong to a single plan. The endpoint comes before the key in
+-- the primary key, so that the rows of all keys for one endpoint are next to each other. usage_endpoints lists the
+-- endpoints of each key.
 
 CREATE TABLE usage_quarters (
     tenant_id uuid NOT NULL,
@@ -180,7 +182,7 @@ BEGIN
         RAISE EXCEPTION 'not a table of usage: %', parent;
     END IF;
     PERFORM pg_advisory_xact_lock(7226423);
-    -- One at a time, because each needs a lock on the whole table.
+    -- Drop one partition per call, because dropping a partition locks the whole table.
     FOR name IN
         SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
         WHERE i.inhparent = parent::regclass AND c.relname ~ ('^' || parent || '_\d{8}$')

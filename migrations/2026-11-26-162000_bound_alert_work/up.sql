@@ -1,7 +1,7 @@
 -- Bounds the work for alerts, webhooks and email, so that no tenant delays the alerts, webhooks and emails of others.
 --
--- While the previous version is still running, it does not delete the deliveries of a webhook that it deletes. This
--- version deletes such deliveries later.
+-- When a server of the previous version deletes a webhook, it does not delete the webhook's deliveries. This version
+-- deletes them later.
 
 ALTER TABLE quota_alert_progress
     ADD COLUMN until_seq bigint,

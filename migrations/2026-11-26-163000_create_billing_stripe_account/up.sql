@@ -1,4 +1,5 @@
--- The Stripe account of the customers, so that a secret key of another account does not end any tenant's access.
+-- The Stripe account that the customers belong to. With a secret key of another account, all subscriptions would seem
+-- to be missing, and tenants would lose access.
 
 CREATE TABLE billing_stripe_account (
     is_only boolean NOT NULL DEFAULT true,

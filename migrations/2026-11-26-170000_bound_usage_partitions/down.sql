@@ -45,7 +45,7 @@ BEGIN
         RAISE EXCEPTION 'not a table of usage: %', parent;
     END IF;
     PERFORM pg_advisory_xact_lock(7226423);
-    -- One at a time: each needs a lock on the whole table.
+    -- Drop one partition per call, because dropping a partition locks the whole table.
     FOR name IN
         SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
         WHERE i.inhparent = parent::regclass AND c.relname ~ ('^' || parent || '_\d{8}$')

@@ -1,5 +1,5 @@
--- Partitions of usage are created one by one, each in its own transaction, and rows without a partition are deleted in
--- limited numbers, so that a table that is busy or has many rows to move does not delay the other tables.
+-- Creates each partition in its own transaction, and limits how many rows without a partition are deleted at a time.
+-- Therefore, a table that is busy, or that has many rows to move, does not delay the other tables.
 
 CREATE FUNCTION usage_create_partition(parent text, day date) RETURNS boolean
     LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -68,7 +68,7 @@ BEGIN
         RAISE EXCEPTION 'not a table of usage: %', parent;
     END IF;
     PERFORM pg_advisory_xact_lock(7226423);
-    -- One at a time: each needs a lock on the whole table.
+    -- Drop one partition per call, because dropping a partition locks the whole table.
     SELECT c.relname INTO name FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
     WHERE i.inhparent = parent::regclass AND c.relname ~ ('^' || parent || '_\d{8}$')
         AND to_date(right(c.relname, 8), 'YYYYMMDD') < before

@@ -6,8 +6,8 @@ CREATE INDEX api_keys_prefix_idx ON api_keys (tenant_id, prefix text_pattern_ops
 COMMENT ON INDEX api_keys_name_idx IS 'Lists keys by name';
 COMMENT ON INDEX api_keys_prefix_idx IS 'Finds keys by the beginning of their prefix';
 
--- Searches find substrings of names. Without this extension, a search reads all keys of the tenant. The extension is
--- part of PostgreSQL, but is not always installed or allowed.
+-- Searches find substrings of names. Without the pg_trgm extension, a search reads all keys of the tenant. The
+-- extension is part of PostgreSQL, but is not always installed or allowed.
 DO $$
 DECLARE
     extension_schema text;

@@ -9,8 +9,8 @@
 //! again, entries within their grace period are used without waiting, and only a few at a time are reloaded in the
 //! background. Therefore, an outage delays only the first few requests, not the first request for each key.
 //!
-//! A changed entry is not removed. Its row is never used again, but the entry shows that its key exists, so that
-//! reloading the entry does not compete with lookups of unknown keys. [`Changes`] determines which entries have
+//! A changed entry is not removed. Its row is never used again, but the entry shows that its key exists. Lookups of
+//! unknown keys leave database connections for reloading such entries. [`Changes`] determines which entries have
 //! changed.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.
@@ -345,8 +345,7 @@ where
             if let (Ok(value), true) = (&loaded, is_current) {
                 let loaded_at = current_at.unwrap_or(began);
                 self.keep(key, value.clone(), loaded_at, generation);
-                // An invalidation after this call finds the entry, but an invalidation before it may have missed the
-                // entry.
+                // An invalidation after the entry was stored finds the entry, but an earlier one may have missed it.
                 is_current = is_unchanged();
                 if !is_current {
                     self.empty(key);
@@ -354,7 +353,7 @@ where
                 }
             }
             outcome = Some(loaded);
-            // At least one key, possibly this key, was invalidated during the load, so the load is repeated.
+            // Repeat a successful load if a key, possibly this one, was invalidated in the meantime.
             if is_current || matches!(outcome, Some(Err(_))) {
                 break;
             }

@@ -3,7 +3,7 @@
 
 use leptos::prelude::*;
 
-/// Runs a closure soon, and again whenever a signal that it reads changes.
+/// Runs a closure after the current task, and again whenever a signal that the closure reads changes.
 pub fn effect(run: impl Fn() + 'static) {
     boxed_effect(Box::new(run));
 }

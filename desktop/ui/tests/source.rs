@@ -74,7 +74,7 @@ fn folder(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// Returns the code before the unit tests, without comments, and the string literals in this code.
+/// Splits a source file into its code, without comments and unit tests, and the string literals in this code.
 fn split(source: &str) -> (String, Vec<String>) {
     let source = source
         .split("#[cfg(test)]\nmod tests {")
@@ -191,7 +191,7 @@ fn modules_import_only_from_lower_ranks() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
-    // The checks find planted violations.
+    // Verify that the checks detect violations.
     assert_eq!(
         upward_imports("component", "use crate::{api, page::Home};").len(),
         1

@@ -19,11 +19,12 @@ fn times() -> Option<u64> {
     Some(times.expect("a number after `--instructions`"))
 }
 
-/// Runs an operation this many times. Valgrind counts only the instructions in this function.
+/// Runs an operation `times` times. Valgrind counts only the instructions in this function.
 #[inline(never)]
 fn measured(operation: &mut Operation, times: u64) {
     (operation.run)(times);
-    // Otherwise, the call could become a jump, and Valgrind could not detect where the function ends.
+    // Do something after the call. Otherwise, the compiler could turn the call into a jump, and Valgrind could not
+    // detect where the function ends.
     black_box(operation);
 }
 

@@ -22,8 +22,8 @@ use crate::support::app::{Account, Setup, TestApp};
 const ONE: NonZeroU32 = NonZeroU32::MIN;
 /// More requests than any run makes.
 const UNLIMITED: u32 = 60_000_000;
-/// The time between two requests that precede the measurement with Redis. At this pace, a lease is large enough for
-/// all measured requests.
+/// Before the measurement with Redis, requests are sent at this interval. At this pace, a lease is large enough for all
+/// measured requests.
 const PACE: Duration = Duration::from_micros(1);
 /// The number of requests that precede the measurement with Redis.
 const PACED: u32 = 200_000;
@@ -31,7 +31,7 @@ const PACED: u32 = 200_000;
 /// An operation that is measured.
 pub struct Operation {
     pub name: &'static str,
-    /// Runs the operation this many times.
+    /// Runs the operation the given number of times.
     pub run: Box<dyn FnMut(u64)>,
 }
 
@@ -59,7 +59,7 @@ impl Side {
     async fn start(setup: Setup) -> Self {
         let clock = TestClock::at(SystemClock::new().now());
         let log = Log::start_on(io::sink(), LogFormat::Json);
-        // Only the first log is installed.
+        // Fails for every log after the first one, because a process can have only one.
         let _ = log.install("info");
         let app = setup
             .clock(Arc::new(clock.clone()))

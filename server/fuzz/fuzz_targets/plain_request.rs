@@ -3,8 +3,8 @@
 
 #![no_main]
 
-// The two files of the server are compiled without the rest of the server, because compiling all of the server's
-// dependencies with instrumentation would take many minutes.
+// These two files of the server are compiled without the rest of the server, because compiling all of its dependencies
+// with instrumentation would take many minutes.
 #[expect(dead_code, reason = "the server uses the other items")]
 #[path = "../../src/connection_marks.rs"]
 mod connection_marks;

@@ -90,7 +90,7 @@ pub fn check(data: &[u8]) -> usize {
     seen.len()
 }
 
-/// Reads plain requests from a connection, up to the first request that is not plain, in the same way as the server.
+/// Reads plain requests from a connection in the same way as the server, up to the first request that is not plain.
 /// Returns these requests and their total length.
 fn accepted(bytes: &[u8], ends: &[usize]) -> (Vec<Seen>, usize) {
     let (mut seen, mut start) = (Vec::new(), 0);
@@ -131,7 +131,7 @@ fn is_simple(target: &str) -> bool {
     target.starts_with('/') && target.bytes().all(is_known)
 }
 
-/// Checks the head of a plain request with the grammar of RFC 9112, independently of httparse.
+/// Checks the head of a plain request against the grammar of RFC 9112, independently of httparse.
 fn check_framing(head: &[u8], request: &PlainRequest<'_>) {
     let shown = || String::from_utf8_lossy(head).into_owned();
     let text = str::from_utf8(head).unwrap_or_else(|_| panic!("not ASCII: {}", shown()));

@@ -41,13 +41,13 @@ use crate::{
     webhooks::event::Event,
 };
 
-/// The maximum number of tenants to check per round with metering.
+/// With metering, the maximum number of tenants to check per round.
 const TENANTS: i64 = 200;
 /// If more records than this are unchecked, all of the tenant's keys are checked instead of only the keys in these
 /// records.
 const RECORDS_MAX: i64 = 200_000;
-/// The maximum number of log records whose keys are checked before the check proceeds to later records. The number is
-/// limited, because each step reads these records again.
+/// The maximum number of log records in a part of a check. Each step checks up to [`KEYS_MAX`] keys of a part, and
+/// reads the records of the part again, so their number is limited.
 const PART_MAX: i64 = 20_000;
 /// The maximum number of keys to check per transaction.
 const KEYS_MAX: i64 = 250;
@@ -56,8 +56,8 @@ const ALERTS_MAX: usize = 500;
 /// The maximum duration of a step, which reads usage at most twice, for at most
 /// [`USAGE_TIMEOUT`](quota_standing::USAGE_TIMEOUT) each time.
 const STEP_MAX: Duration = Duration::from_secs(30);
-/// The time after which a round ends, so that other tenants get their turn. The next round checks the remaining
-/// tenants.
+/// The time after which a round ends, even if tenants remain. The next round checks them, together with tenants that
+/// have new usage.
 const ROUND_MAX: Duration = Duration::from_secs(20);
 
 /// Checks tenants' quota usage and stores alerts. Cloning is cheap.

@@ -295,9 +295,8 @@ pub struct AdmittedKey {
 }
 
 impl AdmittedKey {
-    /// Consumes one token from each limit of the request's API key.
-    ///
-    /// Records the decision for the endpoint `GET /v1/echo`.
+    /// Makes a decision on a request to `GET /v1/echo`, with a cost of 1, and records the decision. Returns an error if
+    /// the request is not allowed.
     pub async fn admit(request: &Request) -> Result<Self, ApiError> {
         let query = request.uri().query();
         Self::of(RequestContext::of(request)?, request.headers(), query).await
@@ -310,8 +309,8 @@ impl AdmittedKey {
         query: Option<&str>,
     ) -> Result<Self, ApiError> {
         let text = api_key(fields, query)?.ok_or_else(ApiError::key_missing)?;
-        // Checks are recorded for the tenant's endpoints. This is the only endpoint of Quota itself that appears in
-        // usage.
+        // Other checks are recorded for the endpoints of tenants' APIs. This is the only endpoint of Quota itself that
+        // appears in usage.
         let endpoint = "GET /v1/echo";
         pin!(Self::decide(context, text, NonZeroU32::MIN, None, endpoint)).await
     }

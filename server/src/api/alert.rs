@@ -41,7 +41,7 @@ impl AlertApi {
     }
 }
 
-/// The alert settings, as recorded in the audit log. They belong to the tenant.
+/// The alert settings, as recorded in the audit log. The target of the audit event is the tenant.
 #[derive(Serialize)]
 struct AuditedSettings<'a> {
     #[serde(flatten)]
@@ -68,8 +68,8 @@ impl Audited for AuditedSettings<'_> {
 impl AlertApi {
     /// List quota alerts
     ///
-    /// Returns alerts, newest first. An alert is created when 50, 80 or 100% of a quota has been used, at most once for
-    /// each threshold in each day or month. Alerts are kept for 90 days after the quota resets.
+    /// Returns alerts, newest first. An alert is created when 50, 80 or 100% of a quota has been used, at most once per
+    /// threshold per day or month. Alerts are kept for 90 days after the quota resets.
     #[oai(path = "/alerts", method = "get", operation_id = "list_alerts")]
     async fn list(
         &self,

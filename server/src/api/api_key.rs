@@ -104,7 +104,7 @@ fn previous_key_active(until: Timestamp) -> ApiError {
     }
 }
 
-/// Converts a database error. If the plan does not exist or belongs to another tenant, the problem is 404 and names
+/// Converts a database error. If the plan does not exist or belongs to another tenant, the error is 404 and names
 /// `plan_id`.
 fn plan_not_found(error: DbError) -> ApiError {
     let not_found = || {

@@ -91,8 +91,8 @@ audited!(
 );
 
 /// A change in progress: a transaction of the caller's tenant. Only [`created`](Self::created),
-/// [`updated`](Self::updated), and [`deleted`](Self::deleted) can commit it, so every change is recorded: these methods
-/// record the audit event, commit the transaction, and then publish which cached records replicas must drop. Dropping
+/// [`updated`](Self::updated), and [`deleted`](Self::deleted) can commit it. They record the audit event, commit the
+/// transaction, and then publish which cached records replicas must drop. Therefore, every change is recorded. Dropping
 /// the edit rolls back the transaction.
 pub struct Edit<'a> {
     tx: TenantTx,

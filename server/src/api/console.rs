@@ -77,8 +77,8 @@ fn answer(request: &Request) -> Result<Response, ApiError> {
     };
     match find(name) {
         Some(file) => Ok(serve(file, request.headers())),
-        // A path with a file extension refers to a file that no longer exists. For all other paths, the console's own
-        // router shows the page.
+        // A path with a file extension refers to a missing file. For all other paths, the console's own router shows
+        // the page.
         None if name
             .rsplit('/')
             .next()

@@ -57,7 +57,8 @@ impl<E: Endpoint<Output = Response>> Endpoint for FastPath<E> {
     async fn call(&self, mut request: Request) -> Result<Response> {
         let answer = match FastRoute::of(&request) {
             None => {
-                // A gateway may send its consumer's method, which forward-auth ignores.
+                // Forward-auth accepts any method, because a gateway may send its consumer's method. The router knows
+                // only GET.
                 if request.uri().path() == FORWARD_AUTH {
                     request.set_method(Method::GET);
                 }

@@ -143,7 +143,7 @@ impl Endpoint for GrpcService {
     }
 }
 
-/// Returns whether this is a gRPC request. gRPC needs HTTP/2, because its responses have trailers.
+/// Returns whether this is a gRPC request. gRPC requires HTTP/2.
 fn is_grpc(request: &Request) -> bool {
     let media_type = request.headers().get(header::CONTENT_TYPE);
     let format = media_type.and_then(|it| it.as_bytes().strip_prefix(MEDIA_TYPE.as_bytes()));
@@ -165,7 +165,8 @@ async fn call(
             let request = decode(&body)?;
             rate_limit::should_rate_limit(context, caller.token.tenant, &request).await
         }
-        // A consumer can cause this error by sending long headers, so the call must not fail.
+        // A consumer can cause this error by sending long headers. The call must not fail, because Envoy would then
+        // forward the request.
         Err(error) if error.code == ProblemCode::ContentTooLarge => {
             Ok(rate_limit::not_allowed(context, &error))
         }

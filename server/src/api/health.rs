@@ -20,8 +20,8 @@ fn ok() -> Json<Health> {
     })
 }
 
-/// Returns the problem for probes while the server is stopping. The problem has no source, so that it is not logged:
-/// stopping is not a failure.
+/// Returns the error response to probes while the server is stopping. It has no source and is therefore not logged,
+/// because stopping is not a failure.
 fn stopping() -> ApiError {
     ApiError {
         retry_after: Some(Duration::from_secs(1)),

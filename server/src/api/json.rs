@@ -2,7 +2,7 @@
 //!
 //! Requests and responses are both converted with serde, not with poem-openapi. `common/tests/wire.rs` checks that the
 //! OpenAPI document describes the same JSON. A body that is not a JSON object results in 400. A body with a missing,
-//! duplicate or unknown field, or with a value of the wrong type, results in 422, and the response names the first such
+//! duplicate or unknown field, or with a value of the wrong type, results in 422. The response names the first such
 //! field. If the only faults are values out of bounds, the response lists all of them.
 
 use std::time::Duration;
@@ -244,7 +244,7 @@ pub(super) async fn receive(
     }
     let mut stream = body.into_bytes_stream();
     let arriving = async {
-        // A client could announce a large body and then send nothing.
+        // Reserve little memory, because a client could announce a large body and then send nothing.
         let mut bytes = Vec::with_capacity(announced.unwrap_or(0).min(RESERVED));
         while let Some(chunk) = stream.next().await {
             let chunk = chunk.map_err(|_| {

@@ -144,8 +144,8 @@ fn limit_state(state: PolicyState) -> LimitState {
 impl KeyLimitsApi {
     /// Get an API key's limits
     ///
-    /// Returns the remaining amount of each of the key's limits, and when each limit resets. Consumes nothing. With
-    /// several replicas, quota usage from the last second on other replicas may be missing.
+    /// Returns how much of each of the key's limits remains, and when each limit resets. Consumes nothing. With several
+    /// replicas, quota usage from the last second on other replicas may be missing.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",

@@ -8,8 +8,8 @@ use poem::Response;
 use super::{problem::ApiError, request_context::RequestContext};
 use crate::tenant_places::{HeldUntilSent, TenantPlaces};
 
-/// Responses of more than this many bytes are large. Smaller responses fit in the socket's buffer, or are limited by
-/// the request rate.
+/// Responses of more than this many bytes are large. Smaller responses fit in the socket's buffer, or their number is
+/// limited by the request rate.
 const LARGE: usize = 64 * 1024;
 /// The maximum number of concurrent large responses per tenant.
 const OF_TENANT: usize = 8;

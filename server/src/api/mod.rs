@@ -69,7 +69,7 @@ pub enum Tag {
     Alerts,
     /// Endpoints to which events are sent, and the deliveries of these events.
     Webhooks,
-    /// Subscribe, and see the access that your subscription provides.
+    /// Subscribe, manage the subscription, and see its status and usage.
     Billing,
     /// Audit log of configuration changes and sign-ins.
     Audit,

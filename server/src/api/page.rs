@@ -26,7 +26,7 @@ impl Type for PageSize {
     type RawValueType = Self;
     type RawElementValueType = Self;
 
-    // Do not use the name of `u32`, because this type has its own error messages.
+    // The name must not be that of `u32`, because error messages depend on the name of the type.
     fn name() -> Cow<'static, str> {
         "PageSize".into()
     }

@@ -89,7 +89,7 @@ fn in_use(key_count: u64) -> ApiError {
     ApiError::new(ProblemCode::PlanInUse, detail)
 }
 
-/// Returns the problem for deleting a plan that has received a key since its keys were counted.
+/// Returns the error for deleting a plan if a key was added to the plan after its keys were counted.
 fn just_used() -> ApiError {
     ApiError::new(
         ProblemCode::PlanInUse,
@@ -227,7 +227,7 @@ impl PlanApi {
                 it.billing,
             )
         };
-        // A plan that already exceeded the limits can still be renamed.
+        // A plan that already exceeds the limits can still be renamed.
         if limits(&before) != limits(&after) {
             allowance::check_plan(config, &after)?;
         }

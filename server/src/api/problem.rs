@@ -55,7 +55,7 @@ pub struct ApiError {
     pub source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-/// The name of a database constraint, and the problem for violating it.
+/// The name of a database constraint, and the error for violating it.
 pub type Named = (&'static str, fn() -> ApiError);
 
 impl ApiError {
@@ -72,7 +72,7 @@ impl ApiError {
         }
     }
 
-    /// Returns the problem for a resource that does not exist or belongs to another tenant.
+    /// Returns the error for a resource that does not exist or belongs to another tenant.
     pub fn not_found() -> Self {
         Self::new(ProblemCode::NotFound, "Not found.")
     }
@@ -84,7 +84,7 @@ impl ApiError {
         }
     }
 
-    /// Returns the problem for a request without an API key.
+    /// Returns the error for a request without an API key.
     pub fn key_missing() -> Self {
         Self::unauthorized(false, "Send an API key as X-API-Key.")
     }
@@ -127,7 +127,7 @@ impl ApiError {
         Self::wait("Too many requests from this address.", retry_after)
     }
 
-    /// Returns the problem for a tenant with too many concurrent reads.
+    /// Returns the error for a tenant with too many concurrent reads.
     pub fn too_many_reads() -> Self {
         Self::wait(
             "Your organization has too many concurrent reads.",
@@ -142,7 +142,7 @@ impl ApiError {
         )
     }
 
-    /// Returns the problem for a tenant that has requested too many deliveries.
+    /// Returns the error for a tenant that has requested too many deliveries.
     pub fn too_many_webhook_requests(retry_after: Duration) -> Self {
         Self::wait(
             "Your organization has requested too many test events and redeliveries.",
@@ -150,7 +150,7 @@ impl ApiError {
         )
     }
 
-    /// Returns the problem for a webhook with the maximum number of pending deliveries.
+    /// Returns the error for a webhook with the maximum number of pending deliveries.
     pub fn too_many_pending() -> Self {
         Self::wait(
             "The webhook has too many pending deliveries.",
@@ -158,12 +158,12 @@ impl ApiError {
         )
     }
 
-    /// Returns the problem for too many open streams.
+    /// Returns the error for too many open streams.
     pub fn too_many_streams() -> Self {
         Self::wait("Too many open streams.", Duration::from_secs(10))
     }
 
-    /// Returns a problem for a request that can be retried after `retry_after`. `detail` also states the delay, for
+    /// Returns an error for a request that can be retried after `retry_after`. `detail` also states the delay, for
     /// users who cannot see the headers.
     fn wait(why: &str, retry_after: Duration) -> Self {
         let secs = whole_secs(retry_after);
@@ -237,7 +237,7 @@ impl ApiError {
         }
     }
 
-    /// Converts a database error. If a named constraint was violated, returns that constraint's problem.
+    /// Converts a database error. If a named constraint was violated, returns that constraint's error.
     pub fn on_constraint(error: DbError, named: &[Named]) -> Self {
         if let DbError::Constraint(name) = &error
             && let Some((_, problem)) = named.iter().find(|(constraint, _)| constraint == name)

@@ -62,7 +62,8 @@ pub struct RequestContext {
     pub arrived: UnixNanos,
     /// The time by which the request had arrived completely. `None` if its body may still be arriving.
     complete_at: Option<Monotonic>,
-    /// The reports to the listener about the request's connection. `None` if the listener does not need any reports.
+    /// Reports to the listener what happens on the request's connection. `None` if the listener does not need any
+    /// reports.
     marks: Option<ConnectionMarks>,
     /// The authenticated caller. Set during authentication.
     caller: Mutex<Option<Identity>>,

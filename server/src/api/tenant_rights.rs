@@ -12,7 +12,7 @@ use quota_common::{ProblemCode, auth::Role};
 
 use super::{admitted::SignedInTenant, problem::ApiError};
 
-/// Returns the problem for a role without the required permission.
+/// Returns the error for a role without the required permission.
 fn forbidden(role: Role) -> ApiError {
     let detail = format!("Your role ({}) does not allow this action.", role.as_str());
     ApiError::new(ProblemCode::Forbidden, detail)

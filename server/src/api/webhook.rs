@@ -399,7 +399,7 @@ impl WebhookApi {
             let Some(delivery) = webhook_delivery::find(tx, id).await? else {
                 return Ok(None);
             };
-            // The webhook may have been deleted already, because its deliveries are deleted some time later.
+            // The webhook may no longer exist, because a webhook's deliveries are deleted some time after the webhook.
             if webhook::lock(tx, delivery.webhook_id).await?.is_none() {
                 return Ok(None);
             }

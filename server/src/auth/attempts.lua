@@ -31,7 +31,7 @@ for i, key in ipairs(KEYS) do
   local free, forgive, first = tonumber(ARGV[3 * i - 2]), tonumber(ARGV[3 * i - 1]), tonumber(ARGV[3 * i])
   local n = counts[i] + 1
   local delay = 0
-  -- A fraction of an attempt may have been forgiven between two consecutive attempts.
+  -- A fraction of an attempt is forgiven between two consecutive attempts. This must not postpone the first wait.
   if n > free - 0.5 then
     delay = math.min(longest, math.floor(first * 2 ^ math.min(30, math.max(0, n - free))))
   end

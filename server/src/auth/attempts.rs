@@ -12,9 +12,10 @@
 //! it). After that, the wait doubles with each attempt, and one attempt is forgiven at a fixed interval (for an account
 //! and network, every five minutes). Therefore, a lockout lasts only slightly longer than this interval, and an
 //! attacker gets about one guess per interval. An attempt is counted before its password is verified, so parallel
-//! attempts have no advantage. If the password is correct, the attempt is taken back from all counters that count only
-//! failures. If the password was never verified, because too many requests were waiting or the client disconnected, the
-//! attempt is taken back from all counters.
+//! attempts have no advantage. If the attempt succeeds, the counters for the account and network, or for the device,
+//! are cleared. The attempt is then taken back from the other counters that count only failures. If the password was
+//! never verified, because too many requests were waiting or the client disconnected, the attempt is taken back from
+//! all counters.
 //!
 //! Registrations are also counted, by network only. A network can create `QUOTA_REGISTRATIONS_PER_DAY` accounts without
 //! waiting, and then the same number per day. Without this limit, a person could get around all other limits by
@@ -173,8 +174,8 @@ impl Attempts {
             .await
     }
 
-    /// Counts an attempt by a signed-in user, for example to change the password. Limits how often a stolen session can
-    /// be used to guess the password.
+    /// Counts an attempt by a signed-in user to enter the password, for example to change it. This limits how often a
+    /// stolen session can be used to guess the password.
     pub async fn of_user(self: &Arc<Self>, user: &[u8]) -> Result<Attempt, Wait> {
         let own = self.of_one(&[b"user", user], OnSuccess::Clear);
         self.take_known(vec![own, self.uses(&[b"user uses", user])])
@@ -360,7 +361,8 @@ impl Attempts {
                 .get(&counter.name)
                 .map_or(0.0, |count| count.left(now))
                 + 1.0;
-            // A fraction of an attempt may have been forgiven between two consecutive attempts.
+            // A fraction of an attempt is forgiven between two consecutive attempts. This must not postpone the first
+            // wait.
             let over = tries - free(counter);
             let wait = if over > -0.5 {
                 let over = over.max(0.0);

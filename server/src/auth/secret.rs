@@ -141,14 +141,15 @@ pub struct Seals {
 impl Seals {
     /// Derives the seals. `installation_secret` is a secret that only this database contains.
     pub fn new(current: &[u8], previous: Option<&[u8]>, installation_secret: &[u8]) -> Self {
-        // Use a value that is derived from the installation's secret. Without `QUOTA_SECRET`, the keys that protect
-        // data held by clients are also derived from this secret.
+        // Identify the installation by a derived value. Its secret is not suitable: without `QUOTA_SECRET`, the keys
+        // that protect data held by clients are derived from this secret.
         let installation = derive(installation_secret, &[b"installation"]);
         let key = |master: &[u8], purpose: &str| {
             derive(master, &[purpose.as_bytes(), b"\0", &installation])
         };
         let stored = |master: &[u8]| key(master, "stored secrets");
-        // Data stored before `QUOTA_SECRET` was set can still be decrypted.
+        // Data that was stored before `QUOTA_SECRET` was set is encrypted with a key derived from the installation's
+        // secret.
         let others = previous.into_iter().chain([installation_secret]);
         let others: Vec<_> = others.map(stored).collect();
         let seal = |purpose: &str| {

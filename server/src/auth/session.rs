@@ -136,8 +136,8 @@ impl Sessions {
         })
     }
 
-    /// Exchanges a refresh token for the next pair of tokens. A token that was used a few seconds ago gets the same
-    /// refresh token again, unless the new token has also been used. Reusing any other token revokes the session. Also
+    /// Exchanges a refresh token for the next pair of tokens. For a token that was used a few seconds ago, returns the
+    /// same refresh token again, unless that one has also been used. Reusing any other token revokes the session. Also
     /// revokes the session if it belongs to a secret that is no longer accepted: anyone who knows that secret can
     /// compute the session's next tokens.
     pub async fn refresh(&self, token: &str, origin: &Origin) -> Result<Tokens, AuthError> {

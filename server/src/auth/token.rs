@@ -1,6 +1,6 @@
 //! Access tokens: JWTs signed with Ed25519, valid for 15 minutes.
 //!
-//! `kid` selects one of the Ed25519 keys. The `alg` header must be `EdDSA`, but it does not determine the algorithm
+//! The `kid` header selects the Ed25519 key. The `alg` header must be `EdDSA`, but it does not determine the algorithm
 //! used for verification. A valid token is not sufficient: its session must also be active.
 
 use std::collections::HashMap;

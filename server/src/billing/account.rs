@@ -6,8 +6,9 @@
 //! account before Stripe is used. If the accounts differ, nothing is read from Stripe, reported to it, or sold. Tenants
 //! keep their access; events and usage wait until the correct key is configured.
 //!
-//! Earlier versions did not store the account. If no account is stored, the secret key's account is stored once at
-//! least one customer is found in that account. While there are no customers, the account may change.
+//! Earlier versions did not store the account. If no account is stored but there are customers, the secret key's
+//! account is stored once at least one of the customers is found in it. While there are no customers, the account may
+//! change.
 
 use std::sync::{
     Arc,
@@ -68,7 +69,7 @@ impl Billing {
     }
 
     /// Returns a description of the secret key's account. Returns [`BillingError::OtherAccount`] if the customers
-    /// belong to a different account or mode. Reads the account from Stripe only once.
+    /// belong to a different account or mode. Reads the account's ID from Stripe only once.
     pub async fn verify_account(&self) -> Result<String, BillingError> {
         let result = self.compare_account().await;
         let is_other = match &result {

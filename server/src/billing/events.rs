@@ -28,8 +28,8 @@ const BATCH: i64 = 100;
 const ATTEMPTS_MAX: i32 = 35;
 /// The maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;
-/// How often a customer with a subscription is read without an event, in seconds. If a webhook is lost, the change
-/// takes effect after about this time.
+/// How often a customer with a subscription is read without an event, in seconds. If a webhook is lost, the change that
+/// it reports takes effect after about this time.
 const READ_EVERY: f64 = 600.0;
 /// The maximum number of customers read per round.
 const READS: i64 = 20;

@@ -1,9 +1,9 @@
-//! Tenants' subscriptions: what access they provide, and how tenants pay.
+//! Tenants' subscriptions: the access to paid plans that follows from them, and how tenants pay.
 //!
 //! Stripe is the source of truth. The database contains only the result of the last read of a customer's subscriptions.
-//! Webhooks and the passage of time only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they
-//! start. A read that started before the last applied one is discarded, so the result does not depend on the order in
-//! which events arrive or reads complete. [`subscription`] defines what access a subscription provides.
+//! Webhooks and timers only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they start. A read
+//! that started before the last applied one is discarded, so the result does not depend on the order in which events
+//! arrive or reads complete. [`subscription`] defines which access follows from which subscriptions.
 //!
 //! If Stripe is unreachable, or the secret key belongs to [another account](account), tenants keep their access, but no
 //! tenant can subscribe.
@@ -127,8 +127,8 @@ impl Billing {
         })
     }
 
-    /// Reads the tenant's subscriptions from Stripe, and stores the resulting access. If access has changed, returns
-    /// the invalidation to publish. Does nothing for a tenant without a customer.
+    /// Reads the tenant's subscriptions from Stripe, and stores the resulting access. If access to paid plans has
+    /// changed, returns the invalidation to publish. Does nothing for a tenant without a customer.
     pub async fn read(&self, tenant: TenantId) -> Result<Option<Invalidation>, BillingError> {
         self.verify_account().await?;
         let begun = self
@@ -272,7 +272,8 @@ impl Billing {
                 let name = account.customer_name.as_str();
                 let created = self.stripe.create_customer(&id, email, name, &key).await;
                 if let Err(StripeError::Failed { .. }) = &created {
-                    // The same idempotency key would fail for a day. The next attempt searches for a customer first.
+                    // Another request with the same idempotency key would fail for a day. The next attempt searches for
+                    // a customer first.
                     self.db
                         .in_system(async |tx| {
                             billing::next_customer_attempt(tx, tenant, attempt).await
@@ -291,7 +292,7 @@ impl Billing {
 
     /// Returns a Checkout Session for a tenant without a subscription. Returns the same session while it is open, so
     /// that a tenant cannot pay twice. If the tenant's customer was deleted, creates a new one. If the tenant's access
-    /// turns out to have changed, also returns the invalidation to publish.
+    /// to paid plans turns out to have changed, also returns the invalidation to publish.
     pub async fn checkout(
         &self,
         buyer: &Buyer<'_>,
@@ -359,12 +360,13 @@ impl Billing {
             success_url: buyer.success_url,
             cancel_url: buyer.cancel_url,
         };
-        // The key contains the customer, because a Checkout Session for another customer is a different request.
+        // The idempotency key contains the customer, because a Checkout Session for another customer is a different
+        // request.
         let key = format!("quota-checkout-{tenant}-{attempt}-{customer}");
         let created = self.stripe.create_checkout(&checkout, &key).await;
         if let Err(StripeError::Failed { .. } | StripeError::Rejected { .. }) = &created {
-            // The same idempotency key would return the same error. If a session was created after all, no user has
-            // seen its page.
+            // Another request with the same idempotency key would get the same error. If a session was created after
+            // all, no user has seen its page.
             self.end_checkout(tenant, attempt).await?;
         }
         let session = created?;
@@ -377,9 +379,9 @@ impl Billing {
         Ok((session, invalidation))
     }
 
-    /// Reads the tenant's subscriptions, and returns an error if a completed session has created one. The session may
-    /// have been completed since the last read, or the subscription may be `incomplete` because a delayed payment has
-    /// not arrived yet.
+    /// Reads the tenant's subscriptions, and returns an error if a completed Checkout Session has created a
+    /// subscription. The session may have been completed since the last read, or the subscription may be `incomplete`
+    /// because a delayed payment has not arrived yet.
     async fn expect_no_pending_subscription(&self, tenant: TenantId) -> Result<(), BillingError> {
         self.read(tenant).await?;
         let statuses = self.stripe_statuses(tenant).await?;
@@ -434,7 +436,7 @@ impl Billing {
     }
 }
 
-/// Stores the access that results from a read. Returns the invalidation to publish if access has changed.
+/// Stores the access that results from a read. Returns the invalidation to publish if access to paid plans has changed.
 async fn apply_read(
     tx: &mut SystemTx,
     tenant: TenantId,

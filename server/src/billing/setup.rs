@@ -1,7 +1,7 @@
 //! Sets up the objects that Quota needs in Stripe: a product, its prices, a meter, and a webhook endpoint.
 //!
-//! Each object has a fixed ID, name, or URL, so it is created only once. Existing objects are not changed: Stripe does
-//! not allow changing a price, and an operator may have changed the other objects on purpose.
+//! Each object has a fixed ID, lookup key, event name, or URL, so it is created only once. Existing objects are not
+//! changed: Stripe does not allow changing a price, and an operator may have changed the other objects on purpose.
 
 use super::{FLAT_PRICE, USAGE_PRICE};
 use crate::stripe::{API_VERSION, EVENTS, Price, Stripe, StripeError, WebhookEndpoint};

@@ -5,8 +5,8 @@
 //! [`Billing::send_usage`] sends the reports until Stripe has received them:
 //!
 //! - A meter event's identifier consists of the report's tenant, start, and revision. Stripe accepts each identifier
-//!   only once within 24 hours. So a report whose response was lost can be sent again; Quota relies on this for 20
-//!   hours. After that, the hour's total in Stripe shows whether the report arrived.
+//!   only once within 24 hours. Therefore, a report whose response was lost can be sent again. Quota relies on this for
+//!   20 hours. After that, the hour's total in Stripe shows whether the report arrived.
 //! - Usage that arrives after its hour was planned becomes another revision, which contains only the difference.
 //! - If a billing period starts or ends during an hour, the hour is divided at that time, based on the log. The part
 //!   before that time is planned as soon as it is complete, and the part after that time when the hour has ended.

@@ -236,7 +236,8 @@ pub(super) fn database_url(text: &str) -> Result<(), String> {
     let config = text.parse::<tokio_postgres::Config>().map_err(
         |_| "must be a PostgreSQL address such as postgres://user:password@host/database",
     )?;
-    // The parser ends the password at the first `@`.
+    // The parser ends the password at the first `@`, so the rest of a password with an unencoded `@` becomes part of
+    // the host or database name.
     let is_cut = |host: &Host| matches!(host, Host::Tcp(name) if name.contains('@'));
     if config.get_hosts().iter().any(is_cut)
         || config.get_dbname().is_some_and(|name| name.contains('@'))

@@ -134,8 +134,8 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
             );
         }
     };
-    // A password that contains one of these characters would end there, and the rest of it would be read as a path, a
-    // query or a fragment.
+    // An unencoded `/`, `?` or `#` in a password would end the password there, and the rest of it would be read as a
+    // path, a query or a fragment.
     if rest
         .split_once(['/', '?', '#'])
         .is_some_and(|(_, after)| after.contains('@'))
@@ -152,8 +152,8 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
     if rest.contains("://") {
         return Err("must not mix schemes in one list".into());
     }
-    // The credentials come before the first host, and the path and query come after the last one. All of them apply to
-    // every host.
+    // The credentials come before the first host, and the path and query come after the last one. They do not belong to
+    // a single host.
     let (before, after) = rest
         .split_once(['/', '?'])
         .map_or((&*rest, ""), |(hosts, _)| (hosts, &rest[hosts.len()..]));

@@ -201,8 +201,8 @@ settings! {
     /// limit.
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
-    /// The number of failed sign-ins to one account that are allowed from one network before each further attempt has
-    /// to wait longer. Wider networks, and networks that try many accounts, have higher limits. Attempts from known
+    /// The number of failed sign-ins to one account that are allowed from one network. After that, each further attempt
+    /// has to wait longer. Wider networks, and networks that try many accounts, have higher limits. Attempts from known
     /// devices are counted separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
 
@@ -225,7 +225,7 @@ settings! {
     idle_timeout: "QUOTA_IDLE_TIMEOUT", "75s", "DURATION";
 
     /// How long a client may go without reading any part of a response that is being sent. If the client reads less
-    /// than 32 KiB, the server may not notice; on HTTP/2, it ignores reads of less than 1 KiB.
+    /// than 32 KiB, the server may not notice. On HTTP/2, the server ignores reads of less than 1 KiB.
     write_timeout: "QUOTA_WRITE_TIMEOUT", "30s", "DURATION";
 
     /// Whether to respond to simple check requests directly, without the general HTTP server: on or off. The responses
@@ -242,8 +242,8 @@ settings! {
     /// QUOTA_TRUSTED_PROXIES.
     connections_per_address: "QUOTA_CONNECTIONS_PER_ADDRESS", "1000", "N";
 
-    /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56; an IPv6 /48 may have
-    /// twice as many); 0 for no limit. The limit does not apply to the connections that are exempt from
+    /// The maximum number of open connections from one network (IPv4: one /24, IPv6: one /56); 0 for no limit. An IPv6
+    /// /48 may have twice as many connections. The limit does not apply to the connections that are exempt from
     /// QUOTA_CONNECTIONS_PER_ADDRESS.
     connections_per_network: "QUOTA_CONNECTIONS_PER_NETWORK", "2500", "N";
 

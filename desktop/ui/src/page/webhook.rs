@@ -27,8 +27,8 @@ use crate::{
     session::session,
 };
 
-/// The dialogs. They are outside the webhook details, which are rendered again after each load. Otherwise, each load
-/// would discard typed text or a new secret in a dialog.
+/// The page's dialogs. They are kept apart from the webhook details, which are rendered again after each load:
+/// rendering a dialog again would discard typed text or a new secret.
 #[derive(Clone, Copy)]
 struct Dialogs {
     editing: RwSignal<bool>,
@@ -45,7 +45,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
     let loader = load(move || api::get_webhook(id));
     refresh_regularly(loader);
     let log = load_log(id);
-    // The result of a delivery can change the webhook's status.
+    // When a delivery gets a result, load the webhook again, because the result can change the webhook's status.
     let results = text_memo(move || log.with(|page| results(&page.items)).unwrap_or_default());
     Effect::new(move |was_loaded: Option<bool>| {
         let is_loaded = results.with(|it| !it.is_empty());
@@ -79,7 +79,7 @@ pub fn WebhookPage(id: WebhookId) -> impl IntoView {
         spawn_local(async move {
             change_status(id, &webhook, enabled, toasts).await;
             loader.reload();
-            // Disabling cancels pending deliveries.
+            // Disabling a webhook cancels its pending deliveries.
             log.refresh();
             let _ = dialogs.busy.try_set(false);
             let _ = dialogs.disabling.open.try_set(false);
@@ -219,14 +219,13 @@ impl Test {
         });
     }
 
-    /// Sends a test event and waits until the first attempt to deliver the event has ended. Returns `None` if this
-    /// takes too long, or if the user has left the page.
+    /// Sends a test event, and returns its delivery once the first attempt has ended. Returns `None` if the attempt
+    /// takes too long, or if the user leaves the page.
     async fn result(self) -> CallResult<Option<WebhookDelivery>> {
         let sent = api::test_webhook(self.id).await?;
         self.log.refresh();
         for _ in 0..MAX_POLLS {
             gloo_timers::future::TimeoutFuture::new(POLL_MS).await;
-            // The user may have left the page.
             if self.busy.try_get_untracked().is_none() {
                 break;
             }
@@ -278,7 +277,7 @@ fn DeleteDialog(
             match api::delete_webhook(id).await {
                 Ok(()) => {
                     toasts.succeed(format!("Webhook {} deleted", quoted(&name)));
-                    // Leaves the page of the deleted webhook, unless the user has already left the page.
+                    // Leave the page, unless the user has already left it.
                     if busy.try_set(false).is_none() {
                         route.replace("/console/webhooks");
                     }

@@ -139,7 +139,7 @@ pub fn NewSecretDialog(new: NewSecret, on_close: Callback<()>) -> impl IntoView 
     }
 }
 
-/// Shows how to verify a signature in one programming language at a time.
+/// Shows code that verifies a signature, in the programming language that the user selects.
 #[component]
 fn Examples() -> impl IntoView {
     let selected = RwSignal::new(Language::Python);

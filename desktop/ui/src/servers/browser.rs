@@ -1,4 +1,4 @@
-//! A browser adds nothing to the console.
+//! The console in a browser, which has none of the desktop app's additions.
 
 use leptos::prelude::*;
 

@@ -167,7 +167,7 @@ impl Tail {
     }
 }
 
-/// Closes the connection of a stream that must end but is not being read. Dropping the guard stops the task and frees
+/// Closes the connection of a stream that must end but is not being read. Dropping the guard stops its task and frees
 /// the stream's slot.
 struct Guard(JoinHandle<()>);
 

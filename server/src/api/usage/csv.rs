@@ -52,8 +52,8 @@ pub(super) fn is_preferred(headers: &HeaderMap) -> bool {
             (0.0..=1.0).contains(&quality).then_some((range, quality))
         })
         .collect();
-    // Returns the quality of the most specific range that includes a media type, and where the media type itself is
-    // listed.
+    // Returns the quality of the most specific range that includes a media type, and the position of the media type
+    // itself in the list. An earlier position is better.
     let preference = |ranges: [&str; 3]| {
         let find = |wanted| {
             accepted

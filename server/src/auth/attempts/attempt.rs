@@ -109,7 +109,6 @@ impl Drop for Attempt {
             // The `Keep` counters still count the attempt, because verifying the password took CPU time.
             Judgment::Correct => self.count(OnSuccess::Keep),
         };
-        // Nothing waits for this task.
         drop(self.take_back(0, kept));
     }
 }

@@ -256,7 +256,7 @@ async fn network_registers_its_number_of_accounts_and_then_as_many_per_day() {
     let mut later = 0;
     for _ in 0..48 {
         clock.advance(Duration::from_hours(1));
-        // This removes unused counters. The network's counter is in use.
+        // Pruning must not remove the network's counter, which is in use.
         attempts.prune();
         if let Err(wait) = register(&attempts, "192.0.2.1").await {
             assert!(wait <= Duration::from_hours(6), "{wait:?}");

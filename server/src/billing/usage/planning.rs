@@ -1,4 +1,4 @@
-//! Converts the usage of hours that have ended to reports.
+//! Converts the usage of hours, or of parts of hours, that have ended to reports.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -74,8 +74,8 @@ impl Billing {
         Ok(planned)
     }
 
-    /// Plans one hour for each tenant. `read` contains the tenants that this run has read from Stripe, and whether
-    /// their hours can be planned.
+    /// Plans one hour for each of up to [`HOURS`] tenants. `read` contains the tenants that this run has read from
+    /// Stripe, and whether their hours can be planned.
     async fn plan_oldest_hours(
         &self,
         read: &mut HashMap<TenantId, bool>,
@@ -108,7 +108,6 @@ impl Billing {
                     Ok(false) => {
                         read.insert(tenant, false);
                     }
-                    // Continue with other tenants.
                     Err(error) => {
                         tracing::warn!(%tenant, %start, error = %chain(&error), "cannot plan usage reports");
                         read.insert(tenant, false);
@@ -173,8 +172,8 @@ impl Billing {
             }
         }
         let locked = billing_usage::hour(&mut tx, tenant, start, true).await?;
-        // If the hour is not complete, usage after the boundary may arrive at any time without affecting the part
-        // before the boundary.
+        // If the hour is not complete, compare only what was planned: usage after the boundary may arrive at any time,
+        // and does not affect the part before it.
         if scanned > 0 && (seen.planned != locked.planned || (is_whole && seen != locked)) {
             return Ok(false);
         }

@@ -72,8 +72,8 @@ impl Billing {
         Ok(sent)
     }
 
-    /// Sends a tenant's reports while `owner` holds the claim, and returns the number of finished reports. Sending one
-    /// report takes less time than a claim lasts.
+    /// Sends a tenant's reports for up to about [`TURN`], while `owner` holds the claim. Returns the number of finished
+    /// reports. Sending one report takes less time than a claim lasts.
     async fn send_usage_of(&self, tenant: TenantId, owner: Uuid) -> Result<u64, BillingError> {
         let began = Instant::now();
         let mut finished = 0;

@@ -66,7 +66,7 @@ impl Target {
         self.keys.len()
     }
 
-    /// Sends a request with the key at an index. If there is no decision, returns the reason as the error.
+    /// Sends a request with the key at index `key`. If there is no decision, returns the reason as the error.
     pub(super) async fn send(&self, key: usize) -> Result<Answer, String> {
         let key = &self.keys[key];
         let request = match &self.service_token {
