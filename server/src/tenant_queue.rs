@@ -91,6 +91,7 @@ impl TenantQueues {
     }
 
     /// Waits until fewer than the maximum number of the tenant's changes or reads are in progress on this replica.
+    /// Fails if the queue is full, or if the wait takes longer than [`WAIT`].
     pub async fn turn(&self, tenant: TenantId) -> Result<Turn, Busy> {
         let (place, turns) = self.enter(tenant)?;
         match timeout(WAIT, turns.acquire_owned()).await {

@@ -131,7 +131,7 @@ impl Shipper {
     /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
         recorder.void_unused();
-        // Every decision made before this point is in one of these segments.
+        // Every decision made before `began` is in one of the segments that are found next.
         let began = recorder.now();
         self.find_segments(recorder);
         let mut shipped = 0;
@@ -236,7 +236,7 @@ impl Shipper {
         if let Some(directory) = recorder.own_directory() {
             let pending = self.pending();
             let at = match (pending.oldest, self.complete_until) {
-                // Decisions made during this report have not been shipped.
+                // Decisions made after `complete_until` may not have been shipped.
                 (None, Some(complete_until)) => complete_until,
                 _ => recorder.now().into(),
             };

@@ -128,7 +128,8 @@ impl ServerSource {
     }
 }
 
-/// Checks that the server is a master and has loaded its data. Returns its run ID.
+/// Checks that the server has loaded its data and does not report a role other than master. Returns its run ID, if the
+/// server reports one.
 async fn greet(connection: &mut MultiplexedConnection) -> Result<Option<Arc<str>>, ConnectError> {
     redis::cmd("PING").query_async::<()>(connection).await?;
     let replication = info(connection, "replication").await?;

@@ -254,8 +254,8 @@ struct FactsRow {
 }
 
 impl FactsRow {
-    /// Returns one result for each of the key's secrets whose hash is in `hashes`. After a rotation, the previous
-    /// secret counts too.
+    /// Returns one result for each of the key's secrets whose hash is in `hashes`. The previous secret counts too,
+    /// until its grace period ends.
     fn found(self, hashes: &[&[u8]]) -> impl Iterator<Item = FoundKey> + use<> {
         let Self { key, plan, .. } = self;
         let is_requested = |hash: &Vec<u8>| hashes.contains(&&**hash);

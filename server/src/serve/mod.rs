@@ -362,7 +362,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
             let is_known = waker
                 .as_ref()
                 .is_some_and(|waker| waker.will_wake(context.waker()));
-            // `shut_down` sets this state before it wakes the waker, and waking removes the waker from `marks`.
+            // `shut_down` sets this state and then wakes the waker. Waking removes the waker from `marks`, so it is
+            // registered again.
             if !is_known || connection.shutdown() != Shutdown::None {
                 connection.marks.register(context.waker());
                 waker = Some(context.waker().clone());

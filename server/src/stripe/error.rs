@@ -14,7 +14,7 @@ pub enum StripeError {
     /// Stripe rejected the request. The request had no effect.
     #[error("Stripe rejected the request with status {status}: {message}")]
     Rejected { status: u16, message: String },
-    /// The object does not exist, or exists only in the other mode. The request had no effect.
+    /// The object does not exist, or exists only in Stripe's other mode (live or test). The request had no effect.
     #[error("{message}")]
     Missing {
         /// The parameter that contains the object's ID. `None` if the ID is in the path.

@@ -298,7 +298,7 @@ impl Log {
         self.state.write.notify_one();
     }
 
-    /// Writes the remaining lines, which may take at most a second. Must be called last.
+    /// Waits up to a second for the remaining lines to be written. Must be called last.
     pub fn stop(&self) {
         let mut buffer = self.state.buffer.lock();
         buffer.stopped = true;
@@ -334,7 +334,7 @@ impl LogState {
                 let _ = out.flush();
             }
             spare.clear();
-            // The buffer grows while output is blocked.
+            // The buffer may have grown while output was blocked.
             spare.shrink_to(2 * FLUSH_AT);
             if is_last {
                 self.buffer.lock().all_written = true;

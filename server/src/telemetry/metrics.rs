@@ -1,6 +1,6 @@
 //! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! Each counter or gauge without labels is one line in the `metrics!` list. The help text is also the documentation of
+//! Each counter or gauge without labels is an entry in the `metrics!` list. The help text is also the documentation of
 //! the field.
 
 mod connections;

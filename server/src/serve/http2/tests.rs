@@ -11,7 +11,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Simulates both directions of a connection, in simulated time.
+/// Both directions of a connection, in simulated time.
 #[derive(Default)]
 struct Wire {
     requests: Requests,
