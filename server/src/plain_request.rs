@@ -20,7 +20,7 @@ const LENGTH_DIGITS: usize = 9;
 
 /// Responds to plain requests, exactly as the endpoint behind hyper would.
 pub trait DirectEndpoint: Send + Sync + 'static {
-    /// The kind of a request that is accepted.
+    /// The kind of an accepted request.
     type Route: Copy + Send;
 
     /// Returns the route to pass to [`answer`](Self::answer) together with this request, or `None` if the request is

@@ -1,4 +1,5 @@
-//! The segments of this process: the current segment, the next segment, and the segments that wait to be shipped.
+//! The usage segments of this process: the current segment, a spare segment that is used next, and sealed segments that
+//! wait to be shipped.
 
 use std::{
     io,
@@ -85,7 +86,7 @@ struct Files {
     /// The cause of the last failure to create a segment, and when the next attempt is allowed.
     failed: Option<(Unrecordable, Monotonic)>,
     is_creating_spare: bool,
-    /// Whether recording has stopped. No more segments are then created in advance.
+    /// Whether recording has stopped. If so, no more spare segments are created.
     is_closed: bool,
 }
 
@@ -311,7 +312,8 @@ impl Recorder {
         !files.is_closed && (self.needs_spare(&files) || self.needs_rotation(&files))
     }
 
-    /// Creates the next segment in advance, and replaces old segments. Blocks, but does not delay decisions.
+    /// Creates the spare segment, and replaces segments that are too old. Blocks the calling thread, but does not delay
+    /// decisions.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();
@@ -352,7 +354,8 @@ impl Recorder {
                 }
             }
             Ok(unused) => files.remove_unused(&unused),
-            // Decisions can still use the rest of the current segment, and an old spare segment.
+            // The error is ignored, because decisions can still use the rest of the current segment, and an old spare
+            // segment.
             Err(_) => files.count -= 1,
         }
     }
@@ -415,7 +418,7 @@ impl Recorder {
         self.files.lock().is_creating_spare
     }
 
-    /// Deletes the directory of this process if it is empty.
+    /// Deletes the directory of this process if it contains no segments. Returns whether the directory was deleted.
     pub fn remove_directory(&self) -> io::Result<bool> {
         let mut files = self.files.lock();
         if files.count > 0 || self.current.load().is_some() {

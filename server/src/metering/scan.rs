@@ -1,6 +1,6 @@
 //! Reads the records of a segment's file.
 //!
-//! This module works on bytes instead of the memory map, so that segments of other processes can be read in the same
+//! This module reads the file instead of the memory map, so that segments of other processes can be read in the same
 //! way.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
@@ -20,7 +20,7 @@ pub enum Writer {
     Ended,
 }
 
-/// The end of consecutive records, and why they end there.
+/// Where a sequence of records ends, and why.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
     /// The byte offset after the last finished or void record. Open records after it are not included, even if the

@@ -401,8 +401,8 @@ pub struct Replayed {
     pub is_owned: bool,
 }
 
-/// Ships the directory of a replica that will not return. If the replica is still running, ships only finished records
-/// and does not delete anything.
+/// Ships the usage records in the directory of a replica that will not return. If the replica is still running, ships
+/// only finished records and does not delete anything.
 pub(super) async fn replay(context: &Context, path: &Path) -> Result<Replayed, ShipError> {
     let mut size = BatchSize::default();
     if let Some(mut adopted) = Adopted::take(path)? {

@@ -357,8 +357,8 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
     }
 }
 
-/// What a disk may contain after the machine has failed. The disk keeps the writes that it has confirmed. It may have
-/// kept any part of later writes, down to single sectors, and a page that was never written back may read as zeros.
+/// What happened to the latest changes of a page when the machine failed. Writes that the disk has confirmed are never
+/// lost. Of later writes, the disk may have kept all, none, or only some sectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,
@@ -623,7 +623,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     let directory = TempDir::new().unwrap();
     let recorder = recorder(directory.path(), 2 * SIZE, Arc::default());
     recorder.create_spare();
-    // In total, reserve many times the available space, two reservations at a time.
+    // Reserves many times the available space in total, two reservations at a time.
     for _ in 0..5_000 {
         let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
         for space in spaces {

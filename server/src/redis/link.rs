@@ -15,7 +15,7 @@ use super::{
 };
 use crate::deadline::{self, Late};
 
-/// The connection that was current when the link was created. The connection may break at any time.
+/// A handle to one connection, which may break at any time.
 #[derive(Clone)]
 pub struct Link {
     pub(super) live: Live,

@@ -140,7 +140,7 @@ async fn greet(connection: &mut MultiplexedConnection) -> Result<Option<Arc<str>
     Ok(info_value(&server, "run_id").map(Arc::from))
 }
 
-/// Returns a section of `INFO`, or an empty string if an ACL forbids the command.
+/// Returns a section of `INFO`, or an empty string if the server rejects the command, for example because of an ACL.
 async fn info(connection: &mut MultiplexedConnection, section: &str) -> Result<String, RedisError> {
     let mut info = redis::cmd("INFO");
     match info.arg(section).query_async(connection).await {

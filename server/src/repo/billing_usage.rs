@@ -19,8 +19,7 @@ pub struct OpenHour {
     pub tenant_id: Uuid,
     #[diesel(sql_type = Timestamptz)]
     pub start: DateTime<Utc>,
-    /// The end of the hour or, if usage can already be planned up to an earlier boundary of a billing period, that
-    /// boundary.
+    /// The end of the time range to plan: the end of the hour, or a boundary of a billing period within the hour.
     #[diesel(sql_type = Timestamptz)]
     pub until: DateTime<Utc>,
     /// Whether the tenant's subscriptions were read after `until`. If so, all boundaries of billing periods before
@@ -445,8 +444,8 @@ pub struct Uncharged {
     /// The cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
-    /// The age in seconds of the oldest report that Stripe has not received, or the time since the end of the oldest
-    /// hour with usage that is not in a report, whichever is longer. 0 if Stripe has received everything.
+    /// How many seconds the oldest usage that Stripe has not received has been waiting: since its report was created
+    /// or, if it is not in a report, since the end of its hour. 0 if Stripe has received everything.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]

@@ -28,7 +28,7 @@ pub(super) struct WatchedStream {
     connection: Arc<Connection>,
     table: Arc<Table>,
     protocol: Protocol,
-    /// Bytes that were read and then put back. These bytes are read again before the socket's bytes.
+    /// Bytes that were read and then put back. They are read again before any bytes from the socket.
     unread: Bytes,
     /// How many more bytes may be read.
     allowed: usize,
@@ -36,7 +36,7 @@ pub(super) struct WatchedStream {
 
 #[derive(Debug)]
 enum Protocol {
-    /// The number of bytes that have arrived. All of them match the HTTP/2 preface.
+    /// The number of bytes that have arrived so far, all of which match the HTTP/2 preface.
     Unknown(usize),
     Http1,
     Http2 {

@@ -53,7 +53,7 @@ const STALLED_ENOUGH: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are considered for closing. Of these, the connection whose
 /// address has the most connections is closed.
 const WAITING_SEARCH: usize = 16;
-/// An address is light compared with another address that has at least this many times as many connections.
+/// An address with `n` connections is light compared with an address with at least `LIGHT * n` connections.
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections. A search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);
