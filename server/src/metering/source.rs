@@ -314,7 +314,7 @@ pub(super) async fn ship(
                     return Ok(shipped);
                 }
             }
-            // Another process ships this segment too.
+            // The cursor has moved, because another process ships this segment too.
             Ok(false) => source.position = None,
             Err(error) => {
                 // It is unknown whether the batch was committed.

@@ -66,9 +66,9 @@ enum Next {
 }
 
 impl<D: DirectEndpoint> DirectService<'_, D> {
-    /// Serves requests until hyper must take over the connection. Returns the stream, beginning with the first request
-    /// that has not received a response, or `None` if the connection has ended. Until then, `http`, which is hyper,
-    /// serves the requests that the endpoint does not accept, on `lent`.
+    /// Serves requests until hyper must take over the connection. Meanwhile, `http` (hyper) serves the requests that
+    /// the endpoint does not accept, on `lent`. Returns the stream, beginning with the first request that has not
+    /// received a response, or `None` if the connection has ended.
     pub(super) async fn serve<H>(
         &self,
         mut stream: WatchedStream,

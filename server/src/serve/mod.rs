@@ -4,7 +4,7 @@
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
 //! Here, each connection has one timer, and [`connection`] computes the connection's current deadline. For HTTP/2, the
 //! deadline depends on the frames on the wire ([`http2`]). [`table`] limits the number of connections. [`direct`]
-//! responds to plain requests without hyper. This module does not know what the endpoint does.
+//! responds to plain requests without hyper. This module does not depend on what the endpoint does.
 
 mod body;
 mod connection;
