@@ -1,4 +1,4 @@
-//! HTTP/1.1 requests in plain form, parsed from the bytes of a connection.
+//! Plain HTTP/1.1 requests, parsed from the bytes of a connection.
 //!
 //! A plain request leaves no room for interpretation: every HTTP implementation reads the same request from its bytes,
 //! and finds its end at the same byte. [`parse`] recognizes only such requests. All other bytes may still be a valid

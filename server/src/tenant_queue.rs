@@ -67,7 +67,7 @@ impl Drop for Place {
 /// Permission for one change or read. Released on drop.
 #[derive(Debug)]
 pub struct Turn {
-    // The permit is dropped before the slot.
+    // The permit is declared first, so that it is dropped before the slot: dropping the last slot removes the queue.
     _permit: OwnedSemaphorePermit,
     _place: Place,
 }

@@ -269,8 +269,8 @@ impl Shipper {
 }
 
 impl Adopter {
-    /// Ships the records of stopped replicas in `root`. Returns the number of shipped records. An error does not stop
-    /// the shipping of other segments, unless PostgreSQL is unreachable; the error is returned at the end.
+    /// Ships the records of stopped replicas in `root`. Returns the number of shipped records. If a segment cannot be
+    /// shipped, the others are still shipped, unless PostgreSQL is unreachable. The first error is returned at the end.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
         let shipped = self.ship_all(context, root).await;
         let left = self.adopted.iter().map(Adopted::left).sum::<usize>() + self.failed_segments;

@@ -297,7 +297,8 @@ fn a_clients_text_does_not_pass_for_a_record() {
     assert_eq!(request_ids(&batch), ["a"]);
 }
 
-/// Several threads write while the file is copied. Each copy contains what a killed process would leave behind.
+/// Several threads write to a segment while its file is copied. Each copy contains what a killed process would leave
+/// behind.
 #[test]
 fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() {
     for seed in 0..20 {

@@ -70,7 +70,7 @@ pub(super) struct Connection {
     /// HTTP/1: the number of requests whose handler is running or whose response is being sent. Requests that are
     /// served directly and arrive together count as one.
     in_flight: AtomicU32,
-    /// HTTP/1: the number of requests so far, counted in the same way. Wraps around on overflow.
+    /// HTTP/1: the number of requests so far, counted in the same way as `in_flight`. Wraps around on overflow.
     requests: AtomicU32,
     http2: Mutex<Requests>,
     /// `None` if the connection's memory use is not counted.

@@ -306,7 +306,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         let stream = match &self.direct {
             None => Some(stream),
             Some(endpoint) => {
-                // A connection on which nothing has arrived does not need the future and the buffer of the service.
+                // The direct service is created only when something has arrived, because its future and its buffer take
+                // memory.
                 let waited = {
                     let readable = pin!(stream.readable());
                     self.supervise(&connection, readable, |_| {}).await

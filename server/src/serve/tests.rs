@@ -248,7 +248,7 @@ async fn slow_header_fields_close_the_connection(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// The timer may still be set to the deadline of an earlier request.
+/// When the second request arrives, the timer may still be set to the deadline of the first one.
 async fn every_request_gets_the_full_header_timeout(way: Way) {
     let mut stream = connect_by(way).await;
     time::sleep(HEADER / 2).await;

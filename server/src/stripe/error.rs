@@ -43,8 +43,8 @@ impl From<ClientError> for StripeError {
     fn from(error: ClientError) -> Self {
         let (error, status) = match error {
             ClientError::Stripe(error, status) => (error, status),
-            // This includes responses that are not JSON, such as a proxy's error page. In that case, it is unknown
-            // whether the request had an effect.
+            // `other` includes responses that are not JSON, such as a proxy's error page. After such a response, it is
+            // unknown whether the request had an effect.
             other => return Self::Unknown(other.to_string()),
         };
         // Only the message is kept, because the rest of the error may contain customer input.

@@ -36,7 +36,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(1);
 /// The maximum length of a path in a line, in bytes. Over HTTP/2, header compression lets a client send a long path in
 /// a single byte.
 const MAX_PATH: usize = 256;
-/// The maximum length of a method in a line, in bytes. A method can be any token.
+/// The maximum length of a method in a line, in bytes. A client can send any token as the method.
 const MAX_METHOD: usize = 32;
 
 /// The length in bytes that most access log lines do not exceed.

@@ -133,7 +133,7 @@ fn resetting_a_response_does_not_end_its_wait_but_reading_another_does() {
             wire.send(50, &reset);
         }
         assert_eq!(wire.waits_since(), Some(2));
-        // Responses that flow control cannot block have no effect.
+        // Responses that flow control cannot block do not show that the client is reading.
         wire.request(60, 3);
         wire.send(61, &frame(HEADERS, END_HEADERS | END_STREAM, 3, b"head"));
         wire.request(62, 5);
