@@ -10,9 +10,9 @@
 //! 4. a connection that may be about to send its first request, unless its address has fewer connections than the new
 //!    connection's address.
 //!
-//! Connections from trusted proxies are exempt from 2 and 3. No other connection with a request in flight is ever
-//! closed to make room. So clients that do not send or read anything cannot lock out other clients, no matter how many
-//! such clients there are.
+//! Connections from trusted proxies are exempt from 2 and 3. Apart from those in 3, no connection with a request in
+//! flight is ever closed to make room. So clients that do not send or read anything cannot lock out other clients, no
+//! matter how many such clients there are.
 //!
 //! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
 //! key or service token is received on the connection. A gateway, or many clients behind one address, may therefore

@@ -347,7 +347,7 @@ async fn slow_request_after_a_pipelined_one_closes_the_connection(way: Way) {
         .unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nHo").await.unwrap();
     let ended = ended_after(&mut stream).await;
-    // With hyper, a head that arrives with an earlier request has the deadline of an idle connection.
+    // With hyper, a head that arrives together with an earlier request has the deadline of an idle connection.
     let limit = match way {
         Way::Direct => IDLE,
         Way::Hyper => IDLE * 2,
