@@ -246,7 +246,7 @@ fn describe_optional_bodies(document: &mut Value) {
     document["components"]["schemas"] = schemas;
 }
 
-/// Documents the allowed length and characters of `Idempotency-Key`, which `idempotency` enforces.
+/// Documents the allowed length and characters of `Idempotency-Key`, which the `idempotency` module enforces.
 fn describe_idempotency_keys(document: &mut Value) {
     for_each_operation(document, |operation| {
         let parameters = operation.value.get_mut("parameters");

@@ -1,4 +1,4 @@
-//! HTTP/1.1 requests in plain form, parsed from the bytes of a connection.
+//! Plain HTTP/1.1 requests, parsed from the bytes of a connection.
 //!
 //! A plain request leaves no room for interpretation: every HTTP implementation reads the same request from its bytes,
 //! and finds its end at the same byte. [`parse`] recognizes only such requests. All other bytes may still be a valid
@@ -20,7 +20,7 @@ const LENGTH_DIGITS: usize = 9;
 
 /// Responds to plain requests, exactly as the endpoint behind hyper would.
 pub trait DirectEndpoint: Send + Sync + 'static {
-    /// The kind of a request that is accepted.
+    /// The kind of an accepted request.
     type Route: Copy + Send;
 
     /// Returns the route to pass to [`answer`](Self::answer) together with this request, or `None` if the request is
@@ -158,7 +158,7 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
 }
 
 /// Returns whether a head consists of visible ASCII characters and spaces, in lines that end with CRLF. httparse
-/// accepts more. The head begins with a visible character.
+/// accepts more. The first byte is not checked here, because the caller has checked it.
 #[expect(
     clippy::needless_bitwise_bool,
     reason = "without branches, the compiler can vectorize the check"

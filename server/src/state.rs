@@ -430,9 +430,8 @@ async fn initialize_counters(
     tx.commit().await
 }
 
-/// Returns whether to accept sessions that earlier versions created without recording the secret with which the
-/// sessions were issued. These sessions are assumed to have been issued with the secret that was in use when Quota
-/// started to record the secrets of sessions.
+/// Returns whether to accept sessions without a recorded secret, which earlier versions of Quota created. These
+/// sessions are assumed to use the secret that was current when Quota started to record the secrets of sessions.
 async fn accepts_unmarked_sessions(db: &Db, secrets: &SecretPair) -> Result<bool, DbError> {
     let mut tx = db.system().await?;
     let first = repo::secret::first_of_sessions(&mut tx, &secrets.current.id).await?;

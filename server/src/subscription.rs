@@ -241,7 +241,7 @@ pub fn deciding(
 }
 
 impl Subscription {
-    /// Returns the access that this subscription provides on its own. `at` is when the subscription was read. If Stripe
+    /// Returns the access that follows from this subscription alone. `at` is when the subscription was read. If Stripe
     /// does not list an unpaid invoice, which can briefly be the case, the grace period starts at `at`.
     pub fn access(&self, at: Seconds, grace: Seconds) -> Access {
         match self.status {

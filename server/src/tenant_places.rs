@@ -1,5 +1,5 @@
-//! Limits how many streams or large responses may be open at the same time, for each tenant and in total. Callers do
-//! not wait for a slot.
+//! Limits how many streams or large responses may be open at the same time, for each tenant and in total. Callers never
+//! wait: if no slot is free, they get none.
 
 use std::{collections::HashMap, sync::Arc};
 

@@ -67,7 +67,7 @@ impl Drop for Place {
 /// Permission for one change or read. Released on drop.
 #[derive(Debug)]
 pub struct Turn {
-    // The permit is dropped before the slot.
+    // The permit is declared first, so that it is dropped before the slot: dropping the last slot removes the queue.
     _permit: OwnedSemaphorePermit,
     _place: Place,
 }
@@ -91,6 +91,7 @@ impl TenantQueues {
     }
 
     /// Waits until fewer than the maximum number of the tenant's changes or reads are in progress on this replica.
+    /// Fails if the queue is full, or if the wait takes longer than [`WAIT`].
     pub async fn turn(&self, tenant: TenantId) -> Result<Turn, Busy> {
         let (place, turns) = self.enter(tenant)?;
         match timeout(WAIT, turns.acquire_owned()).await {

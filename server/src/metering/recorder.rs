@@ -1,4 +1,5 @@
-//! The segments of this process: the current segment, the next segment, and the segments that wait to be shipped.
+//! The usage segments of this process: the current segment, a spare segment that is used next, and sealed segments that
+//! wait to be shipped.
 
 use std::{
     io,
@@ -27,9 +28,9 @@ use crate::{
 const SEGMENT_MAX: u64 = 8 << 20;
 /// The minimum size of a segment: enough for more than a hundred records of maximum length.
 const SEGMENT_MIN: u64 = 64 << 10;
-/// The maximum age of a segment in use, in nanoseconds. A segment that has no cursor in PostgreSQL and is older than
-/// the retention of the usage log (at least two days) is rejected. An idle replica's segment could otherwise become
-/// that old.
+/// The maximum age of a segment in use, in nanoseconds. Without this limit, an idle replica's segment could become
+/// older than the retention of the usage log (at least two days). Such a segment is rejected if it has no cursor in
+/// PostgreSQL.
 const MAX_AGE: u64 = 6 * 3_600_000_000_000;
 /// The minimum time between attempts to create a segment after a failure.
 const RETRY: Nanos = Nanos::from_millis(100);
@@ -85,12 +86,12 @@ struct Files {
     /// The cause of the last failure to create a segment, and when the next attempt is allowed.
     failed: Option<(Unrecordable, Monotonic)>,
     is_creating_spare: bool,
-    /// Whether recording has stopped. No more segments are then created in advance.
+    /// Whether recording has stopped. If so, no more spare segments are created.
     is_closed: bool,
 }
 
 impl Files {
-    /// Deletes a segment without records.
+    /// Deletes the file of a segment that contains no records.
     fn remove_unused(&mut self, segment: &Segment) {
         self.count -= 1;
         let _ = std::fs::remove_file(&segment.path);
@@ -173,7 +174,7 @@ impl Recorder {
         self.reusable.give_back(space);
     }
 
-    /// Voids the reserved space that no request is using. Call before each of the shipper's passes.
+    /// Voids the reusable space that no request is using. Call before each of the shipper's passes.
     pub fn void_unused(&self) {
         self.reusable.begin_pass();
     }
@@ -242,7 +243,7 @@ impl Recorder {
         }
     }
 
-    /// Logs the end of an outage, if there is one. Call when a segment has been created.
+    /// Logs that usage is being recorded again, if recording had failed. Call after creating a segment.
     fn log_recovery(&self, files: &mut Files) {
         if files.failed.take().is_some() {
             self.metrics.usage_unrecordable.set(0);
@@ -250,7 +251,7 @@ impl Recorder {
         }
     }
 
-    /// Logs the cause once per outage.
+    /// Logs why a segment could not be created. Of consecutive failures, only the first is logged.
     fn log_failure(&self, files: &Files, error: &io::Error) {
         if files.failed.is_none() {
             tracing::error!(%error, path = %self.root.display(), "cannot create a usage segment");
@@ -311,7 +312,8 @@ impl Recorder {
         !files.is_closed && (self.needs_spare(&files) || self.needs_rotation(&files))
     }
 
-    /// Creates the next segment in advance, and replaces old segments. Blocks, but does not delay decisions.
+    /// Creates the spare segment, and replaces segments that are too old. Blocks the calling thread, but does not delay
+    /// decisions.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();
@@ -352,13 +354,14 @@ impl Recorder {
                 }
             }
             Ok(unused) => files.remove_unused(&unused),
-            // Decisions can still use the rest of the current segment, and an old spare segment.
+            // The error is ignored, because decisions can still use the rest of the current segment, and an old spare
+            // segment.
             Err(_) => files.count -= 1,
         }
     }
 
-    /// Waits until the record is as durable as configured. Returns `false` if the record may be lost when the machine
-    /// fails.
+    /// Waits until the records written to the segment so far are as durable as configured. Returns `false` if they may
+    /// be lost when the machine fails.
     pub async fn made_durable(&self, segment: Arc<Segment>) -> bool {
         match &self.syncer {
             None => true,
@@ -415,7 +418,7 @@ impl Recorder {
         self.files.lock().is_creating_spare
     }
 
-    /// Deletes the directory of this process if it is empty.
+    /// Deletes the directory of this process if it contains no segments. Returns whether the directory was deleted.
     pub fn remove_directory(&self) -> io::Result<bool> {
         let mut files = self.files.lock();
         if files.count > 0 || self.current.load().is_some() {

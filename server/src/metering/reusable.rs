@@ -1,4 +1,4 @@
-//! Reserved space that is reused by the requests of a tenant whose denials are currently not recorded.
+//! Space for usage records that is reused by the requests of tenants whose denials are currently not recorded.
 //!
 //! Like any other request, a request of such a tenant needs space before its decision. If the request is denied, which
 //! is likely, no record is written. If each of these requests left void space behind, the void space would fill the
@@ -37,7 +37,7 @@ impl Reusable {
     ) -> Result<ReusableSpace, E> {
         let (found, pass) = {
             let mut unused = self.0.lock();
-            // A record in a broken segment could not be made durable.
+            // Space in broken segments is discarded, because a record there could not be made durable.
             unused.records.retain(|it| !it.segment.is_broken());
             (unused.records.pop(), unused.pass)
         };

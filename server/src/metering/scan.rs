@@ -1,6 +1,6 @@
 //! Reads the records of a segment's file.
 //!
-//! This module works on bytes instead of the memory map, so that segments of other processes can be read in the same
+//! This module reads the file instead of the memory map, so that segments of other processes can be read in the same
 //! way.
 
 use std::{fs::File, io, os::unix::fs::FileExt};
@@ -15,16 +15,17 @@ use super::{
 pub enum Writer {
     /// The process may still fill reserved records, so reading stops at the first open record.
     Running,
-    /// The process has exited. No response was sent for unfinished records, so they are skipped.
+    /// The process has exited. Unfinished records are skipped, because no response was sent to the requests that
+    /// reserved them.
     Ended,
 }
 
-/// The end of consecutive records, and why they end there.
+/// Where a sequence of records ends, and why.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
-    /// The byte offset after the last record, which may be a void record. The offset does not move past unused space,
-    /// even if the process seems to have exited: the file may be a copy of a segment to which records are still being
-    /// added.
+    /// The byte offset after the last finished or void record. Open records after it are not included, even if the
+    /// process that writes the segment seems to have exited: the file may be a copy of a segment to which records are
+    /// still being added.
     pub end: u64,
     /// Whether the records end at the end of the segment.
     pub is_complete: bool,
@@ -210,8 +211,8 @@ impl<'a> Scan<'a> {
                     break false;
                 }
                 found @ (Found::Empty | Found::Damaged) => {
-                    // The machine may have lost this page and kept later pages. Only a record with a matching CRC ends
-                    // the gap.
+                    // If the machine crashed, this page may be lost although later pages are not. Only a record with a
+                    // matching CRC ends the gap.
                     if matches!(found, Found::Damaged) && !is_lost {
                         span.damaged += 1;
                         is_lost = true;

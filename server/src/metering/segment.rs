@@ -3,9 +3,9 @@
 //! The whole file is allocated before use and mapped into memory. A record is written with plain stores to that memory:
 //! the kernel keeps the record if the process is killed, and the write cannot fail for lack of space.
 //!
-//! Writers share a segment without a lock. To reserve space, a writer uses compare-and-swap on the header word at the
-//! tail, and changes the word from zero to an open header with the record's length. So the length is known as soon as
-//! the space is reserved, and every reserved record can be skipped, no matter when its writer is killed.
+//! Writers share a segment without a lock. To reserve space, a writer uses compare-and-swap to replace the zero word
+//! after the last record with an open header. This header contains the record's length, so the record can be skipped
+//! even if its writer is killed.
 
 use std::{
     fs::{File, OpenOptions},
@@ -87,8 +87,8 @@ pub(super) struct Segment {
     tail: AtomicUsize,
     /// The number of records filled so far.
     pub records: AtomicU64,
-    /// Whether writing the file to disk has failed. The kernel reports the failure only once: later calls succeed
-    /// although records may be missing on disk.
+    /// Whether writing the file to disk has failed. The kernel reports the failure only once: later calls to
+    /// `fdatasync` succeed even though records may be missing on disk.
     is_broken: AtomicBool,
 }
 

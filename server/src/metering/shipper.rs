@@ -131,7 +131,7 @@ impl Shipper {
     /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
         recorder.void_unused();
-        // Every decision made before this point is in one of these segments.
+        // Every decision made before `began` is in one of the segments that are found next.
         let began = recorder.now();
         self.find_segments(recorder);
         let mut shipped = 0;
@@ -236,7 +236,7 @@ impl Shipper {
         if let Some(directory) = recorder.own_directory() {
             let pending = self.pending();
             let at = match (pending.oldest, self.complete_until) {
-                // Decisions made during this report have not been shipped.
+                // Decisions made after `complete_until` may not have been shipped.
                 (None, Some(complete_until)) => complete_until,
                 _ => recorder.now().into(),
             };
@@ -269,8 +269,8 @@ impl Shipper {
 }
 
 impl Adopter {
-    /// Ships the records of stopped replicas in `root`. Returns the number of shipped records. An error does not stop
-    /// the shipping of other segments, unless PostgreSQL is unreachable; the error is returned at the end.
+    /// Ships the records of stopped replicas in `root`. Returns the number of shipped records. If a segment cannot be
+    /// shipped, the others are still shipped, unless PostgreSQL is unreachable. The first error is returned at the end.
     pub async fn ship(&mut self, context: &Context, root: &Path) -> Result<u64, ShipError> {
         let shipped = self.ship_all(context, root).await;
         let left = self.adopted.iter().map(Adopted::left).sum::<usize>() + self.failed_segments;
@@ -401,8 +401,8 @@ pub struct Replayed {
     pub is_owned: bool,
 }
 
-/// Ships the directory of a replica that will not return. If the replica is still running, ships only finished records
-/// and does not delete anything.
+/// Ships the usage records in the directory of a replica that will not return. If the replica is still running, ships
+/// only finished records and does not delete anything.
 pub(super) async fn replay(context: &Context, path: &Path) -> Result<Replayed, ShipError> {
     let mut size = BatchSize::default();
     if let Some(mut adopted) = Adopted::take(path)? {

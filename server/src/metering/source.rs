@@ -272,7 +272,7 @@ pub(super) async fn ship(
                     let is_read = cursor == source.cursor;
                     (source.cursor, source.position) = (cursor, Some(cursor));
                     if !is_read {
-                        // The batch begins at another position.
+                        // The batch was not read from the cursor.
                         continue;
                     }
                 }
@@ -314,7 +314,7 @@ pub(super) async fn ship(
                     return Ok(shipped);
                 }
             }
-            // Another process ships this segment too.
+            // The cursor has moved, because another process ships this segment too.
             Ok(false) => source.position = None,
             Err(error) => {
                 // It is unknown whether the batch was committed.

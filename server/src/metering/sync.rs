@@ -36,7 +36,7 @@ struct Next {
     is_stopping: bool,
 }
 
-/// A thread that calls `fdatasync` while records wait for it.
+/// A thread that calls `fdatasync` while records wait to be made durable.
 #[derive(Debug)]
 pub(super) struct Syncer(Arc<Shared>);
 
@@ -102,7 +102,7 @@ fn run(
             if segment.is_broken() {
                 synced = false;
             } else if let Err(error) = write(segment) {
-                // This thread also writes all later groups, so later groups that contain this segment fail too.
+                // From now on, the check above fails every group that contains this segment.
                 segment.has_broken();
                 on_failure(segment, &error);
                 synced = false;

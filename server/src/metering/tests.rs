@@ -218,7 +218,7 @@ fn reading_beside_the_writer_stops_at_the_first_open_record() {
     let before = read(&segment.file, Writer::Running);
     assert_eq!(request_ids(&before), ["a"]);
     assert!(!before.span.is_complete);
-    // If the writer has exited, no response was sent for the open record.
+    // If the writer has exited, no response was sent for the open record, so the record is skipped.
     let after = read(&segment.file, Writer::Ended);
     assert_eq!(request_ids(&after), ["a", "c", "d"]);
     assert_eq!(after.span.damaged, 0);
@@ -288,8 +288,8 @@ fn a_clients_text_does_not_pass_for_a_record() {
     let forged = bytes_of(&forger)[RECORDS_AT..end].to_vec();
     write(&victim, "a");
     write(&victim, "b");
-    // The disk contains the same bytes as if the machine had lost the header in front of a string that is a complete
-    // record of another segment.
+    // A request may contain a string that is itself a complete record of another segment. Even if the disk has lost the
+    // header in front of this string, the string must not be read as a record.
     let mut bytes = bytes_of(&victim);
     let second = RECORDS_AT + (usize::try_from(victim.tail()).unwrap() - RECORDS_AT) / 2;
     bytes[second..second + forged.len()].copy_from_slice(&forged);
@@ -297,7 +297,8 @@ fn a_clients_text_does_not_pass_for_a_record() {
     assert_eq!(request_ids(&batch), ["a"]);
 }
 
-/// Several threads write while the file is copied. Each copy contains what a killed process would leave behind.
+/// Several threads write to a segment while its file is copied. Each copy contains what a killed process would leave
+/// behind.
 #[test]
 fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() {
     for seed in 0..20 {
@@ -357,8 +358,8 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
     }
 }
 
-/// What a disk may contain after the machine has failed. The disk keeps the writes that it has confirmed. It may have
-/// kept any part of later writes, down to single sectors, and a page that was never written back may read as zeros.
+/// What happened to the latest changes of a page when the machine failed. Writes that the disk has confirmed are never
+/// lost. Of later writes, the disk may have kept all, none, or only some sectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,
@@ -487,7 +488,7 @@ fn shipping_a_copy_takes_nothing_from_the_segment_it_was_copied_from() {
     let live = segment(directory.path());
     write(&live, "a");
     write(&live, "b");
-    // The copy's lock is free, so its writer counts as exited.
+    // Nothing locks the directory of a copy, so the copy's writer counts as exited.
     let copy = read(&image(directory.path(), &bytes_of(&live)), Writer::Ended);
     assert_eq!(
         (request_ids(&copy), copy.span.is_complete),
@@ -569,7 +570,7 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     let syncer = Syncer::start(write, on_failure).unwrap();
     assert!(syncer.sync(intact.clone()).await);
     assert!(!syncer.sync(broken.clone()).await);
-    // This call covers a record whose space was reserved before the failure.
+    // A record whose space was reserved before the failure can be synced after it.
     assert!(!syncer.sync(broken.clone()).await);
     assert!(syncer.sync(intact).await);
     assert!(!syncer.sync(broken).await);
@@ -588,7 +589,7 @@ fn recorder(directory: &Path, backlog_max: u64, metrics: Arc<Metrics>) -> Arc<Re
     .unwrap()
 }
 
-/// Records until there is no space. Returns the number of records.
+/// Writes records until there is no space. Returns the number of records.
 fn fill_up(recorder: &Recorder) -> u64 {
     let mut written = 0;
     while let Ok(reserved) = recorder.reserve(ENDPOINT.len(), 1) {
@@ -623,7 +624,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     let directory = TempDir::new().unwrap();
     let recorder = recorder(directory.path(), 2 * SIZE, Arc::default());
     recorder.create_spare();
-    // In total, reserve many times the available space, two reservations at a time.
+    // Reserves many times the available space in total, two reservations at a time.
     for _ in 0..5_000 {
         let spaces = [(); 2].map(|()| recorder.reserve_reusable().expect("there is space"));
         for space in spaces {
@@ -635,7 +636,7 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
         panic!("more than one segment is in use");
     };
     assert!(only.tail() < 1_000, "{}", only.tail());
-    // An allowed request is recorded, and is shipped once no earlier request is in progress.
+    // The record of an allowed request is shipped once no earlier request is in progress.
     let in_progress = recorder.reserve_reusable().unwrap();
     let admitted = recorder.reserve_reusable().unwrap();
     admitted.record.fill(&record("admitted"));

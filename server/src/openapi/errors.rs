@@ -306,8 +306,7 @@ fn error_response(code: ProblemCode, description: &str) -> Value {
     })
 }
 
-/// Documents that 401 and 503 responses from forward-auth have no body, because gateways act only on the status
-/// and headers.
+/// Documents that 401 and 503 responses from forward-auth have no body: gateways act only on the status and headers.
 pub(super) fn empty_forward_auth_errors(document: &mut Value) {
     for_each_operation(document, |mut operation| {
         if operation.id() != "forward_auth" {

@@ -50,7 +50,8 @@ pub(super) async fn send(connection: &mut Connection, cmd: &Cmd) -> Result<Value
     loop {
         let answer = connection.req_packed_command(cmd).await;
         match answer.and_then(Value::extract_error) {
-            // The command was not executed. The connection refreshes its map of the cluster.
+            // The command was not executed, so it can be sent again. Meanwhile, the connection refreshes its map of the
+            // cluster.
             Err(error) if is_elsewhere(&error) => tokio::time::sleep(MOVING).await,
             answer => return answer,
         }

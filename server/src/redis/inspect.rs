@@ -35,7 +35,7 @@ pub struct Node {
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections. `None` if the server hides this number.
     pub max_clients: Option<usize>,
-    /// The error that the server returns if it rejects the commands that the script of the counters uses.
+    /// The server's error, if it rejects a command that the counters' script uses.
     pub script_error: Option<String>,
     /// The number of subscribers to the invalidation channel.
     pub subscribers: usize,
@@ -135,7 +135,7 @@ async fn node(
     })
 }
 
-/// Sends a command. Returns `None` if an ACL or the hosting provider forbids the command.
+/// Sends a command. Returns `None` if the command fails, for example because an ACL or the hosting provider forbids it.
 async fn query<T: FromRedisValue>(
     connection: &mut MultiplexedConnection,
     words: &[&str],

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::deadline::{self, Late};
 
-/// The connection that was current when the link was created. The connection may break at any time.
+/// A handle to one connection, which may break at any time.
 #[derive(Clone)]
 pub struct Link {
     pub(super) live: Live,
@@ -38,8 +38,8 @@ impl Link {
         self.live.generation
     }
 
-    /// Returns the server's run ID, which changes with every restart. Returns `None` if the server hides its run ID, or
-    /// for a cluster, because each node has a different run ID.
+    /// Returns the server's run ID, which changes with every restart. Returns `None` if the server hides its run ID.
+    /// Also returns `None` for a cluster, because each node has a different run ID.
     pub fn run_id(&self) -> Option<&str> {
         self.live.run_id.as_deref()
     }

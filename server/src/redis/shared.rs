@@ -59,7 +59,7 @@ pub(super) struct Shared {
 #[derive(Default)]
 pub(super) struct Slot {
     pub(super) live: RwLock<Option<Live>>,
-    /// Wakes the supervisor after the connection was discarded, or if the connection may be dead.
+    /// Wakes the supervisor when the connection has been discarded or may be dead.
     pub(super) check: Notify,
     /// Whether a call found the connection broken. Set only for clusters.
     pub(super) is_broken: AtomicBool,

@@ -128,7 +128,8 @@ impl ServerSource {
     }
 }
 
-/// Checks that the server is a master and has loaded its data. Returns its run ID.
+/// Checks that the server has loaded its data and does not report a role other than master. Returns its run ID, if the
+/// server reports one.
 async fn greet(connection: &mut MultiplexedConnection) -> Result<Option<Arc<str>>, ConnectError> {
     redis::cmd("PING").query_async::<()>(connection).await?;
     let replication = info(connection, "replication").await?;
@@ -139,7 +140,7 @@ async fn greet(connection: &mut MultiplexedConnection) -> Result<Option<Arc<str>
     Ok(info_value(&server, "run_id").map(Arc::from))
 }
 
-/// Returns a section of `INFO`, or an empty string if an ACL forbids the command.
+/// Returns a section of `INFO`, or an empty string if the server rejects the command, for example because of an ACL.
 async fn info(connection: &mut MultiplexedConnection, section: &str) -> Result<String, RedisError> {
     let mut info = redis::cmd("INFO");
     match info.arg(section).query_async(connection).await {

@@ -35,7 +35,7 @@ pub(super) fn of_script(script: &Script) -> Option<Span> {
 /// Ends a span with the call's result.
 pub(super) fn end<T>(span: Option<Span>, result: &Result<T, CallError>) {
     if let (Some(mut span), Err(error)) = (span, result) {
-        // The causes of the error are left out, because they may contain values.
+        // The causes of the error are left out, because they may contain keys or values.
         span.fail(error.to_string());
     }
 }

@@ -105,7 +105,7 @@ pub async fn member(
     Ok(query.first::<MemberRow>(&mut **tx).await.optional()?)
 }
 
-/// Returns the user's email address, the tenant's name, and the role of every membership.
+/// Returns every membership: the user's email address, the tenant's name, and the role.
 pub async fn list(tx: &mut SystemTx) -> Result<Vec<(String, String, String)>, DbError> {
     let query = memberships::table
         .inner_join(users::table)

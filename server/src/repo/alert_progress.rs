@@ -28,7 +28,7 @@ pub async fn unchecked_tenants(tx: &mut SystemTx, limit: i64) -> Result<Vec<Uuid
     Ok(tenants.into_iter().map(|it| it.tenant_id).collect())
 }
 
-/// Returns tenants with a plan that has a quota, and tenants with usage of a tenant quota, in random order.
+/// Returns tenants with a plan that has a quota, and tenants that have used part of a tenant quota, in random order.
 pub async fn tenants_with_quotas(tx: &mut SystemTx) -> Result<Vec<Uuid>, DbError> {
     #[derive(QueryableByName)]
     struct Tenant {
@@ -97,7 +97,8 @@ pub async fn lock(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<Progress
     else {
         return Ok(None);
     };
-    // The position is read after locking, so that it is at least the position that another replica has checked.
+    // The last position is read after locking. Otherwise, it could be lower than the position up to which another
+    // replica has checked in the meantime.
     let last: Option<Last> = sql_query("SELECT last_seq FROM usage_tenants WHERE tenant_id = $1")
         .bind::<SqlUuid, _>(tenant.0)
         .get_result(&mut **tx)

@@ -254,8 +254,8 @@ struct FactsRow {
 }
 
 impl FactsRow {
-    /// Returns one result for each of the key's secrets whose hash is in `hashes`. After a rotation, the previous
-    /// secret counts too.
+    /// Returns one result for each of the key's secrets whose hash is in `hashes`. The previous secret counts too,
+    /// until its grace period ends.
     fn found(self, hashes: &[&[u8]]) -> impl Iterator<Item = FoundKey> + use<> {
         let Self { key, plan, .. } = self;
         let is_requested = |hash: &Vec<u8>| hashes.contains(&&**hash);
@@ -364,7 +364,7 @@ pub async fn facts_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<FoundKey>, D
     }))
 }
 
-/// Updates `last_used_at` of many keys in one statement. Never sets a key's time back.
+/// Updates `last_used_at` of many keys in one statement. Never moves it backward.
 pub async fn touch(tx: &mut SystemTx, used: &[(Uuid, DateTime<Utc>)]) -> Result<(), DbError> {
     super::touch(tx, "api_keys", used).await
 }

@@ -1,7 +1,7 @@
 //! Stripe customers and their subscriptions.
 //!
 //! Only system transactions write to these tables. A tenant's transaction can read the tenant's own rows; see the
-//! migration.
+//! row-level security policies in the migration that creates the tables.
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::sql, pg::Pg, prelude::*, sql_query, sql_types};
@@ -251,8 +251,7 @@ pub enum Applied {
     PaidAccess,
 }
 
-/// An account before a read: the number of the last applied read, whether and until when the tenant had access to paid
-/// plans, and the access.
+/// An account before a read: the number of the last applied read, `has_paid_access`, `paid_access_until` and `access`.
 type Before = (i64, bool, Option<DateTime<Utc>>, String);
 
 /// Applies a read, unless a later one has already been applied. Also returns the previous access if the change belongs
@@ -324,7 +323,7 @@ pub async fn forget_customer(
     let forgotten = diesel::update(own)
         .set((
             billing_accounts::customer_id.eq(None::<String>),
-            // With the same idempotency key, Stripe would return the same customer.
+            // The next attempt uses a new idempotency key. With the same key, Stripe would return the same customer.
             billing_accounts::customer_attempt.eq(billing_accounts::customer_attempt + 1),
             billing_accounts::checkout_id.eq(None::<String>),
             billing_accounts::checkout_attempt.eq(billing_accounts::checkout_attempt + 1),

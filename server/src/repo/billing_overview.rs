@@ -11,7 +11,7 @@ use diesel_async::RunQueryDsl;
 
 use crate::db::{DbError, TenantTx};
 
-/// A tenant's current resources and requests.
+/// The numbers of a tenant's resources, and its usage in the current month.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Counts {
     #[diesel(sql_type = BigInt)]
@@ -83,8 +83,8 @@ pub struct PeriodUsage {
     pub error_at: Option<DateTime<Utc>>,
 }
 
-/// Returns the usage since the start of a billing period. If the period started within an hour, all usage of that hour
-/// is included until the hour has been divided into reports.
+/// Returns the usage since the start of a billing period. If the period started in the middle of an hour, all usage of
+/// that hour is included until the hour has been divided into reports.
 pub async fn usage_since(
     tx: &mut TenantTx,
     period_start: DateTime<Utc>,

@@ -19,8 +19,7 @@ pub struct OpenHour {
     pub tenant_id: Uuid,
     #[diesel(sql_type = Timestamptz)]
     pub start: DateTime<Utc>,
-    /// The end of the hour or, if usage can already be planned up to an earlier boundary of a billing period, that
-    /// boundary.
+    /// The end of the time range to plan: the end of the hour, or a boundary of a billing period within the hour.
     #[diesel(sql_type = Timestamptz)]
     pub until: DateTime<Utc>,
     /// Whether the tenant's subscriptions were read after `until`. If so, all boundaries of billing periods before
@@ -30,11 +29,11 @@ pub struct OpenHour {
     pub is_read: bool,
 }
 
-/// Returns each tenant's oldest hour that is ready to be planned. The order is random, so that tenants whose hours
-/// cannot be planned do not delay others. An hour is ready once every replica has shipped its records from that hour,
-/// and at the latest 15 minutes after its end. Usage that arrives later becomes another revision. If a billing period
-/// starts or ends during an hour, the part of the hour before that time is returned separately, once, so that its usage
-/// is reported before the invoice is final.
+/// Returns each tenant's oldest hour whose usage is ready to be planned, that is, to be put into reports. The order is
+/// random, so that tenants whose hours cannot be planned do not delay others. An hour is ready once every replica has
+/// shipped its records from that hour, and at the latest 15 minutes after its end. Usage that arrives later becomes
+/// another revision. If a billing period starts or ends during an hour, the part of the hour before that time is also
+/// returned separately, but only once. Its usage can then be reported before the invoice is final.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
     let hours = sql_query(
         "WITH complete AS ( \
@@ -445,8 +444,8 @@ pub struct Uncharged {
     /// The cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
-    /// The age in seconds of the oldest report that Stripe has not received, or the time since the end of the oldest
-    /// hour with usage that is not in a report, whichever is longer. 0 if Stripe has received everything.
+    /// How many seconds the oldest usage that Stripe has not received has been waiting: since its report was created
+    /// or, if it is not in a report, since the end of its hour. 0 if Stripe has received everything.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]

@@ -69,9 +69,8 @@ pub struct Invalidation {
     pub at: DateTime<Utc>,
 }
 
-/// Inserts an invalidation. Call this last in a transaction, because the insert waits until all other transactions that
-/// have inserted an invalidation have ended, and blocks later inserts until this transaction ends. Publish the returned
-/// value after the commit.
+/// Inserts an invalidation. Call this last in a transaction: after the insert, all other transactions that insert an
+/// invalidation wait until this transaction ends. Publish the returned value after the commit.
 pub async fn insert(tx: &mut TenantTx, target: Target) -> Result<Invalidation, DbError> {
     let tenant = tx.tenant().0;
     insert_on(tx, tenant, target).await

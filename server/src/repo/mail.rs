@@ -154,8 +154,8 @@ pub struct DueMail {
 }
 
 /// Returns an email that is due, and counts an attempt. Tenants take turns, starting with the tenant after
-/// `after_tenant`. The next attempt is due after `lease_seconds`. Until then, no other replica sends the email; if this
-/// process exits, the email is retried.
+/// `after_tenant`. Unless the result of this attempt is recorded first, the next attempt is due after `lease_seconds`.
+/// Until then, no other replica sends the email; if this process exits, the email is retried.
 pub async fn claim(
     tx: &mut SystemTx,
     after_tenant: Uuid,

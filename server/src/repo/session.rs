@@ -96,8 +96,8 @@ async fn add_token(tx: &mut SystemTx, session: Uuid, token_hash: &[u8]) -> Resul
 
 /// Uses a refresh token in a single conditional update, so that only one of two concurrent callers can use it.
 ///
-/// `successors` starts with the hash of the next token. The other hashes are alternatives: one of them may already be
-/// stored if the token was used moments ago.
+/// `successors` starts with the hash of the next token. The other hashes are alternative successors. If the token was
+/// used moments ago, one of these may already be stored.
 pub async fn rotate(
     tx: &mut SystemTx,
     token_hash: &[u8],

@@ -28,13 +28,13 @@ use crate::db::{DbError, SystemTx};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Appended {
     pub rows: u64,
-    /// The number of records whose endpoint does not fit in the list of their key's endpoints. Rollups combine these
-    /// endpoints; the log keeps their names.
+    /// The number of records whose endpoint is not in their key's list of endpoints, because the list is full. Rollups
+    /// combine these endpoints; the log keeps their names.
     pub folded: u64,
 }
 
-/// A large batch may take longer than a request, and has to wait for other batches of the same tenants. Shorter
-/// timeouts would only make the batch start over.
+/// Longer than the timeouts of requests: a batch may be large, and has to wait for other batches of the same tenants.
+/// With shorter timeouts, it would only have to start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
 /// The maximum number of rows per statement, except for the log. Encoding more rows would block a request-serving

@@ -76,7 +76,7 @@ pub(super) struct EndpointOf {
 pub(super) struct Rollups {
     pub quarters: Vec<(RowKey, Sums)>,
     pub days: Vec<(RowKey, Sums)>,
-    /// The number of requests counted under their key's [`FURTHER_ENDPOINTS`].
+    /// The number of requests counted in their key's rows for [`FURTHER_ENDPOINTS`].
     pub folded: i64,
 }
 

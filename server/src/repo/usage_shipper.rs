@@ -1,7 +1,7 @@
 //! Replicas' reports about usage that they have not shipped.
 //!
-//! A replica reports on each of its usage directories about once per second. If a report is older, the replica is slow,
-//! has lost its connection to PostgreSQL, or has stopped without shipping all records.
+//! A replica reports on each of its usage directories about once per second. If a report is much older, the replica is
+//! slow, has lost its connection to PostgreSQL, or has stopped without shipping all records.
 
 use chrono::{DateTime, Utc};
 use diesel::{

@@ -27,7 +27,7 @@ struct Position {
 
 /// Returns the position of a segment's cursor, and creates the cursor at `first` if there is none. Returns `None`
 /// instead of creating the cursor if the segment is older than `retention`, or not newer than a segment whose cursor
-/// has been deleted: its records may already have been shipped and deleted.
+/// has been deleted. In both cases, the records of the segment may already have been shipped and deleted.
 pub async fn open_cursor(
     tx: &mut SystemTx,
     segment: Uuid,

@@ -282,9 +282,10 @@ pub struct Claim<'a> {
 /// The maximum number of deliveries considered per claim.
 const CONSIDERED: i64 = 256;
 
-/// Returns deliveries that are due, and counts an attempt for each. The next attempt is due after `lease_seconds`.
-/// Until then, no other replica sends the delivery; if this process exits, the delivery is retried. Due deliveries that
-/// have already had `attempts_max` attempts are not returned, but marked as failed.
+/// Returns deliveries that are due, and counts an attempt for each. Unless an attempt's result is recorded first, the
+/// next attempt is due after `lease_seconds`. Until then, no other replica sends the delivery; if this process exits,
+/// the delivery is retried. Due deliveries that have already had `attempts_max` attempts are not returned, but marked
+/// as failed.
 ///
 /// The cost grows with the number of tenants that have pending deliveries, and with the number of these tenants'
 /// webhooks: each webhook takes one index probe. The cost does not grow with the number of deliveries.

@@ -70,7 +70,7 @@ pub(super) struct Connection {
     /// HTTP/1: the number of requests whose handler is running or whose response is being sent. Requests that are
     /// served directly and arrive together count as one.
     in_flight: AtomicU32,
-    /// HTTP/1: the number of requests so far, counted in the same way. Wraps around on overflow.
+    /// HTTP/1: the number of requests so far, counted in the same way as `in_flight`. Wraps around on overflow.
     requests: AtomicU32,
     http2: Mutex<Requests>,
     /// `None` if the connection's memory use is not counted.
@@ -145,7 +145,7 @@ impl Connection {
 
     /// Records that an HTTP/2 frame to the client has started or is complete.
     pub(super) fn sent(&self, event: Event) {
-        // An idle event stream sends only a few bytes, but well before the deadline.
+        // An idle event stream sends only a few bytes at a time, so even a single byte counts as progress.
         let progress = if self.marks.has_endless_response() {
             1
         } else {
@@ -166,7 +166,7 @@ impl Connection {
         if self.is_http2() {
             return self.phase_of_http2(timeouts, blocked);
         }
-        // While a response is being sent, the connection is not idle.
+        // A connection is not idle while the rest of a response waits for the socket.
         if let Some((phase, deadline)) = blocked {
             return (phase, Some(deadline));
         }
@@ -215,7 +215,7 @@ impl Connection {
         if self.head_began.load(Ordering::Relaxed) == 0 {
             self.head_began.store(self.now(), Ordering::Relaxed);
         }
-        // The bytes are counted twice, because hyper's buffer is twice their size, or because a handler has made a
+        // The bytes are counted twice, because hyper's buffer may be twice their size, or a handler may have made a
         // copy.
         self.buffered.fetch_add(2 * length, Ordering::Relaxed);
     }
@@ -437,9 +437,9 @@ impl Drop for Connection {
     }
 }
 
-/// A request whose response has been neither passed to hyper in full nor abandoned, or a group of requests that are
-/// served directly and whose responses have not been sent. Over HTTP/2, the client may not have read the response when
-/// the request ends; see [`http2`](super::http2).
+/// A request in flight: its response has been neither passed to hyper in full nor abandoned. Also used for a group of
+/// requests that are served directly, until their responses have been sent. Over HTTP/2, this value may be dropped
+/// before the client has read the response; see [`http2`](super::http2).
 #[derive(Debug)]
 pub(super) struct RequestInFlight {
     connection: Arc<Connection>,

@@ -66,9 +66,9 @@ enum Next {
 }
 
 impl<D: DirectEndpoint> DirectService<'_, D> {
-    /// Serves requests until hyper must take over the connection. Returns the stream, beginning with the first request
-    /// that has not received a response, or `None` if the connection has ended. Until then, `http` serves the requests
-    /// that are not accepted, on `lent`.
+    /// Serves requests until hyper must take over the connection. Meanwhile, `http` (hyper) serves the requests that
+    /// the endpoint does not accept, on `lent`. Returns the stream, beginning with the first request that has not
+    /// received a response, or `None` if the connection has ended.
     pub(super) async fn serve<H>(
         &self,
         mut stream: WatchedStream,
@@ -105,8 +105,8 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                     parts = u32::from(start < end);
                 }
                 if length > 0 && start < end {
-                    // Sending the responses has cleared the deadline of the next request, which has already begun to
-                    // arrive.
+                    // The next request has already begun to arrive, but sending the responses has cleared its deadline.
+                    // This call sets the deadline again.
                     self.connection.has_read(end - start);
                 }
                 match next {
@@ -261,7 +261,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         if let Some(request) = &mut in_flight
             && !has_waited
         {
-            // Only microseconds have passed since the requests arrived.
+            // Only microseconds have passed since the requests arrived, so the clock is not read again.
             request.ends_at(arrived);
         }
         drop(in_flight);

@@ -111,12 +111,12 @@ pub(super) struct Requests {
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// The last time at which a response made progress before it was reset. Cleared when another response makes
-    /// progress. Without this value, a client that resets responses instead of reading them would get a new deadline
-    /// with each request.
+    /// The time of the last progress of the oldest response that was reset while it was being sent. Cleared when
+    /// another response makes progress. Without this value, a client that resets responses instead of reading them
+    /// would get a new deadline with each request.
     unread: Option<u64>,
-    /// The arrival time of a request that was reset before its response began. Cleared when another response is
-    /// complete.
+    /// The arrival time of the oldest request that was reset before its response began. Cleared when another response
+    /// is complete.
     cancelled: Option<u64>,
 }
 

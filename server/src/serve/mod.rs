@@ -4,7 +4,7 @@
 //! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
 //! Here, each connection has one timer, and [`connection`] computes the connection's current deadline. For HTTP/2, the
 //! deadline depends on the frames on the wire ([`http2`]). [`table`] limits the number of connections. [`direct`]
-//! responds to plain requests without hyper. This module does not know what the endpoint does.
+//! responds to plain requests without hyper. This module does not depend on what the endpoint does.
 
 mod body;
 mod connection;
@@ -306,7 +306,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         let stream = match &self.direct {
             None => Some(stream),
             Some(endpoint) => {
-                // A connection on which nothing has arrived does not need the future and the buffer of the service.
+                // The direct service is created only when something has arrived, because its future and its buffer take
+                // memory.
                 let waited = {
                     let readable = pin!(stream.readable());
                     self.supervise(&connection, readable, |_| {}).await
@@ -362,7 +363,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
             let is_known = waker
                 .as_ref()
                 .is_some_and(|waker| waker.will_wake(context.waker()));
-            // `shut_down` sets this state before it wakes the waker, and waking removes the waker from `marks`.
+            // `shut_down` sets this state and then wakes the waker. Waking removes the waker from `marks`, so it is
+            // registered again.
             if !is_known || connection.shutdown() != Shutdown::None {
                 connection.marks.register(context.waker());
                 waker = Some(context.waker().clone());

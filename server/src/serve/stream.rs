@@ -28,7 +28,7 @@ pub(super) struct WatchedStream {
     connection: Arc<Connection>,
     table: Arc<Table>,
     protocol: Protocol,
-    /// Bytes that were read and then put back. These bytes are read again before the socket's bytes.
+    /// Bytes that were read and then put back. They are read again before any bytes from the socket.
     unread: Bytes,
     /// How many more bytes may be read.
     allowed: usize,
@@ -36,7 +36,7 @@ pub(super) struct WatchedStream {
 
 #[derive(Debug)]
 enum Protocol {
-    /// The number of bytes that have arrived. All of them match the HTTP/2 preface.
+    /// The number of bytes that have arrived so far, all of which match the HTTP/2 preface.
     Unknown(usize),
     Http1,
     Http2 {
@@ -80,7 +80,7 @@ impl WatchedStream {
     }
 
     /// Returns whether the client has closed the connection without sending more bytes. If the client has neither
-    /// closed the connection nor sent anything, the task is woken when the client does so.
+    /// closed the connection nor sent anything, the task is woken when the client does either.
     pub(super) fn is_closed(&self, context: &mut Context<'_>) -> bool {
         let mut byte = [0];
         match self.stream.poll_peek(context, &mut ReadBuf::new(&mut byte)) {
@@ -136,7 +136,7 @@ impl WatchedStream {
 impl Drop for WatchedStream {
     fn drop(&mut self) {
         if self.connection.has_unsent() {
-            // Otherwise, the kernel would keep the unread bytes for minutes.
+            // Otherwise, the kernel would keep the bytes that the client has not read for minutes.
             let _ = self.stream.set_zero_linger();
         }
     }
@@ -166,7 +166,8 @@ impl AsyncRead for WatchedStream {
             return Poll::Ready(Ok(()));
         }
         if self.connection.should_pause() {
-            // Other tasks run first, including the handlers of connections that were just closed.
+            // Other tasks run first, including the handlers of connections that were just closed, so that they free
+            // their memory.
             context.waker().wake_by_ref();
             return Poll::Pending;
         }

@@ -10,15 +10,17 @@
 //! 4. a connection that may be about to send its first request, unless its address has fewer connections than the new
 //!    connection's address.
 //!
-//! No other connection with a request in flight is ever closed to make room. So clients that do not send or read
-//! anything cannot lock out other clients, no matter how many such clients there are.
+//! Connections from trusted proxies are exempt from 2 and 3. Apart from those in 3, no connection with a request in
+//! flight is ever closed to make room. So clients that do not send or read anything cannot lock out other clients, no
+//! matter how many such clients there are.
 //!
 //! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
 //! key or service token is received on the connection. A gateway, or many clients behind one address, may therefore
-//! have as many connections as the total allows. At the limit for an address or network, a new connection replaces the
-//! oldest connection on which nothing has been received, the connection that has been idle the longest, or the oldest
-//! connection without a complete request. During its first second, a connection is not replaced in this way, because
-//! its request may be in transit. Instead, an address can have up to twice as many connections during that second.
+//! have as many connections as the total allows. At the limit for an address or network, a new connection replaces
+//! another one, in this order of preference: the oldest connection on which nothing has been received, the connection
+//! that has been idle the longest, the oldest connection without a complete request. During its first second, a
+//! connection is not replaced in this way, because its request may be in transit. Instead, an address can have up to
+//! twice as many connections during that second.
 //!
 //! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
 //! closes the connections that use the most memory, starting with the address that uses the most in total.
@@ -53,7 +55,8 @@ const STALLED_ENOUGH: Duration = Duration::from_secs(1);
 /// How many of the oldest connections without a request are considered for closing. Of these, the connection whose
 /// address has the most connections is closed.
 const WAITING_SEARCH: usize = 16;
-/// An address is light compared with another address that has at least this many times as many connections.
+/// An address with `n` connections is light compared with an address with at least `LIGHT * n` connections (or `LIGHT`
+/// connections, if `n` is 0).
 const LIGHT: usize = 4;
 /// The minimum time between two searches for idle and stalled connections. A search checks all connections.
 const SEARCH_EVERY: Duration = Duration::from_millis(100);

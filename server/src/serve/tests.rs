@@ -248,7 +248,7 @@ async fn slow_header_fields_close_the_connection(way: Way) {
     assert!(ended >= HEADER * 9 / 10, "{ended:?}");
 }
 
-/// The timer may still be set to the deadline of an earlier request.
+/// When the second request arrives, the timer may still be set to the deadline of the first one.
 async fn every_request_gets_the_full_header_timeout(way: Way) {
     let mut stream = connect_by(way).await;
     time::sleep(HEADER / 2).await;
@@ -337,7 +337,7 @@ async fn client_that_reads_slowly_gets_its_whole_response(way: Way) {
     assert!(began.elapsed() > WRITE, "{:?}", began.elapsed());
 }
 
-/// The deadline of the next request starts with its first byte, even if responses are still being sent.
+/// The time allowed for the next request starts with its first byte, even if responses are still being sent.
 async fn slow_request_after_a_pipelined_one_closes_the_connection(way: Way) {
     let mut stream = connect_by(way).await;
     ask(&mut stream).await;
@@ -347,7 +347,7 @@ async fn slow_request_after_a_pipelined_one_closes_the_connection(way: Way) {
         .unwrap();
     stream.write_all(b"GET / HTTP/1.1\r\nHo").await.unwrap();
     let ended = ended_after(&mut stream).await;
-    // With hyper, a head that arrives with an earlier request has the deadline of an idle connection.
+    // With hyper, a head that arrives together with an earlier request has the deadline of an idle connection.
     let limit = match way {
         Way::Direct => IDLE,
         Way::Hyper => IDLE * 2,
@@ -537,7 +537,7 @@ async fn hyper_answers_a_foreign_request_and_returns_the_connection() {
         GET / HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
     in_two_parts(requests, |text| {
         assert_eq!(text.matches("here").count(), 6, "{text}");
-        // Only hyper writes a date.
+        // In this test, only responses from hyper have a date.
         let mut by_hyper = text.split("HTTP/1.1 200 OK").skip(1);
         for expected in [false, true, false, false, true, true] {
             let response = by_hyper.next().unwrap_or_default();
@@ -560,7 +560,7 @@ async fn request_that_is_not_plain_is_answered_by_hyper_with_what_follows() {
     .await;
 }
 
-/// hyper closes a connection on which the rest of a body may still arrive, so that no part of the body becomes a
+/// hyper closes a connection on which the rest of a body may still arrive, so that no part of the body is parsed as a
 /// request.
 #[tokio::test]
 async fn body_that_nobody_reads_is_not_answered() {

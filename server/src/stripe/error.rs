@@ -14,7 +14,7 @@ pub enum StripeError {
     /// Stripe rejected the request. The request had no effect.
     #[error("Stripe rejected the request with status {status}: {message}")]
     Rejected { status: u16, message: String },
-    /// The object does not exist, or exists only in the other mode. The request had no effect.
+    /// The object does not exist, or exists only in Stripe's other mode (live or test). The request had no effect.
     #[error("{message}")]
     Missing {
         /// The parameter that contains the object's ID. `None` if the ID is in the path.
@@ -43,8 +43,8 @@ impl From<ClientError> for StripeError {
     fn from(error: ClientError) -> Self {
         let (error, status) = match error {
             ClientError::Stripe(error, status) => (error, status),
-            // This includes responses that are not JSON, such as a proxy's error page. In that case, it is unknown
-            // whether the request had an effect.
+            // `other` includes responses that are not JSON, such as a proxy's error page. After such a response, it is
+            // unknown whether the request had an effect.
             other => return Self::Unknown(other.to_string()),
         };
         // Only the message is kept, because the rest of the error may contain customer input.

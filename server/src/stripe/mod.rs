@@ -88,7 +88,7 @@ pub struct Stripe {
 pub struct Checkout<'a> {
     pub tenant: &'a str,
     pub customer: &'a str,
-    /// The ID of the price per month.
+    /// The ID of the flat monthly price.
     pub flat: &'a str,
     /// The ID of the price per unit of usage.
     pub usage: Option<&'a str>,

@@ -161,7 +161,7 @@ fn every_status_has_the_access_of_the_table() {
 }
 
 /// Subscriptions change, and changes cause reads. Responses arrive late, out of order, twice, or never. The known state
-/// must always be the state in the latest read that has arrived, and after a final read, the current state.
+/// must always match the latest read whose response has arrived. After a final read, it must match the current state.
 #[test]
 fn random_schedules_agree_with_the_table() {
     let (mut worked, mut refused, mut dropped) = (0_u64, 0_u64, 0_u64);
@@ -239,7 +239,7 @@ fn each_order<T: Copy>(items: &mut [T], fixed: usize, visit: &mut impl FnMut(&[T
 }
 
 /// Seven events arrive in every possible order, each several times, while the subscription keeps changing. Every order
-/// must end with the access that the subscription provides at the end.
+/// must end with the access that follows from the subscription's last status.
 #[test]
 fn every_order_of_events_ends_in_the_same_state() {
     const STATUSES: [&str; 7] = [

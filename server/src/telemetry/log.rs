@@ -36,7 +36,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(1);
 /// The maximum length of a path in a line, in bytes. Over HTTP/2, header compression lets a client send a long path in
 /// a single byte.
 const MAX_PATH: usize = 256;
-/// The maximum length of a method in a line, in bytes. A method can be any token.
+/// The maximum length of a method in a line, in bytes. A client can send any token as the method.
 const MAX_METHOD: usize = 32;
 
 /// The length in bytes that most access log lines do not exceed.
@@ -298,7 +298,7 @@ impl Log {
         self.state.write.notify_one();
     }
 
-    /// Writes the remaining lines, which may take at most a second. Must be called last.
+    /// Waits up to a second for the remaining lines to be written. Must be called last.
     pub fn stop(&self) {
         let mut buffer = self.state.buffer.lock();
         buffer.stopped = true;
@@ -334,7 +334,7 @@ impl LogState {
                 let _ = out.flush();
             }
             spare.clear();
-            // The buffer grows while output is blocked.
+            // The buffer may have grown while output was blocked.
             spare.shrink_to(2 * FLUSH_AT);
             if is_last {
                 self.buffer.lock().all_written = true;

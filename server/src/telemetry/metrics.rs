@@ -1,6 +1,6 @@
 //! Metrics: names, descriptions and the OpenMetrics text.
 //!
-//! Each counter or gauge without labels is one line in the `metrics!` list. The help text is also the documentation of
+//! Each counter or gauge without labels is an entry in the `metrics!` list. The help text is also the documentation of
 //! the field.
 
 mod connections;
@@ -247,7 +247,7 @@ impl Metrics {
         registry.register("build", "Version of the running server", version);
         self.register(&mut registry);
         let mut text = String::with_capacity(8192);
-        // The end marker is removed, because it must follow all metrics.
+        // The end marker is removed, because more metrics follow.
         if encode(&mut text, &registry).is_ok() {
             text.truncate(text.trim_end().trim_end_matches("# EOF").len());
         }

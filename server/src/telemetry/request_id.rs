@@ -46,7 +46,7 @@ impl RequestIds {
     pub fn next(&self, now: UnixNanos) -> GeneratedId {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         let mut chance = [0; 10];
-        // `mixed` is one-to-one, so its eight bytes are unique within a process. The first two bytes make up for the
+        // `mixed` is one-to-one, so its eight bytes are unique within a process. The first two bytes compensate for the
         // six bits that the version and variant overwrite.
         chance[..2].copy_from_slice(&count.to_be_bytes()[6..]);
         chance[2..].copy_from_slice(&mixed(self.start.wrapping_add(count)).to_be_bytes());
@@ -58,8 +58,8 @@ impl RequestIds {
     }
 }
 
-/// Computes the output function of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
-/// 2014).
+/// Returns the `n`th output of SplitMix64 with seed 0 (Steele, Lea, Flood: Fast splittable pseudorandom number
+/// generators, 2014).
 const fn mixed(n: u64) -> u64 {
     let n = n.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let n = (n ^ (n >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -142,7 +142,8 @@ impl Traces {
         Some(Span::start(&self.tracer, &parent, "request", kind))
     }
 
-    /// Sends the remaining spans, which may take at most two seconds. Later spans are lost.
+    /// Waits up to two seconds for the remaining spans to be sent. Spans that have not been sent by then, and later
+    /// spans, are lost.
     pub async fn stop(&self) {
         let _ = self.stop.send(true);
         let Some(mut sender) = self.sender.lock().take() else {

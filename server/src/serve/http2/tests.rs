@@ -11,7 +11,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// Simulates both directions of a connection, in simulated time.
+/// Both directions of a connection, in simulated time.
 #[derive(Default)]
 struct Wire {
     requests: Requests,
@@ -133,7 +133,7 @@ fn resetting_a_response_does_not_end_its_wait_but_reading_another_does() {
             wire.send(50, &reset);
         }
         assert_eq!(wire.waits_since(), Some(2));
-        // Responses that flow control cannot block have no effect.
+        // Responses that flow control cannot block do not show that the client is reading.
         wire.request(60, 3);
         wire.send(61, &frame(HEADERS, END_HEADERS | END_STREAM, 3, b"head"));
         wire.request(62, 5);

@@ -83,7 +83,7 @@ async fn stalled_response_makes_room_and_a_running_handler_does_not() {
     let stalled = admit(&table, "192.0.2.1").unwrap();
     stalled.connection.speaks_http2();
     let (mut received, mut sent) = (Frames::default(), Frames::default());
-    // The heads of a request and its response, on the same stream.
+    // The frame headers of a request's head and of its response's head, on the same stream.
     let (asked, answered) = ([0, 0, 0, 1, 5, 0, 0, 0, 1], [0, 0, 0, 1, 4, 0, 0, 0, 1]);
     received.scan(&asked, |event| stalled.connection.received(event));
     drop(stalled.connection.begin_request(0));

@@ -11,8 +11,8 @@ use crate::clock::Nanos;
 /// The number of buckets with an upper bound.
 const BOUNDED: usize = 24;
 
-/// A histogram whose buckets are atomics. The bounds of the buckets double from 1 µs to about 8 s. The last bucket has
-/// no bound.
+/// A histogram whose buckets are atomic counters. The bounds of the buckets double from 1 µs to about 8 s. The last
+/// bucket has no bound.
 #[derive(Debug, Default)]
 pub struct Latency {
     buckets: [AtomicU64; BOUNDED + 1],
