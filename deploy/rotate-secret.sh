@@ -59,7 +59,8 @@ case "${1:-}" in
     [ "$new" != "$old" ] || new=$(< "$previous")
     write "$current" "$new"
     write "$previous" "$old"
-    # Remove the copy last. If the copy were removed first, another run would switch back.
+    # Remove the copy last. If it were removed before `switch` is recorded, running an interrupted step again would
+    # switch back to the old secret.
     write "$folder/.rotation" switch
     rm -f "$old_copy"
     ;;

@@ -1,5 +1,5 @@
 //! All calls that the console makes to the server. Only this module converts a call to a method, path, query, and body.
-//! The desktop app accepts no other calls from its page.
+//! The desktop app accepts no other calls from the console.
 
 use serde::{Deserialize, Serialize};
 
@@ -73,8 +73,8 @@ pub struct DecisionFilter {
     pub request_id: Option<String>,
 }
 
-/// A call to the server. In the desktop app, the page passes calls to the host as JSON, and the host sends the
-/// requests.
+/// A call to the server. In the desktop app, the console passes each call as JSON to the app's main process (the
+/// *host*), which sends the request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Call {
