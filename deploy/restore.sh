@@ -53,7 +53,6 @@ BEGIN
 END \$\$"
 # Restore the usage before the database: this script can be run again only while the database is empty.
 restore_usage < "$backup/usage.tar"
-# A single transaction restores either everything or nothing.
 postgres pg_restore --single-transaction --exit-on-error --no-owner < "$backup/quota.dump"
 # Without this setting, ANALYZE warns about system tables that only a superuser may analyze.
 query "SET client_min_messages = error; ANALYZE"

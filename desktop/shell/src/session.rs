@@ -1,9 +1,9 @@
 //! A session with one server: its tokens, and calls that use them. Does not depend on Tauri.
 //!
 //! The access token is kept in memory. The refresh token is kept in the keychain, or in memory if no keychain is
-//! available. The first call that finds that the access token has expired or will expire soon refreshes the session;
-//! other calls wait. The new refresh token is stored before the new access token is used, so that the session survives
-//! if the app exits between the two steps.
+//! available. When the access token has expired or is about to expire, the next call refreshes the session, and other
+//! calls wait. The new refresh token is stored before the new access token is used, so that the session survives if the
+//! app exits between the two steps.
 //!
 //! Several processes of the same user share the keychain entry. A file lock ensures that only one process refreshes at
 //! a time, so that each process finds the token that the previous process stored.
@@ -35,7 +35,7 @@ use crate::{
     keychain::{self, Keychain},
 };
 
-/// How long before its expiry an access token is refreshed.
+/// How long before it expires an access token is refreshed.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// How long to wait for another process to finish a refresh. This is longer than a refresh takes.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
@@ -95,7 +95,7 @@ impl Session {
             Call::Refresh => {
                 let mut state = self.state.lock().await;
                 let expires_in = self.refresh(&mut state).await?;
-                // The page must never see the session's tokens.
+                // The console must never see the session's tokens.
                 let without_tokens = Tokens {
                     access_token: None,
                     refresh_token: None,

@@ -14,8 +14,7 @@ const BY_ROLE_OR_LIMIT: &str =
     "Your role does not allow this action, or the tenant has reached a limit set by the operator.";
 const STRIPE_UNAVAILABLE: &str =
     "Stripe or the database is unavailable. Retry after `Retry-After` seconds.";
-const NO_REFRESH_TOKEN: &str =
-    "The refresh token is missing, invalid, expired or already used.";
+const NO_REFRESH_TOKEN: &str = "The refresh token is missing, invalid, expired or already used.";
 const INVALID_OR_MISMATCH: &str = "Validation failed (see `errors`), or the `Idempotency-Key` was already used with a different request body.";
 const UNCHECKED: &str =
     "A dependency is unavailable, or usage can't be recorded. Retry after `Retry-After` seconds.";

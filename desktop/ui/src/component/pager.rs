@@ -10,7 +10,7 @@ use crate::{
 };
 
 thread_local! {
-    /// Maps the URL of a list page to the URL of the previous page. Cursors lead only forward.
+    /// Maps the URL of a list page to the URL of the previous page, because cursors lead only forward.
     static PREVIOUS: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
 }
 

@@ -13,8 +13,8 @@ use super::{
     text::{count, date_time, enumerated, number, relative},
 };
 
-/// While a tenant is subscribed, the server reads the tenant's subscription more often than this, unless Stripe is
-/// unreachable.
+/// The age at which the data counts as outdated. While a tenant is subscribed, the server reads the tenant's
+/// subscription more often than this, unless Stripe is unreachable.
 const STALE_MS: i64 = 30 * 60 * 1000;
 
 fn millis(at: Timestamp) -> i64 {
@@ -67,7 +67,7 @@ pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     }
 }
 
-/// Returns whether the user should click the first button next.
+/// Returns whether the user needs to act: whether the first button is something other than *Manage in Stripe*.
 pub fn is_action_needed(it: &BillingState) -> bool {
     buttons(it).first() != Some(&MANAGE)
 }

@@ -98,7 +98,7 @@ mod tests {
         messages.add(message(2, false, READ_MS));
         messages.remove(2);
         assert!(messages.is_empty());
-        // An error that a success message covered before the user could read the error is shown afterward.
+        // An error that the user has not had time to read is shown again after the success message.
         messages.add(message(3, true, 10_000));
         messages.add(message(4, false, 10_500));
         assert_eq!(shown(&messages), Some((4, 1)));

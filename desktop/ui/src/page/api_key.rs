@@ -130,7 +130,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             loader
             plans
             open=dialogs.editing
-            // Replicas apply the new limits within a second.
+            // Replicas apply the new limits within a second, so the usage is loaded several times.
             on_saved=Callback::new(move |()| usage.reload_after_requests())
         />
         <RotateDialog id loader open=dialogs.rotating rotated/>

@@ -35,9 +35,9 @@ use crate::{
 #[derive(Clone)]
 struct Overview {
     stats: Stats,
-    /// The last 24 hours.
+    /// Usage in the last 24 hours.
     day: Usage,
-    /// The last 24 hours, grouped by key.
+    /// Usage in the last 24 hours, grouped by key.
     keys: Usage,
     /// `None` if the user's role cannot view keys and tokens.
     setup: Option<Setup>,
