@@ -6,8 +6,8 @@
 #   deploy/rotate-secret.sh switch      uses the new secret; the old one is still accepted
 #   deploy/rotate-secret.sh finish      stops accepting the old secret. Before this step, wait QUOTA_SESSION_DAYS days
 #
-#   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas at once: until then, they still accept
-#                                       the leaked secret. All users have to sign in again, and webhooks need new
+#   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas immediately: until then, they still
+#                                       accept the leaked secret. All users have to sign in again, and webhooks need new
 #                                       signing secrets
 #   deploy/rotate-secret.sh status      prints the step that was run last
 #

@@ -273,7 +273,7 @@ impl Call {
         }
     }
 
-    /// Returns whether a 401 response can mean that the access token has expired and must be refreshed.
+    /// Returns whether a 401 response can mean that the session must be refreshed.
     pub const fn is_of_session(&self) -> bool {
         !matches!(
             self,
@@ -281,8 +281,8 @@ impl Call {
         )
     }
 
-    /// Returns whether the call may change data on behalf of a session. The change may take effect even if no response
-    /// to the call arrives.
+    /// Returns whether the call may change data on behalf of a session. If such a call gets no response, the change may
+    /// still take effect.
     pub fn is_change(&self) -> bool {
         self.is_of_session() && self.sent().method != "GET"
     }

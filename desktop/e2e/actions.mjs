@@ -1,4 +1,4 @@
-// Tests undoing, duplicating and moving; menus; messages above dialogs; keys pasted by mistake; slow responses.
+// Tests undoing, duplicating and moving; menus; messages in dialogs; keys pasted by mistake; slow responses.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";
@@ -92,7 +92,7 @@ export async function actions(world) {
   await toast.waitFor({ state: "detached" });
   await my.button("Cancel").click();
 
-  // The menu of a key leads to the dialogs on its page, and to its usage.
+  // A key's menu leads to the dialogs on the key's page, and to the key's usage.
   await page.goto(`${base}/console/api-keys`);
   for (const [action, title] of [
     ["Edit", "Edit key"],

@@ -25,7 +25,7 @@ fn date(at: Timestamp) -> String {
     date_time(millis(at))
 }
 
-/// Returns a phrase for the requests that require a subscription. The phrase is the subject of a sentence.
+/// Describes the requests that require a subscription. The result is used as the subject of a sentence.
 fn paid_requests(keys: u64) -> String {
     match keys {
         0 => "requests with keys on paid plans".to_owned(),
