@@ -41,7 +41,8 @@ const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often to try to acquire the lock.
 const LOCK_POLL: Duration = Duration::from_millis(50);
-/// The maximum number of responses to keep for use while the server is unreachable.
+/// The maximum number of responses to keep for use while the server is unreachable. When there are more, all earlier
+/// responses are dropped.
 const MAX_CACHED: usize = 200;
 
 struct Access {
@@ -79,12 +80,12 @@ impl Session {
         }
     }
 
-    /// Returns whether the last keychain operation succeeded.
+    /// Returns `false` if the keychain has failed since a refresh token was last stored in it.
     pub fn has_keychain(&self) -> bool {
         *self.has_keychain.lock()
     }
 
-    /// Checks whether the keychain is available, and updates [`has_keychain`](Self::has_keychain).
+    /// Checks whether the keychain is available. If it is not, [`has_keychain`](Self::has_keychain) returns `false`.
     pub async fn probe_keychain(&self) {
         let _ = self.stored_token().await;
     }
@@ -211,7 +212,7 @@ impl Session {
         }
     }
 
-    /// Returns an access token that differs from `rejected`.
+    /// Returns an access token that differs from `rejected`. Refreshes the session if necessary.
     async fn access(&self, rejected: Option<&SecretString>) -> Result<SecretString, CallError> {
         let mut state = self.state.lock().await;
         let usable = state.access.as_ref().filter(|access| {

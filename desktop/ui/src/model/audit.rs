@@ -211,8 +211,8 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
-/// Returns a value as JSON on one line. Does not use serde_json, whose tables for formatting floating-point numbers
-/// would make the download larger.
+/// Formats a value on one line, like JSON but without escaping strings. Does not use serde_json, whose tables for
+/// formatting floating-point numbers would make the download larger.
 pub fn compact(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),

@@ -26,8 +26,8 @@ impl<A: Clone> Messages<A> {
         Self(Vec::new())
     }
 
-    /// Shows a message. A success message removes all other messages, except errors that the user has not had time to
-    /// read.
+    /// Shows a message, and removes all success messages. If the new message is a success message, also removes the
+    /// errors that the user has had time to read.
     pub fn add(&mut self, message: Message<A>) {
         self.0.retain(|it| {
             it.is_error && (message.is_error || message.added_at - it.added_at < READ_MS)

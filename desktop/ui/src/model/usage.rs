@@ -236,7 +236,7 @@ const COLUMNS: [(&str, &str); 4] = [
     ("last", "Last seen"),
 ];
 
-/// Sorts groups by a column, or by requests if `sort` is empty. `Other` always comes last.
+/// Sorts groups by a column, or by their totals if `sort` is empty. `Other` always comes last.
 fn sort_groups(groups: &mut [UsageGroup], sort: &str, by_cost: bool) {
     let (column, ascending) = match sort.strip_prefix('-') {
         Some(column) => (column, false),

@@ -336,7 +336,7 @@ fn lists(it: &Overview) -> Markup {
     .collect()
 }
 
-/// Returns one of the first steps. The step becomes a link once the previous steps are done.
+/// Returns one of the first steps. The step has a link if it `is_available` and has not been done.
 fn step(
     done: bool,
     is_available: bool,
@@ -457,7 +457,7 @@ fn first_steps(it: &Overview) -> Option<Steps> {
     })
 }
 
-/// The first steps: expanded until a request has been sent, and collapsed after that.
+/// The first steps. By default, they are expanded until a request has been sent, and collapsed after that.
 #[component]
 fn GetStarted(steps: Steps, is_open: RwSignal<Option<bool>>) -> impl IntoView {
     let Steps {
