@@ -115,13 +115,12 @@ async function traffic(my, replicas, scale) {
   return { log, app, slow, counted, quota };
 }
 
-/** Waits until the server has counted all requests and saved the last uses. Fails after 20 seconds. */
+/** Waits until the server has counted all requests, and has saved when keys and tokens were last used. */
 async function untilCounted(my, log) {
   const deadline = Date.now() + 20_000;
   for (;;) {
     const stats = await my.api("GET", "/admin/stats");
     const [token] = (await my.api("GET", "/admin/service-tokens")).items;
-    // The last use of keys and tokens is saved slightly later than the requests are counted.
     if (stats.requests_today === log.requests.length && stats.unused_keys === 1 && token.last_used_at) return;
     assert.ok(stats.requests_today <= log.requests.length, `${stats.requests_today} of ${log.requests.length} counted`);
     assert.ok(Date.now() < deadline, `only ${stats.requests_today} of ${log.requests.length} counted`);

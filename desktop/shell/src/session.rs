@@ -35,7 +35,7 @@ use crate::{
     keychain::{self, Keychain},
 };
 
-/// How long before it expires an access token is refreshed.
+/// An access token is refreshed this long before it expires.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// How long to wait for another process to finish a refresh. This is longer than a refresh takes.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);

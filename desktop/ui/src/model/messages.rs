@@ -26,7 +26,7 @@ impl<A: Clone> Messages<A> {
         Self(Vec::new())
     }
 
-    /// Shows a message, and removes all success messages. If the new message is a success message, also removes the
+    /// Shows a message, and removes earlier success messages. If the new message is a success message, also removes the
     /// errors that the user has had time to read.
     pub fn add(&mut self, message: Message<A>) {
         self.0.retain(|it| {

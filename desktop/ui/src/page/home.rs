@@ -336,7 +336,7 @@ fn lists(it: &Overview) -> Markup {
     .collect()
 }
 
-/// Returns one of the first steps. The step has a link if it `is_available` and has not been done.
+/// Returns one of the first steps. The step has a link if `is_available` is true and the step is not done.
 fn step(
     done: bool,
     is_available: bool,

@@ -58,8 +58,8 @@ pub fn period(request: &UsageRequest, zone: &str, now: i64) -> Option<(i64, i64,
         Range::Custom => {
             let (first, last) = &request.dates;
             let from = start_of_date(first, &local)?;
-            // The period includes the last day. A day and a half after this day starts, it is always the next day, even
-            // if the clocks change.
+            // The period includes the last day. A day and a half after the start of a day is always within the next
+            // day, even if the clocks change.
             let to = start_of_day(start_of_date(last, &local)? + DAY_MS + DAY_MS / 2, &local)?;
             (from, to)
         }
