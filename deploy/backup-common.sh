@@ -1,5 +1,5 @@
-# Functions that backup.sh and restore.sh share. They use the PostgreSQL server and the data directory of
-# compose.prod.yml, or those in DATABASE_URL (or DATABASE_URL_FILE) and QUOTA_DATA_DIR.
+# Functions that backup.sh and restore.sh share. By default, they use the PostgreSQL server and the data directory of
+# compose.prod.yml. To use others, set DATABASE_URL (or DATABASE_URL_FILE) and QUOTA_DATA_DIR.
 
 fail() {
   echo "${0##*/}: $*" >&2
@@ -130,7 +130,8 @@ restore_usage() {
     replica=$(first_replica --all)
     archive=$(mktemp)
     cat > "$archive"
-    # Skip files with the same name and size. A smaller existing file was copied only in part, so replace it.
+    # Skip files that already exist with the same name and size. If an existing file is smaller, it was copied only in
+    # part, so replace it.
     local existing archived
     existing=$({ docker cp "$replica:/var/lib/quota/usage" - 2> /dev/null || true; } | list_files)
     archived=$(list_files < "$archive")

@@ -35,8 +35,8 @@ fi
 [ "$(query "SELECT to_regclass('public.api_keys') IS NOT NULL")" = t ] || fail "this is not a Quota database"
 
 query "SELECT now()" > "$partial/started_at"
-# Copy the usage first. Usage that is written to the database after this step is in both the archive and the dump, but a
-# restore does not count such usage twice.
+# Copy the usage before the database: usage that is written to the database in between is then in both the archive and
+# the dump, and a restore does not count such usage twice. In the other order, it would be in neither.
 archive_usage > "$partial/usage.tar"
 postgres pg_dump --format custom --no-owner > "$partial/quota.dump"
 postgres pg_restore --list < "$partial/quota.dump" > /dev/null

@@ -36,7 +36,8 @@ for _ in 1 2 3 4 5 6 7 8 9 10; do
 done
 [ "$others" = 0 ] || fail "other sessions use the database ($others): stop all servers first"
 
-# Roles belong to the database cluster, so they are not in the backup. They are created as in the first migration.
+# Roles belong to the database cluster, so they are not in the backup. This statement creates them as the first
+# migration does.
 query "DO \$\$
 DECLARE
     name text;
@@ -50,9 +51,8 @@ BEGIN
         END IF;
     END LOOP;
 END \$\$"
-# Restore the usage first, because this step can be repeated until the database is restored.
+# Restore the usage before the database: this script can be run again only while the database is empty.
 restore_usage < "$backup/usage.tar"
-# Restore everything or nothing.
 postgres pg_restore --single-transaction --exit-on-error --no-owner < "$backup/quota.dump"
 # Without this setting, ANALYZE warns about system tables that only a superuser may analyze.
 query "SET client_min_messages = error; ANALYZE"

@@ -6,8 +6,8 @@
 #   deploy/rotate-secret.sh switch      uses the new secret; the old one is still accepted
 #   deploy/rotate-secret.sh finish      stops accepting the old secret. Before this step, wait QUOTA_SESSION_DAYS days
 #
-#   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas at once: until then, they still accept
-#                                       the leaked secret. All users have to sign in again, and webhooks need new
+#   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas immediately: until then, they still
+#                                       accept the leaked secret. All users have to sign in again, and webhooks need new
 #                                       signing secrets
 #   deploy/rotate-secret.sh status      prints the step that was run last
 #
@@ -59,7 +59,8 @@ case "${1:-}" in
     [ "$new" != "$old" ] || new=$(< "$previous")
     write "$current" "$new"
     write "$previous" "$old"
-    # Remove the copy last. If the copy were removed first, another run would switch back.
+    # Remove the copy last. If it were removed before `switch` is recorded, running an interrupted step again would
+    # switch back to the old secret.
     write "$folder/.rotation" switch
     rm -f "$old_copy"
     ;;

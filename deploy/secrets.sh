@@ -26,6 +26,6 @@ write redis_url "redis://:$(sed -n 's/^requirepass //p' "$folder/redis.conf")@re
 write quota_secret "$(random)"
 # The same secret as in quota_secret, except while rotate-secret.sh is rotating it.
 write quota_secret_previous "$(cat "$folder/quota_secret")"
-# For billing, write the secrets to both files, and uncomment the two settings in .env.prod.
+# For billing, write Stripe's two secrets to these files, and uncomment their settings in .env.prod.
 write stripe_secret_key ""
 write stripe_webhook_secret ""

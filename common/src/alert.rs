@@ -12,8 +12,8 @@ use crate::{
 pub const THRESHOLDS: [u32; 3] = [50, 80, 100];
 
 response! {
-    /// A notice that a certain percentage of a quota has been used. There is at most one alert for each threshold in
-    /// each window of a quota.
+    /// A notice that a certain percentage of a quota has been used. Each threshold causes at most one alert in each
+    /// window of a quota.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct QuotaAlert {

@@ -28,8 +28,8 @@ response! {
         pub plan_id: PlanId,
         /// The first characters of the key, which identify it without revealing it.
         pub prefix: String,
-        /// Whether the key is active: `false` if it is deactivated. Requests with an inactive key are rejected and do
-        /// not count against any limit. Does not reflect the expiry: an expired key can still have the value `true`.
+        /// Whether the key is active. `false` if the key was deactivated: requests with it are then rejected, and do
+        /// not count against any limit. This field does not reflect expiration: it can be `true` for an expired key.
         pub is_active: bool,
         /// When the key expires. After that time, requests with the key are rejected. `null` if the key never expires.
         pub expires_at: Option<Timestamp>,
@@ -102,7 +102,7 @@ update! {
         pub plan_id: Option<PlanId>,
         #[garde(skip)]
         pub is_active: Option<bool>,
-        /// When the key expires. Must be in the future. `null` removes the expiry.
+        /// When the key expires. Must be in the future. `null` removes the expiration time.
         #[garde(skip)]
         pub expires_at: Patch<Timestamp>,
         /// Requests per minute for this key, 1 to 60,000,000. `null` restores the plan's rate.
@@ -126,7 +126,7 @@ request! {
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
         /// Whether to revoke the previous secret immediately if the grace period of an earlier rotation has not ended.
-        /// Default: false.
+        /// If `false`, such a rotation fails with 409. Default: false.
         #[garde(skip)]
         pub replace_previous: Option<bool>,
     }

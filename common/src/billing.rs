@@ -6,13 +6,14 @@ use crate::{
 };
 
 text_enum! {
-    /// The access that a tenant's subscription provides.
+    /// The state of a tenant's subscription, which determines whether paid plans work. `free`: the tenant has never
+    /// subscribed, or the first payment has not succeeded.
     pub enum BillingAccess {
         /// Never subscribed, or the first payment has not succeeded.
         Free = "free",
         /// In a trial.
         Trialing = "trialing",
-        /// Subscribed.
+        /// The subscription is active.
         Active = "active",
         /// A payment failed and is being retried.
         PastDue = "past_due",
@@ -35,8 +36,8 @@ response! {
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
-        /// When keys on plans marked `paid` will stop or stopped working: at the end of the subscription, or at the end
-        /// of the grace period after a failed payment. `null` if no end is scheduled.
+        /// When keys on plans marked `paid` stop working, or when they stopped: at the end of the subscription, or at
+        /// the end of the grace period after a failed payment. `null` if no end is scheduled.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
@@ -50,9 +51,9 @@ response! {
         /// Whether the customer portal is available. The portal becomes available when the tenant first starts a
         /// subscription.
         pub has_customer: bool,
-        /// When this information was last retrieved from Stripe. For a tenant with a subscription, the information is
-        /// retrieved about every 10 minutes. If the last retrieval was more than half an hour ago, Stripe could not be
-        /// reached, and the status may be outdated.
+        /// When this information was last retrieved from Stripe. While the tenant has a subscription, the information
+        /// is retrieved about every 10 minutes: a time more than half an hour ago means that Stripe could not be
+        /// reached, and that the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is
         /// unknown.

@@ -25,7 +25,7 @@ pub const COST_MAX: u32 = 1_000_000;
 pub const GRACE_MAX: u32 = 30 * 24 * 60 * 60;
 /// Default grace period of a rotated secret in seconds: 24 hours.
 pub const GRACE_DEFAULT: u32 = 24 * 60 * 60;
-/// The permitted length of a password in bytes, after NFC normalization.
+/// The permitted length of a password in bytes, both as sent and after NFC normalization.
 pub const PASSWORD_BYTES: std::ops::RangeInclusive<usize> = 12..=256;
 /// Maximum length of a password, token, or API key in a request, in characters. Longer values are rejected without
 /// being verified.
@@ -94,7 +94,8 @@ pub(crate) fn email(value: &str, _: &()) -> garde::Result {
     }
 }
 
-/// Requires 12 to 256 bytes before normalization. The server also checks whether the password is too easy to guess.
+/// Requires 12 to 256 bytes. The server also checks the length after NFC normalization, and whether the password is too
+/// easy to guess.
 pub(crate) fn password(value: &str, _: &()) -> garde::Result {
     if PASSWORD_BYTES.contains(&value.len()) {
         Ok(())

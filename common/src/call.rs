@@ -1,5 +1,5 @@
 //! All calls that the console makes to the server. Only this module converts a call to a method, path, query, and body.
-//! The desktop app accepts no other calls from its page.
+//! The desktop app accepts no other calls from the console.
 
 use serde::{Deserialize, Serialize};
 
@@ -73,8 +73,8 @@ pub struct DecisionFilter {
     pub request_id: Option<String>,
 }
 
-/// A call to the server. In the desktop app, the page passes calls to the host as JSON, and the host sends the
-/// requests.
+/// A call to the server. In the desktop app, the console passes each call as JSON to the app's main process (the
+/// *host*), which sends the request.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Call {
@@ -273,7 +273,7 @@ impl Call {
         }
     }
 
-    /// Returns whether a 401 response can mean that the access token has expired and must be refreshed.
+    /// Returns whether a 401 response can mean that the session must be refreshed.
     pub const fn is_of_session(&self) -> bool {
         !matches!(
             self,
@@ -281,8 +281,8 @@ impl Call {
         )
     }
 
-    /// Returns whether the call may change data on behalf of a session. The change may take effect even if no response
-    /// to the call arrives.
+    /// Returns whether the call may change data on behalf of a session. If such a call gets no response, the change may
+    /// still take effect.
     pub fn is_change(&self) -> bool {
         self.is_of_session() && self.sent().method != "GET"
     }

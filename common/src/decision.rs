@@ -51,8 +51,8 @@ response! {
         pub items: Vec<Decision>,
         /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
         pub next_cursor: Option<String>,
-        /// Number of decisions in the log that match the filters. `null` if requests to `endpoint` are not counted
-        /// separately, or if more than 50,000 requests have this `request_id`.
+        /// Number of decisions in the log that match the filters. `null` if the `endpoint` filter names an endpoint
+        /// that is not counted separately, or if more than 50,000 requests have the `request_id` in the filter.
         pub total: Option<u64>,
         /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive the decisions after this page. Opaque.
         pub last_event_id: String,
@@ -63,7 +63,7 @@ response! {
     /// The data of a `dropped` event, sent when there were too many decisions to send all of them.
     #[derive(Debug, Copy, Eq)]
     pub struct DroppedDecisions {
-        /// Number of decisions that were skipped, whether they match the filters or not.
+        /// Number of decisions that were skipped, whether or not they match the filters.
         pub count: u64,
     }
 }

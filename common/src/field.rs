@@ -186,7 +186,7 @@ fn bound(number: impl Into<u64>) -> f64 {
 numbers! {
     /// A rate in requests per minute.
     Rpm(u32 as i32) = 1..=bounds::RPM_MAX;
-    /// The number of requests that an idle key may send immediately.
+    /// The number of requests that are allowed immediately for an idle key.
     Burst(u32 as i32) = 1..=bounds::BURST_MAX;
     /// The number of requests allowed per day or month.
     Quota(u64 as i64) = 1..=bounds::QUOTA_MAX;
@@ -205,9 +205,11 @@ texts! {
     LoginEmail: 1..=bounds::EMAIL_MAX, bounds::login_email, NO_NUL_PATTERN;
     /// A new password. The server also rejects passwords that are too easy to guess.
     NewPassword: 1..=*bounds::PASSWORD_BYTES.end(), bounds::password;
-    /// A password, token, or API key exactly as sent. The server verifies it later.
+    /// A password, token, or API key exactly as sent. Validation checks only the length; the server verifies the
+    /// credential separately.
     Credential: 1..=bounds::CREDENTIAL_MAX, bounds::characters(bounds::CREDENTIAL_MAX);
-    /// A token that identifies a known device at sign-in. The server verifies it later.
+    /// A token that identifies a known device at sign-in. Validation checks only the length; the server verifies the
+    /// token separately.
     DeviceToken: 1..=bounds::DEVICE_TOKEN_MAX, bounds::characters(bounds::DEVICE_TOKEN_MAX);
     /// The name of a time zone. The server checks whether the IANA database contains it.
     TimeZoneName: 1..=bounds::TIME_ZONE_MAX, bounds::characters(bounds::TIME_ZONE_MAX);

@@ -1,8 +1,8 @@
 //! Parses the server's responses in the console.
 //!
-//! With serde, the parsers for all types would be a tenth of the console's download. This module parses text into
-//! [`Json`], from which each type takes its fields. Errors contain no message, because the console would not show it.
-//! Unknown fields are ignored, and missing fields are `null`.
+//! With serde, the parsers for all types would be a tenth of the console's download. Instead, this module parses text
+//! into [`Json`], from which each type takes its fields. Errors contain no message, because the console would not show
+//! it. Unknown fields are ignored, and missing fields are `null`.
 
 use std::collections::BTreeMap;
 
@@ -202,7 +202,7 @@ impl FromJson for Value {
     }
 }
 
-/// Larger exponents have the same result: zero or infinity.
+/// Exponents beyond this limit are clamped to it, because the result is zero or infinity anyway.
 const MAX_EXPONENT: i32 = 1_000_000_000;
 
 /// Parses a floating-point number. The last bits can differ from the exact result: the standard library's exact
@@ -225,7 +225,7 @@ fn float(text: &str) -> f64 {
             _ => {}
         }
     }
-    // Otherwise, zero times an infinite power would not be a number.
+    // Zero times an infinite power of ten would be NaN.
     value = if value == 0.0 {
         0.0
     } else if exponent < 0 {

@@ -54,7 +54,7 @@ text_enum! {
 }
 
 text_enum! {
-    /// A limit that applies to a key or to a tenant.
+    /// The name of a limit that applies to a key or a tenant.
     pub enum PolicyName {
         /// The rate limit, in requests per minute with a burst.
         Rpm = "rpm",

@@ -28,7 +28,7 @@ text_enum! {
         Share = "share",
         /// Each replica enforces the full limit on its own.
         Open = "open",
-        /// Reject requests with 503.
+        /// Requests are rejected with 503.
         Closed = "closed",
     }
 }
@@ -43,7 +43,7 @@ response! {
         pub name: String,
         /// Requests per minute for each key.
         pub default_rpm: u32,
-        /// Maximum burst: the number of requests that an idle key may send immediately.
+        /// Maximum burst: the number of requests that are allowed immediately for an idle key.
         pub burst: u32,
         /// Requests per key per calendar day, in the tenant's time zone. `null` if unlimited.
         pub daily_quota: Option<u64>,
@@ -71,8 +71,8 @@ request! {
         /// Requests per minute for each key, 1 to 60,000,000.
         #[garde(dive)]
         pub default_rpm: Rpm,
-        /// Maximum burst: the number of requests that an idle key may send immediately, 1 to 60,000,000. An empty
-        /// bucket must refill within 31 days, so the burst can be at most 44,640 times the rate. Default:
+        /// Maximum burst: the number of requests that are allowed immediately for an idle key, 1 to 60,000,000. An
+        /// empty bucket must refill within 31 days, so the burst can be at most 44,640 times the rate. Default:
         /// `default_rpm`.
         #[garde(dive)]
         pub burst: Option<Burst>,

@@ -177,7 +177,7 @@ problems! {
     Unavailable = "unavailable", 503, "Temporarily unavailable";
     /// Rate limits can't be checked right now, because the shared counters or the database can't be reached. The
     /// request does not count against any limit. Retry after the number of seconds in `Retry-After`. The status is 429
-    /// if the plan keeps limiting without the shared counters and the server cannot allow this request, and 503 if
+    /// if the plan keeps limiting without the shared counters, but the server cannot allow this request. It is 503 if
     /// nothing can be checked.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
     /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage is waiting

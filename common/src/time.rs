@@ -76,7 +76,8 @@ impl std::str::FromStr for Timestamp {
         let at = DateTime::parse_from_rfc3339(text)
             .map_err(|_| InvalidTimestamp)?
             .to_utc();
-        // Applying the offset can move a time out of the four-digit years that RFC 3339 allows.
+        // Rejects times before 1970, which the API does not need. Applying the offset can also move a time past the
+        // year 9999, the last year that RFC 3339 can represent.
         if at < DateTime::UNIX_EPOCH || at > Timestamp::latest() {
             return Err(InvalidTimestamp);
         }

@@ -82,7 +82,7 @@ response! {
         pub key_id: Option<ApiKeyId>,
         /// The endpoint, if grouped by `endpoint`; empty for requests without one. Otherwise `null`.
         pub endpoint: Option<String>,
-        /// If grouped by `policy`, the policy that denied the requests: `rpm`, `daily`, `monthly` or `tenant_monthly`;
+        /// The policy that denied the requests, if grouped by `policy`: `rpm`, `daily`, `monthly` or `tenant_monthly`;
         /// `reduced_capacity` if limits could not be checked. Otherwise `null`.
         pub policy: Option<String>,
         /// The plan, if grouped by `plan`. Otherwise `null`.
@@ -227,7 +227,7 @@ response! {
         pub plan: String,
         /// Sustained requests per minute: the key's override or the plan's rate.
         pub rpm: u32,
-        /// Maximum burst: the number of requests that an idle key may send immediately.
+        /// Maximum burst: the number of requests that are allowed immediately for an idle key.
         pub burst: u32,
         /// The state of each limit.
         pub limits: Vec<LimitState>,

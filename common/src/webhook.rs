@@ -14,7 +14,7 @@ response! {
     pub struct Webhook {
         pub id: WebhookId,
         pub name: String,
-        /// The URL to which events are sent, as POST requests.
+        /// The URL that receives events as POST requests.
         pub url: String,
         /// Whether events are sent. `false` if you or Quota disabled the webhook; if Quota disabled it,
         /// `disabled_reason` says why.

@@ -22,7 +22,7 @@ core.register_action("quota", { "http-req" }, function(txn)
   local answer = core.httpclient():get{ url = URL, headers = headers, timeout = 2000 }
   local function field(name)
     local values = answer and answer.headers and answer.headers[name]
-    -- Quota never sends two fields with this name.
+    -- Ignores a header with several values, because Quota never sends one.
     return values and not values[1] and values[0] or nil
   end
   local decision = field("x-quota-decision")

@@ -1,4 +1,4 @@
-// Tests undoing, duplicating and moving; menus; messages above dialogs; keys pasted by mistake; slow responses.
+// Tests undoing, duplicating and moving; menus; messages in dialogs; keys pasted by mistake; slow responses.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";
@@ -92,7 +92,7 @@ export async function actions(world) {
   await toast.waitFor({ state: "detached" });
   await my.button("Cancel").click();
 
-  // The menu of a key leads to the dialogs on its page, and to its usage.
+  // A key's menu leads to the dialogs on the key's page, and to the key's usage.
   await page.goto(`${base}/console/api-keys`);
   for (const [action, title] of [
     ["Edit", "Edit key"],
@@ -143,7 +143,7 @@ export async function actions(world) {
   await toast.getByText("2 keys activated").waitFor();
   assert.deepEqual([(await key(0)).is_active, (await key(1)).is_active, (await key(2)).is_active], [true, false, true]);
 
-  // If the user pastes a different key than the one on the page, the page says so before the key is used.
+  // If the user pastes a key other than the page's key, the page says so before the key is used.
   await page.goto(`${base}/console/api-keys/${created[0].api_key.id}`);
   await my.heading("One").waitFor();
   await page.locator("#pasted_key").fill(created[2].key);

@@ -1,5 +1,5 @@
-// Tests the billing page in every state, with responses that the test provides; pages that are loaded on demand; and a
-// subscription, with a fake Stripe.
+// Tests the billing page in every state, with responses that the test provides; pages that are not part of the first
+// download; and a subscription, with a fake Stripe.
 
 import assert from "node:assert/strict";
 
@@ -195,7 +195,7 @@ async function chunks(my) {
   await my.button("Retry").click();
   await my.heading("Audit log").waitFor();
   world.expected = undefined;
-  // The pages that are loaded on demand are not part of the first download. They are loaded before the user opens them.
+  // Pages that are not part of the first download are loaded in the background, before the user opens them.
   const loaded = () => page.evaluate(() => performance.getEntriesByType("resource").filter((it) => /pages-.*wasm/.test(it.name)).length);
   await page.goto(`${base}/console`);
   await my.heading("Home").waitFor();
@@ -212,7 +212,7 @@ async function chunks(my) {
 export async function subscription(world) {
   const my = await world.visitor();
   const { page, base } = my;
-  // The fake Stripe's pages have no icon.
+  // The fake Stripe's pages have no icon, so the browser reports status 404.
   world.expected = /status of 404/;
   await my.registered("Subscriber");
   const plan = await my.api("POST", "/admin/plans", { name: "Gold", default_rpm: 6000, billing: "paid" });
@@ -247,7 +247,7 @@ export async function subscription(world) {
     await stripe("Return");
     await my.heading("Billing").waitFor();
   };
-  /** Reloads until the server has read the change from Stripe. */
+  /** Reloads the page until it shows `text`. Until then, the server may not have read the change from Stripe. */
   const shows = async (text) => {
     const end = Date.now() + 20_000;
     for (;;) {

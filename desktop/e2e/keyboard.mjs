@@ -164,7 +164,7 @@ export async function keyboard(world) {
   await press("Enter");
   await my.status(200);
 
-  // Shortcut characters typed in the search field are text.
+  // In the search field, shortcut keys are typed as text.
   await press("/");
   await hasFocus("Search");
   await type("gp/?");

@@ -1,4 +1,4 @@
-// Tests lists of several API keys: sorting, filters, bulk actions, and changes to the expiry.
+// Tests lists of several API keys: sorting, filters, bulk actions, and changes to the expiration time.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";
@@ -36,14 +36,14 @@ export async function many(world) {
   await my.field("Sort").selectOption({ label: "Recently used" });
   await page.waitForFunction(() => document.querySelector("tbody th a")?.textContent === "Batch jobs");
   assert.equal(await header("Last used").getAttribute("aria-sort"), "descending");
-  // The sort order is part of the address and is kept after a reload.
+  // The sort order is part of the URL and is kept after a reload.
   await page.reload();
   await page.waitForFunction(() => document.querySelector("tbody th a")?.textContent === "Batch jobs");
   assert.equal(await my.field("Sort").inputValue(), "-last_used_at");
   await my.field("Sort").selectOption({ label: "Name, A to Z" });
   await waitForRows(["app, iOS", "Batch jobs", "Partner", "Web shop"]);
 
-  // The filters reflect the address, even after navigating.
+  // The filters match the URL, even after navigating.
   const unused = await my.api("POST", "/admin/plans", { name: "Unused", default_rpm: 60 });
   await page.reload();
   await waitForRows(["app, iOS", "Batch jobs", "Partner", "Web shop"]);
@@ -115,14 +115,14 @@ export async function many(world) {
   await page.getByText("1 failed: ").waitFor({ state: "detached" });
   world.expected = undefined;
 
-  // The expiry can be changed and removed.
+  // The expiration time can be changed and removed.
   await page.getByRole("link", { name: "app, iOS" }).click();
   await my.heading("app, iOS").waitFor();
   await my.button("Edit").click();
   const hint = await page.locator(".field", { has: my.field("Expires (optional)") }).locator(".note").textContent();
   await my.field("Expires (optional)").fill("2001-02-03T04:05");
   await my.button("Save changes").click();
-  // The server rejects this expiry, and the server's message replaces the hint.
+  // The server rejects an expiration time in the past, and the server's message replaces the hint.
   const note = page.locator(".field.invalid", { has: my.field("Expires (optional)") }).locator(".note");
   await note.waitFor();
   assert.match(await note.textContent(), /^[A-Z].*\w/);

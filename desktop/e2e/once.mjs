@@ -40,7 +40,7 @@ export async function once(world) {
     await page.waitForTimeout(200);
     assert.equal(prompts, before + 1, `${what}: the browser asks before reloading`);
   };
-  /** Delays the response to the button's request, and tries to leave the page before the response arrives. */
+  /** Clicks a button, delays the response to the request that it sends, and tries to leave the page in the meantime. */
   const submitSlowly = async (address, button) => {
     let release;
     const released = new Promise((resolve) => {

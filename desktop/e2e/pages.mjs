@@ -70,7 +70,7 @@ async function windows(world) {
   await grace.context.close();
 }
 
-/** The audit log shows what was changed, and its filters are part of the address. */
+/** The audit log shows what was changed, and its filters are part of the URL. */
 async function changes(world) {
   const my = await world.visitor();
   const { page } = my;
@@ -151,7 +151,7 @@ async function changes(world) {
   await my.context.close();
 }
 
-/** Trying a key shows which limits the requests count against, can be stopped, and shows why the test ended. */
+/** A test of a key shows which limits the requests count against and why the test ended. The user can stop it. */
 async function running(world) {
   const my = await world.visitor();
   const { page } = my;
@@ -195,7 +195,7 @@ async function running(world) {
   await my.inspect("key-daily");
 
   // Every quota is shown after each request, although responses report only the rate limit and the policy closest to
-  // exhaustion. The meter of the rate refills.
+  // exhaustion. The rate limit's meter refills.
   await openKey("Both", { default_rpm: 60, burst: 4, daily_quota: 100, monthly_quota: 1000 });
   const meter = (name) => page.locator(".try .meter").filter({ hasText: name });
   await my.button("Send 1").click();
@@ -263,7 +263,7 @@ async function system(world) {
   await my.context.close();
 }
 
-/** Missing files and blocked cookies cause an error message. */
+/** If files are missing or cookies are blocked, an error message says so. */
 async function startFailures(world) {
   const my = await world.visitor();
   const { page, base, context } = my;

@@ -18,7 +18,8 @@ export async function roles(world) {
     me.tenant.role = role;
     await route.fulfill({ json: me });
   });
-  // The session belongs to an owner, so this route detects calls that the server would reject for the role.
+  // The session belongs to an owner, so the server accepts every call. This route detects calls that the server would
+  // reject for the tested role.
   await page.route(/\/admin\/(plans|api-keys|service-tokens|webhooks|audit|alert-settings)/, (route) => {
     if (role === "billing") denied.push(route.request().url());
     return route.continue();

@@ -107,7 +107,7 @@ export async function tour(world) {
   await page.getByRole("link", { name: "Mobile app" }).waitFor();
   await my.inspect("keys");
 
-  // Filters are part of the address.
+  // Filters are part of the URL.
   await page.getByRole("searchbox", { name: "Search" }).fill("nothing");
   await my.heading("No matching keys").waitFor();
   assert.match(page.url(), /search=nothing/);

@@ -90,7 +90,7 @@ async function liveTail(my, fail) {
   await my.inspect("live-tail-no-match");
 }
 
-/** Closing the dialog or leaving the page stops the requests, and has no other effect. */
+/** Closing the dialog or leaving the page stops the requests, and causes no error. */
 async function leavesWhileSending(my, { api_key, key }) {
   const { page, base } = my;
   await page.route("**/v1/echo", async (route) => {
@@ -124,16 +124,16 @@ async function leavesWhileSending(my, { api_key, key }) {
 }
 
 /**
- * If loading takes long, the page says so, and loading ends after a timeout. If a change times out, an error says that
- * the change may still take effect.
+ * If loading takes a long time, the page says so, and loading fails after a timeout. If a change times out, an error
+ * says that the change may still take effect.
  */
 async function nothingResponds(my) {
   const { page, base } = my;
   await page.goto(`${base}/console/settings`);
   await my.heading("Profile").waitFor();
   const calls = /\/admin\/(plans|api-keys)/;
-  // The response arrives after the note about slow loading and before the timeout. For this purpose, the timeout is
-  // restored to its usual length.
+  // The response arrives after the note about slow loading and before the timeout. Because the test has shortened the
+  // timeout, this part restores it to its usual length.
   await page.route(calls, async (route) => {
     await pause(6000);
     await route.continue().catch(() => {});

@@ -115,13 +115,12 @@ async function traffic(my, replicas, scale) {
   return { log, app, slow, counted, quota };
 }
 
-/** Waits until the server has counted all requests. */
+/** Waits until the server has counted all requests, and has saved when keys and tokens were last used. */
 async function untilCounted(my, log) {
   const deadline = Date.now() + 20_000;
   for (;;) {
     const stats = await my.api("GET", "/admin/stats");
     const [token] = (await my.api("GET", "/admin/service-tokens")).items;
-    // The last use of keys and tokens is saved a little later.
     if (stats.requests_today === log.requests.length && stats.unused_keys === 1 && token.last_used_at) return;
     assert.ok(stats.requests_today <= log.requests.length, `${stats.requests_today} of ${log.requests.length} counted`);
     assert.ok(Date.now() < deadline, `only ${stats.requests_today} of ${log.requests.length} counted`);
@@ -148,7 +147,7 @@ async function home(my, log, quota) {
   const attention = page.locator("section", { has: page.getByRole("heading", { name: "Needs attention" }) });
   assert.ok(used >= quota * 0.8, `${used}`);
   await attention.getByRole("link", { name: "Counted" }).waitFor();
-  // More than 5% of the requests were rejected, so the page also lists rejected requests under *Needs attention*.
+  // At least 5% of the requests were rejected, so the page also lists rejected requests under *Needs attention*.
   assert.ok(all.rejected * 20 >= all.total, JSON.stringify(all));
   await attention.getByText(`${percent(all.rejected, all.total)} (${number(all.rejected)} of ${number(all.total)}) in the last 24 hours`).waitFor();
   const top = page.locator("section", { has: page.getByRole("heading", { name: "Top keys, last 24 hours" }) });
@@ -158,7 +157,7 @@ async function home(my, log, quota) {
     await top.locator("li", { hasText: key }).getByText(note, { exact: true }).waitFor();
   }
   await my.inspect("home-traffic");
-  // A gateway has checked requests, so all four first steps are done.
+  // A gateway has checked requests, so all four of the first steps are done.
   await page.getByText("4 of 4 done").waitFor();
 }
 
@@ -223,7 +222,7 @@ async function usagePage(my, log, app) {
   await page.locator("#count").selectOption({ label: "Requests" });
   await matches(log.count());
 
-  // A click on a row filters the page, and the address keeps all choices.
+  // A click on a row filters the page, and the URL keeps all choices.
   await page.locator("table.groups").getByRole("link", { name: "Mobile app" }).click();
   await page.waitForFunction((id) => location.search.includes(id), app.api_key.id);
   await page.waitForFunction(
@@ -241,8 +240,8 @@ async function usagePage(my, log, app) {
   await page.goto(`${my.base}/console/usage`);
   await chart.waitFor();
 
-  // Uses only the keyboard. The last bar is the current hour, or contains only some of the requests if the hour has
-  // changed.
+  // Uses only the keyboard. The last bar is the current hour. If a new hour has just started, this bar contains only
+  // some of the requests.
   await page.locator(".chart-plot").focus();
   await page.keyboard.press("End");
   const readout = () => page.locator(".chart-plot").getAttribute("aria-valuetext");
@@ -250,7 +249,7 @@ async function usagePage(my, log, app) {
   await page.keyboard.press("Home");
   assert.match(await readout(), /0 allowed · 0 rejected$/);
   await my.inspect("usage-selected");
-  // A series can be hidden, and the address contains this choice.
+  // A series can be hidden, and the URL contains this choice.
   await page.locator(".legend.rejected").focus();
   await page.keyboard.press("Space");
   await page.waitForFunction(() => location.search.includes("hide=rejected"));

@@ -13,7 +13,7 @@ export async function walk(world) {
   const my = await world.visitor();
   const { page, base } = my;
   let count = 0;
-  /** Takes screenshots of the current view at every width and in every theme. */
+  /** Takes screenshots of the current view, by default at every width and in every theme. */
   const take = async (name, some = widths, shades = themes) => {
     for (const width of some) {
       await page.setViewportSize({ width, height: width < 700 ? 800 : 900 });

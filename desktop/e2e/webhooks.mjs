@@ -28,7 +28,7 @@ class Receiver {
     return receiver;
   }
 
-  /** Returns the signature of a request with each secret, computed as the documentation describes. */
+  /** Returns the request's signature for each secret, computed as the documentation describes. */
   static signatures({ headers, body }, secrets) {
     return secrets.map((secret) => {
       const key = Buffer.from(secret.replace("whsec_", ""), "base64");
@@ -185,7 +185,7 @@ async function fails(my, receiver) {
   await page.locator("main").getByRole("link", { name: "Alerts", exact: true }).click();
   await counts(my, 2);
 
-  // The filter is part of the address.
+  // The filter is part of the URL.
   const filter = page.locator("#status");
   await filter.selectOption({ label: "Failed" });
   await my.heading("No matching deliveries").waitFor();
@@ -418,7 +418,7 @@ async function alerts(world, receiver) {
   await page.getByText("Emails aren't sent because no mail server is configured.").waitFor();
   await my.inspect("alerts-none");
 
-  // Tests who gets emails.
+  // Tests the setting for who receives emails.
   await press(my, "Edit email notifications");
   await my.heading("Email notifications").waitFor();
   for (const name of ["Owners", "Admins"]) {

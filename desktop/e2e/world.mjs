@@ -71,7 +71,7 @@ export class Visitor {
     this.email = `e2e-${Date.now()}-${Math.random().toString(36).slice(2, 8)}@example.com`;
   }
 
-  // An open dialog makes the rest of the page inert. A button that opens a form has the same name as the form's submit
+  // Searches only the dialog if one is open, because a button that opens a form has the same name as the form's submit
   // button.
   button = (name) =>
     this.page.locator("dialog[open], body:not(:has(dialog[open]))").getByRole("button", { name, exact: true });
@@ -112,7 +112,10 @@ export class Visitor {
     await this.button("Sign in").click();
   }
 
-  /** Checks the page with axe and for sideways scrolling, in light and dark mode, at two widths. Takes screenshots. */
+  /**
+   * Runs axe, and checks that all content fits, at two widths in light and dark mode. At 320 pixels, checks only that
+   * all content fits. Takes screenshots if `shots` is set.
+   */
   async inspect(name) {
     const { page, world } = this;
     // Content that is dimmed because it is about to be replaced has less contrast on purpose.

@@ -81,8 +81,9 @@ class QuotaMiddleware:
     `X-Quota-Degraded: unchecked`.
 
     `timeout` is the time that a check may take, in seconds. `key`, `cost` and `endpoint` are functions of a request's
-    ASGI scope, which return the request's API key, the number of requests that it counts as (1 to 1,000,000), and the
-    name under which usage lists it (from a small set, not paths with IDs).
+    ASGI scope. `key` returns the request's API key. `cost` returns the number of requests that the request counts as,
+    1 to 1,000,000. `endpoint` returns the name under which the request is recorded in usage. Return names from a small
+    set, not paths with IDs.
     """
 
     def __init__(

@@ -189,7 +189,8 @@ impl Client {
     }
 }
 
-/// Returns why a call has no response. If the server may have received the call, its change may still take effect.
+/// Returns why a call has no response. [`CallError::NoResponse`] means that the server may have received a change,
+/// which may therefore still take effect.
 fn failure(error: &reqwest::Error, call: &Call) -> CallError {
     if error.is_timeout() && !error.is_connect() && call.is_change() {
         CallError::NoResponse

@@ -15,7 +15,8 @@ const TIMEOUT: Duration = Duration::from_secs(60);
 #[error("no keychain is available")]
 pub struct NoKeychain;
 
-/// Stores one token per server. All methods block while the system asks the user to unlock the keychain.
+/// Stores tokens by name: a server's refresh token under the server's address, and its device token under the address
+/// followed by `(device)`. All methods block while the system asks the user to unlock the keychain.
 pub trait Keychain: Send + Sync + 'static {
     fn get(&self, server: &str) -> Result<Option<SecretString>, NoKeychain>;
     fn set(&self, server: &str, token: &SecretString) -> Result<(), NoKeychain>;

@@ -1,7 +1,7 @@
 //! Quota's console as a desktop app.
 //!
 //! The window shows the console, which is embedded in the app. The console passes its calls to [`commands`]. [`client`]
-//! and [`session`] make the requests; these two modules do not depend on Tauri. The page never sees the session's
+//! and [`session`] make the requests; these two modules do not depend on Tauri. The console never sees the session's
 //! tokens, cannot navigate to other sites or open windows, and can call only the commands listed in
 //! `capabilities/main.json`.
 

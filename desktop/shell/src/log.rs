@@ -66,7 +66,8 @@ pub fn start(folder: &Path) {
 
 struct Redacting<W>(Mutex<W>);
 
-/// Writes one line. The subscriber writes each line with a single call.
+/// Writes one line of the log. The subscriber passes each line in a single call, so a secret is never split between two
+/// calls.
 struct Line<'a, W>(&'a Mutex<W>);
 
 impl<'a, W: Write + 'a> MakeWriter<'a> for Redacting<W> {

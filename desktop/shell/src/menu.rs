@@ -22,7 +22,7 @@ const PAGES: [(&str, &str, &str); 10] = [
     ("/console/settings", "Settings", "CmdOrCtrl+,"),
 ];
 
-// The ID, name, and keyboard shortcut of each other menu entry.
+// The ID, name, and keyboard shortcut of each of the other menu entries.
 const RELOAD: (&str, &str, &str) = ("reload", "Reload", "CmdOrCtrl+R");
 const QUIT: (&str, &str, &str) = ("quit", "Quit", "CmdOrCtrl+Q");
 const BACK: (&str, &str, &str) = ("back", "Back", "Alt+Left");
@@ -84,7 +84,7 @@ fn build(app: &AppHandle) -> tauri::Result<Menu<tauri::Wry>> {
         .about(Some(about))
         .build()?;
     let mut menu = MenuBuilder::new(app).item(&quota);
-    // On macOS, the shortcuts for copy and paste require menu entries. On other systems, the page handles these
+    // On macOS, the shortcuts for copy and paste require menu entries. On other systems, the web view handles these
     // shortcuts.
     let edit = SubmenuBuilder::new(app, "Edit")
         .undo()

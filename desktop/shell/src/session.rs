@@ -1,9 +1,9 @@
 //! A session with one server: its tokens, and calls that use them. Does not depend on Tauri.
 //!
 //! The access token is kept in memory. The refresh token is kept in the keychain, or in memory if no keychain is
-//! available. The first call that finds that the access token has expired or will expire soon refreshes the session;
-//! other calls wait. The new refresh token is stored before the new access token is used, so that the session survives
-//! if the app exits between the two steps.
+//! available. When the access token has expired or is about to expire, the next call refreshes the session, and other
+//! calls wait. The new refresh token is stored before the new access token is used, so that the session survives if the
+//! app exits between the two steps.
 //!
 //! Several processes of the same user share the keychain entry. A file lock ensures that only one process refreshes at
 //! a time, so that each process finds the token that the previous process stored.
@@ -35,13 +35,14 @@ use crate::{
     keychain::{self, Keychain},
 };
 
-/// How long before its expiry an access token is refreshed.
+/// An access token is refreshed this long before it expires.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// How long to wait for another process to finish a refresh. This is longer than a refresh takes.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often to try to acquire the lock.
 const LOCK_POLL: Duration = Duration::from_millis(50);
-/// The maximum number of responses to keep for use while the server is unreachable.
+/// The maximum number of responses to keep for use while the server is unreachable. When there are more, all earlier
+/// responses are dropped.
 const MAX_CACHED: usize = 200;
 
 struct Access {
@@ -79,12 +80,12 @@ impl Session {
         }
     }
 
-    /// Returns whether the last keychain operation succeeded.
+    /// Returns `false` if the keychain has failed since a refresh token was last stored in it.
     pub fn has_keychain(&self) -> bool {
         *self.has_keychain.lock()
     }
 
-    /// Checks whether the keychain is available, and updates [`has_keychain`](Self::has_keychain).
+    /// Checks whether the keychain is available. If it is not, [`has_keychain`](Self::has_keychain) returns `false`.
     pub async fn probe_keychain(&self) {
         let _ = self.stored_token().await;
     }
@@ -95,7 +96,7 @@ impl Session {
             Call::Refresh => {
                 let mut state = self.state.lock().await;
                 let expires_in = self.refresh(&mut state).await?;
-                // The page must never see the session's tokens.
+                // The console must never see the session's tokens.
                 let without_tokens = Tokens {
                     access_token: None,
                     refresh_token: None,
@@ -211,7 +212,7 @@ impl Session {
         }
     }
 
-    /// Returns an access token that differs from `rejected`.
+    /// Returns an access token that differs from `rejected`. Refreshes the session if necessary.
     async fn access(&self, rejected: Option<&SecretString>) -> Result<SecretString, CallError> {
         let mut state = self.state.lock().await;
         let usable = state.access.as_ref().filter(|access| {

@@ -67,7 +67,9 @@ fn limit_headers() -> Map<String, Value> {
     Map::from_iter([
         (
             "X-RateLimit-Limit".to_owned(),
-            number("Maximum burst: the number of requests that an idle key may send immediately."),
+            number(
+                "Maximum burst: the number of requests that are allowed immediately for an idle key.",
+            ),
         ),
         (
             "X-RateLimit-Remaining".to_owned(),

@@ -116,7 +116,7 @@ impl QuotaLayerBuilder {
     }
 
     /// Remembers denials for up to `keys` keys. For up to a second after such a denial, further requests with the same
-    /// key are denied without a check. Off by default.
+    /// key are denied without a check, unless they cost less than the denied request. Off by default.
     ///
     /// Allowed requests are never remembered, so the cache never allows a request that Quota would deny. A denial is
     /// remembered only if a limit caused it and a retry cannot succeed within a second. Therefore, a request is denied

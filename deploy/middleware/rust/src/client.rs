@@ -39,7 +39,7 @@ pub(crate) enum CheckError {
     /// on.
     #[error("Quota rejected the check with status {0}")]
     Invalid(StatusCode),
-    /// The key's plan denies all requests while Redis is unreachable.
+    /// The key's plan rejects all requests while Redis is unreachable.
     #[error("Quota cannot check this key's limits")]
     Closed,
     #[error("the response is not a decision by Quota")]

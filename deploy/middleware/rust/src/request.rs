@@ -84,7 +84,8 @@ pub(crate) fn matched_route(_: &Parts) -> Option<String> {
     None
 }
 
-/// Returns whether Quota accepts this request ID. With an ID that is too long, the consumer could make the check fail.
+/// Returns whether Quota accepts this request ID. If an ID that is too long were passed on, the consumer could make the
+/// check fail.
 pub(crate) fn is_id(bytes: &[u8]) -> bool {
     (1..=128).contains(&bytes.len())
         && bytes

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::decision::{Code, Decision};
 
-/// The body of a response: the service's own, or that of a denial.
+/// The body of a response: the service's own, or the layer's problem details.
 pub type ResponseBody<B> = Either<B, Full<Bytes>>;
 
 const QUOTA_EXCEEDED: &str = "https://iana.org/assignments/http-problem-types#quota-exceeded";
@@ -29,7 +29,7 @@ struct Problem<'a> {
     violated_policies: Vec<&'a str>,
 }
 
-/// Writes the problem as the body of a response that must not be stored.
+/// Returns a response that caches must not store, with the problem as its body.
 fn respond(problem: &Problem<'_>) -> Response<Full<Bytes>> {
     let body = serde_json::to_vec(problem).unwrap_or_default();
     let mut response = Response::new(Full::from(body));

@@ -89,7 +89,7 @@ impl Checker {
             cost,
             endpoint: (settings.endpoint)(parts).and_then(|name| request::endpoint(&name)),
         };
-        // With several IDs, none identifies the request.
+        // If there are several IDs, it is unclear which of them identifies the request.
         let mut ids = parts.headers.get_all(REQUEST_ID).iter();
         let request_id = ids.next().filter(|_| ids.next().is_none());
         let request_id = request_id.filter(|id| request::is_id(id.as_bytes()));

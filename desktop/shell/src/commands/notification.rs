@@ -18,7 +18,7 @@ use zbus::{Proxy, connection, proxy::SignalStream, zvariant::Value};
 
 use crate::window;
 
-/// The name of the service, which is also the name of its interface.
+/// The D-Bus name of the notification service, which is also the name of its interface.
 const SERVICE: &str = "org.freedesktop.Notifications";
 const PATH: &str = "/org/freedesktop/Notifications";
 /// The time limit for a call to the service. The call may have to wait until the service has started.

@@ -30,7 +30,7 @@ struct Page {
     url: Url,
 }
 
-/// Opens a Stripe page in the default browser. The URL comes from the server; the app's page cannot choose the URL.
+/// Opens a Stripe page in the default browser. The URL comes from the server; the console cannot choose it.
 #[tauri::command]
 pub async fn open_billing(state: State<'_, App>, page: BillingPage) -> Result<(), CallError> {
     let response = state.session()?.call(&page.call()).await?;

@@ -80,7 +80,7 @@ fn save_new(folder: &Path, name: &str, text: &str) -> std::io::Result<PathBuf> {
     Err(std::io::ErrorKind::AlreadyExists.into())
 }
 
-/// The page calls this command when the page is ready for use.
+/// Logs the startup time. The console calls this command when its first page is ready for use.
 #[tauri::command]
 pub async fn ready() {
     let ms = STARTED

@@ -50,7 +50,7 @@ fn csrf_token() -> Option<String> {
     })
 }
 
-/// The account whose data this page shows.
+/// The account whose data the page shows, and the CSRF token of the session with which the page was loaded.
 struct PageOwner {
     csrf_token: Option<String>,
     account: (UserId, TenantId),
@@ -60,8 +60,9 @@ thread_local! {
     static PAGE_OWNER: RefCell<Option<PageOwner>> = const { RefCell::new(None) };
 }
 
-/// Returns the page's account if another session, even of the same account, has replaced the session with which the
-/// page was loaded. Returns `None` if the browser has no session at all, because the server then responds with 401.
+/// If another session, even of the same account, has replaced the session with which the page was loaded, returns the
+/// account whose data the page shows. Returns `None` if the browser has no session at all, because the server then
+/// responds with 401.
 fn account_before_replacement() -> Option<(UserId, TenantId)> {
     let now = csrf_token()?;
     PAGE_OWNER.with_borrow(|owner| {

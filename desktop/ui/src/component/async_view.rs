@@ -134,8 +134,9 @@ impl<T: Clone + Send + Sync + 'static> Loader<T> {
 
 type LocalFuture<T> = Pin<Box<dyn Future<Output = T>>>;
 
-/// Loads now, and reloads whenever a signal read by `fetch` changes. Ignores responses to outdated requests. If a
-/// reload with the same parameters fails, the current data remains and a toast shows the error.
+/// Loads now, and reloads whenever a signal read by `fetch` changes. Ignores responses to outdated requests. If
+/// [`Loader::reload`] fails, the current data remains and a toast shows the error, unless the resource no longer
+/// exists.
 pub fn load<T, F>(fetch: impl Fn() -> F + 'static) -> Loader<T>
 where
     T: Clone + Send + Sync + 'static,

@@ -14,7 +14,6 @@ pub fn CopyButton(
     #[prop(optional)] on_copied: Option<Callback<()>>,
 ) -> impl IntoView {
     let copied = RwSignal::new(false);
-    // The result is shown next to the button, because an open dialog would cover a toast.
     let failed = RwSignal::new(false);
     let copy = move |_| {
         let text = text.get_untracked();

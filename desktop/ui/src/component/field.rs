@@ -110,7 +110,7 @@ pub fn SelectField(
     id: &'static str,
     #[prop(into)] label: String,
     value: RwSignal<String>,
-    /// Each value with its label.
+    /// The options, each as a value and its label.
     #[prop(into)]
     options: Signal<Vec<(String, String)>>,
     #[prop(optional, into)] hint: String,

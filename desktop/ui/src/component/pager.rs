@@ -1,4 +1,4 @@
-//! Links to the next and previous page of a list.
+//! Links to the first, previous, and next page of a list.
 
 use std::cell::RefCell;
 
@@ -10,11 +10,11 @@ use crate::{
 };
 
 thread_local! {
-    /// Maps the URL of a list page to the URL of the previous page. Cursors lead only forward.
+    /// Maps the URL of a list page to the URL of the previous page, because cursors lead only forward.
     static PREVIOUS: RefCell<Vec<(String, String)>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Links to the next page, and to the previous page if it was shown in this window.
+/// Links to the first and the next page, and to the previous page if it was shown in this window.
 #[component]
 pub fn Pager(total: u64, shown: usize, next: Option<String>) -> impl IntoView {
     let route = route();

@@ -44,8 +44,8 @@ impl NewSecret {
     }
 }
 
-/// A dialog that cannot be closed until the user has copied the secret or confirmed saving it. Escape shows a warning
-/// first.
+/// A dialog that cannot be closed until the user has copied the secret or confirmed saving it. Until then, Escape shows
+/// a warning.
 #[component]
 pub fn SecretDialog(
     new: NewSecret,

@@ -16,5 +16,5 @@ pub fn on_quit(_warn: impl Fn() + 'static) {}
 /// Whether new alerts are also shown as notifications of the operating system.
 pub const NOTIFIES: bool = false;
 
-/// Whether Stripe pages open in another window. If so, this page waits for the user to return.
+/// Whether Stripe pages open in another window. If so, the billing page waits for the user to return.
 pub const OPENS_PAGES_OUTSIDE: bool = false;

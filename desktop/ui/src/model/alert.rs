@@ -103,8 +103,8 @@ pub fn newer(alerts: &[QuotaAlert], than: QuotaAlertId) -> impl Iterator<Item = 
     alerts.iter().filter(move |it| it.id > than)
 }
 
-/// Returns the alerts to announce. Before the first check, `announced` is `None`, and no alert is announced, because
-/// the alerts may be from days ago. `alerts` must be sorted newest first.
+/// Returns the alerts to announce, in the given order. Before the first check, `announced` is `None`, and no alert is
+/// announced, because the alerts may be from days ago.
 pub fn unannounced(
     alerts: &[QuotaAlert],
     announced: Option<QuotaAlertId>,

@@ -5,7 +5,7 @@ use super::{chart::percent, text::number, usage::Pair};
 /// A rejection rate of at least this many percent needs attention.
 const HIGH_PERCENT: u64 = 5;
 
-/// Returns the used percentage of a limit, rounded down: at 100%, nothing is left.
+/// Returns the used percentage of a limit, rounded down so that 100 means that nothing is left.
 pub fn used_percent(used: u64, limit: u64) -> u64 {
     let percent = u128::from(used) * 100 / u128::from(limit.max(1));
     u64::try_from(percent).unwrap_or(u64::MAX)

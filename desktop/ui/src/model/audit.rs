@@ -9,7 +9,7 @@ use super::{
     text::{capitalized, date_time, number, quoted},
 };
 
-/// Returns the label of an action, such as `api_key.rotate`.
+/// Returns the label for an action such as `api_key.rotate`.
 pub fn action_label(action: &str) -> String {
     match action {
         "session.begin" => "Signed in",
@@ -211,8 +211,8 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
-/// Returns a value as JSON on one line. Does not use serde_json, whose tables for formatting floating-point numbers
-/// would make the download larger.
+/// Formats a value on one line, like JSON but without escaping strings. Does not use serde_json, whose tables for
+/// formatting floating-point numbers would make the download larger.
 pub fn compact(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
@@ -266,7 +266,7 @@ pub fn event_table(
         .iter()
         .flat_map(|event| {
             let id = event.target_id.as_deref().unwrap_or_default();
-            // For a resource without a page, link to its history.
+            // If a resource has no page, link to its history.
             let href = match &*event.target_type {
                 "api_key" if !is_deleted(id) => format!("/console/api-keys/{id}"),
                 "webhook" if !is_deleted(id) => format!("/console/webhooks/{id}"),

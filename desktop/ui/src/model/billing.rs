@@ -13,8 +13,8 @@ use super::{
     text::{count, date_time, enumerated, number, relative},
 };
 
-/// While a tenant is subscribed, the server reads the tenant's subscription more often than this, unless Stripe is
-/// unreachable.
+/// The age at which the data counts as outdated. While a tenant is subscribed, the server reads the tenant's
+/// subscription more often than this, unless Stripe is unreachable.
 const STALE_MS: i64 = 30 * 60 * 1000;
 
 fn millis(at: Timestamp) -> i64 {
@@ -25,7 +25,7 @@ fn date(at: Timestamp) -> String {
     date_time(millis(at))
 }
 
-/// Returns a phrase for the requests that require a subscription. The phrase is the subject of a sentence.
+/// Describes the requests that require a subscription. The result is used as the subject of a sentence.
 fn paid_requests(keys: u64) -> String {
     match keys {
         0 => "requests with keys on paid plans".to_owned(),
@@ -67,7 +67,7 @@ pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     }
 }
 
-/// Returns whether the user should click the first button next.
+/// Returns whether the user needs to act: whether the first button is something other than *Manage in Stripe*.
 pub fn is_action_needed(it: &BillingState) -> bool {
     buttons(it).first() != Some(&MANAGE)
 }

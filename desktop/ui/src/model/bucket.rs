@@ -1,4 +1,5 @@
-//! Estimates a key's token bucket between two responses: the last reported level plus the tokens refilled since then.
+//! Estimates the level of a key's token bucket between two responses: the last reported level plus the tokens refilled
+//! since then.
 
 use std::fmt::Write as _;
 
@@ -94,7 +95,7 @@ impl History {
         self.points.drain(..old.saturating_sub(1));
     }
 
-    /// Returns the points of an SVG `polyline` in a box of the given width and a height of 1000.
+    /// Returns the points of an SVG `polyline` in a box that is `width` wide and 1000 high.
     pub fn line(&self, now: i64, width: i64) -> String {
         let mut line = String::new();
         for (at, share) in &self.points {

@@ -1,4 +1,4 @@
-//! A chart of a quota's remaining requests over its day or month, as SVG.
+//! An SVG chart of how much of a quota remains over the course of the quota's day or month.
 
 use quota_common::{limit::PolicyName, usage::BurnDown};
 

@@ -108,7 +108,7 @@ fn position(part: u64, whole: u64) -> String {
 pub struct Visible {
     pub allowed: bool,
     pub rejected: bool,
-    /// The index of the bar under the pointer.
+    /// The index of the bar that is selected with the pointer or the keyboard.
     pub selected: Option<usize>,
 }
 
@@ -326,7 +326,7 @@ pub fn bar_table(caption: &str, bars: &[Bar]) -> Markup {
     element("table", &[("class", "table data")], &parts)
 }
 
-/// Returns a row of small bars without axes.
+/// Returns a sparkline: a row of small bars without axes.
 pub fn sparkline(values: &[u64]) -> Markup {
     let highest = values.iter().copied().max().unwrap_or(0).max(1);
     let units = values.len() as u64 * 10;

@@ -26,8 +26,8 @@ impl<A: Clone> Messages<A> {
         Self(Vec::new())
     }
 
-    /// Shows a message. A success message removes all other messages, except errors that the user has not had time to
-    /// read.
+    /// Shows a message, and removes earlier success messages. If the new message is a success message, also removes the
+    /// errors that the user has had time to read.
     pub fn add(&mut self, message: Message<A>) {
         self.0.retain(|it| {
             it.is_error && (message.is_error || message.added_at - it.added_at < READ_MS)
@@ -98,7 +98,7 @@ mod tests {
         messages.add(message(2, false, READ_MS));
         messages.remove(2);
         assert!(messages.is_empty());
-        // An error that a success message covered before the user could read the error is shown afterward.
+        // An error that the user has not had time to read is shown again after the success message.
         messages.add(message(3, true, 10_000));
         messages.add(message(4, false, 10_500));
         assert_eq!(shown(&messages), Some((4, 1)));

@@ -137,8 +137,8 @@ const fn group_pair(group: &UsageGroup, by_cost: bool) -> Pair {
     pair(&counts, by_cost)
 }
 
-/// Returns the requests since midnight: the larger of two counts. `day` may have been loaded later than `stats`, and
-/// may not reach back to midnight after a clock change.
+/// Returns the requests since midnight. Uses the larger of two counts: the count in `day` may be newer than the count
+/// in `stats`, but `day` may not reach back to midnight after a clock change.
 pub fn today(stats: &Stats, day: &Usage) -> Pair {
     let buckets = day.buckets.iter().filter(|it| it.start >= stats.today);
     let (allowed, rejected) = buckets.fold((0, 0), |(allowed, rejected), it| {
@@ -236,7 +236,7 @@ const COLUMNS: [(&str, &str); 4] = [
     ("last", "Last seen"),
 ];
 
-/// Sorts groups by a column, or by requests if `sort` is empty. `Other` always comes last.
+/// Sorts groups by a column, or by their totals if `sort` is empty. `Other` always comes last.
 fn sort_groups(groups: &mut [UsageGroup], sort: &str, by_cost: bool) {
     let (column, ascending) = match sort.strip_prefix('-') {
         Some(column) => (column, false),

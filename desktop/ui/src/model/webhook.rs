@@ -421,7 +421,7 @@ pub fn event_types() -> Markup {
     let rows = [
         (
             THRESHOLD_REACHED,
-            "Sent when 50, 80 or 100% of a daily or monthly quota has been used, at most once for each threshold in each day or month.",
+            "Sent when 50, 80 or 100% of a daily or monthly quota has been used, at most once per threshold per day or month.",
         ),
         ("webhook.test", "Sent when you test the webhook."),
     ]

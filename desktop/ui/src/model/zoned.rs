@@ -50,7 +50,8 @@ impl LocalTime {
         format!("{:02}:{:02}", self.hour, self.minute)
     }
 
-    /// Returns the date and time with seconds, such as `26 Nov, 14:05:09 CET`. Seconds are the same in every time zone.
+    /// Returns the date and time with seconds, such as `26 Nov, 14:05:09 CET`. `seconds` are the same in every time
+    /// zone.
     pub fn to_the_second(&self, seconds: i64) -> String {
         format!(
             "{}, {}:{seconds:02} {}",

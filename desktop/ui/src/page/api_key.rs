@@ -130,7 +130,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             loader
             plans
             open=dialogs.editing
-            // Replicas apply the new limits within a second.
+            // Replicas apply the new limits within a second, so the usage is loaded several times.
             on_saved=Callback::new(move |()| usage.reload_after_requests())
         />
         <RotateDialog id loader open=dialogs.rotating rotated/>
@@ -146,7 +146,8 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
     }
 }
 
-/// Opens the dialog named by the `open` query parameter as soon as the key is loaded, and removes this parameter.
+/// Opens the dialog named by the `open` query parameter as soon as the key is loaded, and removes this parameter. If
+/// the user's role cannot change keys, only removes the parameter.
 fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
     let route = route();
     let own_path = route.path.get_untracked();

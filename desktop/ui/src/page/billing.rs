@@ -107,7 +107,7 @@ fn poll(visit: Visit, loader: Loader<BillingState>) {
                 SLOW_POLL_MS
             };
             gloo_timers::future::TimeoutFuture::new(pause).await;
-            // A later visit runs its own loop.
+            // A later visit runs its own loop, so this loop ends.
             let is_current = visit.polls.try_get_untracked() == Some(polls);
             let waiting = visit
                 .waiting

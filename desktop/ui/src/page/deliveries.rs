@@ -77,7 +77,8 @@ pub fn Deliveries(log: Log) -> impl IntoView {
             open.set(true);
         }
     };
-    // The row may have been rendered again while the panel was open.
+    // Restores focus after the panel closes. The row may have been rendered again in the meantime, so the browser
+    // cannot do this.
     Effect::new(move |was_open: Option<bool>| {
         let is_open = open.get();
         if was_open == Some(true)

@@ -35,9 +35,9 @@ use crate::{
 #[derive(Clone)]
 struct Overview {
     stats: Stats,
-    /// The last 24 hours.
+    /// Usage in the last 24 hours.
     day: Usage,
-    /// The last 24 hours, grouped by key.
+    /// Usage in the last 24 hours, grouped by key.
     keys: Usage,
     /// `None` if the user's role cannot view keys and tokens.
     setup: Option<Setup>,
@@ -336,7 +336,7 @@ fn lists(it: &Overview) -> Markup {
     .collect()
 }
 
-/// Returns one of the first steps. The step becomes a link once the previous steps are done.
+/// Returns one of the first steps. The step has a link if `is_available` is true and the step is not done.
 fn step(
     done: bool,
     is_available: bool,
@@ -457,7 +457,7 @@ fn first_steps(it: &Overview) -> Option<Steps> {
     })
 }
 
-/// The first steps: expanded until a request has been sent, and collapsed after that.
+/// The first steps. By default, they are expanded until a request has been sent, and collapsed after that.
 #[component]
 fn GetStarted(steps: Steps, is_open: RwSignal<Option<bool>>) -> impl IntoView {
     let Steps {

@@ -39,7 +39,7 @@ pub type LoadedLimits = (KeyLimits, i64);
 /// match.
 #[derive(Clone)]
 pub struct Activity {
-    /// The last 24 hours.
+    /// Usage in the last 24 hours.
     day: Usage,
     decisions: DecisionPage,
 }

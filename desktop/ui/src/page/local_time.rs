@@ -4,7 +4,7 @@ use quota_common::Timestamp;
 
 use crate::component::browser_time_zone;
 
-/// Returns the hint below the field for a key's expiry.
+/// Returns the hint below the field for a key's expiration time.
 pub fn expiry_hint() -> String {
     format!(
         "The key stops working at this time ({}). Leave blank for no expiry.",

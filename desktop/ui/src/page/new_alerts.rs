@@ -18,7 +18,7 @@ use crate::{
 
 /// How often to check for alerts, in clock ticks. Two ticks are one minute.
 const EVERY: u32 = 2;
-/// The maximum number of new alerts to show.
+/// The maximum number of new alerts to count.
 const MAX_COUNT: u32 = 20;
 
 /// Alerts that the user has not seen in this browser.

@@ -34,8 +34,8 @@ impl PlanForm {
             rate: RwSignal::new(
                 plan.map_or_else(|| "60".to_owned(), |it| number(it.default_rpm.into())),
             ),
-            // The field is blank if the burst is equal to the rate, because the burst then changes with the rate, like
-            // a burst that is not set.
+            // Blank if the burst equals the rate: such a burst follows changes to the rate, like a burst that is not
+            // set.
             burst: text(
                 plan.filter(|it| it.burst != it.default_rpm)
                     .map(|it| it.burst.into()),

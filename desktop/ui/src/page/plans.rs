@@ -40,7 +40,7 @@ pub fn Plans() -> impl IntoView {
     });
     let creating = RwSignal::new(false);
     open_from_query(creating, can_create());
-    // A new plan starts with the settings of this plan.
+    // The plan that is being duplicated, if any. The new plan starts with its settings.
     let template = RwSignal::new(None::<Plan>);
     effect(move || {
         if !creating.get() {

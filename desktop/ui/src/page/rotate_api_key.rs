@@ -60,8 +60,7 @@ fn RotateForm(
     let submit = move || {
         let body = RotateApiKey {
             grace_seconds: grace.get_untracked().parse::<u32>().ok().map(Into::into),
-            // The call confirms that the previous secret may be revoked, but only if the user can see the warning in
-            // the dialog.
+            // Allow the call to revoke the previous secret only if the dialog shows the warning about this secret.
             replace_previous: untrack(previous_expiry).map(|_| true),
         };
         spawn_local(async move {

@@ -38,7 +38,7 @@ struct Results {
     rejected: u64,
     last: Option<TestResponse>,
     failure: Option<CallError>,
-    /// Whether *Send until 429* ended without a 429 response.
+    /// Whether *Send until 429* sent all of its requests without getting a 429 response.
     never_rejected: bool,
     /// The key's limits, and the value of `allowed` when the limits were loaded. Responses report only the rate limit
     /// and the policy that is closest to exhaustion.
@@ -226,7 +226,7 @@ pub fn TryIt(
                     let _ = busy.try_set(false);
                     return;
                 };
-                // Stops if the user has stopped the test, or if a limit was reached.
+                // Stops if the user has stopped the test or, with *Send until 429*, if a request was not allowed.
                 if stopped.get_untracked() || (!allowed && until_limited) {
                     never_rejected = false;
                     break;

@@ -134,7 +134,7 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
                 .into_iter()
                 .map(|key| (key.id.to_string(), key.name)),
         );
-        // The key may have been deleted, or may not be in the list.
+        // The selected key may have been deleted, or may not be in the list. It gets its own option.
         let current = get("key_id");
         if !options.iter().any(|(id, _)| *id == current) {
             options.push((current, "Other key".to_owned()));

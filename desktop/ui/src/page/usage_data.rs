@@ -58,7 +58,8 @@ pub fn period(request: &UsageRequest, zone: &str, now: i64) -> Option<(i64, i64,
         Range::Custom => {
             let (first, last) = &request.dates;
             let from = start_of_date(first, &local)?;
-            // The period includes the last day.
+            // The period includes the last day. A day and a half after the start of a day is always within the next
+            // day, even if the clocks change.
             let to = start_of_day(start_of_date(last, &local)? + DAY_MS + DAY_MS / 2, &local)?;
             (from, to)
         }
@@ -109,7 +110,7 @@ pub async fn load_usage(request: UsageRequest, zone: String) -> CallResult<Optio
     }))
 }
 
-/// Loads the last 24 hours, for one key or all keys.
+/// Loads the usage of one key, or of all keys, in the last 24 hours.
 pub async fn load_day(key_id: Option<ApiKeyId>, zone: String) -> CallResult<Usage> {
     let request = UsageRequest {
         key_id,

@@ -244,7 +244,7 @@ async fn requests_without_a_possible_key_are_not_checked() {
     assert_eq!(send(&app, bearer).await.status, 200);
 }
 
-/// Sends a request that Quota does not decide, with both settings. Returns the statuses.
+/// Sends a request that Quota does not decide, once with each [`OnUnavailable`] setting. Returns the statuses.
 async fn undecided(quota: &FakeQuota) -> [u16; 2] {
     let mut statuses = [0; 2];
     let settings = [OnUnavailable::Deny, OnUnavailable::Allow];

@@ -167,7 +167,7 @@ fn delivery_shows_the_response_and_the_next_attempt() {
             &format!("data-delivery=\"{ID}\""),
         ],
     );
-    // The response status does not appear a second time.
+    // The row shows the status code, so it omits the error that would repeat the status code.
     let row = delivery_table(&[failed()], NOW).to_string();
     assert!(!row.contains("The endpoint responded"), "{row}");
     contains(
