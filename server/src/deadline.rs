@@ -3,7 +3,7 @@
 //! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
 //! sockets. Whether its tasks see the timer or the response first is random. Therefore, if the timer itself fires late,
 //! the wait continues for as long as the timer was late, but only once, and for at most [`AT_MOST`]. If the response
-//! has still not arrived after that, the other side caused the delay.
+//! has still not arrived after that, the other side is considered late.
 
 use std::{pin::pin, time::Duration};
 
@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout_at};
 /// The wait continues after the deadline if the timer fires at least this late. Timers usually fire up to a millisecond
 /// late.
 const PAUSE: Duration = Duration::from_millis(2);
-/// How long the wait can continue after a timer that was late.
+/// How long the wait can continue after a late timer.
 const AT_MOST: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

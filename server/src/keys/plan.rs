@@ -83,7 +83,7 @@ struct Records {
     used: usize,
 }
 
-/// The minimum number of records before unused ones are searched for.
+/// [`Records::used`] is treated as at least this number, so that a small map is not searched often.
 const FEW: usize = 64;
 
 impl PlanRecords {

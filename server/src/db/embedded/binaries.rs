@@ -59,7 +59,7 @@ pub(super) async fn installed_binaries() -> Vec<Binaries> {
         if known || !dir.is_absolute() || !dir.join("initdb").is_file() {
             continue;
         }
-        // Example: postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)
+        // Example output: postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)
         let Some(text) = output(Command::new(dir.join("postgres")).arg("--version")).await else {
             continue;
         };
@@ -135,8 +135,8 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
             "--auth-local=trust",
             "--auth-host=reject",
             "--encoding=UTF8",
-            // Byte order never changes. A locale's sort order may change with the C library, which would corrupt
-            // indexes.
+            // Without a locale, text is sorted by its bytes. A locale's sort order may change with the C library, which
+            // would corrupt indexes.
             "--no-locale",
             "--data-checksums",
         ])
