@@ -8,8 +8,8 @@
 //! were never taken.) Degraded decisions must not be recorded, because they do not show what the shared counters would
 //! decide: a request that the counters would allow must not be denied.
 //!
-//! The local store keeps its state in the same handle, so a cache in front of the local store would only add cost. The
-//! limiter skips the cache if [`LimitStore::is_local`].
+//! The local store decides without a round trip, so a cache in front of it would only add cost. The limiter skips the
+//! cache if [`LimitStore::is_local`].
 //!
 //! The cache uses monotonic time, so that setting the system clock back does not lock out any key.
 //!
@@ -79,7 +79,7 @@ impl Denied {
         // The time until the reason for the denial may change.
         let mut believed = retry_after;
         if decision.violated().contains(Policy::Rpm) {
-            // Another replica may return tokens.
+            // Another replica may return tokens, so the denial is trusted for at most `rate_memory`.
             believed = believed.min(rate_memory.unwrap_or(Nanos::MAX));
             match gcra.decide(now.saturating_add(debt(decision)), now, cost) {
                 Verdict::Wait { wait } => believed = believed.min(Nanos(wait.get())),
@@ -117,7 +117,7 @@ impl DenialCache {
         cost: NonZeroU32,
         clock: &dyn Clock,
     ) -> Option<Decision> {
-        // If the store has not decided since the last edit, the store decides.
+        // If the store has not decided a request since the last edit, it must decide this one.
         if self.fingerprint != Some(policies.fingerprint()) {
             return None;
         }
@@ -187,8 +187,8 @@ impl DenialCache {
         let Outcome::Denied { violated, .. } = decision.outcome else {
             return None;
         };
-        // The bucket has been refilling since the denial. This uses monotonic times, because the calendar clock that
-        // the decision uses may have been set since.
+        // The bucket has been refilling since the denial. This uses monotonic times, because the calendar clock, which
+        // the decision uses, may have been adjusted since.
         decision.rate.remaining = policies.gcra().remaining(self.full_at, monotonic);
         decision.rate.reset_at = now.saturating_add(self.full_at.saturating_since(monotonic));
         decision.at = now;
@@ -207,7 +207,7 @@ impl DenialCache {
         now: UnixNanos,
     ) -> Option<Decision> {
         let gcra = policies.gcra();
-        // If the cost exceeds the burst, the store decides.
+        // If the request fits into the local bucket, or its cost exceeds the burst, the store decides.
         let Verdict::Wait { .. } = gcra.decide(self.tat, monotonic, cost) else {
             return None;
         };

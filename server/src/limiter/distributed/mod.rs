@@ -17,12 +17,12 @@
 //! Calendar quotas are exact: the ledger counts a token before it is spent. If a client sends the entire burst of an
 //! idle key to one replica at the same time, the requests are allowed after at most two round trips to the counters.
 //!
-//! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
-//! call that is in flight when the request arrives and for the next call, or for a late response. After that, the
-//! request is decided without the counters. A request also waits for at most two calls to the ledger. Its quota tokens
-//! are reserved before its rate tokens are taken, so that no rate tokens are taken for a request that the quota then
-//! denies. If the quota's window ends before the rate tokens arrive, the request starts over, unless the new window's
-//! tokens are available locally.
+//! **Deadlines.** A call whose response is late counts as failed. A request waits for at most twice the deadline: for
+//! the call that is in flight when the request arrives and then for the next call, or for a late response. After that,
+//! the request is decided without the counters. A request also waits for at most two calls to the ledger. Its quota
+//! tokens are reserved before its rate tokens are taken, so that no rate tokens are taken for a request that the quota
+//! then denies. If the quota's window ends before the rate tokens arrive, the request starts over, unless the new
+//! window's tokens are available locally.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, the replica uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty*

@@ -140,7 +140,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
 }
 
 /// Sends heartbeats to a single Redis server, and to the partitions of a cluster that are in use, unless there has been
-/// a recent call. Heartbeats also show recovering replicas that this replica gets responses.
+/// a recent call. Heartbeats also confirm to the counters that this replica gets responses, so that recovering replicas
+/// do not cause a new epoch.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -232,7 +233,8 @@ pub(super) async fn probe_until_recovered(
                         partition = number,
                         "the shared counters are available again"
                     );
-                    // This heartbeat shows other recovering replicas that this replica got a response.
+                    // This heartbeat confirms to the counters that this replica got a response, so that other
+                    // recovering replicas do not cause a new epoch.
                     send_heartbeat(inner, number).await;
                     return;
                 }
