@@ -23,12 +23,12 @@ use crate::clock::Nanos;
 /// Every store guarantees the following, for each key and all its policies together:
 ///
 /// - *Atomic.* The cost is taken from every policy or from none. A denial consumes nothing.
-/// - *Rate.* In any window of `T` seconds on the store's clock, at most `burst + rpm/60 * T` tokens are granted (with
-///   leases, `T` plus the lease TTL), and no request is denied if the bucket has enough tokens. (With leases, a replica
-///   that has found too few tokens may deny requests for up to two lease TTLs before it calls the counters again.)
-///   While the clock stands still, buckets do not refill. If the clock is set back, a request waits at most as long as
-///   its cost takes to refill. While the shared counters are unavailable, the fallback setting determines what is
-///   allowed instead.
+/// - *Rate.* In any window of `T` seconds on the store's clock, at most `burst + rpm/60 * T` tokens are granted. With
+///   leases, the lease TTL is added to `T`. No request is denied if the bucket has enough tokens, except that with
+///   leases, a replica that has found too few tokens may deny requests for up to two lease TTLs before it calls the
+///   counters again. While the clock stands still, buckets do not refill. If the clock is set back, a request waits at
+///   most as long as its cost takes to refill. While the shared counters are unavailable, the fallback setting
+///   determines what is allowed instead.
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
 ///   crash loses at most one block (a hundredth of the quota, at least one and at most 10,000 tokens), the tokens that
 ///   requests were waiting for, and tokens that were being returned. Draining returns all unused tokens, unless the

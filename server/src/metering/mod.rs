@@ -290,7 +290,7 @@ impl Metering {
         recorder.is_some_and(|recorder| recorder.wants_spare())
     }
 
-    /// Creates segments in advance, and replaces old ones. Blocks.
+    /// Creates segments in advance, and replaces old ones. Blocks the current thread.
     pub fn prepare(&self) {
         if let Some(recorder) = &self.0.recorder {
             recorder.create_spare();
@@ -338,13 +338,14 @@ impl Metering {
         adopter.ship(&self.0.context, &self.0.root).await
     }
 
-    /// Ships the remaining records and deletes the segments, unless records remain. Call after the last request.
+    /// Ships the remaining records, and then deletes this process's files, unless some records could not be shipped.
+    /// Call after the last request.
     pub async fn finish(&self) -> Result<(), ShipError> {
         let Some(recorder) = &self.0.recorder else {
             return Ok(());
         };
         recorder.close();
-        // A segment that is being created would keep the directory from being empty. Creating a segment takes
+        // The directory cannot be deleted while a segment is being created in it. Creating a segment takes
         // milliseconds.
         for _ in 0..100 {
             if !recorder.is_creating() {

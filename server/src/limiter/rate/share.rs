@@ -76,7 +76,7 @@ impl Share {
     /// not refill before `since`.
     fn apply_plan(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
-            // It is unknown how much would have refilled under the previous plan.
+            // If the plan may have been edited, it is unknown how much has refilled, so the share is empty now.
             let empty_at = if self.is_edited {
                 now.max(since)
             } else {
