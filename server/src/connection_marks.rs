@@ -3,8 +3,8 @@
 //! A handler reports that a valid API key or service token was sent on the connection. The listener then stops counting
 //! the connection toward the limits for its address and network, and its memory toward the memory limit. Handlers also
 //! announce endless responses, which continue as long as the client wants. An endless response may send only a few
-//! bytes at a time, so any byte counts as progress. If an endless response has to end but its client does not read it,
-//! the handler asks the listener to close the connection.
+//! bytes at a time, so for the listener's timeouts, any byte counts as progress. If an endless response has to end but
+//! its client does not read it, the handler asks the listener to close the connection.
 
 use std::{
     sync::{

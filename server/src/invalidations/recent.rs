@@ -39,7 +39,8 @@ pub struct Recent(Mutex<State>);
 struct State {
     /// `None` before the first poll. Before that, no copy can be confirmed.
     range: Option<PolledRange>,
-    /// The database history that the numbers belong to.
+    /// Identifies the database history in which the numbers were assigned. Another history begins with a restore or
+    /// failover.
     history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
     /// Announced changes with numbers above `range.up_to`.
@@ -265,7 +266,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
         assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
-        // This change was announced after a later change.
+        // This change has a lower number than the change that was announced before.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));

@@ -108,7 +108,7 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Re
     }
 }
 
-/// Returns the position after these rows.
+/// Returns the position after the changes in `newest`.
 fn up_to(newest: &[Invalidation], position: Position) -> Position {
     Position {
         highest: newest.last().map_or(0, |it| it.seq),

@@ -26,7 +26,7 @@ const COMPARE_EVERY: Duration = Duration::from_hours(6);
 const AHEAD: u64 = 7;
 /// The maximum number of endpoints removed per transaction.
 const ENDPOINTS: i64 = 1000;
-/// The pause before a retry. In most cases, a table was only locked for a moment.
+/// The pause before a retry. In most cases, the cause of the failure is a table that is locked for a moment.
 const RETRY: Duration = Duration::from_secs(2);
 const TRIES: u32 = 5;
 

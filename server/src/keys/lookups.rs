@@ -71,7 +71,7 @@ impl Lookups {
             keys: Batches::new(settings(connections), move |hashes| {
                 keys(for_keys.clone(), hashes).boxed()
             }),
-            // There are few tokens, and they are rarely looked up.
+            // Two connections are enough, because there are few tokens, and they are rarely looked up.
             tokens: Batches::new(settings(2), move |hashes| {
                 tokens(for_tokens.clone(), hashes).boxed()
             }),
@@ -430,7 +430,7 @@ async fn work<V: Send + 'static>(mut worker: Worker<V>) {
 
 #[cfg(test)]
 impl<V: Send + 'static> Batches<V> {
-    /// Finds secrets with a function instead of a database.
+    /// Creates lookups that find secrets with a function instead of a database.
     pub(super) fn of(find: impl Fn(&Hash) -> Option<V> + Send + Sync + 'static) -> Self {
         let clock = Arc::new(crate::clock::SystemClock::new());
         let settings = Settings {

@@ -284,7 +284,7 @@ impl KeyStore {
             .await
     }
 
-    /// Invalidates the records that changes affect.
+    /// Invalidates the records that the changes in `gone` affect.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_key() {
             let (tenants, plans, keys) = (gone.tenants(), gone.plans(), gone.keys());

@@ -81,7 +81,7 @@ pub struct SharedKeysContext {
 #[derive(Debug)]
 struct SharedState {
     context: SharedKeysContext,
-    /// The monotonic time when Redis is used again.
+    /// The monotonic time until which Redis is skipped.
     paused_until: AtomicU64,
     /// The last second in which entries for invalid secrets were written, and the number of entries in that second.
     absent_written: AtomicU64,

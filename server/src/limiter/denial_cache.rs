@@ -155,7 +155,7 @@ impl DenialCache {
             Outcome::Allowed => {
                 self.denied = None;
                 let charged = self.tat.max(asked_at).saturating_add(gcra.price(cost));
-                // At most the whole burst can be missing.
+                // A bucket cannot be more than empty.
                 self.tat = gcra.settled(charged, now);
             }
             Outcome::Denied { .. } => {

@@ -131,7 +131,7 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
         .arg(&new)
         .args([
             &format!("--username={NAME}"),
-            // The permissions of the socket's directory restrict access.
+            // No password is needed, because the permissions of the socket's directory restrict access.
             "--auth-local=trust",
             "--auth-host=reject",
             "--encoding=UTF8",
@@ -166,8 +166,8 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
         .map_err(EmbeddedError::file("cannot write", home))
 }
 
-/// Waits like [`Child::wait_with_output`], but keeps standard input open: closing it would make the guard stop its
-/// child.
+/// Waits like [`Child::wait_with_output`], but keeps standard input open: closing it would make the guard script stop
+/// `initdb`.
 async fn wait_with_output(mut child: Child) -> io::Result<std::process::Output> {
     let pipe = child.stdin.take();
     let output = child.wait_with_output().await;

@@ -1,4 +1,4 @@
-//! The PostgreSQL process: starts it under the guard, and supervises, restarts and stops it.
+//! The PostgreSQL process: starts it under the guard script, and supervises, restarts and stops it.
 
 use std::{
     ffi::OsStr,
@@ -41,8 +41,8 @@ const SETTLED: Duration = Duration::from_mins(1);
 /// If the log is longer than this size, it is rotated at startup.
 const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 
-/// The guard and the other end of its pipe. The pipe is separate because waiting for a [`Child`] closes its standard
-/// input, which would make the guard stop PostgreSQL.
+/// The guard script, which runs PostgreSQL, and the other end of the pipe that it reads from. The pipe is separate
+/// because waiting for a [`Child`] closes its standard input, which would make the guard stop PostgreSQL.
 #[derive(Debug)]
 pub(super) struct Guarded {
     pub(super) child: Child,

@@ -70,8 +70,8 @@ pub(super) struct Outage {
     pub(super) since: Monotonic,
     /// When the outage began, on the counters' clock.
     counters_since: CounterMicros,
-    /// The period from the earliest start of the promised epoch until the deadline for the response to the first call
-    /// in that epoch.
+    /// `None` unless the counters have promised a new epoch. The pause lasts from the earliest start of that epoch
+    /// until the deadline for the response to the first call in it.
     pause: Option<Pause>,
 }
 
