@@ -52,12 +52,11 @@ impl ConnectionMarks {
         self.0.is_to_close.load(Ordering::Acquire)
     }
 
-    /// Sets the task that [`Self::wake`] wakes.
+    /// Sets the connection's task, which [`Self::wake`] wakes.
     pub fn register(&self, waker: &Waker) {
         self.0.waker.register(waker);
     }
 
-    /// Wakes the connection's task.
     pub fn wake(&self) {
         self.0.waker.wake();
     }

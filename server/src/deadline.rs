@@ -18,7 +18,7 @@ const AT_MOST: Duration = Duration::from_millis(20);
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Late;
 
-/// Waits for `future` until `deadline`.
+/// Waits for `future` until `deadline`, or for up to [`AT_MOST`] longer if the timer fires late.
 pub async fn by<F: Future>(deadline: Instant, future: F) -> Result<F::Output, Late> {
     let mut future = pin!(future);
     if let Ok(output) = timeout_at(deadline, &mut future).await {
@@ -34,7 +34,7 @@ pub async fn by<F: Future>(deadline: Instant, future: F) -> Result<F::Output, La
         .map_err(|_| Late)
 }
 
-/// Waits for `future` for at most `limit`.
+/// Waits for `future` like [`by`], until `limit` has passed.
 pub async fn within<F: Future>(limit: Duration, future: F) -> Result<F::Output, Late> {
     by(Instant::now() + limit, future).await
 }

@@ -24,7 +24,6 @@ pub(super) fn close_silent(conn: Object<AsyncPgConnection>) -> DbError {
     DbError::Unavailable("PostgreSQL does not respond".into())
 }
 
-/// An open transaction.
 struct Tx {
     /// `None` after the transaction has ended.
     conn: Option<Object<AsyncPgConnection>>,

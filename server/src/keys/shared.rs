@@ -229,7 +229,6 @@ fn is_within_rate(written: &AtomicU64, second: u64) -> bool {
     before >> 16 != second || before & 0xffff < ABSENT_PER_SECOND
 }
 
-/// Returns how long an entry is kept.
 const fn lifetime(has_facts: bool) -> Duration {
     if has_facts { PRESENT } else { ABSENT }
 }

@@ -21,7 +21,7 @@ pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
 /// The folder, next to these directories, for files that are not shipped but kept for the operator.
 const REJECTED: &str = "rejected";
-/// The extension of rejected files that an earlier version left in the directory of their replica.
+/// The extension of rejected files that an earlier version of the server left in the directory of their replica.
 const EARLIER_EXTENSION: &str = "refused";
 
 /// The minimum age of an unfinished directory before it is deleted. Creating a directory takes milliseconds.
@@ -121,7 +121,7 @@ impl Directory {
         Ok(true)
     }
 
-    /// Moves files that an earlier version set aside in this directory to the folder for rejected files.
+    /// Moves files that an earlier version of the server set aside in this directory to the folder for rejected files.
     pub fn move_rejected(&self) -> io::Result<()> {
         for path in paths(&self.path, |path| {
             path.extension().is_some_and(|it| it == EARLIER_EXTENSION)

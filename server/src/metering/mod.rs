@@ -302,7 +302,7 @@ impl Metering {
         let db = db.on(Lane::Health);
         let measured = async {
             let mut tx = db.system().await?;
-            // The connection already exists, so only one round trip is measured.
+            // The transaction has already begun, so only one round trip is measured.
             let asked = self.0.clock.monotonic();
             let now = usage_shipping::now(&mut tx).await?;
             let answered = self.0.clock.monotonic();

@@ -159,7 +159,7 @@ impl StoreCore {
     ) -> Option<Decision> {
         let (mut state, now) = self.keys.lock_state(handle, policies);
         if !demand.spend(&mut state, now) {
-            // Dropping `grant` takes the lock to return its tokens.
+            // Dropping `grant` takes the lock to return its tokens, so the lock is released first.
             drop(state);
             return None;
         }

@@ -127,7 +127,7 @@ struct LeaseFetch {
     handle: Arc<KeyHandle>,
     call: TakeCall,
     terms: Terms,
-    /// Tokens that the call requests for later.
+    /// The number of tokens that the call requests in addition to what requests are waiting for.
     for_later: u64,
     asked_at: Monotonic,
     requests: Vec<Waiter>,
@@ -234,7 +234,7 @@ impl LeaseFetch {
             lease.end_fetch(self.for_later);
             self.inner.begin_fetch(&self.handle, &mut state, false);
         }
-        // Sending to a canceled request returns its tokens, which takes the lock.
+        // Sending to a canceled request returns its tokens, which takes the lock, so the lock is released first.
         drop(state);
         for (waiter, outcome) in outcomes {
             let _ = waiter.outcome.send(outcome);
@@ -263,7 +263,8 @@ impl LeaseFetch {
             Nanos::ZERO
         };
         let n = match refused {
-            // The counters are not called for a bucket that is known to be empty, unless tokens are returned to it.
+            // Without leases, the counters are not called while the bucket is known to be empty, unless tokens are
+            // waiting to be returned to it.
             _ if !self.terms.leased && left < call.emission && !lease.owes() => 1,
             _ if 0 < granted && granted < call.want && left < call.emission => 1,
             Some(refused) => refused,

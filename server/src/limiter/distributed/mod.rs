@@ -3,7 +3,7 @@
 //! The store decides when to call the shared counters. Calendar quotas use blocks from the ledger, as in the local
 //! store, but the blocks of all replicas together are no larger than one block in the local store, except that each
 //! block has at least one token. This module does not depend on Redis: the counters are a trait ([`SharedCounters`]),
-//! implemented by a script in Redis and, in the simulation, by a model of that script.
+//! implemented by a script in Redis and, in simulation tests, by a model of that script.
 //!
 //! ```text
 //! local tokens          ─ spend them, no I/O

@@ -69,8 +69,8 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
 ///
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
 /// after [`first_probe`], and arrives within another `deadline`. A replica that is already probing waits for
-/// [`PROBE_DEADLINE`] or one `deadline`, pauses for [`PROBE_EVERY`], and its next probe arrives within another
-/// `deadline`. That probe must arrive before the epoch starts, even if the start is no longer postponed.
+/// [`PROBE_DEADLINE`] or one `deadline`, whichever is longer, and then pauses for [`PROBE_EVERY`]. Its next probe
+/// arrives within another `deadline`, which must be before the epoch starts, even if the start is no longer postponed.
 pub(super) fn epoch_delay(deadline: Duration) -> Duration {
     let next_probe = PROBE_DEADLINE.max(deadline) + PROBE_EVERY + deadline;
     EPOCH_DELAY
@@ -135,7 +135,7 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     let used_at = breaker.used_at();
     let call = heartbeat_call(number, &inner);
     inner.make_call(call, || AfterDeadline::Wait).await;
-    // A heartbeat does not count as use.
+    // A heartbeat does not count as use, so the previous time of use is restored.
     breaker.record_use(used_at);
 }
 

@@ -129,8 +129,8 @@ elseif start > now then
   if promised == start then
     redis.call('HSET', KEYS[2], 'c', '1')
   elseif outage > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
-    -- Perhaps no caller has received a response with this start. A caller whose next call comes after the start would
-    -- then have no promise to use the epoch.
+    -- Perhaps no caller has received a response with this start, so the start is postponed. Otherwise, a caller whose
+    -- next call comes after the start would have no promise to use the epoch.
     start = now + delay
     redis.call('HSET', KEYS[2], 's', whole(start))
   end

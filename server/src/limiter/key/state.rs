@@ -300,7 +300,8 @@ impl KeyState {
         })
     }
 
-    /// Spends `tokens` tokens of every calendar quota, or of none if a quota has too few.
+    /// Spends `tokens` tokens of every calendar quota, or of none if a quota has too few. Returns whether tokens were
+    /// spent.
     #[inline]
     pub(in crate::limiter) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
         let fits = self.quotas_fit(tokens);

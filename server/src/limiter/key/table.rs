@@ -393,7 +393,6 @@ impl KeyTable {
     }
 }
 
-/// Returns the handles of a shard.
 fn handles(shard: &Mutex<Shard>) -> Vec<Arc<KeyHandle>> {
     let shard = shard.lock();
     shard.keys.iter().map(|it| Arc::clone(&it.0)).collect()

@@ -419,7 +419,6 @@ mod tests {
         &ZONES
     }
 
-    /// Returns the local date and time of an instant.
     fn local(zone: &Zone, at: UnixNanos) -> DateTime {
         let at = Timestamp::from_nanosecond(i128::from(at.0)).unwrap();
         zone.0.to_datetime(at)

@@ -22,7 +22,8 @@ pub(in crate::limiter) struct Share {
     tau: Nanos,
     /// When the share was last used.
     used_at: Monotonic,
-    /// Whether the plan may have been edited since the later of the share's last use and the counters' last response.
+    /// Whether the plan may have been edited since the share was last used or the counters last responded, whichever is
+    /// later.
     pub(super) is_edited: bool,
 }
 
@@ -173,7 +174,7 @@ mod tests {
         assert_eq!(drain(&mut share, fast, SECOND + SECOND / 10), 10);
         let mut share = seen();
         assert_eq!(drain(&mut share, fast, SECOND / 2), 0);
-        // The edit was made at an unknown time in between.
+        // The edit was made at an unknown time between the two calls.
         assert_eq!(drain(&mut share, slow, 2 * SECOND), 10);
     }
 
