@@ -127,8 +127,8 @@ impl DenialCache {
     }
 
     /// Records a decision by the store, which must not be degraded. A denial by the rate limit is cached for at most
-    /// `rate_memory`. The bucket is assumed to have been refilling since the call started: the store may have decided
-    /// at any time after that, and a request that the store would allow must not be denied here.
+    /// `rate_memory`. The store may have decided at any time after the call started, so the bucket is assumed to have
+    /// been refilling since then. Otherwise, a request that the store would allow could be denied here.
     pub(super) fn record(
         &mut self,
         policies: &Policies,

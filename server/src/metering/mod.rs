@@ -30,9 +30,10 @@
 //! `QUOTA_USAGE_BACKLOG_MAX`. While the disk is full or read-only, decisions cannot be recorded, so no decisions are
 //! made.
 //!
-//! Denied requests do not cost their sender anything. Once the backlog is half full, and until it has fallen below a
-//! quarter, only a limited number of each tenant's denials per second are recorded, so that one tenant's denials cannot
-//! fill the backlog for everyone. The other denials are counted in a metric. Every allowed request is recorded.
+//! Denied requests do not cost their sender anything. Therefore, from the time when the backlog is half full until it
+//! is less than a quarter full, only a limited number of each tenant's denials per second are recorded. Otherwise, one
+//! tenant's denials could fill the backlog for everyone. The other denials are counted in a metric. Every allowed
+//! request is recorded.
 
 mod denials;
 mod directory;

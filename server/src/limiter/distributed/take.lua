@@ -59,7 +59,7 @@
 -- last used.
 local OUTDATED = 10000000
 -- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
--- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
+-- counters yet. Callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
 -- that take up to 500 ms are still confirmed often enough.
 local CONNECTED = 800000
 -- A confirmation is stored only if it is newer than the stored confirmation by more than this many microseconds.
@@ -107,10 +107,10 @@ local function exchanged(number, e0, e)
 end
 
 -- A new epoch begins if Redis has no epoch, or if the current epoch began on another Redis process. A new epoch also
--- begins if the caller has decided requests without the counters, with two exceptions: the caller was promised this
--- epoch and calls soon after its start, or other callers have received responses since. A caller that has just started
--- cannot know whether other callers have decided requests without the counters. If no caller has received a response
--- for a while, the new caller assumes that other callers have done so.
+-- begins if the caller has decided requests without the counters, with two exceptions. One is that the caller was
+-- promised this epoch and calls soon after its start. The other is that other callers have received responses since. A
+-- caller that has just started cannot know whether other callers have decided requests without the counters. If no
+-- caller has received a response for a while, the new caller assumes that other callers have done so.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0

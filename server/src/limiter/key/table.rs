@@ -56,8 +56,8 @@ pub struct KeyTableSettings {
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
     /// The time after which a ledger call is abandoned. This time is longer than the time for which requests wait,
-    /// because tokens granted by a late response can still be spent, while tokens granted by an abandoned call are lost
-    /// until their window ends.
+    /// because tokens granted by a late response can still be spent. Tokens granted by an abandoned call are lost until
+    /// their window ends.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
     pub connections: LedgerConnections,

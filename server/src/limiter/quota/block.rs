@@ -356,7 +356,7 @@ impl Block {
         }
     }
 
-    /// Marks held tokens as owed if other replicas share the quota and the tokens are probably not needed soon: all
+    /// If other replicas share the quota, marks held tokens as owed that are probably not needed soon. These are all
     /// held tokens if none were used recently, and otherwise the tokens that [`tidy`](Self::tidy) marks. Returns
     /// whether any tokens were marked.
     pub(in crate::limiter) fn owe_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {

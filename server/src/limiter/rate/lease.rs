@@ -159,8 +159,8 @@ impl Lease {
             && self.held.count() == 0
     }
 
-    /// Returns whether the lease can be replaced with a [new](Self::new) one while its key is in use: the new lease
-    /// would report and decide the same, and no call or request refers to this lease.
+    /// Returns whether the lease can be replaced with a [new](Self::new) one while its key is in use. The new lease
+    /// must report and decide the same, and no call or request may refer to this lease.
     pub(in crate::limiter) fn is_like_new(&self, now: Monotonic) -> bool {
         let view = self.view.unwrap_or_default();
         let is_full = view.seen.saturating_add(view.debt).saturating_add(UNUSED) <= now;
@@ -395,8 +395,8 @@ impl Lease {
 
     /// Returns whether to start a task that returns unspent tokens, and if so, counts the task as started. No task is
     /// needed while a call is in flight that is not late. Otherwise, a task is needed if no later call is expected to
-    /// return the tokens, or if there are more tokens than a lease contains, since other replicas may need them before
-    /// the next call.
+    /// return the tokens. It is also needed if there are more tokens than a lease contains, since other replicas may
+    /// need them before the next call.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
         let most = self.terms.map_or(0, |terms| self.to_hold(terms));
         let begins = self.back.tokens > 0
@@ -433,8 +433,8 @@ impl Lease {
     }
 
     /// Records that a call for `want` tokens was granted `granted` tokens. If the call got fewer, the bucket is nearly
-    /// empty. The next call then requests tokens for later as if requests were waiting for them, so that the last
-    /// tokens are neither left unused while requests are denied nor fetched one by one.
+    /// empty. The next call then requests tokens for later as if requests were waiting for them. Otherwise, the last
+    /// tokens would be left unused while requests are denied, or would be fetched one by one.
     pub(in crate::limiter) fn record_grant(&mut self, granted: u64, want: u64) {
         if want > 0 {
             self.fell_short = granted < want;

@@ -72,9 +72,9 @@ impl Share {
     }
 
     /// Applies the current plan and slot. An edit keeps the tokens in the share, up to its new size, and never adds
-    /// any: a larger burst has to refill, so that no sequence of edits can fill a share. Since the time of the edit is
-    /// unknown, the share counts as having refilled at the lower of the two rates since its last use. The share does
-    /// not refill before `since`.
+    /// any. A larger burst has to refill first, so that no sequence of edits can fill a share. Since the time of the
+    /// edit is unknown, the share counts as having refilled at the lower of the two rates since its last use. The share
+    /// does not refill before `since`.
     fn apply_plan(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
             // If the plan may have been edited, it is unknown how much has refilled, so the share is empty now.
