@@ -148,8 +148,9 @@ impl Db {
     }
 
     /// Cancels `work` if it takes longer than the statement timeout plus the time limit for the first response
-    /// (`FIRST_ANSWER`). Without this limit, up to a minute could pass until the server detects that a connection has
-    /// stopped responding in the middle of a transaction. Meant for background work; requests have a separate limit.
+    /// (`FIRST_ANSWER`). Without this limit, it could take a minute or more until the server detects that a connection
+    /// has stopped responding in the middle of a transaction. Meant for background work; requests have a separate
+    /// limit.
     pub async fn within_limit<T>(
         &self,
         work: impl Future<Output = Result<T, DbError>>,
@@ -173,7 +174,7 @@ impl Db {
         &self,
         work: impl AsyncFnOnce(&mut SystemTx) -> Result<T, DbError>,
     ) -> Result<T, DbError> {
-        // This future is boxed, because the futures of many callers would otherwise contain it several times.
+        // This future is boxed, so that it does not enlarge the futures of the callers.
         let transaction = Box::pin(async {
             let mut tx = self.system().await?;
             let result = work(&mut tx).await?;

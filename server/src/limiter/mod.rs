@@ -68,7 +68,7 @@ pub struct Limiter {
     clock: Arc<dyn Clock>,
     /// Cached value of [`LimitStore::is_local`].
     is_local: bool,
-    /// `None` if tenants have no quotas of their own.
+    /// `None` if tenants have no quotas.
     tenants: Option<Arc<TenantQuotas>>,
 }
 

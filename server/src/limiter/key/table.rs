@@ -197,7 +197,7 @@ impl KeyTable {
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // The next search drops the key, after the ledger has credited its tokens. If the key were dropped now,
+                // The next prune drops the key, after the ledger has credited its tokens. If the key were dropped now,
                 // its next request could find too few tokens in the ledger.
                 let released = [Policy::Daily, Policy::Monthly]
                     .map(|policy| self.calls.return_block(handle, &mut state, policy));
