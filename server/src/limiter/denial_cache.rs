@@ -31,10 +31,10 @@ pub(super) struct DenialCache {
     /// The fingerprint of the policies that the store's last decision applied. `None` before the first decision.
     /// Decisions under other policies are neither used nor kept.
     fingerprint: Option<u64>,
-    /// The TAT of the local bucket, which starts full when the policies are edited. The local bucket never allows a
-    /// request, since the store decides every request that is not denied here. After an edit, the store keeps the
-    /// earlier usage, but its bucket may have refilled by any amount, because the cache does not know when the store
-    /// learned of the edit. A request that the store would allow must not be denied here.
+    /// The TAT of the local bucket. This bucket never allows a request, since the store decides every request that is
+    /// not denied here. After an edit, the local bucket starts full. The store keeps the earlier usage, but its bucket
+    /// may have refilled by any amount, because the cache does not know when the store learned of the edit. A request
+    /// that the store would allow must not be denied here.
     tat: Monotonic,
     /// When the store's bucket is full, according to its last decision, which includes other replicas' usage.
     full_at: Monotonic,

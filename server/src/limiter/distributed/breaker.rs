@@ -163,7 +163,8 @@ impl CircuitBreaker {
     }
 
     /// Records `at`, a time on the counters' clock, unless a newer response has already arrived. If an older time were
-    /// recorded, an outage could seem to have begun before other replicas got their last response.
+    /// recorded, a later outage would seem to have begun too early. The counters could then wrongly conclude that other
+    /// replicas got responses during the outage.
     fn hear(&self, inner: &mut BreakerState, at: CounterMicros, now: Monotonic) {
         if at >= self.last_heard() {
             inner.heard_at = now;
