@@ -1,10 +1,10 @@
 //! Reports from handlers to the listener about a request's connection.
 //!
-//! Handlers report if a valid API key or service token was sent on a connection. The listener then stops counting the
-//! connection toward the limits for its address and network, and its memory toward the memory limit. Handlers also
+//! A handler reports that a valid API key or service token was sent on the connection. The listener then stops counting
+//! the connection toward the limits for its address and network, and its memory toward the memory limit. Handlers also
 //! announce endless responses, which continue as long as the client wants. An endless response may send only a few
-//! bytes at a time, so any byte counts as progress. If an endless response has to end but its client does not read it,
-//! the handler closes the connection.
+//! bytes at a time, so for the listener's timeouts, any byte counts as progress. If an endless response has to end but
+//! its client does not read it, the handler asks the listener to close the connection.
 
 use std::{
     sync::{
@@ -52,12 +52,11 @@ impl ConnectionMarks {
         self.0.is_to_close.load(Ordering::Acquire)
     }
 
-    /// Sets the task that [`Self::wake`] wakes.
+    /// Sets the connection's task, which [`Self::wake`] wakes.
     pub fn register(&self, waker: &Waker) {
         self.0.waker.register(waker);
     }
 
-    /// Wakes the connection's task.
     pub fn wake(&self) {
         self.0.waker.wake();
     }

@@ -3,7 +3,7 @@
 //! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
 //! sockets. Whether its tasks see the timer or the response first is random. Therefore, if the timer itself fires late,
 //! the wait continues for as long as the timer was late, but only once, and for at most [`AT_MOST`]. If the response
-//! has still not arrived after that, the other side caused the delay.
+//! has still not arrived after that, the other side is considered late.
 
 use std::{pin::pin, time::Duration};
 
@@ -12,13 +12,13 @@ use tokio::time::{Instant, timeout_at};
 /// The wait continues after the deadline if the timer fires at least this late. Timers usually fire up to a millisecond
 /// late.
 const PAUSE: Duration = Duration::from_millis(2);
-/// How long the wait can continue after a timer that was late.
+/// How long the wait can continue after a late timer.
 const AT_MOST: Duration = Duration::from_millis(20);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Late;
 
-/// Waits for `future` until `deadline`.
+/// Waits for `future` until `deadline`, or for up to [`AT_MOST`] longer if the timer fires late.
 pub async fn by<F: Future>(deadline: Instant, future: F) -> Result<F::Output, Late> {
     let mut future = pin!(future);
     if let Ok(output) = timeout_at(deadline, &mut future).await {
@@ -34,7 +34,7 @@ pub async fn by<F: Future>(deadline: Instant, future: F) -> Result<F::Output, La
         .map_err(|_| Late)
 }
 
-/// Waits for `future` for at most `limit`.
+/// Waits for `future` like [`by`], until `limit` has passed.
 pub async fn within<F: Future>(limit: Duration, future: F) -> Result<F::Output, Late> {
     by(Instant::now() + limit, future).await
 }

@@ -1,9 +1,8 @@
 //! `--demo`: a tenant with a plan, a key and a service token to try.
 //!
-//! The demo is created once for each database. Its secrets are stored in the data directory, in a file that only the
-//! file's owner can read, so that later startups can show the secrets again. The database contains only their hashes.
-//! The file is written first: if creating the demo then fails, the next startup completes it instead of creating
-//! another one.
+//! The demo is created once for each database. Its secrets are stored in the data directory, in a file that only its
+//! owner can read, so that later startups can show the secrets again. The database contains only their hashes. The file
+//! is written first: if creating the demo then fails, the next startup completes it instead of creating another one.
 
 use std::{
     fs,
@@ -146,7 +145,7 @@ fn write(file: &Path, demo: &Demo) -> io::Result<()> {
     if let Some(directory) = file.parent() {
         fs::create_dir_all(directory)?;
     }
-    // An error while writing must not leave a damaged file.
+    // A new file is written and then renamed, so that an error while writing does not leave a damaged file.
     let new = file.with_extension("json.new");
     let _ = fs::remove_file(&new);
     let mut out = fs::File::options()

@@ -2,10 +2,10 @@
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// How many files may be open in addition to client and database connections, for example for the runtime, usage
+/// The number of files reserved for uses other than client and database connections, such as the runtime, usage
 /// segments, Redis, webhooks, the metrics listener, and sockets that are being closed.
 const OTHER_FILES: usize = 256;
-/// The minimum number of client connections, even if the limit is too low and `accept` sometimes fails. With fewer
+/// The minimum number of client connections, even if the limit is so low that `accept` sometimes fails. With fewer
 /// connections, the server would be useless.
 const LEAST: usize = 16;
 

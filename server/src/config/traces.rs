@@ -9,8 +9,8 @@ use super::{
     reader::{Reader, public_url},
 };
 
-/// Reads the settings for traces. All of them are parsed even without OTEL_EXPORTER_OTLP_ENDPOINT, so that errors are
-/// reported.
+/// Reads the settings for traces. All of them are parsed even if OTEL_EXPORTER_OTLP_ENDPOINT is not set, so that
+/// invalid values are always reported.
 pub(super) fn read(r: &mut Reader, s: &Settings) -> Option<TraceSettings> {
     let endpoint = r.read(
         "OTEL_EXPORTER_OTLP_ENDPOINT",

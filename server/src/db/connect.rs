@@ -23,8 +23,8 @@ const KEEPALIVE_RETRIES: u32 = 3;
 /// The kernel closes a connection if sent bytes remain unacknowledged for this long.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(5);
 
-/// Returns the session settings of pooled connections. PostgreSQL itself enforces the timeouts, because dropping a
-/// future does not stop its query.
+/// Returns the session settings of pooled connections. They include timeouts, which PostgreSQL itself enforces, because
+/// dropping a query's future does not stop the query.
 pub(super) fn session(settings: &DatabaseSettings) -> String {
     format!(
         "SET timezone = 'UTC'; SET jit = off; SET statement_timeout = {}; SET lock_timeout = {}; \

@@ -1,16 +1,16 @@
 //! The embedded PostgreSQL: a private server in the data directory, used if `DATABASE_URL` is not set.
 //!
-//! This module owns the cluster's files, the server process and its restarts. It provides a URL, and does not depend on
-//! tables, migrations or pools.
+//! This module manages the files of the database cluster, and starts, restarts and stops the server process. It
+//! provides a URL, and does not depend on tables, migrations or pools.
 //!
 //! * `initdb` creates the cluster at the first startup, in a temporary directory that is renamed when it is complete.
-//! * PostgreSQL listens only on a Unix socket, in a directory that only its user can access.
+//! * PostgreSQL listens only on a Unix socket, in a directory that only the user it runs as can access.
 //! * PostgreSQL stops when this process exits for any reason. It runs under a small shell script, the guard, which
 //!   reads from a pipe whose other end only this process holds. When this process exits, even after `kill -9`, the pipe
-//!   is closed, and the guard requests a fast shutdown. (`PR_SET_PDEATHSIG` would require `unsafe`, is reset when a
-//!   process changes its user, and fires when the *thread* that forked exits.)
-//! * If PostgreSQL crashes, it is restarted, with backoff. Until PostgreSQL runs again, connections fail as with any
-//!   database that is down.
+//!   is closed, and the guard requests a fast shutdown. `PR_SET_PDEATHSIG` is not an alternative: it would require
+//!   `unsafe`, is reset when a process changes its user, and fires when the *thread* that forked exits.
+//! * If PostgreSQL crashes, it is restarted, with backoff. Until it runs again, connection attempts fail, as they do
+//!   with any database that is down.
 //! * If this process runs as root, PostgreSQL runs as the `postgres` user, or as `nobody` if there is no such user,
 //!   because PostgreSQL refuses to run as root.
 mod address;
@@ -59,8 +59,8 @@ pub struct EmbeddedPostgres {
 }
 
 impl EmbeddedPostgres {
-    /// Starts the cluster in `data_dir`, creating it if necessary, and waits until it accepts connections. Supervision
-    /// runs on the current runtime.
+    /// Starts the cluster in `data_dir`, creating it if necessary, and waits until it accepts connections. The task
+    /// that restarts PostgreSQL runs on the current runtime.
     pub async fn start(data_dir: &Path) -> Result<Self, EmbeddedError> {
         Self::start_with(data_dir, &[]).await
     }

@@ -7,9 +7,9 @@ use diesel::result::{DatabaseErrorKind, Error as DieselError};
 /// Why a query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum DbError {
-    /// PostgreSQL is unreachable, starting, shutting down or too slow, no connection became available, or the
-    /// transaction conflicted with another transaction (a lock timeout, a deadlock, a serialization failure, a
-    /// partition created at the same time). The same request may succeed when it is retried.
+    /// PostgreSQL is unreachable, starting, shutting down or too slow, or no connection became available. Also used for
+    /// conflicts with another transaction: a lock timeout, a deadlock, a serialization failure, or a partition that was
+    /// created at the same time. The same request may succeed when it is retried.
     #[error("PostgreSQL is unavailable")]
     Unavailable(#[source] Box<dyn Error + Send + Sync>),
     /// The change violates a named constraint.
@@ -43,8 +43,8 @@ impl From<DieselError> for DbError {
                     | DatabaseErrorKind::UnableToSendCommand
                     | DatabaseErrorKind::SerializationFailure
             );
-            // Diesel exposes only the message. If `lc_messages` is not English, errors that are recognized by their
-            // message become `Query`.
+            // Diesel does not expose the SQLSTATE, so some errors are recognized by their message. If `lc_messages` is
+            // not English, these errors become `Query`.
             if is_transient_kind || TRANSIENT.iter().any(|part| info.message().contains(part)) {
                 return Self::Unavailable(Box::new(error));
             }

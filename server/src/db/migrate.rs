@@ -13,8 +13,8 @@ const MIGRATIONS: EmbeddedMigrations = embed_migrations!("../migrations");
 const LOCK: i64 = 7_226_420;
 
 /// A migration may take a long time, so there is no statement timeout. But a migration must not wait long for a lock,
-/// since all later queries would wait behind the migration. [`harness`] therefore sets a `lock_timeout` once it holds
-/// the advisory lock.
+/// since later queries on the same table would wait behind it. [`harness`] therefore sets a `lock_timeout` once it
+/// holds the advisory lock.
 const SESSION: &str = "SET timezone = 'UTC'; SET client_min_messages = 'warning'; \
     SET application_name = 'quota migrate'";
 

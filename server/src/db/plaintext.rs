@@ -5,8 +5,8 @@ use std::net::IpAddr;
 use secrecy::{ExposeSecret, SecretString};
 use tokio_postgres::config::{Config, Host, SslMode};
 
-/// Returns a host to which the connection is not encrypted, although the host is not on this machine or in a private
-/// network. Returns `None` if there is no such host, or if its address cannot be looked up.
+/// Returns a host with a public address to which connections are not encrypted. Returns `None` if there is no such
+/// host, or if its address cannot be looked up.
 pub async fn plaintext_host(url: &SecretString) -> Option<String> {
     let config: Config = url.expose_secret().parse().ok()?;
     if config.get_ssl_mode() == SslMode::Require {

@@ -147,9 +147,10 @@ impl Db {
         self.lanes
     }
 
-    /// Cancels work that takes longer than the statement timeout and the time limit of the first response together.
-    /// Without this limit, up to a minute could pass until the server detects that a connection has stopped responding
-    /// in the middle of a transaction. Meant for background work; requests have a separate limit.
+    /// Cancels `work` if it takes longer than the statement timeout plus the time limit for the first response
+    /// (`FIRST_ANSWER`). Without this limit, it could take a minute or more until the server detects that a connection
+    /// has stopped responding in the middle of a transaction. Meant for background work; requests have a separate
+    /// limit.
     pub async fn within_limit<T>(
         &self,
         work: impl Future<Output = Result<T, DbError>>,
@@ -173,7 +174,7 @@ impl Db {
         &self,
         work: impl AsyncFnOnce(&mut SystemTx) -> Result<T, DbError>,
     ) -> Result<T, DbError> {
-        // This future is boxed, because the futures of many callers would otherwise contain it several times.
+        // This future is boxed, so that it does not enlarge the futures of the callers.
         let transaction = Box::pin(async {
             let mut tx = self.system().await?;
             let result = work(&mut tx).await?;
@@ -203,7 +204,7 @@ impl Db {
         SystemTx::begin(self.pool()).await
     }
 
-    /// Returns an error if PostgreSQL is unreachable. The probe distinguishes an outage from a single failed
+    /// Returns an error if PostgreSQL is unreachable. Call this to distinguish an outage from a single failed
     /// transaction, such as one with a statement that took too long.
     pub async fn probe(&self) -> Result<(), DbError> {
         self.system().await?.commit().await

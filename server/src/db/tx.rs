@@ -18,13 +18,12 @@ pub(super) const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// How long a rollback may take.
 const ROLLBACK: Duration = Duration::from_secs(2);
 
-/// Removes an unresponsive connection from its pool.
+/// Removes an unresponsive connection from its pool, and returns the error to report.
 pub(super) fn close_silent(conn: Object<AsyncPgConnection>) -> DbError {
     let _ = Object::take(conn);
     DbError::Unavailable("PostgreSQL does not respond".into())
 }
 
-/// An open transaction.
 struct Tx {
     /// `None` after the transaction has ended.
     conn: Option<Object<AsyncPgConnection>>,
@@ -43,7 +42,7 @@ impl Tx {
         if let Some(span) = &span {
             span::trace_statements(&mut conn, span);
         }
-        // If the caller is dropped after this point, dropping `tx` rolls the transaction back.
+        // If the caller's future is dropped after this point, dropping `tx` rolls the transaction back.
         let mut tx = Self {
             conn: Some(conn),
             span,

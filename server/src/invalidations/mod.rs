@@ -5,8 +5,8 @@
 //! so that most replicas learn of the change within milliseconds. Messages may be lost. If Redis is not configured or
 //! is unreachable, no messages are sent.
 //!
-//! Messages are sealed, because anyone with access to Redis could publish messages. Messages that cannot be opened, are
-//! more than a few minutes old, or do not contain a new change are counted but otherwise ignored.
+//! Messages are authenticated with a [`Seal`], because anyone with access to Redis can publish messages. Messages that
+//! cannot be opened, are more than a few minutes old, or do not contain a new change are counted but otherwise ignored.
 //!
 //! This module does not depend on the caches. [`Recent`] contains the recent changes that this replica knows of.
 

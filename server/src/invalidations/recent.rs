@@ -1,18 +1,18 @@
-//! The recent changes that this replica knows of. These changes determine whether a copy that another replica read from
-//! PostgreSQL earlier is still current.
+//! The recent changes that this replica knows of. They determine whether a copy of a record, which another replica has
+//! read from PostgreSQL earlier, is still current.
 //!
 //! Changes are numbered in commit order. A copy records the highest number at the time it was read. Therefore, only
 //! changes with higher numbers can make the copy outdated.
 //!
 //! There are two sources of changes, with different levels of trust:
-//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only polled changes raise the floor and
-//!   `up_to`. Between these two numbers, all changes are known.
+//! - **Polled** changes come from PostgreSQL, in order and without gaps. Only polled changes raise the numbers `floor`
+//!   and `up_to`, between which all changes are known.
 //! - **Announced** changes are messages from other replicas, and this replica's own commits. The only benefit of
 //!   announcements is that they arrive earlier. Until the poll has caught up, an announcement makes older copies
 //!   outdated. An announcement never causes the poll to skip a number, raises the floor, or displaces a polled change.
 //!
-//! A copy with a number below the floor is never confirmed, because PostgreSQL may have already deleted later changes.
-//! A copy with a number higher than all polled and announced changes is not confirmed either, because this replica does
+//! A copy with a number below the floor is never confirmed, because this replica may not know of all later changes. A
+//! copy with a number higher than all polled and announced changes is not confirmed either, because this replica does
 //! not know of a change with that number.
 
 use std::{
@@ -39,7 +39,8 @@ pub struct Recent(Mutex<State>);
 struct State {
     /// `None` before the first poll. Before that, no copy can be confirmed.
     range: Option<PolledRange>,
-    /// The database history that the numbers belong to.
+    /// Identifies the database history in which the numbers were assigned. Another history begins with a restore or
+    /// failover.
     history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
     /// Announced changes with numbers above `range.up_to`.
@@ -265,7 +266,7 @@ mod tests {
         assert!(recent.unchanged(&[key(1)], 2), "read after the change");
         assert!(recent.unchanged(&[key(2)], 1));
         assert!(!recent.unchanged(&[key(2)], 3), "3 was never announced");
-        // This change was announced after a later change.
+        // This change has a lower number than the change that was announced before.
         assert!(recent.announced(&of_key(1, 2)));
         assert!(!recent.unchanged(&[key(2)], 0));
         assert!(!recent.polled(&of_key(1, 2)) && !recent.polled(&of_key(2, 1)));

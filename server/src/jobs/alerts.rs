@@ -7,9 +7,9 @@ use tokio::sync::watch;
 use super::{every, stopped};
 use crate::{db, state::AppState};
 
-/// How often quotas are checked. Usage usually reaches PostgreSQL within a second of the request.
+/// How often quotas are checked.
 const EVERY: Duration = Duration::from_secs(5);
-/// How often quotas are checked without metering. Each check covers all quotas.
+/// How often quotas are checked if metering is off. Each check then covers all quotas, so it takes longer.
 const EVERY_UNMETERED: Duration = Duration::from_secs(30);
 
 pub(super) async fn check(state: AppState, mut stopping: watch::Receiver<bool>) {

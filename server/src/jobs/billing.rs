@@ -18,7 +18,7 @@ use crate::{
 const EVERY: Duration = Duration::from_secs(1);
 /// How often this replica looks for customers that have not been read recently.
 const READ_EVERY: Duration = Duration::from_secs(5);
-/// How often the prices of new subscriptions are read.
+/// How often the prices for new subscriptions are read.
 const OFFER_EVERY: Duration = Duration::from_mins(10);
 /// How soon a failed attempt to read the prices is retried.
 const OFFER_AGAIN: Duration = Duration::from_secs(30);
@@ -38,7 +38,7 @@ pub(super) async fn handle_events(state: AppState) {
             _ = ticks.tick() => {}
             () = state.billing_event.notified() => {}
         }
-        // Repeat until no events are left.
+        // Repeat until no events are left or a round fails.
         while handle_round(&state, billing.handle_due().await, &mut is_reported) {}
     }
 }

@@ -33,7 +33,7 @@ pub(super) async fn delete_limits(state: AppState, mut stopping: watch::Receiver
     // still use the key and create a new bucket for it.
     let age = state.config.stale_grace + state.config.request_timeout;
     let mut ticks = every(EVERY);
-    // Rows are kept for a day, so a replica that has just started repeats at most the deletions of a day.
+    // Invalidations are kept for a day, so a replica that has just started repeats at most one day's deletions.
     let mut last = 0;
     let mut is_failing = false;
     while next(&mut ticks, &mut stopping).await {
@@ -66,7 +66,7 @@ async fn delete_batch(
 ) -> Result<bool, DeleteError> {
     let search = async {
         let mut tx = state.db.system().await?;
-        // The position decreases if PostgreSQL was restored from a backup.
+        // The highest position is lower than `last` if PostgreSQL was restored from a backup.
         let highest = invalidation::position(&mut tx).await?.highest;
         let found = invalidation::deleted_keys(&mut tx, (*last).min(highest), age).await?;
         tx.commit().await?;

@@ -39,8 +39,8 @@ pub(super) async fn ship(state: AppState, mut stopping: watch::Receiver<bool>) {
         }
     }
     let finished = async {
-        // The remaining usage needs the connection of the batch in flight, which would stay busy if the batch were
-        // dropped.
+        // The remaining usage needs the connection of the batch in flight. If the batch were dropped, the connection
+        // would stay busy.
         if let Some(shipping) = in_flight {
             shipping.await?;
         }

@@ -90,8 +90,8 @@ async fn next(ticks: &mut tokio::time::Interval, stopping: &mut watch::Receiver<
     }
 }
 
-/// Runs a job that can be dropped at any point, since the job later continues from its stored state. So stopping the
-/// server does not wait for Stripe or a mail server.
+/// Runs a job until the server stops, and then drops it, so that stopping does not wait for Stripe or a mail server.
+/// The job must be able to continue later from its stored state.
 async fn until_stopped(mut stopping: watch::Receiver<bool>, job: BoxFuture<'static, ()>) {
     tokio::select! {
         biased;

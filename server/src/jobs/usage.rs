@@ -26,7 +26,7 @@ const COMPARE_EVERY: Duration = Duration::from_hours(6);
 const AHEAD: u64 = 7;
 /// The maximum number of endpoints removed per transaction.
 const ENDPOINTS: i64 = 1000;
-/// The pause before a retry. In most cases, a table was only locked for a moment.
+/// The pause before a retry. In most cases, the cause of the failure is a table that is locked for a moment.
 const RETRY: Duration = Duration::from_secs(2);
 const TRIES: u32 = 5;
 
@@ -95,9 +95,9 @@ async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
     Ok(now.date_naive())
 }
 
-/// Creates partitions: first for the coming days, which does not require moving rows, and then for today and yesterday,
-/// since records may arrive after their day has ended. A table whose partition cannot be created does not delay the
-/// other tables.
+/// Creates partitions for the coming days first, because this does not require moving rows. Then creates those for
+/// today and yesterday, since records may arrive after their day has ended. If a table's partition cannot be created,
+/// the other tables still get theirs.
 async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
     let coming = (1..=AHEAD).filter_map(|days| today.checked_add_days(Days::new(days)));
     let days = coming.chain([today]).chain(today.pred_opt());

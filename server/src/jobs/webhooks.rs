@@ -64,8 +64,8 @@ struct Worker {
     /// The tenant and the webhook of each attempt in progress.
     attempts: HashMap<task::Id, (Uuid, Uuid)>,
     is_reported: bool,
-    /// Whether secrets that were encrypted with the previous `QUOTA_SECRET` have been encrypted with the current
-    /// `QUOTA_SECRET`.
+    /// Whether the secrets that were encrypted with the previous `QUOTA_SECRET` have been re-encrypted with the current
+    /// one.
     is_reencrypted: bool,
 }
 
@@ -87,7 +87,7 @@ impl Worker {
         }
     }
 
-    /// Starts attempts for deliveries that are due, up to the maximum.
+    /// Starts attempts for due deliveries, until `CONCURRENT` attempts are in progress.
     async fn begin(&mut self) {
         loop {
             let room = CONCURRENT.saturating_sub(self.running.len());

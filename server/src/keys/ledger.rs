@@ -90,8 +90,8 @@ impl PostgresLedger {
     }
 
     /// Takes tokens from windows in use. In a second transaction, opens missing windows and takes tokens from these
-    /// windows. The second transaction may have to wait for a key that is being deleted. While it waits, it must not
-    /// hold locks that other calls need.
+    /// windows. The transactions are separate, because the second one may have to wait for a key that is being deleted,
+    /// and must not hold locks that other calls need while it waits.
     async fn take_sorted(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         let mut results = self.take_from(Windows::Used, requests).await;
         let missing: Vec<usize> = (0..results.len())
@@ -127,8 +127,8 @@ async fn open_and_take(
     asks: &[Ask],
 ) -> Result<Vec<Option<quota_usage::Taken>>, DbError> {
     let since: Vec<_> = requests.iter().map(|it| time(it.calendar.start)).collect();
-    // From here on, no other replica can open a window for these keys. A window with usage can become unused, but not
-    // vice versa.
+    // Until the commit, no other replica can open a window for these keys. A window may become unused in the meantime,
+    // but no other window can come into use.
     quota_usage::lock(tx, asks).await?;
     let used = quota_usage::used_windows(tx, asks, &since).await?;
     let windows: Vec<_> = requests
@@ -240,7 +240,7 @@ pub(super) fn amount(n: u64) -> i64 {
 impl QuotaLedger for PostgresLedger {
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         self.metrics.ledger_takes.inc_by(requests.len() as u64);
-        // All transactions must lock rows in the same order.
+        // All transactions must lock rows in the same order, so that they do not deadlock.
         let mut order: Vec<usize> = (0..requests.len()).collect();
         order.sort_unstable_by_key(|i| {
             let request = &requests[*i];

@@ -1,8 +1,8 @@
 //! Looks up secrets in PostgreSQL by their hash. Lookups are batched, limited, and fair.
 //!
 //! Anyone can invent keys with a valid checksum, and each of these keys requires a lookup. Therefore, lookups have
-//! their own database connections. Lookups of unknown keys and tokens together leave at least one of these connections
-//! for reloading known keys and tokens, which are those in this replica's cache. Lookups of tokens use at most two
+//! their own database connections. Keys and tokens in this replica's cache are *known*. Lookups of unknown keys and
+//! tokens leave at least one of these connections for reloading known ones. Lookups of tokens use at most two
 //! connections, and lookups of unknown tokens at most one. Lookups that arrive while all connections are busy share the
 //! next statement, so a few connections are enough for thousands of lookups per second.
 //!
@@ -71,7 +71,7 @@ impl Lookups {
             keys: Batches::new(settings(connections), move |hashes| {
                 keys(for_keys.clone(), hashes).boxed()
             }),
-            // There are few tokens, and they are rarely looked up.
+            // Two connections are enough, because there are few tokens, and they are rarely looked up.
             tokens: Batches::new(settings(2), move |hashes| {
                 tokens(for_tokens.clone(), hashes).boxed()
             }),
@@ -124,7 +124,7 @@ struct Settings {
     metrics: Arc<Metrics>,
 }
 
-/// Returns how many of `connections` unknown secrets may use.
+/// Returns how many of `connections` may be used for unknown secrets.
 fn for_unknown(connections: usize) -> usize {
     connections.saturating_sub(1).max(1)
 }
@@ -392,7 +392,7 @@ struct Batch<V: Send + 'static> {
 impl<V: Send + 'static> Batch<V> {
     async fn run(mut self) {
         let hashes = self.list.iter().map(|it| it.hash).collect();
-        // A statement can belong to only one trace.
+        // A statement can belong to only one trace, so the first traced lookup in the batch is used.
         let span = self.list.iter().find_map(|it| it.span.clone());
         let answers = spans::within(span, (self.batches.0.query)(hashes)).await;
         let mut answers = answers.map_err(|error| self.batches.failed(&error));
@@ -430,7 +430,7 @@ async fn work<V: Send + 'static>(mut worker: Worker<V>) {
 
 #[cfg(test)]
 impl<V: Send + 'static> Batches<V> {
-    /// Finds secrets with a function instead of a database.
+    /// Creates lookups that find secrets with a function instead of a database.
     pub(super) fn of(find: impl Fn(&Hash) -> Option<V> + Send + Sync + 'static) -> Self {
         let clock = Arc::new(crate::clock::SystemClock::new());
         let settings = Settings {

@@ -3,7 +3,7 @@
 //!
 //! A secret is looked up by its hash: first in memory, then, if it is an API key, in the records that replicas share
 //! through Redis, and finally in PostgreSQL. This module does not depend on HTTP. While PostgreSQL is unavailable, keys
-//! and tokens in memory keep working for `QUOTA_STALE_GRACE`, and others cannot be confirmed. While Redis is
+//! and tokens in memory keep working for `QUOTA_STALE_GRACE`, and others cannot be looked up. While Redis is
 //! unavailable, lookups go to PostgreSQL instead.
 
 pub mod last_used;

@@ -34,7 +34,7 @@ pub struct PlanRecord {
     /// The quota that all keys of the tenant share while the tenant may not use paid plans. `None` if there is no such
     /// quota.
     pub tenant_quota: Option<TenantQuota>,
-    /// Response headers that are the same for all requests. Cached for the API layer.
+    /// Response headers that are the same for all requests with keys that use this record. Cached for the API layer.
     pub headers: Attachment,
 }
 
@@ -77,13 +77,13 @@ pub struct PlanRecords {
 
 #[derive(Debug, Default)]
 struct Records {
-    /// Records by the hash of their plan and limits.
+    /// Records by the hash of their plan's ID and rate.
     all: HashMap<u64, Weak<PlanRecord>>,
     /// The number of records after the last search for unused ones.
     used: usize,
 }
 
-/// The minimum number of records before unused ones are searched for.
+/// [`Records::used`] is treated as at least this number, so that a small map is not searched often.
 const FEW: usize = 64;
 
 impl PlanRecords {

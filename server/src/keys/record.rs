@@ -88,8 +88,7 @@ impl KeyRecord {
     }
 
     /// Returns the quota that the key shares with its tenant's other keys. Returns `None` if there is no such quota, or
-    /// if the tenant may use paid plans, which requires billing to be on. Calls `now` only if access to paid plans
-    /// expires.
+    /// if billing is on and the tenant has access to paid plans. Calls `now` only if access to paid plans expires.
     #[inline]
     pub fn tenant_quota(
         &self,
@@ -196,8 +195,8 @@ impl KeyStore {
         }
     }
 
-    /// Returns the record of the key with this secret, even if the key is inactive. If the key is unknown, the lookup
-    /// counts toward the limit of `caller`.
+    /// Returns the record of the key with this secret, even if the key is inactive. If the key is not cached on this
+    /// replica, the lookup counts toward the limit of `caller`.
     pub async fn key(
         &self,
         text: &SecretText,
@@ -285,7 +284,7 @@ impl KeyStore {
             .await
     }
 
-    /// Invalidates the records that changes affect.
+    /// Invalidates the records that the changes in `gone` affect.
     pub fn revoke(&self, gone: &InvalidationSet) {
         if gone.any_key() {
             let (tenants, plans, keys) = (gone.tenants(), gone.plans(), gone.keys());
@@ -314,13 +313,14 @@ impl KeyStore {
         self.keys.sweep();
     }
 
-    /// Removes all records, and forgets which secrets are unknown.
+    /// Removes all records, and forgets which secrets do not exist.
     pub fn forget_all(&self) {
         self.keys.forget_all();
         self.tokens.forget_all();
     }
 
-    /// Removes a secret from the cache of unknown secrets. Call after creating a key or token with that secret.
+    /// Removes a secret from the cache of secrets that do not exist. Call after creating a key or token with that
+    /// secret.
     pub fn created(&self, text: &SecretText) {
         let hash = text.hash();
         self.keys.forget_absent(&start(&hash));
@@ -383,8 +383,8 @@ fn record(
         headers: Attachment::default(),
     });
     Ok(KeyRecord {
-        // The version increases with every change. Each key has its own version: a version read with one key says
-        // nothing about a key that was read earlier.
+        // The version increases with every change. The plan's record may have been loaded earlier, with another key, so
+        // each key uses the version with which it was itself loaded.
         policies: plan
             .policies
             .clone()

@@ -81,7 +81,7 @@ pub struct SharedKeysContext {
 #[derive(Debug)]
 struct SharedState {
     context: SharedKeysContext,
-    /// The monotonic time when Redis is used again.
+    /// The monotonic time until which Redis is skipped.
     paused_until: AtomicU64,
     /// The last second in which entries for invalid secrets were written, and the number of entries in that second.
     absent_written: AtomicU64,
@@ -229,7 +229,6 @@ fn is_within_rate(written: &AtomicU64, second: u64) -> bool {
     before >> 16 != second || before & 0xffff < ABSENT_PER_SECOND
 }
 
-/// Returns how long an entry is kept.
 const fn lifetime(has_facts: bool) -> Duration {
     if has_facts { PRESENT } else { ABSENT }
 }

@@ -90,7 +90,7 @@ impl TenantLedger {
 impl QuotaLedger for TenantLedger {
     async fn take(&self, requests: &[TakeRequest]) -> Vec<Result<Taken, LedgerError>> {
         self.metrics.ledger_takes.inc_by(requests.len() as u64);
-        // All transactions must lock rows in the same order.
+        // All transactions must lock rows in the same order, so that they do not deadlock.
         let mut order: Vec<usize> = (0..requests.len()).collect();
         order.sort_unstable_by_key(|i| (requests[*i].tenant, requests[*i].calendar.start));
         let mut results: Vec<Option<Result<Taken, LedgerError>>> = vec![None; requests.len()];

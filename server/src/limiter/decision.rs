@@ -10,7 +10,7 @@ use crate::clock::UnixNanos;
 /// Whether the request was allowed. A denial consumes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// The cost was taken from every policy. If the decision is degraded, this replica's share or its own bucket was
+    /// The cost was taken from every policy. If the decision is degraded, this replica's share or separate bucket was
     /// used instead of the shared bucket.
     Allowed,
     Denied {

@@ -8,8 +8,8 @@
 //! were never taken.) Degraded decisions must not be recorded, because they do not show what the shared counters would
 //! decide: a request that the counters would allow must not be denied.
 //!
-//! The local store keeps its state in the same handle, so a cache in front of the local store would only add cost. The
-//! limiter skips the cache if [`LimitStore::is_local`].
+//! The local store decides without a round trip, so a cache in front of it would only add cost. The limiter skips the
+//! cache if [`LimitStore::is_local`].
 //!
 //! The cache uses monotonic time, so that setting the system clock back does not lock out any key.
 //!
@@ -31,10 +31,10 @@ pub(super) struct DenialCache {
     /// The fingerprint of the policies that the store's last decision applied. `None` before the first decision.
     /// Decisions under other policies are neither used nor kept.
     fingerprint: Option<u64>,
-    /// The TAT of the local bucket, which starts full when the policies are edited. The local bucket never allows a
-    /// request, since the store decides every request that is not denied here. After an edit, the store keeps the
-    /// earlier usage, but its bucket may have refilled by any amount, because the cache does not know when the store
-    /// learned of the edit. A request that the store would allow must not be denied here.
+    /// The TAT of the local bucket. This bucket never allows a request, since the store decides every request that is
+    /// not denied here. After an edit, the local bucket starts full. The store keeps the earlier usage, but its bucket
+    /// may have refilled by any amount, because the cache does not know when the store learned of the edit. A request
+    /// that the store would allow must not be denied here.
     tat: Monotonic,
     /// When the store's bucket is full, according to its last decision, which includes other replicas' usage.
     full_at: Monotonic,
@@ -79,7 +79,7 @@ impl Denied {
         // The time until the reason for the denial may change.
         let mut believed = retry_after;
         if decision.violated().contains(Policy::Rpm) {
-            // Another replica may return tokens.
+            // Another replica may return tokens, so the denial is trusted for at most `rate_memory`.
             believed = believed.min(rate_memory.unwrap_or(Nanos::MAX));
             match gcra.decide(now.saturating_add(debt(decision)), now, cost) {
                 Verdict::Wait { wait } => believed = believed.min(Nanos(wait.get())),
@@ -117,7 +117,7 @@ impl DenialCache {
         cost: NonZeroU32,
         clock: &dyn Clock,
     ) -> Option<Decision> {
-        // If the store has not decided since the last edit, the store decides.
+        // If the store has not decided a request since the last edit, it must decide this one.
         if self.fingerprint != Some(policies.fingerprint()) {
             return None;
         }
@@ -127,8 +127,8 @@ impl DenialCache {
     }
 
     /// Records a decision by the store, which must not be degraded. A denial by the rate limit is cached for at most
-    /// `rate_memory`. The bucket is assumed to have been refilling since the call started: the store may have decided
-    /// at any time after that, and a request that the store would allow must not be denied here.
+    /// `rate_memory`. The store may have decided at any time after the call started, so the bucket is assumed to have
+    /// been refilling since then. Otherwise, a request that the store would allow could be denied here.
     pub(super) fn record(
         &mut self,
         policies: &Policies,
@@ -155,7 +155,7 @@ impl DenialCache {
             Outcome::Allowed => {
                 self.denied = None;
                 let charged = self.tat.max(asked_at).saturating_add(gcra.price(cost));
-                // At most the whole burst can be missing.
+                // A bucket cannot be more than empty.
                 self.tat = gcra.settled(charged, now);
             }
             Outcome::Denied { .. } => {
@@ -187,8 +187,8 @@ impl DenialCache {
         let Outcome::Denied { violated, .. } = decision.outcome else {
             return None;
         };
-        // The bucket has been refilling since the denial. This uses monotonic times, because the calendar clock that
-        // the decision uses may have been set since.
+        // The bucket has been refilling since the denial. This uses monotonic times, because the calendar clock, which
+        // the decision uses, may have been adjusted since.
         decision.rate.remaining = policies.gcra().remaining(self.full_at, monotonic);
         decision.rate.reset_at = now.saturating_add(self.full_at.saturating_since(monotonic));
         decision.at = now;
@@ -207,7 +207,7 @@ impl DenialCache {
         now: UnixNanos,
     ) -> Option<Decision> {
         let gcra = policies.gcra();
-        // If the cost exceeds the burst, the store decides.
+        // If the request fits into the local bucket, or its cost exceeds the burst, the store decides.
         let Verdict::Wait { .. } = gcra.decide(self.tat, monotonic, cost) else {
             return None;
         };

@@ -6,9 +6,8 @@
 //! **The shares of all replicas together never exceed the limit**, although each replica uses its own count, which may
 //! be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself has
 //! been counted for [`SETTLED`], which is longer. So every count in use includes every replica that takes a share: the
-//! divisor is at least the number of these replicas, and a replica's rank is at least its position among these
-//! replicas. A replica that stops is still counted for [`FORGOTTEN`], which is longer than it can continue to take a
-//! share.
+//! count is at least the number of these replicas, and a replica's rank is at least its position among them. A replica
+//! that stops is still counted for [`FORGOTTEN`], which is longer than it can continue to take a share.
 
 use std::{
     num::NonZeroU64,
@@ -128,7 +127,7 @@ impl Membership {
             Some(age) => asked.saturating_add(SETTLED.saturating_sub(age).into()),
             None => asked.saturating_add(SETTLED.into()),
         };
-        // 0 means unknown.
+        // 0 would mean that the time is unknown.
         let settles_at = settles_at.0.max(1);
         self.others_settle_at.store(settles_at, Ordering::Relaxed);
     }
@@ -195,7 +194,7 @@ mod tests {
             None,
             "the slot is no longer confirmed"
         );
-        // After such a gap, the replica must settle again.
+        // After this gap, the replica must settle again.
         for second in 17..25 {
             membership.confirm(slot(1, 2), at(second * SECOND));
             assert_eq!(membership.slot(at(second * SECOND)), None);
@@ -254,8 +253,8 @@ mod tests {
         assert!(!membership.others_may_act(at(5 * SECOND)));
     }
 
-    /// Replicas start, stop, lose PostgreSQL and get slow responses. The replicas count each other as they would in the
-    /// database, and the test continuously checks the sum of their shares of a burst.
+    /// Replicas start, stop, lose their connection to PostgreSQL, and get slow responses. The replicas count each other
+    /// as they would in the database, and the test continuously checks the sum of their shares of a burst.
     #[test]
     fn shares_of_all_replicas_never_exceed_the_whole() {
         const TICK: u64 = SECOND / 10;

@@ -2,7 +2,7 @@
 //!
 //! This module owns rates, calendar quotas and their usage. It does not depend on HTTP, SQL or secrets: the caller
 //! passes a key's handle and policies, both from the key's cached record, and gets a [`Decision`]. If the quota ledger
-//! fails, only keys with calendar quotas (their own or their tenant's) are affected: these keys spend the tokens that
+//! fails, only keys with calendar quotas (their own or their tenant's) are affected. These keys spend the tokens that
 //! are available locally, and then their requests get an error. A request is allowed only if its cost has been taken
 //! from each policy. In degraded decisions, the plan's fallback setting determines which rate limit applies.
 //!
@@ -68,7 +68,7 @@ pub struct Limiter {
     clock: Arc<dyn Clock>,
     /// Cached value of [`LimitStore::is_local`].
     is_local: bool,
-    /// `None` if tenants have no quotas of their own.
+    /// `None` if tenants have no quotas.
     tenants: Option<Arc<TenantQuotas>>,
 }
 

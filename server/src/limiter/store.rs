@@ -23,19 +23,19 @@ use crate::clock::Nanos;
 /// Every store guarantees the following, for each key and all its policies together:
 ///
 /// - *Atomic.* The cost is taken from every policy or from none. A denial consumes nothing.
-/// - *Rate.* In any window of `T` seconds on the store's clock, at most `burst + rpm/60 * T` tokens are granted (with
-///   leases, `T` plus the lease TTL), and no request is denied if the bucket has enough tokens. (With leases, a replica
-///   that has found too few tokens may deny requests for up to two lease TTLs before it calls the counters again.)
-///   While the clock stands still, buckets do not refill. If the clock is set back, a request waits at most as long as
-///   its cost takes to refill. While the shared counters are unavailable, the fallback setting determines what is
-///   allowed instead.
+/// - *Rate.* In any window of `T` seconds on the store's clock, at most `burst + rpm/60 * T` tokens are granted. With
+///   leases, the lease TTL is added to `T`. No request is denied if the bucket has enough tokens, with one exception.
+///   With leases, a replica that has found too few tokens may deny requests for up to two lease TTLs before it calls
+///   the counters again. While the clock stands still, buckets do not refill. If the clock is set back, a request waits
+///   at most as long as its cost takes to refill. While the shared counters are unavailable, the fallback setting
+///   determines what is allowed instead.
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
-///   crash loses at most one block (a hundredth of the quota, at least one and at most 10,000 tokens), the tokens that
-///   requests were waiting for, and tokens that were being returned. Draining returns all unused tokens, unless the
-///   ledger does not confirm the return in time. A failed ledger call may lose the tokens that it was supposed to take.
-///   A replica does not keep an unused block for long while other replicas may need it. A change of time zone takes
-///   effect when the current window ends, or immediately if nothing was used in that window. The next window lasts
-///   until the end of the day or month in the new zone, with a proportional quota. Windows never overlap.
+///   crash loses at most one block, the tokens that requests were waiting for, and tokens that were being returned. A
+///   block is a hundredth of the quota, but at least one and at most 10,000 tokens. Draining returns all unused tokens,
+///   unless the ledger does not confirm the return in time. A failed ledger call may lose the tokens that it was
+///   supposed to take. A replica does not keep an unused block for long while other replicas may need it. A change of
+///   time zone takes effect when the current window ends, or immediately if nothing was used in that window. The next
+///   window lasts until the end of the day or month in the new zone, with a proportional quota. Windows never overlap.
 /// - *Edits.* Usage is kept when policies change: an edit does not refill a bucket or a quota. But a bucket that has
 ///   been idle until it was full under its last plan may be forgotten, and is then full under any plan.
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.

@@ -20,7 +20,7 @@ use crate::{
 /// The maximum number of lines per second.
 const LINES: u64 = 10;
 /// The maximum number of denials per second that are recorded for a tenant while the backlog is long. A record takes
-/// about 150 bytes, so a gigabyte holds 18 hours of one tenant's denials.
+/// about 150 bytes, so a gigabyte holds 18 hours of one tenant's denials at this rate.
 const RECORDED: u32 = 100;
 const SECOND: Nanos = Nanos::from_secs(1);
 
@@ -90,7 +90,7 @@ struct Spent {
 impl Spent {
     fn at(&mut self, now: Monotonic) -> &mut HashMap<TenantId, u32> {
         let second = now.0 / SECOND.0;
-        // Threads may see slightly different times.
+        // Threads may see slightly different times, so an earlier second is ignored.
         if second > self.second {
             self.second = second;
             self.denials.clear();

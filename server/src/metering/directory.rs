@@ -21,7 +21,7 @@ pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
 /// The folder, next to these directories, for files that are not shipped but kept for the operator.
 const REJECTED: &str = "rejected";
-/// The extension of rejected files that an earlier version left in the directory of their replica.
+/// The extension of rejected files that an earlier version of the server left in the directory of their replica.
 const EARLIER_EXTENSION: &str = "refused";
 
 /// The minimum age of an unfinished directory before it is deleted. Creating a directory takes milliseconds.
@@ -75,8 +75,8 @@ impl Directory {
         }
     }
 
-    /// Takes over an existing directory. Returns `None` if a running process holds the directory, or if the path is not
-    /// an existing replica directory.
+    /// Takes over an existing directory. Returns `None` if a running process holds the directory's lock, or if the path
+    /// is not an existing replica directory.
     pub fn adopt(path: &Path) -> io::Result<Option<Self>> {
         let Some(id) = id_of(path) else {
             return Ok(None);
@@ -121,7 +121,7 @@ impl Directory {
         Ok(true)
     }
 
-    /// Moves files that an earlier version set aside in this directory to the folder for rejected files.
+    /// Moves files that an earlier version of the server set aside in this directory to the folder for rejected files.
     pub fn move_rejected(&self) -> io::Result<()> {
         for path in paths(&self.path, |path| {
             path.extension().is_some_and(|it| it == EARLIER_EXTENSION)
@@ -159,7 +159,7 @@ pub(super) fn delete_unfinished(root: &Path) -> io::Result<()> {
     for path in paths(root, is_unfinished)? {
         let changed_at = match fs::metadata(&path) {
             Ok(found) => found.modified()?,
-            // The directory's owner has just completed and renamed it.
+            // The directory's owner has just renamed it, or another replica has deleted it.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(error),
         };
@@ -184,7 +184,7 @@ pub(super) fn set_aside(segment: &Path) -> io::Result<()> {
     };
     let rejected = directory.parent().unwrap_or(directory).join(REJECTED);
     folder(&rejected, true)?;
-    // Two directories may contain files with the same name.
+    // Two directories may contain files with the same name, so the new name begins with the directory's name.
     let mut kept = directory.file_name().unwrap_or_default().to_owned();
     kept.push("-");
     kept.push(name);

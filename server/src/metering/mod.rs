@@ -30,9 +30,10 @@
 //! `QUOTA_USAGE_BACKLOG_MAX`. While the disk is full or read-only, decisions cannot be recorded, so no decisions are
 //! made.
 //!
-//! Denied requests do not cost their sender anything. Once the backlog is half full, and until it has fallen below a
-//! quarter, only a limited number of each tenant's denials per second are recorded, so that one tenant's denials cannot
-//! fill the backlog for everyone. The other denials are counted in a metric. Every allowed request is recorded.
+//! Denied requests do not cost their sender anything. Therefore, from the time when the backlog is half full until it
+//! is less than a quarter full, only a limited number of each tenant's denials per second are recorded. Otherwise, one
+//! tenant's denials could fill the backlog for everyone. The other denials are counted in a metric. Every allowed
+//! request is recorded.
 
 mod denials;
 mod directory;
@@ -290,7 +291,7 @@ impl Metering {
         recorder.is_some_and(|recorder| recorder.wants_spare())
     }
 
-    /// Creates segments in advance, and replaces old ones. Blocks.
+    /// Creates segments in advance, and replaces old ones. Blocks the current thread.
     pub fn prepare(&self) {
         if let Some(recorder) = &self.0.recorder {
             recorder.create_spare();
@@ -302,7 +303,7 @@ impl Metering {
         let db = db.on(Lane::Health);
         let measured = async {
             let mut tx = db.system().await?;
-            // The connection already exists, so only one round trip is measured.
+            // The transaction has already begun, so only one round trip is measured.
             let asked = self.0.clock.monotonic();
             let now = usage_shipping::now(&mut tx).await?;
             let answered = self.0.clock.monotonic();
@@ -338,13 +339,14 @@ impl Metering {
         adopter.ship(&self.0.context, &self.0.root).await
     }
 
-    /// Ships the remaining records and deletes the segments, unless records remain. Call after the last request.
+    /// Ships the remaining records, and then deletes this process's files, unless some records could not be shipped.
+    /// Call after the last request.
     pub async fn finish(&self) -> Result<(), ShipError> {
         let Some(recorder) = &self.0.recorder else {
             return Ok(());
         };
         recorder.close();
-        // A segment that is being created would keep the directory from being empty. Creating a segment takes
+        // The directory cannot be deleted while a segment is being created in it. Creating a segment takes
         // milliseconds.
         for _ in 0..100 {
             if !recorder.is_creating() {

@@ -2,7 +2,7 @@
 
 use std::{fmt::Write as _, path::Path};
 
-/// The role and the database that the server uses.
+/// The name of the server's role, and of its database.
 pub(super) const NAME: &str = "quota";
 
 /// The port, which is used only in the name of the socket file (`.s.PGSQL.5432`). PostgreSQL does not listen on a TCP

@@ -59,7 +59,7 @@ pub(super) async fn installed_binaries() -> Vec<Binaries> {
         if known || !dir.is_absolute() || !dir.join("initdb").is_file() {
             continue;
         }
-        // Example: postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)
+        // Example output: postgres (PostgreSQL) 15.14 (Debian 15.14-0+deb12u1)
         let Some(text) = output(Command::new(dir.join("postgres")).arg("--version")).await else {
             continue;
         };
@@ -131,12 +131,12 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
         .arg(&new)
         .args([
             &format!("--username={NAME}"),
-            // The permissions of the socket's directory restrict access.
+            // No password is needed, because the permissions of the socket's directory restrict access.
             "--auth-local=trust",
             "--auth-host=reject",
             "--encoding=UTF8",
-            // Byte order never changes. A locale's sort order may change with the C library, which would corrupt
-            // indexes.
+            // Without a locale, text is sorted by its bytes. A locale's sort order may change with the C library, which
+            // would corrupt indexes.
             "--no-locale",
             "--data-checksums",
         ])
@@ -166,8 +166,8 @@ pub(super) async fn initdb(bin: &Path, place: &Place) -> Result<(), EmbeddedErro
         .map_err(EmbeddedError::file("cannot write", home))
 }
 
-/// Waits like [`Child::wait_with_output`], but keeps standard input open: closing it would make the guard stop its
-/// child.
+/// Waits like [`Child::wait_with_output`], but keeps standard input open: closing it would make the guard script stop
+/// `initdb`.
 async fn wait_with_output(mut child: Child) -> io::Result<std::process::Output> {
     let pipe = child.stdin.take();
     let output = child.wait_with_output().await;

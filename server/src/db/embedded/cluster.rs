@@ -1,4 +1,4 @@
-//! The PostgreSQL process: starts it under the guard, and supervises, restarts and stops it.
+//! The PostgreSQL process: starts it under the guard script, and supervises, restarts and stops it.
 
 use std::{
     ffi::OsStr,
@@ -25,7 +25,8 @@ use super::{
     place::Place,
 };
 
-/// The maximum duration of a startup. Recovery after a crash replays at most about one `max_wal_size` of WAL.
+/// The maximum duration of a startup, including recovery after a crash. Recovery replays at most about one
+/// `max_wal_size` of WAL.
 const START_LIMIT: Duration = Duration::from_mins(2);
 /// The maximum duration of a fast shutdown, which ends sessions and writes a checkpoint.
 const FAST_STOP_LIMIT: Duration = Duration::from_secs(20);
@@ -40,8 +41,8 @@ const SETTLED: Duration = Duration::from_mins(1);
 /// If the log is longer than this size, it is rotated at startup.
 const LOG_LIMIT: u64 = 10 * 1024 * 1024;
 
-/// The guard and the other end of its pipe. The pipe is separate because waiting for a [`Child`] closes its standard
-/// input, which would make the guard stop PostgreSQL.
+/// The guard script, which runs PostgreSQL, and the other end of the pipe that it reads from. The pipe is separate
+/// because waiting for a [`Child`] closes its standard input, which would make the guard stop PostgreSQL.
 #[derive(Debug)]
 pub(super) struct Guarded {
     pub(super) child: Child,
@@ -154,7 +155,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Keeps PostgreSQL running until it is stopped, or until the other end of `stopped` is dropped.
+    /// Keeps PostgreSQL running until `stopped` changes or its sender is dropped, and then stops PostgreSQL.
     pub(super) async fn keep(self, mut postgres: Guarded, mut stopped: watch::Receiver<bool>) {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -280,7 +281,8 @@ fn running_in(dir: &Path) -> Vec<i32> {
 }
 
 /// Signals the cluster's postmaster, and waits until all of the cluster's processes have exited. Returns `false` if any
-/// are still running after `limit`. Sessions notice on their own that their postmaster has exited.
+/// are still running after `limit`. Only the postmaster is signaled, because sessions notice on their own when their
+/// postmaster has exited.
 async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
     let deadline = Instant::now() + limit;
     let mut signalled = None;
@@ -289,7 +291,7 @@ async fn end_running(cluster: &Path, signal: Signal, limit: Duration) -> bool {
         if running.is_empty() {
             return true;
         }
-        // A postmaster that is starting may not have written its PID file yet.
+        // A postmaster that is starting may not have written its PID file yet, so the file is read in each round.
         let postmaster = fs::read_to_string(cluster.join("postmaster.pid"))
             .ok()
             .and_then(|text| text.lines().next()?.trim().parse::<i32>().ok())

@@ -20,7 +20,8 @@ use super::{address::PORT, error::EmbeddedError};
 /// The maximum length of a socket's path on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;
 
-/// If this process runs as root and the cluster cannot be in the data directory, the cluster is in this directory.
+/// If this process runs as root and the cluster cannot be in the data directory, the cluster is in a subdirectory of
+/// this directory.
 const FALLBACK_HOME: &str = "/var/lib/quota";
 
 /// Runs "$@", requests a fast shutdown when standard input ends, and exits with the status of "$@". A shell's
@@ -147,8 +148,8 @@ impl Place {
         self.user.as_ref().map_or("", |user| user.name.as_str())
     }
 
-    /// Checks that the user that PostgreSQL runs as can enter `dir`. The mode bits alone do not determine whether the
-    /// user can.
+    /// Checks that the user that PostgreSQL runs as can enter `dir`. Tries it as that user, because the mode bits alone
+    /// do not determine access.
     pub(super) async fn check_reach(&self, dir: &Path) -> Result<(), EmbeddedError> {
         let Some(user) = &self.user else {
             return Ok(());
@@ -266,7 +267,7 @@ fn nameless(uid: Uid, gid: Gid) -> User {
     }
 }
 
-/// Returns the directory for the cluster of `data_dir` if the cluster cannot be in `data_dir`.
+/// Returns the directory that contains the cluster if the cluster cannot be in `data_dir`.
 fn fallback_home(data_dir: &Path) -> PathBuf {
     Path::new(FALLBACK_HOME).join(short_name(data_dir))
 }

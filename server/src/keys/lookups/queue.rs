@@ -31,7 +31,8 @@ pub(super) struct Queue<V> {
     pub(super) unknown: HashMap<LookupCaller, VecDeque<Waiting<V>>>,
     /// The callers in `unknown`, in the order of their turns.
     pub(super) turns: VecDeque<LookupCaller>,
-    /// The number of lookups of unknown secrets in progress by caller, including lookups that are not queued yet.
+    /// For each caller, the number of its lookups of unknown secrets in progress, including lookups that are not queued
+    /// yet.
     pub(super) started: HashMap<LookupCaller, usize>,
     /// The sum of `started`.
     pub(super) started_total: usize,

@@ -158,7 +158,7 @@ async fn flooding_source_is_limited_and_others_keep_their_share() {
     assert_eq!(flood.iter().filter(|it| it.is_ok()).count(), 10);
     let others = (0..5).map(|_| it.batches.begin(Some(from(9))));
     let others = others.collect::<Vec<_>>();
-    // A third of ten, rounded down.
+    // Three callers share the limit of ten, so this caller gets a third, rounded down.
     assert_eq!(others.iter().filter(|it| it.is_ok()).count(), 3);
     assert!(
         it.batches.begin(None).is_ok(),

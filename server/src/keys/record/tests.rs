@@ -25,7 +25,7 @@ use crate::{
 const TENANT: Uuid = Uuid::from_u128(1);
 
 /// A store that pauses while it creates the handle of one key. At that point, the key's data has been read, but its
-/// record is not cached.
+/// record is not cached yet.
 #[derive(Debug)]
 struct PausingStore {
     inner: Arc<LocalStore>,
@@ -86,7 +86,7 @@ impl LimitStore for PausingStore {
 
 fn secret(n: u16) -> SecretText {
     let mut bytes = [7; 32];
-    // The digits of a number in base 62.
+    // The digits of `n` in base 62.
     bytes[0] = u8::try_from(n / 62).unwrap();
     bytes[1] = u8::try_from(n % 62).unwrap();
     SecretText::from_bytes(Kind::ApiKey, &bytes)

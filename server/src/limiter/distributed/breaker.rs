@@ -26,8 +26,8 @@ pub(super) const SILENCE: Duration = Duration::from_millis(200);
 const CALLS: u32 = 20;
 const SPAN: Nanos = Nanos::from_secs(1);
 
-/// If a timely response is older than the last response by more than this many microseconds, the counters' clock was
-/// set back.
+/// If a timely response is older than the last response by more than this many microseconds, the counters' clock must
+/// have been set back.
 const TURNED_BACK: u64 = 1_000_000;
 
 /// The circuit breaker for one partition.
@@ -70,15 +70,14 @@ pub(super) struct Outage {
     pub(super) since: Monotonic,
     /// When the outage began, on the counters' clock.
     counters_since: CounterMicros,
-    /// The period from the earliest start of the promised epoch until the deadline for the response to the first call
-    /// in that epoch.
+    /// `None` unless the counters have promised a new epoch. The pause lasts from the earliest start of that epoch
+    /// until the deadline for the response to the first call in it.
     pause: Option<Pause>,
 }
 
 impl Outage {
     /// Returns whether the promised epoch may have started, and this replica may be about to use the counters again.
-    /// Requests that this replica allowed from its share now would be in addition to the requests that the counters
-    /// allow.
+    /// Any request that it allowed from its share now would be in addition to the requests that the counters allow.
     pub(super) fn is_paused(self, now: Monotonic) -> bool {
         self.pause
             .is_some_and(|pause| pause.from <= now && now < pause.until)
@@ -150,7 +149,7 @@ impl CircuitBreaker {
         Monotonic(self.used_at.load(Ordering::Relaxed))
     }
 
-    /// Records a timely response, which the counters sent at their time `at`.
+    /// Records a timely response. `at` is when the counters sent the response, on their clock.
     pub(super) fn record_success(&self, at: CounterMicros, now: Monotonic) {
         let mut inner = self.inner.lock();
         inner.count(now, false);
@@ -163,8 +162,9 @@ impl CircuitBreaker {
         }
     }
 
-    /// Records the counters' time `at`, unless a newer response has already arrived. If an older time were recorded, an
-    /// outage could seem to have begun before other replicas got their last response.
+    /// Records `at`, a time on the counters' clock, unless a newer response has already arrived. If an older time were
+    /// recorded, a later outage would seem to have begun too early. The counters could then wrongly conclude that other
+    /// replicas got responses during the outage.
     fn hear(&self, inner: &mut BreakerState, at: CounterMicros, now: Monotonic) {
         if at >= self.last_heard() {
             inner.heard_at = now;
@@ -225,7 +225,7 @@ impl CircuitBreaker {
         true
     }
 
-    /// Closes the breaker after a timely response, which the counters sent at their time `at`.
+    /// Closes the breaker after a timely response. `at` is when the counters sent the response, on their clock.
     pub(super) fn close(&self, at: CounterMicros, now: Monotonic) {
         let mut inner = self.inner.lock();
         self.hear(&mut inner, at, now);

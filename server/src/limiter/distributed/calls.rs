@@ -7,7 +7,7 @@
 //! empty bucket takes to fill ([`Terms::pause`]).
 //!
 //! If a call fails, its requests are notified. If a call is late, its requests keep waiting. A request waits for at
-//! most two deadlines.
+//! most twice the deadline of a call.
 //!
 //! Tokens from a late response are used like tokens from a timely response: for requests, and as a lease if the plan
 //! allows leases. However, if none of the call's requests is waiting any longer and other tokens are available locally,
@@ -79,7 +79,7 @@ impl StoreCore {
         &self.breakers[usize::from(self.partition_of(handle.name.key))]
     }
 
-    /// Builds a call for a key. The call returns `back` and takes no tokens.
+    /// Builds a call for a key. The call returns `back`, and takes no tokens unless the caller sets how many.
     pub(super) fn build_call(
         &self,
         handle: &KeyHandle,
@@ -268,8 +268,8 @@ impl StoreCore {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Returns all tokens held for later to the counters, before the process exits. Gives up if the counters do not
-    /// respond; tokens that are not returned are unavailable until their buckets refill.
+    /// Before the process exits, returns all tokens that are held for later to the counters. Gives up if the counters
+    /// do not respond; tokens that are not returned are unavailable until their buckets refill.
     pub(super) async fn return_leases(&self) {
         self.draining.store(true, Ordering::Release);
         let deadline = time::Instant::now() + RETURNED_WITHIN;
@@ -312,7 +312,7 @@ impl StoreCore {
                 failures.store(RETURNS_FAILED, Ordering::Relaxed);
             }
         }
-        // Calls in flight return the tokens that they get.
+        // Calls in flight return the tokens that they get, so wait for these calls.
         let patience = time::Instant::now() + CALL_DEADLINE + self.settings.deadline;
         let is_busy = |handle: &Arc<KeyHandle>| {
             let mut state = handle.state.lock();

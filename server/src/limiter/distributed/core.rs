@@ -1,4 +1,4 @@
-//! The state of the distributed store. The methods are defined in the modules that use them.
+//! The state of the distributed store. Most of its methods are defined in the modules that use them.
 
 use std::{
     sync::{Arc, Weak, atomic::AtomicBool},

@@ -159,7 +159,7 @@ impl StoreCore {
     ) -> Option<Decision> {
         let (mut state, now) = self.keys.lock_state(handle, policies);
         if !demand.spend(&mut state, now) {
-            // Dropping `grant` takes the lock to return its tokens.
+            // Dropping `grant` takes the lock to return its tokens, so the lock is released first.
             drop(state);
             return None;
         }
@@ -299,7 +299,7 @@ impl StoreCore {
                     let again = || self.decide_locally(handle, policies, cost, Some(&mut demand));
                     match self.keys.fetch(handle, cost, &mut patience, again).await {
                         Ok(outcome) => outcome,
-                        // The rate limit may deny the request anyway.
+                        // If the rate limit denies the request anyway, that denial is returned instead of the error.
                         Err(error) => {
                             self.fetch(handle, policies, 0).await;
                             return self
@@ -328,8 +328,8 @@ impl StoreCore {
                         }
                         FetchOutcome::TooFew => {
                             let denial = self.denial(handle, policies, cost, &mut demand, None);
-                            // The bucket may have refilled since the response, or the counters may use another version
-                            // of the plan.
+                            // If nothing denies the request any longer, the bucket has refilled since the response, or
+                            // the counters use another version of the plan. A retry may then succeed soon.
                             let soon =
                                 || self.denial(handle, policies, cost, &mut demand, Some(A_MOMENT));
                             if let Some(decision) = denial.or_else(soon) {

@@ -61,8 +61,8 @@ impl StoreCore {
         };
         let (handle, span) = (Arc::clone(handle), spans::current());
         runtime.spawn(async move {
-            // Created inside the task: a runtime that has been shut down drops the task immediately, while the key is
-            // still locked, and dropping a `LeaseFetch` locks the key.
+            // The `LeaseFetch` is created inside the task, because dropping it locks the key. A runtime that has been
+            // shut down drops the task immediately, while the key is still locked.
             fetch(LeaseFetch {
                 inner,
                 handle,
@@ -127,7 +127,7 @@ struct LeaseFetch {
     handle: Arc<KeyHandle>,
     call: TakeCall,
     terms: Terms,
-    /// Tokens that the call requests for later.
+    /// The number of tokens that the call requests in addition to what requests are waiting for.
     for_later: u64,
     asked_at: Monotonic,
     requests: Vec<Waiter>,
@@ -180,7 +180,7 @@ impl LeaseFetch {
         let now = self.inner.clock.monotonic();
         let lease = state.lease();
         lease.expire(now);
-        // Newer calls may have ended already.
+        // A newer call may have ended already, and its response is more recent.
         if lease.seen_at() <= self.asked_at {
             lease.record_debt(debt, self.asked_at);
         }
@@ -234,7 +234,7 @@ impl LeaseFetch {
             lease.end_fetch(self.for_later);
             self.inner.begin_fetch(&self.handle, &mut state, false);
         }
-        // Sending to a canceled request returns its tokens, which takes the lock.
+        // Sending to a canceled request returns its tokens, which takes the lock, so the lock is released first.
         drop(state);
         for (waiter, outcome) in outcomes {
             let _ = waiter.outcome.send(outcome);
@@ -242,9 +242,10 @@ impl LeaseFetch {
         left
     }
 
-    /// Denies requests locally while the bucket has too few tokens, but only for a short time, since other replicas may
-    /// return tokens. If the bucket is empty, this replica makes no calls during a part of the lease TTL, so that
-    /// tokens accumulate and are not fetched one by one. That pause is too short for the bucket to fill up.
+    /// Denies requests locally while the bucket has too few tokens. If the plan allows leases, requests are denied only
+    /// for a short time, since other replicas may return tokens. If the bucket is empty, this replica makes no calls
+    /// during a part of the lease TTL, so that tokens accumulate and are not fetched one by one. That pause is too
+    /// short for the bucket to fill up.
     ///
     /// The time for which requests are denied is measured from the start of the call. The counters decide a little
     /// later, but the next call takes just as long to reach the counters, so measuring from the response would count
@@ -262,7 +263,8 @@ impl LeaseFetch {
             Nanos::ZERO
         };
         let n = match refused {
-            // The counters are not called for a bucket that is known to be empty, unless tokens are returned to it.
+            // Without leases, the counters are not called while the bucket is known to be empty, unless tokens are
+            // waiting to be returned to it.
             _ if !self.terms.leased && left < call.emission && !lease.owes() => 1,
             _ if 0 < granted && granted < call.want && left < call.emission => 1,
             Some(refused) => refused,
@@ -270,7 +272,7 @@ impl LeaseFetch {
             None => return,
         };
         let missing = call.emission.saturating_mul(n).saturating_sub(left);
-        // Under this version of the plan, there are enough tokens. The counters must have used another version.
+        // If there are enough tokens under this version of the plan, the counters must have used another version.
         if missing == Nanos::ZERO {
             return;
         }

@@ -1,9 +1,9 @@
 //! The distributed store: buckets that all replicas share, leases, and decisions during an outage.
 //!
 //! The store decides when to call the shared counters. Calendar quotas use blocks from the ledger, as in the local
-//! store, but the blocks of all replicas together are no larger than one block in the local store, except that each
-//! block has at least one token. This module does not depend on Redis: the counters are a trait ([`SharedCounters`]),
-//! implemented by a script in Redis and, in the simulation, by a model of that script.
+//! store. The blocks of all replicas together are no larger than one block in the local store, except that each block
+//! has at least one token. This module does not depend on Redis: the counters are a trait ([`SharedCounters`]),
+//! implemented by a script in Redis and, in simulation tests, by a model of that script.
 //!
 //! ```text
 //! local tokens          ─ spend them, no I/O
@@ -12,17 +12,17 @@
 //! counters unavailable  ─ share | open | closed
 //! ```
 //!
-//! **Guarantees.** In any window of `T` seconds, all replicas together allow at most `burst + rate · (T + ttl)`, or at
-//! most `burst + rate · T` if the counters decide every request ([`lease`](crate::limiter::rate::lease) explains why).
-//! Calendar quotas are exact: the ledger counts a token before it is spent. If a client sends the entire burst of an
-//! idle key to one replica at the same time, the requests are allowed after at most two round trips to the counters.
+//! **Guarantees.** In any window of `T` seconds, all replicas together allow at most `burst + rate · (T + ttl)`. If the
+//! counters decide every request, the bound is `burst + rate · T`. ([`lease`](crate::limiter::rate::lease) explains
+//! why.) Calendar quotas are exact: the ledger counts a token before it is spent. If a client sends the entire burst of
+//! an idle key to one replica at the same time, the requests are allowed after at most two round trips to the counters.
 //!
-//! **Deadlines.** A call whose response is late counts as failed. A request waits for at most two deadlines: for the
-//! call that is in flight when the request arrives and for the next call, or for a late response. After that, the
-//! request is decided without the counters. A request also waits for at most two calls to the ledger. Its quota tokens
-//! are reserved before its rate tokens are taken, so that no rate tokens are taken for a request that the quota then
-//! denies. If the quota's window ends before the rate tokens arrive, the request starts over, unless the new window's
-//! tokens are available locally.
+//! **Deadlines.** A call whose response is late counts as failed. A request waits for at most twice the deadline: for
+//! the call that is in flight when the request arrives and then for the next call, or for a late response. After that,
+//! the request is decided without the counters. A request also waits for at most two calls to the ledger. Its quota
+//! tokens are reserved before its rate tokens are taken, so that no rate tokens are taken for a request that the quota
+//! then denies. If the quota's window ends before the rate tokens arrive, the request starts over, unless the new
+//! window's tokens are available locally.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, the replica uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty*
@@ -47,14 +47,14 @@
 //! until it was full is deleted, and counts as full under any plan. After a loss of state, raising the burst does not
 //! add more tokens than have refilled since then.
 //!
-//! **Not guaranteed.** While only some replicas have an outage, `Share` lets these replicas allow their part `p` of the
-//! bucket in addition to what the counters grant: in total, at most `(1 + p) * (burst + rate * (T + ttl))`. `p` is the
-//! sum of their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one replica's part is
-//! the entire burst. The same can happen at the start of a new epoch, if one replica's first call fails while other
-//! replicas' calls succeed. In an outage of all replicas, no additional requests are allowed, even if the outage is too
-//! short for some of the replicas to detect: shares begin to fill only when the outage has either ended or been
-//! detected by all replicas. In a cluster, however, a replica that was not using a partition does not detect the
-//! partition's outage. `Closed` never allows additional requests.
+//! **Not guaranteed.** While only some replicas have an outage, `Share` lets these replicas allow their part of the
+//! bucket in addition to what the counters grant. In total, at most `(1 + p) * (burst + rate * (T + ttl))` is allowed,
+//! where `p` is the sum of their parts of the burst. Each part is a whole number of tokens, so with a burst of 1, one
+//! replica's part is the entire burst. The same can happen at the start of a new epoch, if one replica's first call
+//! fails while other replicas' calls succeed. In an outage of all replicas, no additional requests are allowed, even if
+//! the outage is too short for some of the replicas to detect. This is because shares begin to fill only when the
+//! outage has either ended or been detected by all replicas. In a cluster, however, a replica that was not using a
+//! partition does not detect the partition's outage. `Closed` never allows additional requests.
 
 mod breaker;
 mod calls;

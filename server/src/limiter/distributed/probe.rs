@@ -64,13 +64,13 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
 }
 
 /// Returns the time from a loss of state to the new epoch. All replicas that can reach the counters must learn of the
-/// epoch before it starts; a replica that has not learned of the epoch would begin another epoch when it returns, and
+/// epoch before it starts. A replica that has not learned of it would begin another epoch when it returns, which would
 /// empty all buckets again.
 ///
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
 /// after [`first_probe`], and arrives within another `deadline`. A replica that is already probing waits for
-/// [`PROBE_DEADLINE`] or one `deadline`, pauses for [`PROBE_EVERY`], and its next probe arrives within another
-/// `deadline`. That probe must arrive before the epoch starts, even if the start is no longer postponed.
+/// [`PROBE_DEADLINE`] or one `deadline`, whichever is longer, and then pauses for [`PROBE_EVERY`]. Its next probe
+/// arrives within another `deadline`, which must be before the epoch starts, even if the start is no longer postponed.
 pub(super) fn epoch_delay(deadline: Duration) -> Duration {
     let next_probe = PROBE_DEADLINE.max(deadline) + PROBE_EVERY + deadline;
     EPOCH_DELAY
@@ -135,12 +135,13 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
     let used_at = breaker.used_at();
     let call = heartbeat_call(number, &inner);
     inner.make_call(call, || AfterDeadline::Wait).await;
-    // A heartbeat does not count as use.
+    // A heartbeat does not count as use, so the previous time of use is restored.
     breaker.record_use(used_at);
 }
 
 /// Sends heartbeats to a single Redis server, and to the partitions of a cluster that are in use, unless there has been
-/// a recent call. Heartbeats also show recovering replicas that this replica gets responses.
+/// a recent call. Heartbeats also confirm to the counters that this replica gets responses, so that recovering replicas
+/// do not cause a new epoch.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
@@ -232,7 +233,8 @@ pub(super) async fn probe_until_recovered(
                         partition = number,
                         "the shared counters are available again"
                     );
-                    // This heartbeat shows other recovering replicas that this replica got a response.
+                    // This heartbeat confirms to the counters that this replica got a response, so that other
+                    // recovering replicas do not cause a new epoch.
                     send_heartbeat(inner, number).await;
                     return;
                 }

@@ -61,7 +61,7 @@ impl RedisCounters {
         Self::with_script(redis, TAKE)
     }
 
-    /// Creates counters that use a different script. Tests use a different script to control the time.
+    /// Creates counters that use a different script, with which tests control the time.
     #[doc(hidden)]
     pub fn with_script(redis: Redis, take: &'static str) -> Self {
         Self {

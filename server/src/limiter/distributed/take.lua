@@ -12,8 +12,8 @@
 --                    tokens taken. The bucket never contains more than that, even if its burst is raised. Absent if
 --                    greater than `LARGEST`
 --            g       generation: changes when tokens granted earlier can no longer be credited
---            m, mt   the lowest `debt` since `mt`
---            n, nt   the lowest `debt` since `nt`, which is earlier than `mt`
+--            m, mt   the lowest `debt` since the mark `mt`
+--            n, nt   the lowest `debt` since the mark `nt`, which is earlier than `mt`
 -- KEYS[2]  the partition's epoch, a hash in the same slot:
 --            run     run ID of the Redis process on which the epoch began
 --            s       start of the epoch, in microseconds of TIME
@@ -32,8 +32,9 @@
 --         15 microseconds after which the caller counts the response as late
 -- Returns  {0, now, granted, debt, g}, or {1, now, microseconds until the epoch starts or the caller may call again}
 --
--- **Granting.** Waiting requests are granted as many tokens as the bucket contains. A grant that includes tokens for
--- later is at most half of what the bucket contains, so that callers near the limit leave some tokens for each other.
+-- **Granting.** Waiting requests are granted as many of the tokens they need as the bucket contains. A grant that
+-- includes tokens for later is at most half of what the bucket contains, so that callers near the limit leave some
+-- tokens for each other.
 --
 -- **Crediting.** Returned tokens must never make the bucket fuller than if the tokens had not been taken. If the tokens
 -- had not been taken, the debt would have been lower by `back * e` until it reached zero. After that, the bucket would
@@ -58,7 +59,7 @@
 -- last used.
 local OUTDATED = 10000000
 -- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
--- counters yet: callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
+-- counters yet. Callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
 -- that take up to 500 ms are still confirmed often enough.
 local CONNECTED = 800000
 -- A confirmation is stored only if it is newer than the stored confirmation by more than this many microseconds.
@@ -74,8 +75,8 @@ local back, taken_at = tonumber(ARGV[6]), tonumber(ARGV[7])
 local heard, outage = tonumber(ARGV[8]), tonumber(ARGV[9])
 local promised, delay, lease = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
 local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
--- To use an epoch that it was promised, a caller must call within this many microseconds after the epoch's start. The
--- delay is longer than that call may take.
+-- To use an epoch that it was promised, a caller must call within this many microseconds after the epoch's start. This
+-- is longer than the call may take to arrive.
 local PROMISED = delay - 100000
 -- An unconfirmed start is postponed only once this many microseconds of the delay have passed. By then, a caller that
 -- received the start in time has confirmed it. If starts were postponed earlier, callers could postpone the start of
@@ -106,10 +107,10 @@ local function exchanged(number, e0, e)
 end
 
 -- A new epoch begins if Redis has no epoch, or if the current epoch began on another Redis process. A new epoch also
--- begins if the caller has decided requests without the counters, with two exceptions: the caller was promised this
--- epoch and calls soon after its start, or other callers have received responses since. A caller that has just started
--- cannot know whether other callers have decided requests without the counters. If no caller has received a response
--- for a while, the new caller assumes that other callers have done so.
+-- begins if the caller has decided requests without the counters, with two exceptions. One is that the caller was
+-- promised this epoch and calls soon after its start. The other is that other callers have received responses since. A
+-- caller that has just started cannot know whether other callers have decided requests without the counters. If no
+-- caller has received a response for a while, the new caller assumes that other callers have done so.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
@@ -117,8 +118,8 @@ local returns_in_time = promised > 0 and start == promised and now - start < PRO
 local others_connected = (ok > outage and ok <= now and now - ok < CONNECTED) or (outage == 1 and ok == 0)
 local is_stranger = outage > 0 and start and start <= now and not returns_in_time and not others_connected
 -- Callers that were promised the epoch are about to confirm a response. If a caller with slow responses could begin
--- another epoch before then, it could keep all other callers from recovering. Therefore, such a caller has to call
--- again.
+-- another epoch before then, it could keep all other callers from recovering. Therefore, until the epoch has settled, a
+-- caller that would begin another epoch is told to call again later.
 local is_settling = is_stranger and epoch[4] == '1' and now - start < SETTLED
 if epoch[1] ~= run or not start or start > now + delay or (is_stranger and not is_settling) then
   start = now + delay
@@ -128,8 +129,8 @@ elseif start > now then
   if promised == start then
     redis.call('HSET', KEYS[2], 'c', '1')
   elseif outage > 0 and epoch[4] ~= '1' and start - now < delay - KNOWN then
-    -- Perhaps no caller has received a response with this start. A caller whose next call comes after the start would
-    -- then have no promise to use the epoch.
+    -- Perhaps no caller has received a response with this start, so the start is postponed. Otherwise, a caller whose
+    -- next call comes after the start would have no promise to use the epoch.
     start = now + delay
     redis.call('HSET', KEYS[2], 's', whole(start))
   end

@@ -40,7 +40,7 @@ impl<'a> DemandGuard<'a> {
     }
 
     /// Reserves the request's quota tokens if all blocks have enough, so that no other request can use the same tokens
-    /// while this request waits for the other policies.
+    /// while this request waits for the other policies. Returns whether the tokens are reserved.
     pub(in crate::limiter) fn reserve(&mut self, state: &mut KeyState, now: UnixNanos) -> bool {
         if self.reserved.is_none() {
             self.reserved = state.reserve_quotas(self.tokens(), now);

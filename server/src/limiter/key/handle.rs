@@ -11,7 +11,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 
 use super::state::KeyState;
 
-/// The IDs of a key.
+/// A key's ID and its tenant's ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(in crate::limiter) struct KeyName {
     pub(in crate::limiter) tenant: TenantId,
@@ -42,7 +42,7 @@ impl KeyHandle {
     }
 }
 
-/// A handle in a set, which is searched by name.
+/// A handle that can be found in a set by its name.
 #[derive(Debug)]
 pub(super) struct NamedHandle(pub(super) Arc<KeyHandle>);
 

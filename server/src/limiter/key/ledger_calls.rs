@@ -1,14 +1,14 @@
 //! Calls to the quota ledger: batched, limited in number, and retried where that is safe.
 //!
-//! Calls that arrive while all workers are busy share the next batch, so a thousand keys whose day begins at the same
-//! time need only a few transactions on a few connections. Every call notifies its block when it ends, even if the call
-//! panics or the runtime shuts down.
+//! Calls that arrive while all workers are busy share the next batch, so a few connections are enough even if the day
+//! begins at the same time for a thousand keys. Every call notifies its block when it ends, even if the call panics or
+//! the runtime shuts down.
 //!
 //! Calls that take tokens (*takes*) are not retried: if one fails or is abandoned after the ledger has granted tokens,
 //! the tokens are lost until their window ends. Tokens to be returned are kept until the ledger has confirmed the
-//! return. A batch is retried with the same ID and applied at most once, so an outage or an ambiguous failure neither
-//! loses these tokens nor credits them twice. Tokens to be returned can be lost only when the process exits: if it is
-//! killed, or if draining runs out of time.
+//! return. A batch of returns is retried with the same ID and applied at most once, so an outage or an ambiguous
+//! failure neither loses these tokens nor credits them twice. Tokens to be returned can be lost only when the process
+//! exits: if it is killed, or if draining runs out of time.
 
 use std::{
     pin::pin,
@@ -71,7 +71,7 @@ pub struct LedgerConnections {
 }
 
 impl LedgerConnections {
-    /// Creates `count` connections. A count of zero is treated as 1.
+    /// Creates the permits for `count` connections. A count of zero is treated as 1.
     pub fn new(count: usize) -> Self {
         let count = count.max(1);
         Self {
@@ -83,7 +83,7 @@ impl LedgerConnections {
 
     /// Waits for a connection for a batch of takes. Dropping the result frees the connection.
     pub(super) async fn for_takes(&self) -> Option<SemaphorePermit<'_>> {
-        // The semaphores are never closed, so there is always a permit.
+        // The semaphores are never closed, so this never returns `None`.
         self.all.acquire().await.ok()
     }
 
@@ -147,7 +147,7 @@ impl LedgerCalls {
         self.draining.load(Ordering::SeqCst)
     }
 
-    /// Starts no more calls that take tokens, and cancels those that are queued.
+    /// Prevents new calls that take tokens, and cancels those that are queued.
     pub(in crate::limiter) fn begin_draining(self: &Arc<Self>) {
         self.draining.store(true, Ordering::SeqCst);
         let waiting: Vec<_> = {
@@ -352,7 +352,7 @@ impl LedgerCalls {
     }
 }
 
-/// Returns a hash that distributes keys evenly, no matter what their IDs look like.
+/// Returns a hash that distributes keys evenly, even if their IDs are similar.
 fn spread(id: Uuid) -> u64 {
     let (high, low) = id.as_u64_pair();
     (high ^ low)

@@ -70,7 +70,8 @@ pub(super) fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) urgent: VecDeque<Call>,
-    /// Calls for the first blocks of next windows. Processed one batch at a time, while no urgent call is waiting.
+    /// Calls for the first block of a key's next window. Processed one batch at a time, while no urgent call is
+    /// waiting.
     pub(super) ahead: VecDeque<Call>,
     pub(super) is_ahead_running: bool,
     pub(super) takers: usize,
@@ -85,12 +86,12 @@ impl Queue {
         self.takers == 0 && self.returners == 0
     }
 
-    /// Returns whether there are calls that take tokens to put into a batch.
+    /// Returns whether a batch of takes can be formed.
     pub(super) fn has_takes(&self) -> bool {
         !self.urgent.is_empty() || (!self.ahead.is_empty() && !self.is_ahead_running)
     }
 
-    /// Returns whether there are returns to put into a batch.
+    /// Returns whether a batch of returns can be formed.
     pub(super) fn has_returns(&self) -> bool {
         !self.retries.is_empty() || !self.returns.is_empty()
     }

@@ -135,7 +135,7 @@ impl Worker {
         has_work
     }
 
-    /// Removes the next batch of takes from the queue. Returns `None` if other workers have taken all of them.
+    /// Removes the next batch of takes from the queue. Returns `None` if other workers have already removed all takes.
     fn next_takes(&self) -> Option<Takes> {
         let mut queue = self.calls.queue.lock();
         let is_ahead =
@@ -157,7 +157,8 @@ impl Worker {
         })
     }
 
-    /// Removes the next batch of returns from the queue. Returns `None` if other workers have taken all of them.
+    /// Removes the next batch of returns from the queue. Returns `None` if other workers have already removed all
+    /// returns.
     fn next_returns(&self) -> Option<Returns> {
         let mut queue = self.calls.queue.lock();
         let batch = queue.retries.pop_front().or_else(|| {
@@ -256,7 +257,7 @@ impl Takes {
         }
         let requests: Vec<_> = self.list.iter().map(Call::request).collect();
         let deadline = self.calls.deadline;
-        // A batch can belong to only one trace.
+        // A batch can belong to only one trace, so the first traced call in the batch is used.
         let span = self.list.iter().find_map(|call| call.span.clone());
         let take = spans::within(span, self.calls.ledger.take(&requests));
         let answer = time::timeout(deadline, take).await;
@@ -316,7 +317,8 @@ impl Drop for Returns {
     }
 }
 
-// Both loops form a batch only once they have a connection, so that calls that arrive during the wait join the batch.
+// Both of the following loops form a batch only once they have a connection, so that calls that arrive during the wait
+// join the batch.
 
 async fn take_all(mut worker: Worker) {
     let calls = Arc::clone(&worker.calls);

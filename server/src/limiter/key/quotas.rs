@@ -55,7 +55,7 @@ pub(in crate::limiter) struct Quotas {
     pub(in crate::limiter) denial: Denial,
     /// Policies for which the ledger has not responded in this window.
     pub(in crate::limiter) unknown: PolicySet,
-    /// Policies whose block has too few tokens. The ledger should have enough tokens, or another request may release
+    /// Policies whose block has too few tokens, although the ledger may have enough, or another request may release
     /// reserved tokens.
     pub(in crate::limiter) short: PolicySet,
 }

@@ -300,7 +300,8 @@ impl KeyState {
         })
     }
 
-    /// Spends `tokens` tokens of every calendar quota, or of none if a quota has too few.
+    /// Spends `tokens` tokens of every calendar quota, or of none if a quota has too few. Returns whether tokens were
+    /// spent.
     #[inline]
     pub(in crate::limiter) fn spend_quotas(&mut self, tokens: u64, now: UnixNanos) -> bool {
         let fits = self.quotas_fit(tokens);
@@ -373,8 +374,8 @@ impl KeyState {
     pub(in crate::limiter) fn may_deny_waiting(&self) -> bool {
         self.blocks().any(|(_, block)| {
             let status = block.status(u64::from(self.largest_wait));
-            // `NeverFits` counts too: the largest cost may exceed the whole quota, and its request may no longer be
-            // waiting.
+            // `NeverFits` counts too: the request with the largest cost may no longer be waiting, and the other
+            // requests may have to be denied.
             matches!(status, BlockStatus::Exhausted | BlockStatus::NeverFits)
         })
     }

@@ -56,8 +56,8 @@ pub struct KeyTableSettings {
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
     /// The time after which a ledger call is abandoned. This time is longer than the time for which requests wait,
-    /// because tokens granted by a late response can still be spent, while tokens granted by an abandoned call are lost
-    /// until their window ends.
+    /// because tokens granted by a late response can still be spent. Tokens granted by an abandoned call are lost until
+    /// their window ends.
     pub call_deadline: Duration,
     /// The connections to the ledger, which limit the number of concurrent calls.
     pub connections: LedgerConnections,
@@ -197,7 +197,7 @@ impl KeyTable {
                     self.calls.start_next(handle, &mut state, policy, now);
                 }
             } else {
-                // The next search drops the key, after the ledger has credited its tokens. If the key were dropped now,
+                // The next prune drops the key, after the ledger has credited its tokens. If the key were dropped now,
                 // its next request could find too few tokens in the ledger.
                 let released = [Policy::Daily, Policy::Monthly]
                     .map(|policy| self.calls.return_block(handle, &mut state, policy));
@@ -393,7 +393,6 @@ impl KeyTable {
     }
 }
 
-/// Returns the handles of a shard.
 fn handles(shard: &Mutex<Shard>) -> Vec<Arc<KeyHandle>> {
     let shard = shard.lock();
     shard.keys.iter().map(|it| Arc::clone(&it.0)).collect()

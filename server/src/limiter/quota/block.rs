@@ -270,9 +270,9 @@ impl Block {
         }
     }
 
-    /// Switches to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens from the
-    /// old window are owed to that window, because the window may not have ended (if the clock was set back). If the
-    /// window has ended, returning the tokens makes its row show the actual usage.
+    /// Switches to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens of the
+    /// old window are returned to it. If the clock was set back, the old window has not ended yet. If it has ended, the
+    /// return makes its row show the actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
@@ -356,7 +356,7 @@ impl Block {
         }
     }
 
-    /// Marks held tokens as owed if other replicas share the quota and the tokens are probably not needed soon: all
+    /// If other replicas share the quota, marks held tokens as owed that are probably not needed soon. These are all
     /// held tokens if none were used recently, and otherwise the tokens that [`tidy`](Self::tidy) marks. Returns
     /// whether any tokens were marked.
     pub(in crate::limiter) fn owe_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {

@@ -49,7 +49,7 @@ impl Zone {
         self.0.iana_name().unwrap_or("UTC")
     }
 
-    /// Returns the same time of day on the previous day, or a later time if that time was skipped.
+    /// Returns the same time of day on the previous day, or a later time if the clocks skipped that time.
     pub fn day_before(&self, at: UnixNanos) -> Option<UnixNanos> {
         let at = Timestamp::from_nanosecond(i128::from(at.0)).ok()?;
         let local = self.0.to_datetime(at);
@@ -162,8 +162,8 @@ impl QuotaWindow {
 /// contains `at`, if there is one. Otherwise, the result is the calendar window, shortened so that it does not overlap
 /// any window with usage.
 pub fn window_at(at: UnixNanos, calendar: Window, used: &[QuotaWindow]) -> QuotaWindow {
-    // Two windows can contain `at` if an older version, which did not store the end of windows, counted usage in both
-    // windows.
+    // Two windows can contain `at` if an older version of the server, which did not store the end of windows, counted
+    // usage in both windows.
     let current = used.iter().filter(|window| window.span.contains(at));
     if let Some(current) = current.max_by_key(|window| window.span.start) {
         return *current;
@@ -419,7 +419,6 @@ mod tests {
         &ZONES
     }
 
-    /// Returns the local date and time of an instant.
     fn local(zone: &Zone, at: UnixNanos) -> DateTime {
         let at = Timestamp::from_nanosecond(i128::from(at.0)).unwrap();
         zone.0.to_datetime(at)

@@ -10,7 +10,7 @@ use quota_common::id::{ApiKeyId, TenantId};
 
 use crate::clock::Nanos;
 
-/// A time on the counters' clock, in microseconds since the Unix epoch. Zero stands for no time.
+/// A time on the counters' clock, in microseconds since the Unix epoch. Zero means that there is no such time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 #[repr(transparent)]
 pub struct CounterMicros(pub u64);
@@ -45,7 +45,7 @@ pub struct TakeCall {
     pub emission: Nanos,
     /// How long an empty bucket takes to refill completely.
     pub tau: Nanos,
-    /// The plan's version. If callers send different versions, the counters use the newest.
+    /// The plan's version. If callers send different versions, the counters use the newest one that is in use.
     pub version: u64,
     pub need: u64,
     /// The number of tokens that requests are waiting for, or that should be granted as if requests were waiting for

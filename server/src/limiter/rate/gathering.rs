@@ -20,9 +20,9 @@ impl Gathering {
     /// Records a call that got `grant` and left `left` in the bucket. Returns how long to wait before the next call if
     /// there are too few tokens, so that tokens are not fetched one by one.
     ///
-    /// If no other replica takes tokens, the wait is half the lease TTL. The more of the tokens other replicas take,
-    /// the longer the wait, up to nearly the whole TTL. So the calls of two replicas together still empty the bucket
-    /// about twice per TTL. If there are more replicas, each of them calls about once per TTL. The longest wait varies,
+    /// If no other replica takes tokens, the wait is half the lease TTL. The more tokens other replicas take, the
+    /// longer the wait, up to nearly the whole TTL. So the calls of two replicas together still empty the bucket about
+    /// twice per TTL. If there are more replicas, each of them calls about once per TTL. The longest wait varies,
     /// because replicas that always call at the same time would leave no tokens for each other. The wait is never so
     /// long that the bucket could fill up, since a full bucket stops refilling.
     pub(in crate::limiter) fn pause(

@@ -103,7 +103,7 @@ impl Gcra {
     }
 
     /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old bucket.
-    /// If more tokens are missing than the new bucket can hold, the new bucket is empty, and the excess is kept in
+    /// If more tokens are missing than the new bucket can hold, the new bucket is empty. The excess is kept in
     /// [`Level::beyond`], so that these tokens are still missing if the bucket is enlarged soon afterward. `level` is
     /// as of `used_at`, when tokens were last taken. Since the time of the edit is unknown, the bucket counts as having
     /// refilled at the lower of the two rates since `used_at`.

@@ -8,7 +8,6 @@ use crate::clock::Monotonic;
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     unspent: Unspent,
-    /// When the tokens expire.
     expires: Monotonic,
 }
 
@@ -51,7 +50,6 @@ impl HeldTokens {
         Some(older.take(first).and(newer.take(n - first)))
     }
 
-    /// Takes all tokens.
     pub(super) fn take_all(&mut self) -> Unspent {
         let [older, newer] = std::mem::take(&mut self.slots);
         older.unspent.and(newer.unspent)

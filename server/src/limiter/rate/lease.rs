@@ -27,7 +27,7 @@ use crate::clock::{Monotonic, Nanos};
 const LAST_MOMENT: Nanos = Nanos::from_millis(10);
 
 /// How long a bucket must have been full before its lease is replaced with a new one. Requests do not hold granted
-/// tokens for this long.
+/// tokens for this long, so none are returned to a lease that has been replaced.
 const UNUSED: Nanos = Nanos::from_secs(1);
 
 /// Returns how many tokens are left when a lease of this size is renewed.
@@ -159,8 +159,8 @@ impl Lease {
             && self.held.count() == 0
     }
 
-    /// Returns whether the lease can be replaced with a [new](Self::new) one while its key is in use: the new lease
-    /// would report and decide the same, and no call or request refers to this lease.
+    /// Returns whether the lease can be replaced with a [new](Self::new) one while its key is in use. The new lease
+    /// must report and decide the same, and no call or request may refer to this lease.
     pub(in crate::limiter) fn is_like_new(&self, now: Monotonic) -> bool {
         let view = self.view.unwrap_or_default();
         let is_full = view.seen.saturating_add(view.debt).saturating_add(UNUSED) <= now;
@@ -175,7 +175,8 @@ impl Lease {
     /// Marks tokens to be returned.
     pub(in crate::limiter) fn owe(&mut self, unspent: Unspent) {
         self.back = self.back.and(unspent);
-        // Without leases, the counters decide every request, and may allow requests after these tokens are returned.
+        // Without leases, the counters decide every request, and may allow requests once these tokens are returned. So
+        // requests are no longer denied without a call.
         if self.terms.is_some_and(|terms| !terms.leased) && unspent.tokens > 0 {
             self.denied_until = Monotonic::default();
         }
@@ -392,10 +393,10 @@ impl Lease {
         (back.tokens > 0).then_some(back)
     }
 
-    /// Returns whether to start a task that returns unspent tokens. The task is needed if no call is in flight (apart
-    /// from late calls), and either no later call is expected to return the tokens, or there are more tokens than a
-    /// lease contains, which other replicas may need before the next call. If the result is `true`, counts the task as
-    /// started.
+    /// Returns whether to start a task that returns unspent tokens, and if so, counts the task as started. No task is
+    /// needed while a call is in flight that is not late. Otherwise, a task is needed if no later call is expected to
+    /// return the tokens. It is also needed if there are more tokens than a lease contains, since other replicas may
+    /// need them before the next call.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
         let most = self.terms.map_or(0, |terms| self.to_hold(terms));
         let begins = self.back.tokens > 0
@@ -431,9 +432,9 @@ impl Lease {
         self.view.unwrap_or_default().seen
     }
 
-    /// Records that a call was granted `granted` of the tokens that it wanted. If the call got fewer, the bucket is
-    /// nearly empty. The next call then requests tokens for later as if requests were waiting for them, so that the
-    /// last tokens are neither left unused while requests are denied nor fetched one by one.
+    /// Records that a call for `want` tokens was granted `granted` tokens. If the call got fewer, the bucket is nearly
+    /// empty. The next call then requests tokens for later as if requests were waiting for them. Otherwise, the last
+    /// tokens would be left unused while requests are denied, or would be fetched one by one.
     pub(in crate::limiter) fn record_grant(&mut self, granted: u64, want: u64) {
         if want > 0 {
             self.fell_short = granted < want;

@@ -22,7 +22,8 @@ pub(in crate::limiter) struct Share {
     tau: Nanos,
     /// When the share was last used.
     used_at: Monotonic,
-    /// Whether the plan may have been edited since the later of the share's last use and the counters' last response.
+    /// Whether the plan may have been edited since the share was last used or the counters last responded, whichever is
+    /// later.
     pub(super) is_edited: bool,
 }
 
@@ -71,12 +72,12 @@ impl Share {
     }
 
     /// Applies the current plan and slot. An edit keeps the tokens in the share, up to its new size, and never adds
-    /// any: a larger burst has to refill, so that no sequence of edits can fill a share. Since the time of the edit is
-    /// unknown, the share counts as having refilled at the lower of the two rates since its last use. The share does
-    /// not refill before `since`.
+    /// any. A larger burst has to refill first, so that no sequence of edits can fill a share. Since the time of the
+    /// edit is unknown, the share counts as having refilled at the lower of the two rates since its last use. The share
+    /// does not refill before `since`.
     fn apply_plan(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
-            // It is unknown how much would have refilled under the previous plan.
+            // If the plan may have been edited, it is unknown how much has refilled, so the share is empty now.
             let empty_at = if self.is_edited {
                 now.max(since)
             } else {
@@ -173,7 +174,7 @@ mod tests {
         assert_eq!(drain(&mut share, fast, SECOND + SECOND / 10), 10);
         let mut share = seen();
         assert_eq!(drain(&mut share, fast, SECOND / 2), 0);
-        // The edit was made at an unknown time in between.
+        // The edit was made at an unknown time between the two calls.
         assert_eq!(drain(&mut share, slow, 2 * SECOND), 10);
     }
 

@@ -24,8 +24,8 @@ impl Terms {
         (self.gcra, self.leased) == (other.gcra, other.leased)
     }
 
-    /// Returns the minimum time between the starts of two calls if the first one is still in flight. Requests that wait
-    /// for a call are decided together, and a bucket that fills up in the meantime stops refilling, so the pause is a
+    /// Returns the minimum time between the starts of two calls if the first one is still in flight. During the pause,
+    /// requests wait for the next call, and the bucket may fill up and stop refilling. Therefore, the pause is only a
     /// small fraction of tau. For a bucket that fills slowly, the pause exceeds the deadline, so its calls do not
     /// overlap.
     pub(in crate::limiter) fn pause(self) -> Nanos {

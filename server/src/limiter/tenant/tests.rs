@@ -136,7 +136,8 @@ impl World {
         self.quotas.admit(&self.quota, cost, peek, decide).await
     }
 
-    /// Returns the decision that the test sends. Sends `begun` first: by then, the tokens are reserved.
+    /// Sends `begun`, since the tokens have been reserved by then. Then waits for the outcome that the test sends, and
+    /// returns a decision with this outcome.
     async fn decided(
         &self,
         begun: oneshot::Sender<()>,
@@ -300,8 +301,8 @@ async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     );
 }
 
-/// A request arrives in one month and is decided in the next month, whose quota may already be exhausted. Its tokens
-/// were taken from the quota of the first month.
+/// A request arrives in one month and is decided in the next month, whose quota may already be exhausted. The request's
+/// tokens are taken from the quota of the first month.
 #[tokio::test]
 async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed() {
     for is_next_exhausted in [false, true] {
@@ -337,7 +338,7 @@ async fn key_tables_share_the_connections_to_the_ledger() {
         delay: Duration::from_millis(100),
         ..Memory::default()
     });
-    // All keys share one row, and so do all tenants.
+    // In this ledger, all keys share one row, and so do all tenants, so the quota has to be large.
     let quota = NonZeroU64::new(1_000_000_000);
     let settings = KeyTableSettings {
         ledger_deadline: Duration::from_secs(60),
