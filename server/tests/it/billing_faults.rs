@@ -349,7 +349,7 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
     }
 }
 
-/// The number of times that the process is killed. Set `BILLING_KILLS=100` for a long run.
+/// The number of times that the server is killed. Set `BILLING_KILLS=100` for a long run.
 #[expect(
     clippy::disallowed_methods,
     reason = "the length of a test is not a setting of the server"

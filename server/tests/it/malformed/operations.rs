@@ -25,7 +25,8 @@ pub(super) struct Request {
     pub(super) body: Vec<u8>,
 }
 
-/// The paths of operations that end sessions, and of the operation whose response does not end.
+/// The paths to which no requests are sent: those of operations that end sessions, and that of the operation whose
+/// response does not end.
 const LEFT_OUT: [&str; 4] = [
     "/auth/logout",
     "/auth/sessions/{session_id}",

@@ -31,8 +31,7 @@ const PAUSE: Duration = Duration::from_millis(40);
 /// How long a victim waits for its response, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(20);
 
-/// A client that is not the attacker. Each victim sends a different kind of request, with a key whose limit no other
-/// key has.
+/// A client that is not the attacker. Each victim sends a different kind of request, with a key whose limit is unique.
 struct Victim {
     key: String,
     key_id: String,
@@ -262,8 +261,8 @@ async fn run(kind: Kind, server: SocketAddr, world: &World, only: Option<&str>) 
         for hidden in [Hidden::Request, Hidden::Beginning] {
             let is_repeated = hidden == Hidden::Beginning && !text.contains("HIDDEN");
             let parts = filled(text, hidden, &attacker);
-            // The relay treats all bytes that arrive before a response as one request, so it cannot be tested with
-            // other cases.
+            // The relay treats all bytes that arrive before a response as one request, so it is tested only with cases
+            // that are a single request in one part.
             if is_repeated || (kind == Kind::Relay && (parts.len() > 1 || !is_one)) {
                 continue;
             }

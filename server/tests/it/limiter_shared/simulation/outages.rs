@@ -1,4 +1,4 @@
-//! Outages with exact schedules.
+//! Tests of outages with exact schedules.
 
 use std::{fmt::Write as _, num::NonZeroU32, sync::Arc, time::Duration};
 
@@ -97,8 +97,8 @@ impl Outage {
     }
 }
 
-/// The second replica only just fails to detect this outage, and uses a bucket that does not reflect the first
-/// replica's share.
+/// This outage ends just before the second replica would detect it. That replica then uses a bucket that does not
+/// reflect the first replica's share.
 #[test]
 fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     paused(async {
@@ -289,7 +289,7 @@ fn an_outage_of_one_replica_empties_no_bucket() {
         (1, 190, ms(200)),
         (1, 480, ms(500)),
     ] {
-        // `apart` is how long after the first replica's heartbeats the second replica's heartbeats are sent.
+        // `apart` is the time from each heartbeat of the first replica to the next heartbeat of the second replica.
         for (apart, cut_at, lasts) in [0, 35, 75].into_iter().flat_map(|apart| {
             (0..120)
                 .step_by(20)
@@ -339,7 +339,7 @@ fn a_loss_of_state_empties_every_bucket_once() {
     let ms = Duration::from_millis;
     let mut wrong = String::new();
     for (round_trip, deadline) in [(28, 30), (95, 100), (190, 200), (950, 1000)] {
-        // `apart` is how long after the first replica's heartbeats the second replica's heartbeats are sent.
+        // `apart` is the time from each heartbeat of the first replica to the next heartbeat of the second replica.
         let outages = (0..8).map(|n| 200 + n * (deadline + 250) / 8);
         for (lasts, apart, reach) in outages.flat_map(|lasts| {
             [
@@ -402,7 +402,7 @@ fn a_loss_of_state_empties_every_bucket_once() {
 }
 
 /// A replica that has just started has no share yet, but it uses Redis like any other replica. If responses are late at
-/// first, the replica serves requests soon after the responses are in time, and never more than the limit.
+/// first, the replica serves requests soon after responses begin to arrive in time, but never more than the limit.
 #[test]
 fn a_replica_that_starts_serves_once_redis_responds_in_time() {
     let ms = Duration::from_millis;

@@ -286,7 +286,7 @@ fn a_busy_key_takes_few_calls_to_redis() {
             let mut requests = JoinSet::new();
             let (mut calls, mut asked) = (0, 0_u64);
             for ms in 0..6000 {
-                // Leases must first reach their full size.
+                // Calls are counted only after the leases have reached their full size.
                 if ms == 2000 {
                     (calls, asked) = (world.calls.lock().all(), 0);
                 }
@@ -367,7 +367,7 @@ fn a_saturated_key_takes_few_calls_to_redis() {
             for (replicas, most_per_second) in [(3, 36), (1, 20), (2, 28), (3, 36)] {
                 let (admitted, calls) = saturate(&limiters[..replicas], 3000).await;
                 let text = format!("{replicas} replicas, {round_trip} ms: {admitted}, {calls:?}");
-                // The replica that takes over has waited for up to the lifetime of a lease.
+                // The replica that takes over may first wait for up to the lifetime of a lease.
                 assert!((2890..=3100).contains(&admitted), "{text}");
                 assert!(calls.takes <= 3 * most_per_second + 6, "{text}");
                 // Replicas that get no requests send heartbeats.
@@ -614,8 +614,8 @@ fn tokens_taken_in_vain_for_a_large_request_are_returned_at_once() {
     });
 }
 
-/// Leases grow with the pace and shrink when the bucket is nearly empty, and no request is denied before the bucket is
-/// empty.
+/// Leases grow with the pace of requests, and shrink when the bucket is nearly empty. No request is denied before the
+/// bucket is empty.
 #[test]
 fn a_full_burst_is_admitted_despite_leases() {
     paused(async {
