@@ -98,7 +98,7 @@ impl Webhooks {
         })))
     }
 
-    /// Checks everything about a URL that does not require a DNS lookup.
+    /// Checks a URL as far as possible without a DNS lookup.
     ///
     /// # Errors
     ///

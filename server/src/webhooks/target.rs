@@ -81,7 +81,7 @@ impl Targets {
         }
     }
 
-    /// Parses a URL and checks everything that does not require a DNS lookup.
+    /// Parses a URL, and checks it as far as possible without a DNS lookup.
     ///
     /// # Errors
     ///

@@ -1,5 +1,5 @@
-//! Tests that a secret key of another Stripe account or mode does not end access, and that nothing is sold or reported
-//! with such a key.
+//! Tests a server with a secret key of another Stripe account or mode: tenants keep their access, nothing is sold, and
+//! no usage is reported.
 
 use std::{
     sync::Arc,

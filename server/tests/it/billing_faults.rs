@@ -1,4 +1,4 @@
-//! Tests subscriptions and charges while Stripe fails, and while the worker is stopped at random moments.
+//! Tests subscriptions and charges while Stripe fails, and while background work is stopped at random moments.
 //!
 //! Requests of every kind to Stripe fail in random ways, before or after they take effect. The oracle is the state of
 //! the fake Stripe: the customers, subscriptions, paid invoices and usage of each tenant.

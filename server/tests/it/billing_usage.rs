@@ -224,8 +224,8 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     assert_eq!(world.total(), 21);
 }
 
-/// The total in Stripe equals the usage, despite every kind of fault in requests to the meter, before and after they
-/// take effect.
+/// The total in Stripe equals the usage, although requests to the meter fail in every way, before and after taking
+/// effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_charge_nothing_twice_and_lose_nothing() {
     let world = World::subscribed(3 * DAY).await;
@@ -318,8 +318,8 @@ pub(crate) fn seeds() -> u64 {
     std::env::var("BILLING_SEEDS").map_or(25, |seeds| seeds.parse().expect("a number"))
 }
 
-/// The worker is repeatedly stopped at a random moment, and some requests to Stripe fail. The next worker knows only
-/// what the previous worker has stored and sent.
+/// A worker that reports usage is repeatedly stopped at a random moment, and some requests to Stripe fail. The next
+/// worker knows only what the previous worker has stored and sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -473,7 +473,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
     }
 }
 
-/// While the invoice of the last period is a draft, usage of the last period is still charged.
+/// While the invoice of the last period is a draft, usage of that period is still charged.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
     let (world, draft) = World::with_a_draft_invoice().await;

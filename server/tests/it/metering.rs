@@ -554,7 +554,7 @@ async fn events_have_postgresqls_time_whatever_the_machines_clock_says() {
             .await
             .expect("one row")
             .get::<_, f64>(0);
-        // The test's clock stands still from the start.
+        // The test's clock stands still, so the error includes the time since the start of the server.
         assert!((-1.0..30.0).contains(&error), "{seconds_off}: {error} s");
     }
 }

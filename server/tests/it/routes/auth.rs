@@ -353,7 +353,7 @@ async fn current_user_can_be_updated() {
     );
 }
 
-/// Other changes of the tenant take too long, so the update is rejected as a whole.
+/// Changes of a tenant take turns. This update does not get its turn in time, so it is rejected as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_update_of_user_and_tenant_changes_neither() {
     let app = TestApp::start().await;

@@ -41,7 +41,7 @@ async fn key(app: &TestApp, account: &Account, plan: Value) -> Key {
 async fn check(app: &TestApp, token: &str, body: Value) -> Answer {
     let answer = app.post("/v1/check", body).bearer(token).send().await;
     if answer.status == 200 {
-        // The server writes the JSON without creating a `CheckResult`.
+        // The server writes the JSON without creating a `CheckResult`, so check that the result is the same.
         let result: CheckResult = serde_json::from_str(&answer.text).expect("a check result");
         assert_eq!(
             answer.text,

@@ -379,8 +379,8 @@ fn a_saturated_key_takes_few_calls_to_redis() {
     }
 }
 
-/// A replica keeps the state of its share from the plan before an edit. Redis may have known of the edit for longer,
-/// and refilled the bucket at the new rate since then.
+/// After an edit, a replica still has the state of its share under the earlier plan. Redis may have learned of the edit
+/// earlier, and refilled the bucket at the new rate since then.
 #[test]
 fn an_edit_denies_nothing_that_the_counters_would_grant() {
     paused(async {

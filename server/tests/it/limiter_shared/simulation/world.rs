@@ -128,7 +128,7 @@ impl Calls {
     }
 }
 
-/// A key's tokens that were lost, and when.
+/// Lost tokens of a key, and when they were lost.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Missed {
     pub(super) key: ApiKeyId,
