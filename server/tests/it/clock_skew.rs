@@ -72,8 +72,8 @@ impl World {
         key["key"].as_str().expect("a secret").to_owned()
     }
 
-    /// Sends as many requests as possible to all replicas. Returns when each request was sent, and the time span of
-    /// each admitted request.
+    /// Sends requests to all replicas from several clients, for [`LOAD`]. Returns when each request was sent, and the
+    /// time span of each admitted request.
     async fn load(&self, key: &str) -> (Vec<(u64, u32)>, Vec<Span>) {
         let began = Instant::now();
         let nanos = move || u64::try_from(began.elapsed().as_nanos()).expect("a short test");

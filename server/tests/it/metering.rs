@@ -979,8 +979,8 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     assert!(unanswered <= in_flight, "{unanswered} of {in_flight}");
 }
 
-/// Sends requests one after another. Returns the server's relevant system calls, in order, or `None` if strace is not
-/// available.
+/// Sends requests one after another. Returns the server's reads, writes and `fdatasync` calls in order, or `None` if
+/// strace is not available.
 async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
     let database = database().await;
     let (data, http) = (data_dir(), Client::new());

@@ -22,8 +22,8 @@ async fn migrate_apart(url: &str) -> Vec<String> {
         .expect("the task does not panic")
 }
 
-/// Returns a description of everything that migrations create: columns, constraints, indexes, policies, functions,
-/// triggers, privileges and comments.
+/// Returns a description of what migrations create: columns, constraints, indexes, policies, row-level security,
+/// functions, triggers, privileges and the comments of tables.
 async fn shape(client: &Client) -> Vec<String> {
     let sql = "
         SELECT format('column %s.%s %s %s %s', c.relname, a.attname, format_type(a.atttypid, a.atttypmod),

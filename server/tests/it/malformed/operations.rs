@@ -308,7 +308,7 @@ fn credentials(random: &mut Rng, caller: &Caller, operation: &Value) -> Vec<(Str
     fields
 }
 
-/// Sometimes changes a body so that it is no longer JSON, or not UTF-8.
+/// Sometimes changes a body. The result is usually not JSON or not UTF-8, or is too long.
 fn damage(random: &mut Rng, body: &mut Vec<u8>) {
     if is_usual(random) || body.is_empty() {
         return;

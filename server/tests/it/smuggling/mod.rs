@@ -92,7 +92,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Lets each victim send a request, on the connection that it already has.
+    /// Lets each victim send a request, on its existing connection if there is one.
     async fn victims(&mut self, case: &str) {
         for n in 0..self.world.victims.len() {
             let id = format!("v-{n}-{}", self.report.sent.len());
@@ -129,7 +129,7 @@ impl Run<'_> {
         }
     }
 
-    /// Returns what is wrong with a response to a victim.
+    /// Returns what is wrong with a response to a victim, if anything.
     fn wrong(&self, n: usize, id: &str, response: &str) -> Option<&'static str> {
         let found = response::value(response, "x-request-id");
         let others = self.world.victims.iter().enumerate();
@@ -272,7 +272,7 @@ async fn run(kind: Kind, server: SocketAddr, world: &World, only: Option<&str>) 
     run.report
 }
 
-/// Sends all cases to Quota, with and without direct responses.
+/// Sends all cases to Quota, with and without direct responses. Asserts that no victim is affected.
 async fn smuggles_nothing(kind: Kind) {
     for direct in ["on", "off"] {
         let app = TestApp::setup()

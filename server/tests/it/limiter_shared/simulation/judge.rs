@@ -920,8 +920,9 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
 }
 
 /// Returns a description of a denial whose wait is wrong, if there is one. A wait is wrong if the same request is
-/// denied again after the wait although nothing was taken in the meantime, or if the wait is longer than an empty
-/// bucket takes to refill enough tokens. A missing wait is wrong if the bucket can hold enough tokens.
+/// denied again after the wait although nothing was taken in the meantime. A wait is also wrong if it is longer than an
+/// empty bucket takes to refill enough tokens, plus the lifetimes of two leases. A missing wait is wrong if the bucket
+/// can hold enough tokens.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {

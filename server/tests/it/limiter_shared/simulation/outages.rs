@@ -79,7 +79,8 @@ impl Outage {
         }
     }
 
-    /// Sends requests to all replicas, and returns by how many tokens the replicas exceed the envelope.
+    /// Sends requests to all replicas for `for_ms` milliseconds. Returns by how many tokens the replicas exceed the
+    /// envelope.
     async fn excess(&self, for_ms: u64) -> i64 {
         let begin = Instant::now();
         let mut requests = JoinSet::new();

@@ -472,7 +472,7 @@ impl Scene {
         u16::try_from(partition).unwrap()
     }
 
-    /// The rate is edited while Redis is unavailable and every replica admits its share.
+    /// The plan is edited twice while Redis is unavailable and every replica admits its share.
     fn edited_outage(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(1..=3);
         let burst = rng.u32(20..=200);

@@ -66,7 +66,7 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Returns several replicas with the given round-trip time to the Redis that they share, and the policies of a `closed`
+/// Returns a world, several replicas in it with the given round-trip time to Redis, and the policies of a `closed`
 /// plan.
 fn several(
     replicas: usize,
