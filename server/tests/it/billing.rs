@@ -192,7 +192,6 @@ async fn access_follows_the_subscription_on_every_replica() {
         .request(&Method::DELETE, &format!("subscriptions/{id}"), "")
         .expect("canceled");
     reaches_both("canceled", 402).await;
-    // The tenant subscribes again.
     stripe.subscribe(&first, &account).await;
     reaches_both("active", 200).await;
 }

@@ -270,7 +270,7 @@ async fn invalid_credentials_are_401_with_invalid_token() {
     }
 }
 
-/// An API key does not work for management requests, and an access token does not work for check requests.
+/// Each operation rejects credentials of a kind that it does not accept, such as an API key for a management request.
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_of_another_kind_are_401() {
     let app = TestApp::start().await;

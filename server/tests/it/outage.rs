@@ -479,7 +479,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
         "{counts:?} looked up and rejected"
     );
     assert!(app.metric("quota_lookups_rejected_total").await >= 5.0);
-    // Without the flood, a key that is not in memory is looked up in the same slow PostgreSQL.
+    // After the flood, a key that is not in memory is looked up, although PostgreSQL is still slow.
     assert_eq!(app.echo(&unknown_key()).await.status, 401);
 }
 

@@ -186,7 +186,6 @@ pub(super) fn case(seed: u64, world: &World) -> Case {
         bytes.extend(request(&mut random, world, &format!("c-{seed}-{n}")));
     }
     bytes.extend_from_slice(LAST);
-    // Change, remove or insert some bytes.
     if one_in(&mut random, 12) {
         for _ in 0..random.u8(1..4) {
             let at = random.usize(..bytes.len());

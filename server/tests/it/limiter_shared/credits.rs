@@ -515,8 +515,8 @@ async fn a_simple_return_is_credited_in_full() {
     assert_eq!(debt, same);
 }
 
-/// A replica whose responses are late rejects 150 concurrent requests. Their tokens are returned one by one, between
-/// two waves of 250 requests on other replicas.
+/// Simulates a replica whose responses are late. It takes 150 tokens in separate calls, and returns them one by one
+/// between two waves of 250 requests on other replicas.
 #[tokio::test]
 async fn late_separate_returns_grant_nothing_twice() {
     let (_server, redis) = started().await;

@@ -1493,7 +1493,7 @@ async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
     }
 }
 
-/// The cost of checking a password's strength does not depend on the password.
+/// The cost of checking a password's strength is limited, so that no password delays other users.
 #[tokio::test(flavor = "multi_thread")]
 async fn password_that_is_costly_to_check_does_not_delay_others() {
     let app = TestApp::start().await;

@@ -213,7 +213,8 @@ fn each_planted_shortfall_is_found() {
     find_planted(|guarantee| guarantee != Guarantee::Upper);
 }
 
-/// The judge raises no false alarms: a single exact bucket breaks no guarantee, no matter what requests it gets.
+/// The judge raises no false alarms: whatever requests a single exact bucket gets, it breaks none of the guarantees
+/// below.
 #[test]
 fn one_exact_bucket_breaks_no_guarantee() {
     each_seed(0..200, |seed| {

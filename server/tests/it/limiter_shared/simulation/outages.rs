@@ -186,7 +186,7 @@ fn replicas_that_start_together_find_full_buckets() {
     }
 }
 
-/// A response that arrives a little too late is still used: the request waits for as long as two calls may take.
+/// A response that arrives a little too late is still used: the request waits for up to two deadlines.
 #[test]
 fn a_late_response_is_no_denial() {
     for on_failure in [OnRedisFailure::Share, OnRedisFailure::Closed] {

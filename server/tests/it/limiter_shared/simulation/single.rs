@@ -316,8 +316,8 @@ fn a_busy_key_takes_few_calls_to_redis() {
 }
 
 /// Replicas get many more requests for a key than its limit allows. During the lifetime of a lease, a single replica
-/// calls Redis about twice. If there are several replicas, each of them calls Redis about once. All of these calls take
-/// tokens. When other replicas stop, the remaining replica takes over their part of the limit immediately.
+/// calls Redis about twice. If there are several replicas, each of them calls Redis about once. Nearly all of these
+/// calls take tokens. When other replicas stop, the remaining replica takes over their part of the limit immediately.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
     // One token refills per millisecond.
