@@ -1,4 +1,4 @@
-//! The events that are sent, as JSON.
+//! Events that are sent to webhooks, as JSON.
 
 use chrono::DateTime;
 use quota_common::{Timestamp, alert::QuotaAlert};
@@ -20,7 +20,7 @@ pub struct Event {
     pub payload: String,
 }
 
-/// The body of a request. Follows the recommendations of the Standard Webhooks specification.
+/// The body of a request to an endpoint. Follows the recommendations of the Standard Webhooks specification.
 #[derive(Serialize)]
 struct Payload<'a, T> {
     r#type: &'a str,

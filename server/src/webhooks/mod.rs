@@ -4,7 +4,7 @@
 //! transaction ([`deliver`]). Each delivery is sent at least once, and receivers recognize duplicates by the event's
 //! ID. The deliveries to an endpoint are not ordered.
 //!
-//! While PostgreSQL is unreachable, nothing is sent. Stored deliveries are sent later.
+//! While PostgreSQL is unreachable, nothing is sent. Deliveries that are already stored are sent later.
 
 pub mod deliver;
 pub mod event;
@@ -47,7 +47,7 @@ struct Inner {
     targets: Targets,
     sender: Sender,
     stored: Notify,
-    /// The tenant that had the last turn.
+    /// The last tenant whose deliveries were claimed. The next claim starts with the tenant after it.
     last_tenant: Mutex<Uuid>,
 }
 
@@ -73,8 +73,8 @@ fn context(tenant: Uuid, webhook: Uuid) -> Vec<u8> {
 }
 
 impl Webhooks {
-    /// Creates the sender. `private` contains the non-public networks that webhooks may be sent to. Outside these
-    /// networks, the host of `public_url` receives no webhooks.
+    /// Creates the sender. In the networks in `private`, webhooks may be sent to any address. Outside these networks,
+    /// no webhooks are sent to the host of `public_url`.
     ///
     /// # Errors
     ///
@@ -98,7 +98,7 @@ impl Webhooks {
         })))
     }
 
-    /// Checks everything about a URL that does not require a DNS lookup.
+    /// Checks a URL as far as possible without a DNS lookup.
     ///
     /// # Errors
     ///
@@ -127,7 +127,7 @@ impl Webhooks {
         self.0.stored.notify_one();
     }
 
-    /// Completes when this replica has stored deliveries.
+    /// Completes once [`wake`](Self::wake) has been called.
     pub async fn woken(&self) {
         self.0.stored.notified().await;
     }
@@ -177,7 +177,7 @@ impl Webhooks {
             decrypted.ok_or(SecretError::UnknownKey)
         };
         let secret = decrypt(&stored.secret)?;
-        // A previous secret that cannot be decrypted is not used for signing, so it is kept unchanged.
+        // A previous secret that cannot be decrypted is kept unchanged. Deliveries are not signed with it.
         let previous = stored.previous_secret.as_deref().map(decrypt);
         let previous = previous.and_then(Result::ok);
         if secret.is_current && previous.as_ref().is_none_or(|it| it.is_current) {

@@ -51,7 +51,7 @@ impl Sent {
     }
 }
 
-/// The HTTP clients for the two URL schemes. They can connect to different addresses.
+/// The HTTP clients for the two URL schemes. Different addresses are allowed for each scheme.
 #[derive(Debug)]
 pub struct Sender {
     https: Client,
@@ -66,7 +66,7 @@ impl Sender {
             Client::builder()
                 .user_agent(concat!("Quota-Webhooks/", env!("CARGO_PKG_VERSION")))
                 .dns_resolver(targets.resolver(scheme, lookup.clone()))
-                // A proxy would resolve the host itself.
+                // A proxy would resolve the host itself, so the host's addresses would not be checked.
                 .no_proxy()
                 // A redirect's target would not be checked. If an endpoint has moved, its new URL should be configured.
                 .redirect(redirect::Policy::none())

@@ -71,7 +71,7 @@ impl Targets {
         }
     }
 
-    /// Also excludes the addresses of this URL's host, except those in the operator's networks.
+    /// Also excludes the addresses of the host of `public_url`, except those in the operator's networks.
     #[must_use]
     pub fn without_host_of(self, public_url: &str) -> Self {
         let url = Url::parse(public_url).ok();
@@ -81,7 +81,7 @@ impl Targets {
         }
     }
 
-    /// Parses a URL and checks everything that does not require a DNS lookup.
+    /// Parses a URL, and checks it as far as possible without a DNS lookup.
     ///
     /// # Errors
     ///
@@ -194,7 +194,7 @@ impl Resolve for CheckedResolver {
             if found.is_empty() || !found.iter().all(is_allowed) {
                 return Err(UnusableHost.into());
             }
-            // The URL determines the port.
+            // The port is 0, because the URL determines it.
             let found = found.into_iter().map(|ip| SocketAddr::new(ip, 0));
             Ok(Box::new(found) as Addrs)
         })
@@ -222,7 +222,7 @@ fn is_public(ip: IpAddr) -> bool {
 }
 
 fn is_public_v4(ip: Ipv4Addr) -> bool {
-    /// Network addresses, each with the length of its prefix.
+    /// Networks, each as its address and its prefix length.
     const SPECIAL: &[([u8; 4], u32)] = &[
         ([0, 0, 0, 0], 8),
         ([10, 0, 0, 0], 8),

@@ -79,7 +79,7 @@ impl Receiver {
         Self { addr, connections }
     }
 
-    /// Responds to every request with this text.
+    /// Starts a server that responds to every request with `text`.
     async fn saying(text: impl Into<String>) -> Self {
         let text: String = text.into();
         Self::start(move |mut stream| {
@@ -158,7 +158,7 @@ async fn host_with_any_address_that_is_not_public_is_not_connected_to() {
     assert_eq!(receiver.connections(), 0);
 }
 
-/// The addresses that a private network's resolver returns.
+/// A resolver in a private network: pairs of a host name and its address.
 #[derive(Debug)]
 struct Names(&'static [(&'static str, &'static str)]);
 
@@ -241,7 +241,7 @@ async fn connection_is_made_to_the_address_that_was_checked() {
     let first = send(&[LOOPBACK], lookup.clone(), &url).await;
     assert_eq!(first.status, Some(200));
     assert_eq!(lookup.lookups.load(Ordering::Relaxed), 1, "only one lookup");
-    // The next attempt resolves the host again, and finds the address that is not allowed.
+    // The next attempt resolves the host again, and gets the second address, which is not allowed.
     let second = send(&[LOOPBACK], lookup.clone(), &url).await;
     assert!(
         second
@@ -300,7 +300,7 @@ async fn huge_body_is_not_read_to_its_end() {
     let url = format!("http://127.0.0.1:{}/", receiver.addr.port());
     let sent = send(&[LOOPBACK], Answers::new(&[]), &url).await;
     assert_eq!((sent.status, sent.error), (Some(200), None));
-    // Bytes that the sender of the webhook did not read remain in the sockets' buffers.
+    // The endpoint can also fill the buffers of the sockets, so it can send more than is read.
     let written = written.recv().await.unwrap();
     assert!(written < 20_000_000, "{written}");
 }

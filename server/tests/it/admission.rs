@@ -56,7 +56,7 @@ async fn world(keys: usize, lookups: usize) -> World {
 }
 
 impl World {
-    /// Returns a replica that has just started, has nothing in memory, and uses a remote PostgreSQL.
+    /// Starts a replica that has nothing in memory and uses a remote PostgreSQL.
     async fn cold_replica(&self, lookups: usize) -> (Arc<TestApp>, FaultProxy) {
         let (proxy, url) = through_proxy(&self.app.database).await;
         let cold = TestApp::setup()
@@ -87,7 +87,7 @@ fn count(statuses: &[u16], status: u16) -> usize {
     statuses.iter().filter(|it| **it == status).count()
 }
 
-/// Sends keys that do not exist, from a separate address.
+/// Starts `at_once` tasks that send keys that do not exist, from a separate address, for four seconds.
 fn stranger(app: &Arc<TestApp>, at_once: usize) -> Vec<JoinHandle<Vec<u16>>> {
     let from = IpAddr::V4(Ipv4Addr::new(127, 0, 3, 1));
     let http = Client::builder().local_address(from).build();

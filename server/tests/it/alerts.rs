@@ -141,7 +141,7 @@ async fn alerts_of_two_replicas_arrive_once_each_by_themselves() {
     let second = second.start().await;
     let world = World::on(app, json!({"daily_quota": 100})).await;
     let (_, secret) = hooks.create(&world.app, &world.account, "/hook").await;
-    // One replica cannot spend the tokens that the other replica holds.
+    // A replica cannot spend the tokens that the other replica holds, so a denied request is sent again.
     let mut spent = 0;
     while spent < 100 {
         let app = if spent % 2 == 0 { &world.app } else { &second };
@@ -222,12 +222,12 @@ async fn concurrent_checks_of_replicas_create_each_alert_once() {
     assert_eq!(row.await.expect("a row").get::<_, i64>(0), 4);
 }
 
-/// A threshold is reached with the request that brings the usage to the threshold, and not before.
+/// The request that brings the usage to the threshold causes the alert, not an earlier request.
 #[tokio::test(flavor = "multi_thread")]
 async fn threshold_is_reached_with_the_request_that_uses_its_share() {
     let world = World::new(json!({"daily_quota": 1000})).await;
     for (cost, thresholds) in [
-        // More tokens are taken from the ledger than are spent.
+        // The ledger already includes tokens that the replica holds. Only spent tokens count toward a threshold.
         (499, &[][..]),
         (1, &[50]),
         (299, &[50]),
@@ -325,7 +325,7 @@ async fn new_window_has_its_own_alerts() {
     assert_eq!(world.thresholds().await, [50, 50]);
 }
 
-/// Storing the deliveries fails. The effect is the same as if the process had exited in the middle of a check.
+/// Storing the deliveries fails. The effect is the same as if the server had exited in the middle of a check.
 #[tokio::test(flavor = "multi_thread")]
 async fn alert_is_not_lost_if_its_deliveries_cannot_be_stored() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -353,7 +353,7 @@ async fn quota_with_tokens_that_a_crash_lost_is_used_up_when_requests_are_denied
     assert!(world.spend(&world.app, 995).await);
     world.check().await;
     assert_eq!(world.thresholds().await, [50, 80]);
-    // Simulates a replica that took five tokens before it crashed.
+    // Simulates a replica that took the last five tokens, and crashed before it spent them.
     world.sql("UPDATE quota_usage SET used = 1000").await;
     let restarted = with_hooks(TestApp::setup()).database(world.app.database.clone());
     let restarted = restarted.without_jobs().start().await;
@@ -366,7 +366,7 @@ async fn quota_with_tokens_that_a_crash_lost_is_used_up_when_requests_are_denied
 #[tokio::test(flavor = "multi_thread")]
 async fn alert_is_created_if_usage_is_recorded_after_its_window_has_ended() {
     let world = World::new(json!({"daily_quota": 10})).await;
-    // The usage is an hour old.
+    // The usage is an hour old, so it is in the second window, but not in the first window, which ended earlier.
     for (window_end, expected) in [("61 minutes", &[][..]), ("20 minutes", &[50, 80, 100])] {
         let (tenant, key) = (&world.account.tenant_id, &world.key.id);
         world
@@ -387,8 +387,8 @@ async fn alert_is_created_if_usage_is_recorded_after_its_window_has_ended() {
     }
 }
 
-/// After the plan is edited, it is unknown which quota applied in a window that has ended. Usage of one key does not
-/// cause alerts for another key.
+/// After the plan is edited, it is unknown which quota applied in a window that has ended, so late usage causes no
+/// alert. Usage of one key does not cause alerts for another key.
 #[tokio::test(flavor = "multi_thread")]
 async fn late_usage_causes_no_alert_of_another_key_or_a_later_quota() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -551,7 +551,7 @@ async fn many_alerts_of_one_tenant_are_all_created() {
     assert_eq!((counts.get(0), counts.get(1)), (expected, expected));
 }
 
-/// One check waits for a lock until its statement is canceled.
+/// The check of one tenant waits for a lock until its statement is canceled.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_whose_check_fails_does_not_delay_other_tenants() {
     let world = World::new(json!({"daily_quota": 10})).await;
@@ -623,7 +623,7 @@ async fn many_keys_are_checked_in_several_transactions() {
     );
 }
 
-/// Reading the usage of a window is costly, so usage is no longer read after the window's last alert.
+/// Reading the usage of a window is costly, so it is no longer read after the alert at 100%, which is the last one.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_with_an_alert_at_100_percent_are_skipped() {
     let world = World::new(json!({"daily_quota": 10, "monthly_quota": 15})).await;

@@ -267,7 +267,7 @@ async fn restored_backup_has_all_keys_and_usage_and_no_quota_is_granted_twice() 
     within_a_day(|| back_up_and_restore("250ms")).await;
 }
 
-/// Simulates an outage of PostgreSQL that ended just before the backup.
+/// Usage is shipped so rarely that the database does not contain it at the time of the backup.
 #[tokio::test(flavor = "multi_thread")]
 async fn backup_contains_usage_that_was_not_in_the_database() {
     within_a_day(|| back_up_and_restore("60s")).await;
@@ -318,7 +318,7 @@ async fn damaged_backup_or_one_of_another_database_is_rejected() {
 
 // Rotation --------------------------------------------------------------------------------------------
 
-/// Runs a step of the rotation. Returns its output, and whether it succeeded.
+/// Runs a step of the rotation. Returns whether it succeeded, and its output.
 fn rotate(secrets: &Path, step: &str) -> (bool, String) {
     let mut command = script("rotate-secret.sh");
     let output = command.arg(step).env("SECRETS", secrets).output();

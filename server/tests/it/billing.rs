@@ -115,8 +115,8 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
     assert_eq!(app.echo(&others).await.status, 402);
 }
 
-/// The complete history of a subscription, on two replicas: both follow every change, no matter which of them received
-/// the webhook.
+/// The complete history of a subscription, on two replicas. Both follow every change, regardless of which of them
+/// received the webhook.
 #[tokio::test(flavor = "multi_thread")]
 async fn access_follows_the_subscription_on_every_replica() {
     let stripe = TestStripe::start().await;
@@ -192,12 +192,12 @@ async fn access_follows_the_subscription_on_every_replica() {
         .request(&Method::DELETE, &format!("subscriptions/{id}"), "")
         .expect("canceled");
     reaches_both("canceled", 402).await;
-    // The tenant subscribes again.
     stripe.subscribe(&first, &account).await;
     reaches_both("active", 200).await;
 }
 
-/// After a failed payment, access ends with the grace period, without another event. The grace period is zero days.
+/// When the grace period after a failed payment ends, access ends without another event. Here, the grace period is zero
+/// days.
 #[tokio::test(flavor = "multi_thread")]
 async fn grace_period_ends_on_its_date() {
     let stripe = TestStripe::start().await;
@@ -215,10 +215,10 @@ async fn grace_period_ends_on_its_date() {
     stripe.fake.advance(MONTH + Duration::from_hours(2));
     stripe.deliver_all().await;
     let state = wait_for_access(&app, &account, "past_due").await;
-    // The fake's clock is a month ahead of the server's clock, so by the server's clock, the date has not been reached.
+    // The fake's clock is a month ahead of the server's clock. For the server, the grace period has not ended yet.
     assert_eq!(state["paid_plans_work"], true);
     let client = app.database.connect().await;
-    // Repeat the update, because the worker sets the date again if it is still processing the last event.
+    // The worker may still be processing the last event, and would then overwrite the date, so repeat the update.
     for _ in 0..50 {
         client
             .batch_execute(
@@ -238,8 +238,8 @@ async fn grace_period_ends_on_its_date() {
     assert_eq!(state["paid_plans_work"], false);
 }
 
-/// Events arrive in any order, several times, with other IDs, with new signatures, in old versions and with other
-/// types, and concern a subscription that has ended in the meantime.
+/// Events arrive in random order, some of them several times. Some have another ID, an old version or an unknown type.
+/// The subscription has ended in the meantime.
 #[tokio::test(flavor = "multi_thread")]
 async fn events_in_any_order_lead_to_the_present_state() {
     let stripe = TestStripe::start().await;
@@ -325,7 +325,7 @@ async fn webhook_without_a_valid_signature_changes_nothing() {
         };
         assert_eq!(stripe.deliver(event, &delivery).await, 400, "{signature:?}");
     }
-    // This signature is valid for a different body.
+    // A signature is valid only for the body that was signed.
     let (body, header) = stripe
         .fake
         .signed(event, &stripe.endpoint, &Delivery::default());
@@ -684,7 +684,7 @@ async fn change_is_detected_despite_a_lost_webhook() {
     assert_eq!(count(&app, later).await, 1);
 }
 
-/// Reads of one customer overlap. The read that started last determines the result, no matter which read ends last.
+/// Reads of one customer overlap. The read that started last determines the result, even if another read ends later.
 #[tokio::test(flavor = "multi_thread")]
 async fn outdated_read_is_dropped() {
     let stripe = TestStripe::start().await;
@@ -880,7 +880,7 @@ async fn tenant_whose_customer_was_deleted_can_subscribe_again() {
         .await;
     let items = shown.body["items"].as_array().expect("events").iter().rev();
     let accesses: Vec<_> = items.map(|it| it["after"]["access"].clone()).collect();
-    // The new customer has never subscribed.
+    // `free`: the new customer has not subscribed yet.
     assert_eq!(
         accesses,
         ["active", "canceled", "free", "active"],

@@ -1,5 +1,5 @@
-//! Tests that a secret key of another Stripe account or mode does not end access, and that nothing is sold or reported
-//! with such a key.
+//! Tests a server with a secret key of another Stripe account or mode: tenants keep their access, nothing is sold, and
+//! no usage is reported.
 
 use std::{
     sync::Arc,
@@ -20,7 +20,7 @@ use crate::support::{
 const AT_MOST: Duration = Duration::from_secs(30);
 
 /// A tenant with a subscription in the server's Stripe account (`own`), and another Stripe account (`other`). The
-/// server has stopped.
+/// server that the tenant used has stopped.
 struct World {
     own: TestStripe,
     other: TestStripe,
@@ -176,7 +176,7 @@ async fn secret_key_of_another_mode_ends_no_access() {
     wait_for_mismatch(&app, 0.0).await;
 }
 
-/// Earlier versions did not store the account.
+/// Simulates an upgrade from a version that did not store which Stripe account the server uses.
 #[tokio::test(flavor = "multi_thread")]
 async fn account_that_knows_no_customer_is_not_stored() {
     let world = World::new().await;
@@ -252,7 +252,8 @@ async fn customer_that_stripe_does_not_know_keeps_its_access() {
     wait_for_status(&app, &world.key, 402).await;
 }
 
-/// A restricted key may have no permission to read its account.
+/// A restricted key may have no permission to read its account. The server then checks whether the account has the
+/// stored customers.
 #[tokio::test(flavor = "multi_thread")]
 async fn key_that_may_not_read_its_account_is_compared_by_its_customers() {
     let world = World::new().await;
@@ -280,7 +281,7 @@ async fn key_that_may_not_read_its_account_is_compared_by_its_customers() {
     }
 }
 
-/// The data of a sandbox was deleted: the account is the same, but it no longer contains the stored customers.
+/// The data of a sandbox was deleted: the account is the same, but it no longer contains the server's customers.
 #[tokio::test(flavor = "multi_thread")]
 async fn operator_can_start_over_in_the_same_account() {
     let world = World::new().await;

@@ -1,4 +1,4 @@
-//! Tests subscriptions and charges while Stripe fails, and while the worker is stopped at random moments.
+//! Tests subscriptions and charges while Stripe fails, and while background work is stopped at random moments.
 //!
 //! Requests of every kind to Stripe fail in random ways, before or after they take effect. The oracle is the state of
 //! the fake Stripe: the customers, subscriptions, paid invoices and usage of each tenant.
@@ -349,7 +349,7 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
     }
 }
 
-/// The number of times that the process is killed. Set `BILLING_KILLS=100` for a long run.
+/// The number of times that the server is killed. Set `BILLING_KILLS=100` for a long run.
 #[expect(
     clippy::disallowed_methods,
     reason = "the length of a test is not a setting of the server"

@@ -1,4 +1,5 @@
-//! Tests floods of webhooks: with valid, wrong, stale, rotated and missing signatures, and with large bodies.
+//! Tests floods of webhooks from Stripe: with valid, wrong, stale, rotated and missing signatures, and with large
+//! bodies.
 
 use std::{
     collections::BTreeMap,
@@ -101,7 +102,7 @@ async fn flood(rate: u64, seconds: u64) -> Flood {
     let mut ticks =
         tokio::time::interval(Duration::from_secs(1) / u32::try_from(PARTS).expect("few"));
     let mut n = 0;
-    // The server closes the connection if it does not read the body.
+    // The server closes a connection on which it does not read the body, so these connections are not reused.
     let large = reqwest::Client::builder().pool_max_idle_per_host(0).build();
     let large = large.expect("a client");
     for _ in 0..seconds * PARTS {
@@ -178,8 +179,7 @@ async fn flood(rate: u64, seconds: u64) -> Flood {
         own.map(|(_, times)| times.len()).sum()
     };
     let new = usize::try_from(stored(&app).await - before).expect("events are not deleted");
-    // After any other response, or after no response, an event may still have been stored, and Stripe would send it
-    // again.
+    // If the response is not 204 or is missing, the event may still have been stored. Stripe would send it again.
     let (accepted, unknown) = (responses(&|it| it == 204), responses(&|it| it != 204));
     assert!(
         (accepted..=accepted + unknown).contains(&new),

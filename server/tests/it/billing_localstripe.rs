@@ -136,7 +136,7 @@ async fn webhooks_of_localstripe_are_accepted() {
         assert!(began.elapsed() < AT_MOST, "{:?}", kinds().await);
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    // The events belong to a customer that this server does not have.
+    // The events are ignored, because they belong to a customer that this server does not have.
     let waiting = "SELECT count(*) FROM billing_events WHERE outcome IS DISTINCT FROM 'ignored'";
     while client
         .query_one(waiting, &[])

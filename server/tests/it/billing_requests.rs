@@ -26,7 +26,7 @@ use crate::{
 const AT_MOST: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_hours(24);
 
-/// The operations that Quota uses, except `GET /v1/invoices`, which needs an unpaid or a draft invoice.
+/// The operations that Quota uses, except `GET /v1/invoices`, which Quota uses only if an invoice is unpaid or a draft.
 const OPERATIONS: [&str; 21] = [
     "GET /v1/account",
     "GET /v1/billing/meters",
@@ -97,7 +97,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     let forget = client.execute("DELETE FROM billing_stripe_account", &[]);
     assert_eq!(forget.await.expect("valid SQL"), 1);
 
-    // A thin event contains only the ID of its object.
+    // A thin event contains only the ID of its object, so Quota requests the object from Stripe.
     let of_kind = |kind: &str| text(&stripe.fake.all(kind)[0]["id"]);
     let objects = [of_kind("subscription"), of_kind("invoice"), session];
     for (n, object) in objects.iter().enumerate() {
@@ -113,7 +113,7 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
     assert_eq!(portal.status, 201, "{}", portal.text);
     billing.read_offer().await.expect("the offer is complete");
 
-    // Report yesterday's usage.
+    // Report usage that is 24 and 25 hours old.
     stripe.fake.advance(4 * DAY);
     let tenant = quota_common::TenantId(account.tenant_id.parse().expect("a UUID"));
     billing.read(tenant).await.expect("read");

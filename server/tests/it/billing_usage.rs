@@ -1,4 +1,4 @@
-//! Tests of charged usage, from the log to meter events in the fake Stripe.
+//! Tests of charged usage, from the usage log to meter events in the fake Stripe.
 //!
 //! The oracle is a sum over the records that the test itself has appended.
 
@@ -145,7 +145,7 @@ impl World {
         self.counted().iter().map(|it| it.value).sum()
     }
 
-    /// Returns the state, reason and value of all reports, in order.
+    /// Returns the state, reason and value of each report, ordered by hour and revision.
     async fn reports(&self) -> Vec<(String, Option<String>, i64)> {
         let client = self.app.database.connect().await;
         let rows = client
@@ -191,7 +191,7 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
             free,
         ])
         .await;
-    // The hour has not ended yet.
+    // The current hour has not ended yet, so its usage is not reported.
     world.append(&[world.paid(usage::now(), 1000)]).await;
     world.report().await;
     let tenant = &world.account.tenant_id;
@@ -224,8 +224,8 @@ async fn usage_of_an_hour_becomes_one_meter_event() {
     assert_eq!(world.total(), 21);
 }
 
-/// The total in Stripe equals the usage, despite every kind of fault in requests to the meter, before and after they
-/// take effect.
+/// The total in Stripe equals the usage, although requests to the meter fail in every way, before and after taking
+/// effect.
 #[tokio::test(flavor = "multi_thread")]
 async fn faults_charge_nothing_twice_and_lose_nothing() {
     let world = World::subscribed(3 * DAY).await;
@@ -309,7 +309,7 @@ async fn random_schedules_charge_exactly_what_was_used() {
     assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
 }
 
-/// The number of schedules. Set `BILLING_SEEDS=1000` for a long run.
+/// The number of runs with random seeds. Set `BILLING_SEEDS=1000` for a long run.
 #[expect(
     clippy::disallowed_methods,
     reason = "the length of a test is not a setting of the server"
@@ -318,8 +318,8 @@ pub(crate) fn seeds() -> u64 {
     std::env::var("BILLING_SEEDS").map_or(25, |seeds| seeds.parse().expect("a number"))
 }
 
-/// The worker is repeatedly stopped at a random moment, and some requests to Stripe fail. The next worker knows only
-/// what the previous worker has stored and sent.
+/// A worker that reports usage is repeatedly stopped at a random moment, and some requests to Stripe fail. The next
+/// worker knows only what the previous worker has stored and sent.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
     let world = World::subscribed(10 * DAY).await;
@@ -361,7 +361,7 @@ async fn worker_that_ends_at_any_moment_charges_exactly_what_was_used() {
     assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
 }
 
-/// Once Stripe no longer recognizes an identifier, the total in Stripe determines the outcome.
+/// Once Stripe no longer recognizes an identifier, the total in Stripe shows whether the report was counted.
 #[tokio::test(flavor = "multi_thread")]
 async fn worker_that_was_down_for_30_hours_charges_once() {
     let world = World::subscribed(3 * DAY).await;
@@ -389,7 +389,7 @@ async fn worker_that_was_down_for_30_hours_charges_once() {
         assert_eq!(world.counted().len(), events + 1, "{fault:?}");
     }
     assert_eq!(world.total(), 10);
-    // Neither outcome explains the total in Stripe, so a person has to investigate.
+    // The total in Stripe matches neither a counted nor a lost report, so a person has to investigate.
     world.append(&[world.paid(hour(5), 5)]).await;
     world.billing().plan_usage().await.expect("planned");
     world
@@ -473,7 +473,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
     }
 }
 
-/// While the invoice of the last period is a draft, usage of the last period is still charged.
+/// While the invoice of the last period is a draft, usage of that period is still charged.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
     let (world, draft) = World::with_a_draft_invoice().await;
@@ -540,7 +540,7 @@ async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
         .append(&[world.paid(now - TimeDelta::days(45), 2)])
         .await;
     world.report().await;
-    // Stripe does not accept the value.
+    // Stripe rejects the value.
     world.append(&[world.paid(hour(3), 4)]).await;
     world
         .stripe
@@ -769,8 +769,7 @@ async fn slow_sender_stops_when_another_has_taken_over() {
     assert_eq!(world.execute(extended).await, 1);
 }
 
-/// The invoice may become final an hour after the period ends, which may be before the usage of the whole hour would be
-/// reported.
+/// The invoice may become final an hour after the period ends. A report of the whole hour could come too late.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_before_the_edge_of_a_period_is_reported_before_the_hour_ends() {
     let world = World::subscribed(3 * DAY).await;

@@ -31,7 +31,7 @@ const BURST: u32 = 60;
 const DAILY: usize = 300;
 /// The time that is added to each window as a tolerance for leased keys: the default `QUOTA_LEASE_TTL` plus [`EXACT`].
 const LEASED: Duration = Duration::from_nanos(100_002_000);
-/// The tolerance for strict plans: a microsecond, the resolution of Redis's clock, at either end of a window.
+/// The tolerance for strict plans: one microsecond, the resolution of Redis's clock, at each end of a window.
 const EXACT: Duration = Duration::from_nanos(2_000);
 /// The smallest acceptable share of what one exact bucket would have allowed, in percent.
 const SERVED: usize = 90;
@@ -72,8 +72,8 @@ impl World {
         key["key"].as_str().expect("a secret").to_owned()
     }
 
-    /// Sends as many requests as possible to all replicas. Returns when each request was sent, and the spans of the
-    /// admitted requests.
+    /// Sends requests to all replicas from several clients, for [`LOAD`]. Returns when each request was sent, and the
+    /// time span of each admitted request.
     async fn load(&self, key: &str) -> (Vec<(u64, u32)>, Vec<Span>) {
         let began = Instant::now();
         let nanos = move || u64::try_from(began.elapsed().as_nanos()).expect("a short test");

@@ -54,7 +54,7 @@ async fn deleted_keys_do_not_fill_redis() {
     let redis = RedisServer::start_with(&["--maxmemory-policy", "noeviction"]).await;
     let app = std::sync::Arc::new(app_on(&redis, "1s").await);
     let (attacker, other) = (app.register().await, app.register().await);
-    // Each bucket takes almost a month to fill.
+    // Each bucket takes almost a month to fill, so it does not expire during the test.
     let plan = json!({"default_rpm": 1, "burst": 40_000});
     let plan = app.plan(&attacker, plan).await;
     let bystander = app.plan(&other, json!({"default_rpm": 60_000})).await;

@@ -28,7 +28,7 @@ async fn demo_is_created_once_even_if_its_key_cannot_be_looked_up() {
     let database = first.database.clone();
     first.stop().await;
 
-    // After a restart, the key is not cached.
+    // A server that has just started has to look up the key in PostgreSQL.
     let second = TestApp::setup()
         .database(database.clone())
         .data_dir(data.path())
@@ -43,7 +43,7 @@ async fn demo_is_created_once_even_if_its_key_cannot_be_looked_up() {
     holder.batch_execute("ROLLBACK").await.unwrap();
     assert_eq!(users(&second).await, 1);
     assert_eq!(fs::read(&file).unwrap(), stored);
-    // The links contain the server's port.
+    // Compare only the keys, because the links contain the server's port.
     let again = demo::create_once(&second.state).await.unwrap();
     assert_eq!(key(&again.text), key(&shown.text));
     assert!(!again.is_new);
@@ -55,7 +55,7 @@ async fn demo_is_not_created_if_its_secrets_cannot_be_stored() {
     let (data, moved) = (parent.path().join("data"), parent.path().join("moved"));
     fs::create_dir(&data).unwrap();
     let app = TestApp::setup().data_dir(&data).start().await;
-    // No file can be created in a directory whose symbolic link leads nowhere, even by root.
+    // No file can be created in a directory whose path is a broken symbolic link, even by root.
     fs::rename(&data, &moved).unwrap();
     symlink(parent.path().join("missing"), &data).unwrap();
     assert!(demo::create_once(&app.state).await.is_err());

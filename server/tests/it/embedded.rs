@@ -209,7 +209,7 @@ async fn stopping_during_a_restart_stops_postgres() {
             .expect("the process was running");
         tokio::time::sleep(Duration::from_millis(wait)).await;
         postgres.stop().await;
-        // The sessions of the killed postmaster take a while to detect its death.
+        // The processes of the killed postmaster take a while to exit, so check only the postmaster that started last.
         let guarded = fs::read_to_string(dir.path().join("postgres/postmaster.pid"))
             .ok()
             .and_then(|text| text.lines().next()?.parse::<i32>().ok())

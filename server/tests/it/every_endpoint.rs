@@ -11,7 +11,7 @@ use crate::support::{
     stripe::TestStripe,
 };
 
-/// The operations that require no credentials, with their status for a malformed body.
+/// The operations that require no credentials, each with its status for a malformed body.
 const PUBLIC: &[(&str, u16)] = &[
     ("live", 200),
     ("login", 400),
@@ -270,7 +270,7 @@ async fn invalid_credentials_are_401_with_invalid_token() {
     }
 }
 
-/// An API key does not work for management requests, and an access token does not work for limited requests.
+/// Each operation rejects credentials of a kind that it does not accept, such as an API key for a management request.
 #[tokio::test(flavor = "multi_thread")]
 async fn credentials_of_another_kind_are_401() {
     let app = TestApp::start().await;
@@ -330,7 +330,7 @@ async fn role_without_the_right_is_403_and_changes_nothing() {
     let app = stripe.configure(TestApp::setup()).without_jobs();
     let app = app.flag("--max-webhooks=100").start().await;
     let owner = app.register().await;
-    // Create the customer whose portal is opened.
+    // Create a customer in Stripe, so that its portal can be opened.
     stripe.start_checkout(&app, &owner).await;
     let client = app.database.connect().await;
     let shared_plan = app.plan(&owner, json!({"daily_quota": 1000})).await;

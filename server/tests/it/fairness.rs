@@ -53,7 +53,7 @@ async fn patient() -> Arc<TestApp> {
 async fn burst_of_creations_by_one_tenant_does_not_delay_another() {
     let app = patient().await;
     let (a, b) = (Arc::new(app.register().await), app.register().await);
-    // Another replica holds the lock that is required to count the resources of tenant `a`.
+    // Simulates another replica that holds the lock that is required to count the resources of tenant `a`.
     let database = app.database.connect().await;
     let lock = format!(
         "SELECT pg_advisory_lock(hashtextextended('{}', 7226422))",
@@ -349,7 +349,7 @@ async fn lookups_of_unknown_keys_and_tokens_leave_a_connection_for_known_ones() 
     while waiting().await == 0 {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    // Give the other lookup time to reach the lock.
+    // Give the other lookup time to reach the lock. It must wait for a connection instead.
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(waiting().await, 1);
     holder.batch_execute("ROLLBACK").await.unwrap();

@@ -105,7 +105,8 @@ async fn flood_of_keys_with_wrong_checksums_causes_no_lookups() {
 /// The number of files that this process may have open in addition to the hostile sockets.
 const OWN_FILES: usize = 600;
 const SILENT: usize = 20_000;
-/// Connections from one address, and addresses in one network: below the limits, so that only the total limit applies.
+/// The number of connections from one address, and the number of addresses in one network. Both are below their limits,
+/// so that only the total limit applies.
 const FROM_ONE_ADDRESS: usize = 500;
 const ADDRESSES: usize = 4;
 /// The maximum duration of a request, even on a busy machine.
@@ -283,9 +284,10 @@ async fn clients_that_cancel_unread_responses_do_not_lock_out_others() {
 
 /// The number of connections of each kind. The connections use as much memory as they can by sending or reading slowly.
 const SLOW: usize = 2000;
-/// The maximum increase in memory, in MiB. The handlers of many concurrent requests end only some time after their
-/// connections have closed. In a debug build, these handlers use most of the memory.
+/// The maximum increase in memory, in MiB.
 const MOST: u64 = 64;
+/// The maximum increase in memory with many concurrent requests, in MiB. Their handlers end only some time after the
+/// connections have closed. In a debug build, these handlers use most of the memory.
 const MOST_AT_A_TIME: u64 = 128;
 const LARGE: usize = 31 * 1024;
 

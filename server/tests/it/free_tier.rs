@@ -415,7 +415,7 @@ async fn replicas_serve_exactly_the_month_of_a_tenant() {
     let mut served = spend(&replicas, &keys, 1300).await;
     assert!(served <= LIMIT, "{served}");
     assert!(served >= LIMIT * 99 / 100, "{served}");
-    // A replica may still hold the last tokens.
+    // A replica may still hold the last tokens, so send further requests until these tokens are spent.
     let began = Instant::now();
     while served < LIMIT {
         assert!(began.elapsed() < AT_MOST, "{served}");

@@ -69,7 +69,7 @@ impl World {
             "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass";
         let mut begun_at = Instant::now();
         loop {
-            // The statements time out after a second.
+            // The statements time out after a second, so start new ones.
             if begun_at.elapsed() > Duration::from_secs(3) {
                 begin().await;
                 begun_at = Instant::now();

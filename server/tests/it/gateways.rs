@@ -1,5 +1,5 @@
-//! Tests the configurations in `deploy/gateways` in the real gateways, with Quota behind verified TLS. The placeholders
-//! are filled in as by a user, and addresses are replaced by loopback addresses.
+//! Tests the configurations in `deploy/gateways` in the real gateways, with Quota behind verified TLS. The tests fill
+//! in the placeholders as a user would, and replace addresses by loopback addresses.
 
 mod envoy_ratelimit;
 mod matrix;
@@ -167,9 +167,9 @@ fn has_limits(response: &Response, remaining: &str) {
     assert_eq!(field(response, "x-ratelimit-remaining"), Some(remaining));
 }
 
-/// Tests admissions, denials, and all ways in which a consumer can try to change the decision.
+/// Tests admissions, denials, and the ways in which a consumer might try to change the decision.
 async fn enforces_decisions(program: Program) {
-    // The allowed origins do not matter to requests through a gateway.
+    // The allowed origins do not affect requests through a gateway.
     let app = TestApp::setup()
         .flag("--allowed-origins=https://app.example.com")
         .start()
@@ -334,7 +334,7 @@ async fn reports_degraded_decisions(program: Program) {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let plan = app.plan(&account, plan).await;
         let key = app.key(&account, &plan).await.text;
-        // The first calls fail, until the circuit breaker opens.
+        // The first calls fail until the circuit breaker opens.
         let mut response = setting.forged(&key).await;
         for _ in 0..50 {
             if response.status() == status {
@@ -389,7 +389,7 @@ fn allowed_200(_: &Head) -> &'static str {
     "200 OK\r\nx-quota-decision: allowed\r\ncontent-length: 0"
 }
 
-/// Returns Quota's denial of a key whose plan requires a subscription.
+/// Returns Quota's rejection of a key whose plan requires a subscription.
 fn payment_required(head: &Head) -> &'static str {
     if head.line.contains("deny=403") {
         "403 Forbidden\r\nx-quota-decision: payment_required\r\ncontent-length: 0"
@@ -398,7 +398,7 @@ fn payment_required(head: &Head) -> &'static str {
     }
 }
 
-/// Tests that a request is forwarded only if Quota has admitted it, no matter what the consumer sends.
+/// Tests that a request is forwarded only if Quota has admitted it, regardless of what the consumer sends.
 async fn admits_only_what_quota_admits(program: Program) {
     type Answer = fn(&Head) -> &'static str;
     // Some gateways respond with Quota's denial even if the status of Quota's response is 200.
@@ -458,7 +458,7 @@ async fn fails_closed_without_quota(program: Program) {
     assert_eq!(setting.api.requests().len(), 0);
 }
 
-/// HAProxy continues with its next rule after a script error.
+/// After a script error, HAProxy continues with its next rule, which must not admit the request.
 #[tokio::test(flavor = "multi_thread")]
 async fn failing_or_silent_script_admits_nothing() {
     let ask = "local answer = core.httpclient()";
@@ -517,7 +517,7 @@ fn every_configuration_marks_what_to_fill_in() {
             "127.0.0.1:3000",
             "quota.example.com",
             "qs_YOUR_SERVICE_TOKEN",
-            // In the protocol of the rate limit service, a consumer cannot forge a decision.
+            // With the rate limit service, a consumer cannot forge a decision, so the configuration checks no header.
             if file == "envoy-ratelimit.yaml" {
                 "failure_mode_deny: true"
             } else {

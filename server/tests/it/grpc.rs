@@ -54,7 +54,7 @@ impl World {
         Self::with(TestApp::setup()).await
     }
 
-    /// Starts a server whose clock stands still.
+    /// Starts a server with a clock that only the test advances.
     async fn still() -> (Self, TestClock) {
         let clock = TestClock::at(SystemClock::new().now());
         let setup = TestApp::setup().clock(Arc::new(clock.clone()));
@@ -480,7 +480,7 @@ async fn without_redis_the_plan_decides() {
     for (mode, status) in [("open", Some(0)), ("closed", UNAVAILABLE)] {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let key = world.key(plan).await;
-        // The first calls fail, until the circuit breaker opens.
+        // The first calls fail until the circuit breaker opens.
         let mut reply = world.check(&key.text).await;
         for _ in 0..50 {
             let is_denied = reply.status == Some(0) && reply.code() == Code::OverLimit;

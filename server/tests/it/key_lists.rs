@@ -1,5 +1,4 @@
-//! Tests of long lists of keys: pages and searches return the right keys, no matter how many keys exist, and use the
-//! indexes.
+//! Tests of long lists of keys: pages and searches return the right keys, however many keys exist, and use the indexes.
 
 use std::{
     collections::BTreeSet,
@@ -81,7 +80,7 @@ async fn page(app: &TestApp, account: &Account, query: &str) -> Value {
     answer.body
 }
 
-/// Returns the IDs on at most `most` pages, and the total.
+/// Reads at most `most` pages. Returns the IDs on these pages, and the total.
 async fn pages(app: &TestApp, account: &Account, query: &str, most: usize) -> (Vec<String>, u64) {
     let (mut ids, mut cursor) = (Vec::new(), String::new());
     let mut total = None;
@@ -167,7 +166,7 @@ async fn searches_of_a_long_list_find_exactly_the_matching_keys() {
     let (ids, total) = pages(&app, &other, "search=zebra", 2).await;
     assert_eq!((ids.len(), total), (1, 1));
 
-    // Without the extension, searches are slower but find the same keys.
+    // Without `pg_trgm`, searches are slower but find the same keys.
     let client = app.database.connect().await;
     client
         .batch_execute("DROP EXTENSION pg_trgm CASCADE")
@@ -213,7 +212,7 @@ async fn searches_use_the_indexes() {
     }
 }
 
-/// Covers servers where the extension is not installed or not allowed.
+/// Covers servers where `pg_trgm` is not installed or not allowed.
 #[tokio::test(flavor = "multi_thread")]
 async fn migrations_succeed_without_the_extension() {
     let database = TestDatabase::create_empty().await;

@@ -18,7 +18,7 @@ fn at(secs: u64) -> UnixNanos {
     UnixNanos::from_secs(SECOND + secs)
 }
 
-/// Inserts `count` keys. Returns their IDs in order. The last key is inserted first.
+/// Inserts `count` keys in descending order of their IDs. Returns the IDs in ascending order.
 async fn insert_keys(
     app: &TestApp,
     account: &Account,
@@ -92,7 +92,8 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     assert!(written(&database).await.iter().all(Option::is_none));
 }
 
-/// PostgreSQL reads a table of this size in the order in which its rows were inserted.
+/// PostgreSQL reads a table of this size in the order in which its rows were inserted, which is not the order of the
+/// IDs.
 #[tokio::test(flavor = "multi_thread")]
 async fn keys_are_locked_in_the_order_of_their_ids() {
     let app = TestApp::setup()

@@ -20,7 +20,7 @@ const LONG_PATH: usize = 3_900;
 const REQUESTS: usize = 20_000;
 const BATCH: usize = 100;
 
-/// Sends requests over several connections, one after another, and returns the number of responses.
+/// Sends requests over several connections, one after another. Returns the number of 404 responses.
 fn get_many(server: SocketAddr, path: &str) -> usize {
     let mut answered = 0;
     for _ in 0..REQUESTS / BATCH {

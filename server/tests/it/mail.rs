@@ -364,7 +364,7 @@ async fn tenant_whose_emails_cannot_be_written_does_not_delay_others() {
 async fn mail_server_that_takes_too_long_is_an_outage() {
     let world = World::new().await;
     world.alert("A").await;
-    // Each response arrives within the time limit for one command.
+    // Each response arrives within the time limit for one command, but all of them together take too long.
     world.smtp.delay(Duration::from_secs(9));
     let began = std::time::Instant::now();
     assert_eq!(world.send().await, (0, 1, 0));

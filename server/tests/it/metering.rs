@@ -331,7 +331,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
         allowed += 1;
         assert!(allowed < 20_000, "the backlog is never full");
     };
-    // A record takes 240 bytes.
+    // A record takes 240 bytes, so the backlog of 1 MiB holds more than 3,000 records.
     assert!(allowed > 3_000, "{allowed}");
     assert_eq!(
         (refused.status, refused.problem()),
@@ -554,7 +554,7 @@ async fn events_have_postgresqls_time_whatever_the_machines_clock_says() {
             .await
             .expect("one row")
             .get::<_, f64>(0);
-        // The test's clock stands still from the start.
+        // The test's clock stands still, so the error includes the time since the start of the server.
         assert!((-1.0..30.0).contains(&error), "{seconds_off}: {error} s");
     }
 }
@@ -669,7 +669,7 @@ async fn refused_segments_are_kept_apart_and_their_directory_goes() {
         make_ancient(&ancient);
     }
     std::fs::write(left.join("1.segment"), "not a segment").expect("there is space");
-    // An earlier version left rejected segments in this directory.
+    // Simulates a rejected segment that an earlier version left in this directory.
     std::fs::write(left.join("2.refused"), "refused").expect("there is space");
     world
         .app
@@ -745,7 +745,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     .await;
     let began = Instant::now();
     app.stop().await;
-    // A batch waits 10 s for the lock.
+    // A batch waits 10 s for the lock, but a server that is stopping must not.
     assert!(
         began.elapsed() < Duration::from_secs(8),
         "{:?}",
@@ -979,8 +979,8 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     assert!(unanswered <= in_flight, "{unanswered} of {in_flight}");
 }
 
-/// Sends requests one after another. Returns the server's relevant system calls, in order, or `None` if strace is not
-/// available.
+/// Sends requests one after another. Returns the server's reads, writes and `fdatasync` calls in order, or `None` if
+/// strace is not available.
 async fn traced(durability: &str, requests: usize) -> Option<Vec<String>> {
     let database = database().await;
     let (data, http) = (data_dir(), Client::new());

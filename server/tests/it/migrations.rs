@@ -22,8 +22,8 @@ async fn migrate_apart(url: &str) -> Vec<String> {
         .expect("the task does not panic")
 }
 
-/// Returns a description of everything that migrations create: columns, constraints, indexes, policies, functions,
-/// triggers, privileges and comments.
+/// Returns a description of what migrations create: columns, constraints, indexes, policies, row-level security,
+/// functions, triggers, privileges and the comments of tables.
 async fn shape(client: &Client) -> Vec<String> {
     let sql = "
         SELECT format('column %s.%s %s %s %s', c.relname, a.attname, format_type(a.atttypid, a.atttypmod),
@@ -200,8 +200,8 @@ async fn role_without_superuser_migrates_and_serves() {
         .await
         .expect("the query succeeds")
         .get(0);
-    // If another role has created the two roles, the owner must be made a member of them, as described in the
-    // migration.
+    // If another role has created `quota_app` and `quota_system`, the owner must be made a member of both, as described
+    // in the migration.
     let version: i32 = admin
         .query_one("SELECT current_setting('server_version_num')::int", &[])
         .await

@@ -433,7 +433,8 @@ fn needs_more_than_the_schema(operation: &Operation, field: &str) -> bool {
     }
 }
 
-/// The server accepts a value if and only if the schema does.
+/// If a schema describes everything that the server checks about a field, the server accepts a value if and only if the
+/// schema does.
 #[tokio::test(flavor = "multi_thread")]
 async fn document_and_server_agree_on_odd_values() {
     let sender = Sender::new().await;
@@ -683,7 +684,7 @@ async fn unknown_values_of_enum_parameters_are_rejected() {
     assert!(tried.len() >= 10, "{tried:?}");
 }
 
-/// Every message about a parameter states the allowed values in terms of the API.
+/// Messages about parameters state the allowed values in terms of the API.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_parameters_get_plain_messages() {
     let sender = Sender::new().await;

@@ -164,7 +164,7 @@ async fn health_checks_distinguish_ready_serving_and_live() {
     assert_eq!(process.stop().await.code(), Some(0));
 }
 
-/// Sends a request and returns the response, and whether the server then closes the connection.
+/// Sends a request. Returns the response, and whether the server then closes the connection.
 fn exchange(connection: &mut TcpStream) -> (String, bool) {
     connection
         .write_all(b"GET /v1/echo HTTP/1.1\r\nHost: quota\r\n\r\n")

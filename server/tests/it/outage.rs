@@ -21,7 +21,7 @@ use crate::support::{
     postgres::TestDatabase,
 };
 
-/// The maximum time until a response, no matter what PostgreSQL does.
+/// The maximum time until a response, regardless of what PostgreSQL does.
 const AT_MOST: Duration = Duration::from_secs(5);
 
 /// A server whose connections to PostgreSQL can be made to fail.
@@ -87,7 +87,7 @@ impl World {
 
     fn find(&self) {
         self.proxy.set(Fault::Pass);
-        // Connections that were open during the fault remain silent.
+        // Close the connections that were open during the fault, because they remain silent.
         self.proxy.cut();
     }
 
@@ -330,7 +330,8 @@ async fn canceled_requests_leave_no_broken_connection_behind() {
     assert_eq!(counts, [0, 0, 0]);
 }
 
-/// When the poll is late, every key needs to be confirmed again. Only the first requests may wait for the confirmation.
+/// When a poll for invalidations is late, every key needs to be confirmed again. Only the first requests may wait for
+/// the confirmation.
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_first_requests_wait_when_postgres_goes_silent() {
     const KEYS: usize = 30;
@@ -478,7 +479,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
         "{counts:?} looked up and rejected"
     );
     assert!(app.metric("quota_lookups_rejected_total").await >= 5.0);
-    // Without the flood, a key that is not in memory is looked up in the same slow PostgreSQL.
+    // After the flood, a key that is not in memory is looked up, although PostgreSQL is still slow.
     assert_eq!(app.echo(&unknown_key()).await.status, 401);
 }
 
@@ -509,7 +510,7 @@ async fn change_that_waits_too_long_for_a_lock_is_503() {
     assert_eq!(patch().send().await.status, 200);
 }
 
-/// The numbers of changes start again at a number below those that were already polled, as after restoring a backup.
+/// After a backup is restored, changes get numbers that are lower than those that the server has already polled.
 #[tokio::test]
 async fn changes_are_noticed_after_postgres_was_restored() {
     let app = TestApp::start().await;
@@ -595,7 +596,7 @@ async fn restored_key_is_accepted_again() {
     }
 }
 
-/// Simulates a restore that was followed by so many changes that the numbers are as high as before.
+/// Simulates a restore that was followed by so many changes that their numbers are as high as before the restore.
 #[tokio::test]
 async fn a_restore_is_noticed_although_the_numbers_of_changes_have_caught_up() {
     let app = TestApp::start().await;

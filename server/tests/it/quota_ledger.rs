@@ -152,8 +152,8 @@ async fn replicas_that_open_a_window_concurrently_agree_on_one() {
     assert_eq!(world.overlaps().await, 0);
 }
 
-/// Returns the blocks of many keys, with two blocks for each key, like a clean stop. Set `DRAIN_KEYS=100000` to measure
-/// a large number.
+/// A clean stop returns the blocks of many keys, two for each key. Set `DRAIN_KEYS=100000` for a measurement with more
+/// keys.
 #[tokio::test(flavor = "multi_thread")]
 async fn drain_returns_the_blocks_of_many_keys_exactly() {
     let count = drain_keys();
@@ -212,7 +212,7 @@ async fn postgres_behaves_like_the_test_ledger() {
             now = now.saturating_add(Nanos::from_secs(random.u64(0..30 * 3600)));
         }
         if random.u8(0..4) == 0 && !held.is_empty() {
-            // A batch contains each row once, in order.
+            // A batch may list a row only once, so all tokens held for one row are returned together.
             held.sort_unstable();
             let (row, _) = held[random.usize(0..held.len())];
             let all = held.extract_if(.., |(it, _)| *it == row);

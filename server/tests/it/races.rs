@@ -67,7 +67,7 @@ const ALL: [Action; 16] = [
     SignIn,
 ];
 
-/// Pairs in which exactly one succeeds, no matter which comes first.
+/// Pairs in which exactly one action succeeds, regardless of which comes first.
 const EXCLUSIVE: &[(Action, Action)] = &[
     (CreateKey, DeletePlan),
     (MoveKey, DeletePlan),
@@ -81,7 +81,7 @@ const EXCLUSIVE: &[(Action, Action)] = &[
     (ChangePassword, ChangePassword),
 ];
 
-/// Pairs in which the first fails if the second comes first. In pairs that are in neither list, both succeed.
+/// Pairs in which the first action fails if it comes after the second. In pairs that are in neither list, both succeed.
 const ORDERED: &[(Action, Action)] = &[
     (MoveKey, DeleteKey),
     (DeactivateKey, DeleteKey),
@@ -124,7 +124,7 @@ struct World {
     spare: String,
     key: Key,
     token_id: String,
-    /// The second session.
+    /// The tokens and the ID of the second session.
     refresh_token: String,
     access_token: String,
     session_id: String,

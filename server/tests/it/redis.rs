@@ -119,7 +119,7 @@ async fn restart_changes_the_generation_and_the_run_id() {
     assert!(after.generation() > before.generation());
     assert_ne!(after.run_id(), before.run_id());
 
-    // All three connections are restored, and the old link remains broken.
+    // All three connections are restored. The link from before the restart remains broken.
     let began = Instant::now();
     while redis.status().connected < 3 {
         assert!(began.elapsed() < PATIENCE);

@@ -126,7 +126,8 @@ async fn stopped_replica_is_remembered_longer_than_it_is_counted() {
     assert!(seen(started, Duration::ZERO).await.oldest_other.is_none());
 }
 
-/// The first call to Redis states whether other replicas may have decided requests without Redis.
+/// The first call to Redis states whether other replicas may have decided requests without Redis, so the replicas must
+/// be counted before it.
 #[tokio::test(flavor = "multi_thread")]
 async fn replica_is_counted_before_it_uses_redis() {
     let server = RedisServer::start().await;

@@ -401,7 +401,7 @@ async fn change_is_published_to_other_replicas() {
     let second = world.another().await;
     assert_eq!(second.echo(&world.key.text).await.status, 200);
     let path = format!("/admin/api-keys/{}", world.key.id);
-    // Messages that are published before the subscription are lost, which is allowed.
+    // A message that is published before the subscription is lost, so repeat the changes until a message is received.
     let began = Instant::now();
     while second.metric("quota_invalidations_received_total").await < 1.0 {
         assert!(began.elapsed() < PATIENCE);

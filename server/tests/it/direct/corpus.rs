@@ -1,5 +1,5 @@
-//! Replays the corpus of the fuzz target, which begins with cases of the differential test. `FUZZ_CORPUS=write` writes
-//! these cases.
+//! Replays the corpus of the fuzz target. Some of its inputs are cases of the differential test, which
+//! `FUZZ_CORPUS=write` writes.
 
 use std::{fs, path::Path};
 
@@ -16,7 +16,7 @@ use super::{
 #[path = "../../../fuzz/src/oracle.rs"]
 mod oracle;
 
-/// The number of cases in the corpus.
+/// The number of cases of the differential test in the corpus.
 const CASES: u64 = 100;
 /// Longer cases would slow down the fuzzer.
 const LENGTH_MAX: usize = 2000;

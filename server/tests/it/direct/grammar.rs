@@ -1,4 +1,4 @@
-//! Generates what a client sends on one connection: valid, odd and hostile requests for decisions, in parts.
+//! Generates what a client sends on one connection: valid, odd and hostile check requests, divided into parts.
 
 use fastrand::Rng;
 
@@ -26,7 +26,7 @@ impl Case {
     }
 }
 
-/// The last request of each case, so that the server closes the connection.
+/// The last request of each case, after which the server closes the connection.
 const LAST: &[u8] = b"GET /health/live HTTP/1.1\r\nHost: q\r\nConnection: close\r\n\r\n";
 
 const HARMLESS: &[(&str, &str)] = &[
@@ -186,7 +186,6 @@ pub(super) fn case(seed: u64, world: &World) -> Case {
         bytes.extend(request(&mut random, world, &format!("c-{seed}-{n}")));
     }
     bytes.extend_from_slice(LAST);
-    // Change, remove or insert some bytes.
     if one_in(&mut random, 12) {
         for _ in 0..random.u8(1..4) {
             let at = random.usize(..bytes.len());

@@ -63,7 +63,7 @@ async fn direct_responses_are_those_of_hyper() {
 }
 
 /// While the lookup of a request's service token waits for PostgreSQL, the cached record of the request's key becomes
-/// outdated. Whether the record is outdated must not depend on the time at which the request arrived.
+/// outdated. The request must be rejected, although the record was current when the request arrived.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_is_revoked_while_a_service_token_is_looked_up_is_rejected() {
     let clock = TestClock::at(SystemClock::new().now());

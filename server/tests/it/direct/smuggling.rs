@@ -1,5 +1,5 @@
-//! Requests that are meant to make servers disagree get no direct responses, unless they are plain. No bytes of a body
-//! are handled as a request, and the responses are those of hyper.
+//! Tests that requests that are meant to make servers disagree get no direct responses, unless they are plain. No bytes
+//! of a body are handled as a request, and the responses are those of hyper.
 
 use super::{grammar::Case, pair::Pair};
 use crate::smuggling::cases::{Attacker, HIDING, Hidden, ODD, filled, not_hidden};
@@ -47,7 +47,7 @@ async fn compare(pair: &Pair, name: &str, bytes: &[u8]) {
     }
 }
 
-/// Compares the responses to these cases. Also checks that there are more usage records than cases.
+/// Compares the responses to `cases`. Also checks that there are more usage records than cases.
 async fn compare_all(cases: &[(&str, &str)]) {
     let pair = Pair::start().await;
     let attacker = Attacker {

@@ -97,7 +97,7 @@ async fn enforces_decisions() {
         assert_eq!(field(&unknown, "x-quota-decision"), Some("unauthorized"));
         assert_eq!(problem(unknown).await["status"], 401);
     }
-    // Send bytes that are not UTF-8.
+    // Send a key that is not UTF-8.
     let bytes = reqwest::header::HeaderValue::from_bytes(b"qk_\xff").expect("visible bytes");
     let unknown = setting.get("/").header("x-api-key", bytes).send().await;
     assert_eq!(unknown.expect("Envoy responds").status(), 401);
@@ -215,7 +215,7 @@ async fn reports_degraded_decisions() {
     for (mode, status) in [("open", 200), ("closed", 503)] {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let key = setting.key(plan).await;
-        // The first calls fail, until the circuit breaker opens.
+        // The first calls fail until the circuit breaker opens.
         let mut response = setting.forged(&key).await;
         for _ in 0..50 {
             if response.status() == status {

@@ -177,7 +177,7 @@ async fn cases(program: Program, with_redis: &Tenant, without_redis: &Tenant) ->
     let mode = |mode| json!({"default_rpm": 600, "on_redis_failure": mode});
     let open = without_redis.key(mode("open")).await;
     let closed = without_redis.key(mode("closed")).await;
-    // The first calls to Redis fail, until the circuit breaker opens.
+    // The first calls to Redis fail until the circuit breaker opens.
     for (key, status) in [(&open, 200), (&closed, 503)] {
         for _ in 0..50 {
             if degraded.get(key, false).await.response.status() == status {

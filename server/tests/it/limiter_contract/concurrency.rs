@@ -96,7 +96,7 @@ fn no_more_than_the_limit_is_allowed_in_real_time() {
     let admitted = admitted.into_inner();
     let sold = 50 + 10_000 * took / 1_000_000_000;
     assert!(admitted <= sold, "{admitted} of {sold}");
-    // How far the total stays below the limit depends on when the threads run.
+    // How far the total stays below the limit depends on when the threads run, so check only that tokens were refilled.
     assert!(admitted > 50, "{admitted}: nothing was refilled");
 }
 

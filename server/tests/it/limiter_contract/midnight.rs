@@ -43,8 +43,8 @@ async fn spend_the_day(world: &World, keys: &[Key]) {
     world.advance(Duration::from_mins(13 * 60 + 49));
 }
 
-/// Advances to just before midnight, with the usual pruning. Returns the maximum number of blocks taken within ten
-/// seconds.
+/// Advances to just before midnight, and prunes every ten seconds. Returns the maximum number of blocks taken within
+/// ten seconds.
 async fn approach_midnight(world: &World, limiter: &Limiter) -> u64 {
     let mut most = 0;
     for _ in 0..65 {
@@ -225,7 +225,7 @@ async fn stop_under_load_leaves_exactly_what_was_admitted() {
     }
 }
 
-/// Blocks held for unused keys are returned while the process is running, not only when it stops.
+/// Blocks held for unused keys are returned while the server is running, not only when it stops.
 #[tokio::test]
 async fn blocks_of_evicted_keys_are_returned() {
     let world = world::memory();

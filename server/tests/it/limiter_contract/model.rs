@@ -62,7 +62,7 @@ impl Bucket {
 #[derive(Default)]
 struct Model {
     events: Vec<Event>,
-    /// The usage by policy and the day on which the window starts.
+    /// Usage, by policy and first day of the window.
     used: HashMap<(Policy, NaiveDate), u64>,
     plan: (i128, i128),
 }
@@ -235,14 +235,14 @@ enum Step {
         cost: u32,
         times: u32,
     },
-    /// Waits for a number of nanoseconds.
+    /// Waits for this many nanoseconds, rounded up to a multiple of the unit of time.
     Wait(u64),
     /// Waits as long as the last denial stated, plus the given number of units of time.
     WaitAsTold(i8),
     /// Sets the clock back.
     Back(u64),
     Edit(usize),
-    /// Restarts the process cleanly.
+    /// Restarts the replica cleanly.
     Restart,
 }
 

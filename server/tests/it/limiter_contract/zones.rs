@@ -1,9 +1,10 @@
 //! Tests of calendar quotas while the tenant's time zone changes.
 //!
-//! The oracle is derived from the documented behavior, not from the code. It keeps the windows with usage, in order. A
-//! request inside the last window belongs to that window. Any other request opens a new window, which starts at the end
-//! of the last window or at the start of the day or month in the zone, whichever is later, and ends with that day or
-//! month. The window's quota is proportional to its length. Days and months are computed from fixed offsets.
+//! The oracle is derived from the documented behavior, not from the code. It keeps the windows with usage, ordered by
+//! start. A request inside the last window belongs to that window. Any other request opens a new window, which starts
+//! at the end of the last window or at the start of the day or month in the zone, whichever is later, and ends with
+//! that day or month. The window's quota is proportional to its length. Days and months are computed from fixed
+//! offsets.
 
 use std::time::Duration;
 
@@ -194,7 +195,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
         Oracle::new(Policy::Daily, daily, is_strict),
         Oracle::new(Policy::Monthly, monthly, is_strict),
     ];
-    // The largest block of the two quotas.
+    // The block size of the larger quota.
     let block = (monthly / 100).max(1);
     // The tokens that the other replicas may hold, and the number of crashes, each of which may strand tokens.
     let held = block * (replicas as u64 - 1);
@@ -232,6 +233,7 @@ async fn play(seed: u64, replicas: usize) -> u64 {
                 let plan = Plan::any_rate().daily(daily).monthly(monthly).zone(name);
                 for _ in 0..random.u8(1..40) {
                     // Unspent tokens of another replica keep a window open even if no request in it was allowed.
+                    // Therefore, requests cost 1 if there are several replicas.
                     let cost = if replicas == 1 { random.u32(1..4) } else { 1 };
                     let decision = keys[n].ask(&plan, cost).await;
                     let stranded = held + (block + 3) * crashes;
@@ -244,8 +246,8 @@ async fn play(seed: u64, replicas: usize) -> u64 {
         }
     }
     no_windows_overlap(&world);
-    // No matter how often the zone changes, no more than one quota per day or month is granted in the long run, apart
-    // from the first window and rounding up.
+    // In the long run, at most one quota per day or month is granted, however often the zone changes. Only the first
+    // window and rounding up may add to this.
     for oracle in &oracles {
         let windows = &oracle.windows;
         let sold: u64 = windows.iter().map(|it| it.admitted).sum();
@@ -361,14 +363,14 @@ async fn days_of_23_and_25_hours_and_months_are_cut_in_proportion() {
     let monthly = decision.monthly.unwrap();
     assert_eq!((monthly.limit, monthly.shortened_to), (7430, None));
     assert_eq!(monthly.reset_at, at("2026-04-01T00:00:00Z"));
-    // April has 720 hours in Berlin and began two hours earlier.
+    // April has 720 hours in Berlin and began two hours before midnight UTC.
     world.clock.set_now(at("2026-04-01T00:00:00Z"));
     let monthly = key.ask(&plan("Europe/Berlin"), 1).await.monthly.unwrap();
     assert_eq!(monthly.limit, (7430 * 718_u64).div_ceil(720));
     assert_eq!(monthly.shortened_to.unwrap().get(), 718 * 3600);
     assert_eq!(monthly.reset_at, at("2026-04-30T22:00:00Z"));
 
-    // 25 October has 25 hours in Berlin.
+    // 25 October has 25 hours in Berlin and begins at 22:00Z. At midnight UTC, 23 of them are left.
     let key = Key::number(&limiter, 8);
     world.clock.set_now(at("2026-10-24T12:00:00Z"));
     key.ask(&plan("UTC").daily(2500), 1).await;

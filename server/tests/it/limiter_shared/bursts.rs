@@ -289,8 +289,8 @@ async fn a_slow_response_is_not_reported_as_an_exceeded_limit() {
             assert!(decision.violated().is_empty(), "{decision:?}");
             assert!(decision.retry_after_secs().is_some());
         }
-        // Tokens that arrived too late were returned, and are available when the counters are fast again, before the
-        // circuit breaker opens.
+        // Tokens that arrived too late were returned. They are available once the counters are fast again, which
+        // happens before the circuit breaker opens.
         tokio::time::sleep_until(began + Duration::from_millis(100)).await;
         *far.round_trip.lock() = Duration::from_millis(2);
         sleep(Duration::from_secs(1)).await;
@@ -397,7 +397,7 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     let replica = far.replica(OnRedisFailure::Share, alone());
     let denied = replica.admit(&policies, 1).await;
     assert!(!denied.is_allowed() && !denied.degraded);
-    // The actual wait is reported.
+    // The stated wait does not assume that tokens will be returned.
     assert!(denied.retry_after_secs().unwrap() >= 59, "{denied:?}");
     sleep(TTL).await;
     far.serve(TakeCall {
@@ -460,7 +460,7 @@ async fn denials_are_remembered_for_a_while() {
     }
 }
 
-/// When the process exits, the leases of all keys are returned.
+/// A replica that stops returns the leases of all keys.
 #[tokio::test(start_paused = true)]
 async fn a_stop_returns_every_lease() {
     const KEYS: u128 = 500;
@@ -489,7 +489,7 @@ async fn a_stop_returns_every_lease() {
     );
 }
 
-/// Counters that do not respond do not prevent the process from exiting.
+/// Counters that do not respond do not prevent a replica from stopping.
 #[tokio::test(start_paused = true)]
 async fn a_stop_without_counters_ends() {
     let far = Far::new(Duration::from_millis(2));
@@ -546,8 +546,8 @@ async fn three(
     replicas
 }
 
-/// Sends 150 requests to the replica whose responses are 120 ms late, and 250 requests to each of two others: to one of
-/// them before the tokens granted by the late responses are returned, and to the other one afterward.
+/// A replica whose responses are 120 ms late gets 150 requests. Two other replicas get 250 requests each: one of them
+/// before the tokens granted by the late responses are returned, and the other one afterward.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn late_responses_grant_nothing_twice() {
     let server = RedisServer::start().await;
@@ -582,7 +582,7 @@ async fn late_responses_grant_nothing_twice() {
     assert!(served >= 100, "{served} of {most}");
 }
 
-/// With a real Redis and a round-trip time of 20 ms, 620 simultaneous requests need only a few calls.
+/// With a real Redis and a round-trip time of 20 ms, 620 simultaneous requests need at most 40 calls.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_takes_two_calls_to_a_distant_redis() {
     let server = RedisServer::start().await;

@@ -1,10 +1,10 @@
 //! Tests that returned tokens never make a bucket fuller than if they had never been taken.
 //!
 //! After every call, the oracle replays the bucket's entire history from a full bucket, without the tokens that have
-//! been returned by then, and compares the results. The oracle keeps no minima and has no rules for credits. Schedules
-//! are random. They include early and late returns, calls that return the tokens of several grants, plan edits, callers
-//! with an old plan, lost and stale state, and a clock that goes backward. Scripts with planted errors prove that the
-//! oracle detects them.
+//! been returned by then, and compares the results. Unlike the script, the oracle does not record minimum debts and has
+//! no rules for credits. Schedules are random. They include early and late returns, calls that return the tokens of
+//! several grants, plan edits, callers with an old plan, lost and stale state, and a clock that goes backward. Scripts
+//! with planted errors prove that the oracle detects them.
 #![expect(
     clippy::disallowed_methods,
     reason = "only tests read the seed settings"
@@ -63,7 +63,7 @@ struct Granted {
     lost: u64,
 }
 
-/// The events of the bucket, in order.
+/// An event in the history of the bucket.
 #[derive(Debug, Clone, Copy)]
 enum Event {
     /// A call found the bucket in an epoch and under a plan, or found no bucket.
@@ -169,7 +169,7 @@ impl Counters {
         }
     }
 
-    /// Simulates a failover to another process, with or without the buckets.
+    /// Simulates a failover to another Redis process, with or without the buckets.
     async fn fail_over(&mut self, keeps: bool) {
         match self {
             Self::Model { state, run } => {
@@ -220,9 +220,9 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
     let mut newest_used = clock.now().0 / 1000;
     let (mut history, mut grants) = (Vec::new(), Vec::<Granted>::new());
     let (mut epoch, mut promised) = (0, 0);
-    // Whether the counters still have the bucket, the newest plan that a call for the bucket has had, and the time and
-    // the bucket's debt at the last call.
+    // `exists`: whether the counters still have the bucket. `known`: the newest plan of any call for the bucket.
     let (mut exists, mut known) = (false, plan);
+    // The time of the last call, and the bucket's debt at that time.
     let mut last = (START.0 / 1000, 0_u128);
     // Half of the schedules have no edits, failovers or clock changes.
     let calm = rng.bool();
@@ -372,7 +372,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs `schedules` schedules, or only the schedule of the seed in `QUOTA_SEED`.
+/// Runs `schedules` schedules, or only the schedule of the seed in `QUOTA_SEED`. Stops once a bucket was too full.
 async fn run(counters: &mut Counters, clock: &TestClock, schedules: u64) -> Sum {
     let seeds = number("QUOTA_SEED").map_or(0..schedules, |seed| seed..seed + 1);
     let mut sum = Sum::default();
@@ -418,16 +418,16 @@ async fn the_script_never_makes_a_bucket_fuller_than_without_the_take() {
 async fn planted_errors_in_the_script_are_found() {
     let lowered = "m = math.max(0, m - credit)\n  n = math.max(0, n - credit)";
     let planted = [
-        // The same minimum is used again for every return.
+        // The lowest debt since a grant is not reduced by a credit, so it is used again for every return.
         (lowered, "m = math.min(m, debt)\n  n = math.min(n, debt)"),
         // Tokens are credited across edits, epochs and a clock that goes backward.
         ("back_generation == g and taken_at <= now", "true"),
-        // A token keeps its original value, no matter when it is returned.
+        // A token keeps its original value, regardless of when it is returned.
         (
             "math.min(debt, back * e, math.max(",
             "math.min(debt, back * e, math.max(back * e, ",
         ),
-        // A minimum also counts for grants from before it was recorded.
+        // A minimum debt also counts for grants from before it was recorded.
         ("taken_at >= nt", "true"),
         // A request that is denied in a new epoch does not store the bucket.
         ("at ~= nil or debt > 0", "at ~= nil"),
@@ -444,8 +444,8 @@ async fn planted_errors_in_the_script_are_found() {
     }
 }
 
-/// A request that is dropped while it waits costs nothing, and neither does a lease that is returned to a busy bucket,
-/// no matter how late.
+/// A request that is dropped while it waits takes no tokens. A lease that is returned to a busy bucket is credited in
+/// full, however late it is returned.
 #[tokio::test]
 async fn a_simple_return_is_credited_in_full() {
     let (_server, redis) = started().await;
@@ -515,8 +515,8 @@ async fn a_simple_return_is_credited_in_full() {
     assert_eq!(debt, same);
 }
 
-/// 150 concurrent requests on a replica whose responses are late are all rejected, and each of their tokens is returned
-/// separately, between two waves of 250 requests on other replicas.
+/// Simulates a replica whose responses are late. It takes 150 tokens in separate calls, and returns them one by one
+/// between two waves of 250 requests on other replicas.
 #[tokio::test]
 async fn late_separate_returns_grant_nothing_twice() {
     let (_server, redis) = started().await;

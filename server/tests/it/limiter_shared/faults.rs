@@ -1,5 +1,5 @@
-//! Runs three replicas in real time on a real Redis that is killed, and on one that is frozen, and recounts admitted
-//! requests. Also tests that a token granted by a late response is returned.
+//! Runs three replicas in real time on a real Redis that is killed or frozen, and recounts the admitted requests. Also
+//! tests that a token granted by a late response is returned.
 #![expect(
     clippy::cast_precision_loss,
     reason = "times of a run are far below 2^52 nanoseconds"
@@ -91,7 +91,7 @@ async fn replicas(server: &RedisServer, on_failure: OnRedisFailure) -> Replicas 
             sleep(Duration::from_millis(500)).await;
         }
     });
-    // Wait until the replicas have been counted for so long that each may use its share.
+    // A replica may use its share only after the replicas have been counted for a while.
     sleep(Duration::from_millis(8500)).await;
     Replicas {
         stores,

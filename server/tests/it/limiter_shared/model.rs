@@ -1,6 +1,6 @@
-//! The behavior of the Redis script, in 128-bit integers: a fast substitute for Redis, with which the script is
-//! compared. The model repeats the script's rules, so the comparison does not show that the rules are correct.
-//! `credits` checks the rules for returned tokens, and `simulation` checks the limits.
+//! A model of the Redis script, in 128-bit integers. It is a fast substitute for Redis, and the script is compared with
+//! it. The model repeats the script's rules, so the comparison does not show that the rules are correct. `credits`
+//! checks the rules for returned tokens, and `simulation` checks the limits.
 
 use std::collections::HashMap;
 
@@ -15,12 +15,11 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// The default deadline of calls, in microseconds.
 pub(super) const DEADLINE: u64 = 30_000;
 
-/// The promise of an epoch expires this long before one epoch delay has passed since the epoch's start, in
-/// microseconds.
+/// The promise of an epoch expires one epoch delay after the epoch's start, minus this many microseconds.
 const PROMISED: u64 = 100_000;
 
-/// A call during an outage postpones the start of an unconfirmed epoch only if this many microseconds of the epoch
-/// delay have passed, or the deadline of calls if that is longer.
+/// A call during an outage postpones the start of an unconfirmed epoch only after this many microseconds of the epoch
+/// delay, or after the deadline of calls, whichever is longer.
 const KNOWN: u64 = 50_000;
 
 /// For this many microseconds plus three deadlines after the start of a confirmed epoch, other callers cannot begin
@@ -116,7 +115,7 @@ impl State {
         }
     }
 
-    /// Executes one call at `now`, on the process with the run ID `run`.
+    /// Executes one call at `now`, in the Redis process with the run ID `run`.
     pub(super) fn take(&mut self, run: u64, now: u64, call: TakeCall) -> TakeReply {
         let epoch = self.epochs.entry(call.partition).or_default();
         let told = call.promised.0 > 0

@@ -1,4 +1,4 @@
-//! HTTP/2 connections on which most frames are valid.
+//! Generates what a client sends on an HTTP/2 connection. Most frames are valid.
 
 use fastrand::Rng;
 
@@ -59,7 +59,7 @@ pub(super) fn connection(random: &mut Rng, caller: &Caller) -> Vec<u8> {
 fn request(random: &mut Rng, caller: &Caller, stream: u32) -> Vec<u8> {
     let request = operations::request(random, caller);
     let mut block = match random.u8(..20) {
-        // Omit the pseudo-header fields, or use the method or path of a proxy request or an empty path.
+        // Omit the pseudo-header fields, use the method or the path of a proxy request, or use an empty path.
         0 => Vec::new(),
         1 => head("CONNECT", &request.target),
         2 => head(&request.method, "http://q/v1/echo"),
@@ -92,7 +92,7 @@ fn request(random: &mut Rng, caller: &Caller, stream: u32) -> Vec<u8> {
         frame(HEADERS, END_HEADERS | end, stream, &block)
     };
     if has_body {
-        // A frame has at most 16 KiB, and a connection's window is 64 KiB.
+        // Shorten the body, because a frame holds at most 16 KiB, and a connection's window is 64 KiB.
         let body = &request.body[..request.body.len().min(16_000)];
         let end = if random.u8(..12) == 0 { 0 } else { END_STREAM };
         bytes.extend(frame(DATA, end, stream, body));

@@ -25,7 +25,8 @@ pub(super) struct Request {
     pub(super) body: Vec<u8>,
 }
 
-/// The paths of operations that end sessions, and of the operation whose response does not end.
+/// The paths to which no requests are sent: those of operations that end sessions, and that of the operation whose
+/// response does not end.
 const LEFT_OUT: [&str; 4] = [
     "/auth/logout",
     "/auth/sessions/{session_id}",
@@ -307,7 +308,7 @@ fn credentials(random: &mut Rng, caller: &Caller, operation: &Value) -> Vec<(Str
     fields
 }
 
-/// Sometimes changes a body so that it is no longer JSON, or not UTF-8.
+/// Sometimes changes a body. The result is usually not JSON or not UTF-8, or is too long.
 fn damage(random: &mut Rng, body: &mut Vec<u8>) {
     if is_usual(random) || body.is_empty() {
         return;

@@ -862,7 +862,7 @@ async fn keys_can_be_filtered_by_status() {
         names("search=lasting&status=inactive").await,
         ["Lasting off"]
     );
-    // `is_active` does not depend on the expiry.
+    // `is_active` does not reflect expiration.
     assert_eq!(names("is_active=true").await, ["Lasting", "Short"]);
     assert_eq!(names("is_active=true&status=active").await, ["Lasting"]);
     assert!(names("is_active=false&status=active").await.is_empty());

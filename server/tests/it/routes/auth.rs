@@ -353,7 +353,7 @@ async fn current_user_can_be_updated() {
     );
 }
 
-/// Other changes of the tenant take too long, so the update is rejected as a whole.
+/// Changes of a tenant take turns. This update does not get its turn in time, so it is rejected as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_update_of_user_and_tenant_changes_neither() {
     let app = TestApp::start().await;
@@ -389,7 +389,7 @@ async fn role_may_do_exactly_what_it_allows() {
             .execute("UPDATE memberships SET role = $1", &[&role])
             .await
             .unwrap();
-        // A session caches its role only for as long as changes take to reach other replicas.
+        // A session may use its cached role for a moment, so sign in again to use the new role.
         let token = login(&app, &account.email, PASSWORD)
             .await
             .text("access_token");
@@ -1473,7 +1473,7 @@ async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
             assert_eq!((refused.status, refused.problem()), (403, "limit-reached"));
             assert!(refused.text("detail").contains(named), "{}", refused.body);
         }
-        // Another tenant is not affected, but cannot use the plan.
+        // Another tenant is not affected. It creates no key, because it cannot use the plan.
         if path != "/admin/api-keys" {
             assert_eq!(create(0, &other).await.status, 201, "{path}");
         }
@@ -1493,7 +1493,7 @@ async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
     }
 }
 
-/// The cost of checking a password's strength does not depend on the password.
+/// The cost of checking a password's strength is limited, so that no password delays other users.
 #[tokio::test(flavor = "multi_thread")]
 async fn password_that_is_costly_to_check_does_not_delay_others() {
     let app = TestApp::start().await;
@@ -1566,7 +1566,8 @@ async fn flood_of_registrations_is_rejected_while_known_devices_are_served() {
     assert!(of(201) > 0 && of(503) >= 20, "{statuses:?}");
 }
 
-/// Anyone who knows the old secret and a used refresh token can compute the token's successors.
+/// Anyone who knows the old secret and a used refresh token can compute the token's successors, so replacing the secret
+/// without a rotation must end every session.
 #[tokio::test(flavor = "multi_thread")]
 async fn new_secret_ends_every_session_and_a_rotation_ends_none() {
     let (old, new) = ("old-".repeat(8), "new-".repeat(8));

@@ -575,7 +575,7 @@ async fn proxy_that_sends_localhost_does_not_weaken_cookies() {
             );
         }
     }
-    // A browser on the same machine without TLS would reject such cookies.
+    // A browser on the same machine without TLS would reject these cookies, so it gets cookies without `Secure`.
     let local: [&[(&str, &str)]; 3] = [
         &[
             ("host", "localhost:8080"),

@@ -41,7 +41,7 @@ async fn key(app: &TestApp, account: &Account, plan: Value) -> Key {
 async fn check(app: &TestApp, token: &str, body: Value) -> Answer {
     let answer = app.post("/v1/check", body).bearer(token).send().await;
     if answer.status == 200 {
-        // The server writes the JSON without creating a `CheckResult`.
+        // The server writes the JSON without creating a `CheckResult`, so check that the result is the same.
         let result: CheckResult = serde_json::from_str(&answer.text).expect("a check result");
         assert_eq!(
             answer.text,
@@ -713,7 +713,7 @@ async fn gateway_gets_the_same_headers_and_an_empty_body_with_every_method() {
             }
         }
     }
-    // The status of a denial can be chosen; the status for an invalid key cannot.
+    // A gateway can choose the status of a denial, but not the status for an invalid key.
     let unknown = forward(&app, &token, "x", "?deny=403").await;
     assert_eq!(
         (unknown.status, unknown.header("content-length")),
@@ -1084,8 +1084,8 @@ async fn grace_period_is_for_one_secret_and_does_not_outlive_the_key() {
     }
 }
 
-/// Requests to the three endpoints are recognized by their path before they reach the router. With an additional query
-/// parameter, they go through the router.
+/// Requests to the three endpoints that make decisions are recognized by their path before they reach the router. With
+/// an additional query parameter, they go through the router.
 #[tokio::test(flavor = "multi_thread")]
 async fn fast_path_and_router_respond_alike() {
     let (app, _clock, account) = still().await;

@@ -14,8 +14,8 @@ use super::response;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Direct,
-    /// Forwards the bytes that arrive together from a client as one request, without changes, on one connection to the
-    /// server for all clients. The server's next response goes to this client.
+    /// Treats the bytes that arrive together from a client as one request. Forwards them without changes, on one
+    /// connection to the server that all clients share. The server's next response goes to this client.
     Relay,
     Proxy(Program, Parsing),
 }

@@ -31,8 +31,7 @@ const PAUSE: Duration = Duration::from_millis(40);
 /// How long a victim waits for its response, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(20);
 
-/// A client that is not the attacker. Each victim sends a different kind of request, with a key whose limit no other
-/// key has.
+/// A client that is not the attacker. Each victim sends a different kind of request, with a key whose limit is unique.
 struct Victim {
     key: String,
     key_id: String,
@@ -93,7 +92,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    /// Lets each victim send a request, on the connection that it already has.
+    /// Lets each victim send a request, on its existing connection if there is one.
     async fn victims(&mut self, case: &str) {
         for n in 0..self.world.victims.len() {
             let id = format!("v-{n}-{}", self.report.sent.len());
@@ -130,7 +129,7 @@ impl Run<'_> {
         }
     }
 
-    /// Returns what is wrong with a response to a victim.
+    /// Returns what is wrong with a response to a victim, if anything.
     fn wrong(&self, n: usize, id: &str, response: &str) -> Option<&'static str> {
         let found = response::value(response, "x-request-id");
         let others = self.world.victims.iter().enumerate();
@@ -262,8 +261,8 @@ async fn run(kind: Kind, server: SocketAddr, world: &World, only: Option<&str>) 
         for hidden in [Hidden::Request, Hidden::Beginning] {
             let is_repeated = hidden == Hidden::Beginning && !text.contains("HIDDEN");
             let parts = filled(text, hidden, &attacker);
-            // The relay treats all bytes that arrive before a response as one request, so it cannot be tested with
-            // other cases.
+            // The relay treats all bytes that arrive before a response as one request, so it is tested only with cases
+            // that are a single request in one part.
             if is_repeated || (kind == Kind::Relay && (parts.len() > 1 || !is_one)) {
                 continue;
             }
@@ -273,7 +272,7 @@ async fn run(kind: Kind, server: SocketAddr, world: &World, only: Option<&str>) 
     run.report
 }
 
-/// Sends all cases to Quota, with and without direct responses.
+/// Sends all cases to Quota, with and without direct responses. Asserts that no victim is affected.
 async fn smuggles_nothing(kind: Kind) {
     for direct in ["on", "off"] {
         let app = TestApp::setup()

@@ -1,4 +1,4 @@
-//! Finds the ends of responses.
+//! Finds headers, and the ends of responses.
 
 /// Returns the value of a header in a response or request. Names are compared case-insensitively.
 pub(super) fn value<'a>(head: &'a str, name: &str) -> Option<&'a str> {

@@ -32,7 +32,8 @@ impl Authority {
         let issuer = Issuer::new(authority, authority_key);
         let key = KeyPair::generate().expect("a key");
         let mut leaf = CertificateParams::new(vec!["localhost".to_owned()]).expect("a name");
-        // OpenSSL treats a certificate with the subject of its issuer as self-signed.
+        // OpenSSL treats a certificate as self-signed if its subject is the same as its issuer's, so set a different
+        // subject.
         leaf.distinguished_name
             .push(DnType::CommonName, "localhost");
         let leaf = leaf.signed_by(&key, &issuer).expect("a signed certificate");

@@ -54,8 +54,8 @@ impl Caddy {
                         .tls_certs_only([certificate.clone()])
                         .no_proxy()
                 };
-                // Caddy itself responds to requests for an unknown host, without the server. Over HTTP/2, the header
-                // would not replace the name in the URL.
+                // Caddy itself responds to requests for an unknown host, so this request does not need the server. Over
+                // HTTP/2, the header would not replace the name in the URL.
                 let stranger = client().http1_only().build().expect("a client");
                 let stranger = stranger
                     .get(format!("https://localhost:{https}/"))

@@ -5,19 +5,19 @@
 //! enough tokens to empty the bucket, and the totals must match.
 //!
 //! **Upper bound.** In any window of `T`, all replicas together admit at most `burst + rate·(T + ttl)` tokens, or
-//! `burst + rate·T` for a strict plan, no matter what happens. In the second after a plan is edited, replicas may
-//! follow either version of the plan. Therefore, the bound for a window that overlaps this second uses the larger burst
-//! and, at each moment, the larger rate of the plans that requests follow. Between the last request under one plan and
-//! the first request under the next, the lower of the two rates counts, because a bucket learns of an edit only from a
-//! request. If Redis has lost its state and has decided no request under the earlier plan since then, the later plan
-//! counts from the start of the new epoch, even if the edit came after the start of this epoch, because Redis no longer
-//! knows the earlier plan. With `closed`, there is no exception to this bound. With `share`, there is one exception:
-//! while some replicas have lost Redis (or get all responses late) and others have not, the replicas that have lost
-//! Redis use their share `p` of the bucket, in addition to the tokens that the others take from Redis. All replicas
-//! together then admit at most `(1 + p)` times the bound, where `p` is at most 1. If some calls fail just after an
-//! outage, the replicas that made these calls still count as having lost Redis while the other replicas use Redis
-//! again. With `open`, the requests that a replica admits without Redis satisfy the bound of a strict plan, separately
-//! for each replica. Requests admitted by Redis satisfy the bound without exceptions, with every fallback setting.
+//! `burst + rate·T` for a strict plan. In the second after a plan is edited, replicas may follow either version of the
+//! plan. Therefore, the bound for a window that overlaps this second uses the larger burst and, at each moment, the
+//! larger rate of the plans that requests follow. Between the last request under one plan and the first request under
+//! the next, the lower of the two rates counts, because a bucket learns of an edit only from a request. If Redis has
+//! lost its state, and has decided no request under the earlier plan since then, Redis no longer knows the earlier
+//! plan. The later plan then counts from the start of the new epoch, even if the edit came later. With `closed`, there
+//! is no exception to this bound. With `share`, there is one exception: while some replicas have lost Redis (or get all
+//! responses late) and others have not, the replicas that have lost Redis use their share `p` of the bucket, in
+//! addition to the tokens that the others take from Redis. All replicas together then admit at most `(1 + p)` times the
+//! bound, where `p` is at most 1. If some calls fail just after an outage, the replicas that made these calls still
+//! count as having lost Redis while the other replicas use Redis again. With `open`, the requests that a replica admits
+//! without Redis satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis satisfy
+//! the bound without exceptions, with every fallback setting.
 //!
 //! **Lower bound.** In any period of 2 s that contains no fault and starts at least [`RECOVERED`] after the last fault,
 //! the replicas admit at least 99% of what an exact bucket would admit of the same requests, to within a token or two.
@@ -483,7 +483,7 @@ fn worst(plans: &[InForce], admitted: &[&Entry], beside: &[Beside]) -> Option<St
             } else {
                 0.0
             };
-            // Redis has microsecond resolution.
+            // Redis's clock has a resolution of one microsecond.
             let grain = 0.002 + rate * 2000.0;
             let allowed = (burst + slack) * (1.0 + part) + grain;
             let clock = |at: u64| (refilled(plans, beside, at) * TOKEN) as u64;
@@ -573,7 +573,7 @@ fn least(key: &Key, replicas: usize) -> Vec<Least> {
     pieces
 }
 
-/// A loss of tokens.
+/// A loss of tokens, or of the plan.
 #[derive(Debug, Clone, Copy)]
 struct Loss {
     at: u64,
@@ -833,8 +833,8 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
         {
             let (mut exact, mut due, mut served) = (bucket.clone(), 0.0, 0.0);
             let mut next_losses = next_losses.clone();
-            // The end of the window or, if later, the time of the latest denial of a request that belongs to the window
-            // and that the exact bucket admits.
+            // The end of the window or, if it is later, the last time at which a request of the window was denied
+            // although the exact bucket admits it.
             let mut waited_until = end;
             for (place, it) in entries.iter().enumerate().skip(next) {
                 if it.asked >= waited_until {
@@ -920,8 +920,9 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
 }
 
 /// Returns a description of a denial whose wait is wrong, if there is one. A wait is wrong if the same request is
-/// denied again after the wait although nothing was taken in the meantime, or if the wait is longer than an empty
-/// bucket takes to refill enough tokens. A missing wait is wrong if the bucket can hold enough tokens.
+/// denied again after the wait although nothing was taken in the meantime. A wait is also wrong if it is longer than an
+/// empty bucket takes to refill enough tokens, plus the lifetimes of two leases. A missing wait is wrong if the bucket
+/// can hold enough tokens.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {
@@ -947,7 +948,7 @@ fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
         if wait as f64 > longest + MS as f64 {
             return Some(format!("a wait of {} ms is too long: {it:?}", wait / MS));
         }
-        // A header contains whole seconds.
+        // The header states whole seconds, rounded up.
         let mut due = it.answered + wait.div_ceil(SECOND).max(1) * SECOND;
         if in_force().any(|plan| !plan.strict) {
             due += GATHER + scene.round_trip * MS;

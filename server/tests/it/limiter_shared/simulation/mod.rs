@@ -1,10 +1,10 @@
 //! Simulates replicas, counters, and faults between them, in virtual time. All events are derived from a seed.
 //!
-//! The store is the real one, on tokio's paused clock; the counters are the [model](super::model) behind links that
-//! delay, lose and cut traffic, in a process that stalls, is killed, or is replaced by a process that lags behind. Keys
-//! have plans that are edited while they are in use, replicas join, stop and crash, and requests cost 1 to 5. Admitted
-//! requests are recounted from the responses and compared with upper and lower bounds: [`judge`] describes the
-//! guarantees.
+//! The store is the real one, on tokio's paused clock. The counters are the [model](super::model), in a simulated Redis
+//! process that stalls, is killed, or is replaced by a copy that lags behind. The links between replicas and this
+//! process delay, lose and cut traffic. Keys have plans that are edited while they are in use. Replicas join, stop and
+//! crash. Requests cost 1 to 5 tokens. Admitted requests are recounted from the responses and compared with upper and
+//! lower bounds. [`judge`] describes the guarantees.
 //!
 //! `cargo xtask bench simulation 20000` runs 20,000 seeds on all cores. The test reads environment variables:
 //! `QUOTA_SEEDS=n` sets the number of seeds, `QUOTA_FIRST_SEED=n` sets the first seed, and `QUOTA_SEED=n` runs only
@@ -84,7 +84,7 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-/// Calls `each` with every seed, on all cores, until `each` returns `false`.
+/// Calls `each` with every seed, on all cores. Stops early if `each` returns `false`.
 fn each_seed(seeds: std::ops::Range<u64>, each: impl Fn(u64) -> bool + Sync) {
     let (next, over) = (AtomicU64::new(seeds.start), AtomicBool::new(false));
     std::thread::scope(|scope| {
@@ -213,7 +213,8 @@ fn each_planted_shortfall_is_found() {
     find_planted(|guarantee| guarantee != Guarantee::Upper);
 }
 
-/// The judge raises no false alarms: a single exact bucket breaks no guarantee, no matter what requests it gets.
+/// The judge raises no false alarms: whatever requests a single exact bucket gets, it breaks none of the guarantees
+/// below.
 #[test]
 fn one_exact_bucket_breaks_no_guarantee() {
     each_seed(0..200, |seed| {

@@ -1,4 +1,4 @@
-//! Outages with exact schedules.
+//! Tests of outages with exact schedules.
 
 use std::{fmt::Write as _, num::NonZeroU32, sync::Arc, time::Duration};
 
@@ -79,7 +79,8 @@ impl Outage {
         }
     }
 
-    /// Sends requests to all replicas, and returns by how many tokens the replicas exceed the envelope.
+    /// Sends requests to all replicas for `for_ms` milliseconds. Returns by how many tokens the replicas exceed the
+    /// envelope.
     async fn excess(&self, for_ms: u64) -> i64 {
         let begin = Instant::now();
         let mut requests = JoinSet::new();
@@ -97,8 +98,8 @@ impl Outage {
     }
 }
 
-/// The second replica only just fails to detect this outage, and uses a bucket that does not reflect the first
-/// replica's share.
+/// This outage ends just before the second replica would detect it. That replica then uses a bucket that does not
+/// reflect the first replica's share.
 #[test]
 fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     paused(async {
@@ -185,7 +186,7 @@ fn replicas_that_start_together_find_full_buckets() {
     }
 }
 
-/// A response that arrives a little too late is still used: the request waits for as long as two calls may take.
+/// A response that arrives a little too late is still used: the request waits for up to two deadlines.
 #[test]
 fn a_late_response_is_no_denial() {
     for on_failure in [OnRedisFailure::Share, OnRedisFailure::Closed] {
@@ -289,7 +290,7 @@ fn an_outage_of_one_replica_empties_no_bucket() {
         (1, 190, ms(200)),
         (1, 480, ms(500)),
     ] {
-        // `apart` is how long after the first replica's heartbeats the second replica's heartbeats are sent.
+        // `apart` is the time from each heartbeat of the first replica to the next heartbeat of the second replica.
         for (apart, cut_at, lasts) in [0, 35, 75].into_iter().flat_map(|apart| {
             (0..120)
                 .step_by(20)
@@ -339,7 +340,7 @@ fn a_loss_of_state_empties_every_bucket_once() {
     let ms = Duration::from_millis;
     let mut wrong = String::new();
     for (round_trip, deadline) in [(28, 30), (95, 100), (190, 200), (950, 1000)] {
-        // `apart` is how long after the first replica's heartbeats the second replica's heartbeats are sent.
+        // `apart` is the time from each heartbeat of the first replica to the next heartbeat of the second replica.
         let outages = (0..8).map(|n| 200 + n * (deadline + 250) / 8);
         for (lasts, apart, reach) in outages.flat_map(|lasts| {
             [
@@ -402,7 +403,7 @@ fn a_loss_of_state_empties_every_bucket_once() {
 }
 
 /// A replica that has just started has no share yet, but it uses Redis like any other replica. If responses are late at
-/// first, the replica serves requests soon after the responses are in time, and never more than the limit.
+/// first, the replica serves requests soon after responses begin to arrive in time, but never more than the limit.
 #[test]
 fn a_replica_that_starts_serves_once_redis_responds_in_time() {
     let ms = Duration::from_millis;

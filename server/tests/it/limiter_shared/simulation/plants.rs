@@ -36,14 +36,14 @@ pub(super) enum Plant {
     /// Serves at most 20 requests that wait for Redis at the same time, and denies the others as if the limit were
     /// exceeded.
     RefusesCrowds,
-    /// A denial is repeated for a number of seconds, no matter what Redis would decide.
+    /// A denial is repeated for a number of seconds, regardless of what Redis would decide.
     RemembersDenials(u64),
     /// After every ten admissions that waited for Redis, a request is admitted without taking tokens, as if a lease
     /// were spent twice.
     SpendsTwice,
     /// Each replica has its own counters.
     SharesNothing,
-    /// Returned tokens are credited in full, no matter how much the bucket has refilled in the meantime.
+    /// Returned tokens are credited in full, regardless of how much the bucket has refilled in the meantime.
     ReturnsInFull,
     ReturnsTwice,
     /// Returned tokens are lost.
@@ -52,7 +52,7 @@ pub(super) enum Plant {
     FreshAfterEdit,
     /// After a loss of state, buckets are full.
     FullAfterLoss,
-    /// A replica that was promised a new epoch returns to it at any time.
+    /// A promise never expires: a replica that was promised a new epoch may use this epoch at any later time.
     PromiseNeverExpires,
     /// An edit fills the share that a replica admits without Redis.
     FreshShareAfterEdit,

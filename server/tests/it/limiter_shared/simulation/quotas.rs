@@ -1,15 +1,15 @@
 //! Simulates calendar quotas in the scenes of the parent module, with one ledger that all replicas share. After the
 //! scene, requests are sent for another 40 s.
 //!
-//! **Upper bound.** No matter what happens to replicas and to Redis, and no matter what a plan's fallback setting is,
-//! no more than the quota is admitted.
+//! **Upper bound.** No more than the quota is admitted, with every fallback setting, whatever happens to replicas and
+//! to Redis.
 //!
-//! **Lower bound.** In the end, a quota that still denies requests has been served in full, except for the tokens that
-//! a replica had when it crashed: at most a block (one hundredth of the quota, or one token), and the cost of the
-//! requests that the replica was deciding when it crashed. Until then, a quota does not deny requests while more tokens
-//! are left than replicas may hold: their blocks, and the tokens for requests that were denied in the end. A replica
-//! that has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it waits
-//! for the ledger, which always responds within 20 ms.
+//! **Lower bound.** If a quota still denies requests in the end, all of its tokens have been spent, except those that a
+//! replica had when it crashed: at most a block (one hundredth of the quota, or one token), and the tokens for the
+//! requests that the replica was deciding. Before the end, a quota does not deny requests while more tokens are left
+//! than replicas may hold. Replicas may hold their blocks, and the tokens for requests that were denied in the end. A
+//! replica that has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it
+//! waits for the ledger, which always responds within 20 ms.
 
 use std::{
     num::NonZeroU64,
@@ -84,7 +84,8 @@ fn cost(it: &Entry) -> u64 {
     u64::from(it.cost)
 }
 
-/// Returns which guarantee one key's responses break, and whether one of the key's quotas was exhausted in the end.
+/// Returns which guarantee one key's responses break, if any, and whether one of the key's quotas was exhausted in the
+/// end.
 fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, bool) {
     let of_key = log.entries.iter().filter(|it| it.key == key);
     let entries: Vec<Entry> = of_key.copied().collect();
@@ -163,7 +164,8 @@ fn broken(scene: &Scene, from: u64, key: usize, log: &Log) -> (Option<String>, b
     (None, is_exhausted)
 }
 
-/// Returns the result of a seed: a broken guarantee, if there is one, and how many keys were exhausted in the end.
+/// Returns the result of a seed: a broken guarantee, if there is one, and how many keys had an exhausted quota in the
+/// end.
 fn broken_in(seed: u64, plant: Plant) -> (Option<String>, u64) {
     let (scene, from) = with_quotas(seed);
     let log = paused(play(&scene, plant));

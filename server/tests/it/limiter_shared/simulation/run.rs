@@ -270,7 +270,7 @@ impl Stage {
                     sleep(Duration::from_millis(1)).await;
                 }
                 it.counting.store(false, Ordering::Relaxed);
-                // A replica that stops during an outage remains in the table, since its share may have admitted
+                // A replica that stops during an outage remains in the registry, since its share may have admitted
                 // requests.
                 if !it.store.is_degraded() {
                     self.registry.leave(index);
@@ -488,7 +488,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
 async fn misbehave(stage: Arc<Stage>, fault: Fault, mut rng: Rng) {
     let world = &stage.world;
     let at = stage.begin + Duration::from_millis(fault.at);
-    // The copy lags behind by up to a second.
+    // The copy that will take over lags behind by up to a second.
     let lag = Duration::from_millis(rng.u64(..1000).min(fault.at));
     sleep_until(at - lag).await;
     {

@@ -1,4 +1,5 @@
-//! The content of one seed: keys with their plans and edits, the load, replicas that join and leave, and faults.
+//! The scene that a seed generates: keys with their plans and edits, the load, replicas that join and leave, and
+//! faults.
 //!
 //! A scene is a pure function of the seed. Times are in milliseconds since the load began.
 
@@ -65,7 +66,7 @@ impl Plan {
     }
 }
 
-/// Changes to the set of replicas.
+/// A change to the set of replicas, or to what one of them knows about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Change {
     Join,
@@ -410,8 +411,8 @@ impl Scene {
         self.load.0.sort_by_key(|request| request.at);
     }
 
-    /// Several partitions, which every replica uses regularly, but at long intervals. Some replicas lose Redis for a
-    /// while, or all of them do. Then the keys' buckets are emptied.
+    /// The counters have several partitions, which every replica uses regularly, but at long intervals. Some replicas
+    /// lose Redis for a while, or all of them do. Then, requests empty the keys' buckets.
     fn cluster(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=3);
         self.partitions = 2;
@@ -471,7 +472,7 @@ impl Scene {
         u16::try_from(partition).unwrap()
     }
 
-    /// The rate is edited while Redis is unavailable and every replica admits its share.
+    /// The plan is edited twice while Redis is unavailable and every replica admits its share.
     fn edited_outage(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(1..=3);
         let burst = rng.u32(20..=200);

@@ -66,7 +66,7 @@ fn alone(
     (Limiter::new(store, clock), policies)
 }
 
-/// Returns several replicas with the given round-trip time to the Redis that they share, and the policies of a `closed`
+/// Returns a world, several replicas in it with the given round-trip time to Redis, and the policies of a `closed`
 /// plan.
 fn several(
     replicas: usize,
@@ -286,7 +286,7 @@ fn a_busy_key_takes_few_calls_to_redis() {
             let mut requests = JoinSet::new();
             let (mut calls, mut asked) = (0, 0_u64);
             for ms in 0..6000 {
-                // Leases must first reach their full size.
+                // Calls are counted only after the leases have reached their full size.
                 if ms == 2000 {
                     (calls, asked) = (world.calls.lock().all(), 0);
                 }
@@ -316,8 +316,8 @@ fn a_busy_key_takes_few_calls_to_redis() {
 }
 
 /// Replicas get many more requests for a key than its limit allows. During the lifetime of a lease, a single replica
-/// calls Redis about twice. If there are several replicas, each of them calls Redis about once. All of these calls take
-/// tokens. When other replicas stop, the remaining replica takes over their part of the limit immediately.
+/// calls Redis about twice. If there are several replicas, each of them calls Redis about once. Nearly all of these
+/// calls take tokens. When other replicas stop, the remaining replica takes over their part of the limit immediately.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
     // One token refills per millisecond.
@@ -367,7 +367,7 @@ fn a_saturated_key_takes_few_calls_to_redis() {
             for (replicas, most_per_second) in [(3, 36), (1, 20), (2, 28), (3, 36)] {
                 let (admitted, calls) = saturate(&limiters[..replicas], 3000).await;
                 let text = format!("{replicas} replicas, {round_trip} ms: {admitted}, {calls:?}");
-                // The replica that takes over has waited for up to the lifetime of a lease.
+                // The replica that takes over may first wait for up to the lifetime of a lease.
                 assert!((2890..=3100).contains(&admitted), "{text}");
                 assert!(calls.takes <= 3 * most_per_second + 6, "{text}");
                 // Replicas that get no requests send heartbeats.
@@ -379,8 +379,8 @@ fn a_saturated_key_takes_few_calls_to_redis() {
     }
 }
 
-/// A replica keeps the state of its share from the plan before an edit. Redis may have known of the edit for longer,
-/// and refilled the bucket at the new rate since then.
+/// After an edit, a replica still has the state of its share under the earlier plan. Redis may have learned of the edit
+/// earlier, and refilled the bucket at the new rate since then.
 #[test]
 fn an_edit_denies_nothing_that_the_counters_would_grant() {
     paused(async {
@@ -614,8 +614,8 @@ fn tokens_taken_in_vain_for_a_large_request_are_returned_at_once() {
     });
 }
 
-/// Leases grow with the pace and shrink when the bucket is nearly empty, and no request is denied before the bucket is
-/// empty.
+/// Leases grow with the pace of requests, and shrink when the bucket is nearly empty. No request is denied before the
+/// bucket is empty.
 #[test]
 fn a_full_burst_is_admitted_despite_leases() {
     paused(async {

@@ -1,8 +1,8 @@
 //! Redis and the network to it, in virtual time.
 //!
-//! The process behind the links runs the [model](crate::limiter_shared::model) of the script. The process stalls, loses
-//! its state and fails over to a stale copy; links delay, lose and cut traffic. A call that no link loses arrives even
-//! if the caller is no longer waiting.
+//! A simulated Redis process runs the [model](crate::limiter_shared::model) of the Redis script. Replicas reach this
+//! process over links. The process stalls, loses its state and fails over to a stale copy. The links delay, lose and
+//! cut traffic. A call that no link loses arrives even if the caller is no longer waiting.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -49,11 +49,11 @@ impl Clock for SkewedClock {
     }
 }
 
-/// The process that stores the counters.
+/// The Redis process that stores the counters.
 #[derive(Debug)]
 pub(super) struct Process {
     pub(super) state: State,
-    /// The state of the process's replica, which lags behind.
+    /// The state of a copy of the process. The copy lags behind, and takes over in a failover.
     pub(super) copy: State,
     pub(super) run: u64,
     pub(super) up: bool,
@@ -128,7 +128,7 @@ impl Calls {
     }
 }
 
-/// A key's tokens that were lost, and when.
+/// Lost tokens of a key, and when they were lost.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Missed {
     pub(super) key: ApiKeyId,
@@ -146,7 +146,7 @@ pub(super) struct World {
     pub(super) stalled: watch::Sender<bool>,
     pub(super) calls: Mutex<Calls>,
     pub(super) slow: AtomicU64,
-    /// Whether a response, which may have been lost, reported a new epoch.
+    /// Whether any response reported a new epoch, even if the response was lost.
     pub(super) initialized_again: AtomicBool,
     /// The partitions and times of the responses that reported a new epoch.
     pub(super) epochs: Mutex<Vec<(u16, u64)>>,

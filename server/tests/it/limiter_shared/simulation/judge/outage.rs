@@ -14,7 +14,7 @@ use super::{
 const NOTICED: u64 = 500 * MS;
 /// The time from the start of an outage until a replica admits its share.
 const SHARED: u64 = 1400 * MS;
-/// Returns the times at which each replica sent requests for any key of the same partition.
+/// Returns the times at which each replica got requests for any key of the same partition.
 pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>> {
     let mut used = vec![Vec::new(); scene.replica_bounds().1];
     for it in entries {
@@ -28,9 +28,9 @@ pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>
 /// The time for which a replica keeps using a partition of a cluster after a request.
 const IN_USE: u64 = 9 * SECOND;
 
-/// Returns whether, because of `fault`, the counters lose their state, or no replica that uses the counters gets a
-/// response for so long that the counters must start with empty buckets. While some replicas get responses, or most
-/// calls succeed, the counters keep their state.
+/// Returns whether the counters may have to start with empty buckets because of `fault`: they lose their state, or no
+/// replica that uses them gets a response for too long. While some replicas get responses, or most calls succeed, the
+/// counters keep their state.
 pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) -> bool {
     let from = fault.at * MS;
     let has_used = |replica: usize| {
@@ -138,9 +138,9 @@ pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Op
 
 /// Returns how many tokens a replica served in an outage, and how many it should have served.
 ///
-/// A request that waits for Redis in vain takes its tokens when it gets its response, not when it is sent: until then,
-/// the bucket may be full and not refill any further. Therefore, requests are processed in the order of their
-/// responses.
+/// A request that waits for Redis in vain takes its tokens when the replica finally responds to it, not when it is
+/// sent. Until then, the bucket may be full, and does not refill any further. Therefore, requests are processed in the
+/// order of their responses.
 fn served_in_outage(
     scene: &Scene,
     key: &Key,

@@ -332,7 +332,7 @@ fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     assert!(!is_over(6500, 0, false, 54) && is_over(6500, 0, false, 55));
 }
 
-/// A rate that is raised after the start of the epoch also counts from this start, unless Redis knows the earlier plan.
+/// A rate that is raised after the start of the epoch also counts from the start, unless Redis knows the earlier plan.
 #[test]
 fn a_lost_bucket_also_refills_at_a_rate_from_after_the_loss() {
     let mut scene = scene(vec![plan(0, 60, 200, true), plan(3000, 6000, 100, true)]);
