@@ -1,4 +1,4 @@
-//! `cargo xtask`: the tasks of this project, in Rust, without other tools.
+//! `cargo xtask`: the tasks of this project, written in Rust.
 //!
 //! Has few dependencies and does not depend on the server, because tasks run before the server is built.
 

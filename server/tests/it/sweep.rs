@@ -203,8 +203,8 @@ async fn deliveries_of_deleted_webhooks_are_deleted() {
                  now() + interval '1 hour' FROM generate_series(1, {count}) n;"
         )
     };
-    // Insert deliveries of the webhook that exists and of two webhooks that do not exist. The IDs of the latter sort
-    // before and after the ID of the webhook that exists.
+    // Insert deliveries of one webhook that exists and of two webhooks that do not. In order of their IDs, the webhook
+    // that exists is between the other two.
     let rows = [
         insert("'00000000-0000-0000-0000-000000000001'", 2000),
         insert(&format!("'{webhook}'"), 3),

@@ -1,5 +1,5 @@
 //! Tests of Caddy's TLS with the repository's `Caddyfile`: which versions and cipher suites clients can use. The client
-//! is OpenSSL's, because rustls cannot offer obsolete versions and suites.
+//! is OpenSSL, because rustls cannot offer obsolete versions and suites.
 
 use std::process::{Command, Stdio};
 

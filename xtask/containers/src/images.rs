@@ -214,7 +214,7 @@ fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     for proxy in ["cargo", "rustc", "rustdoc"] {
         std::os::unix::fs::symlink("rustup", binaries.join(proxy))?;
     }
-    // The registry from which this machine downloads crates, if one is configured.
+    // Copy the configuration of cargo, which may contain the registry from which this machine downloads crates.
     let home = std::env::var_os("CARGO_HOME").map_or_else(
         || Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
         PathBuf::from,

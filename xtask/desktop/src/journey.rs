@@ -188,7 +188,7 @@ async fn search_for_tokens(page: &App, world: &World, server: &str) -> Result<()
         found["found"] == json!(["window.planted.deep.0"]),
         "the search missed what the page can reach: {found}"
     );
-    // The JavaScript engine remembers the last string that a regular expression matched.
+    // Match another string, because the JavaScript engine remembers the last string that a regular expression matched.
     page.run("delete window.planted; /x/.test('x')").await?;
 
     let (found, count) = scan::files(world.folder.path())?;

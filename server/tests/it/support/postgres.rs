@@ -1,9 +1,9 @@
 //! A migrated database for each test, copied from a template.
 //!
-//! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
-//! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`. The directory is
-//! kept between runs. Therefore, `cargo test` and `cargo nextest run` also work without the variable, but nextest is
-//! slower without it.
+//! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. If this
+//! variable is not set, each test process starts its own cluster. Its data directory is a free slot, a subdirectory of
+//! a directory in `/tmp` that is kept between runs. Therefore, `cargo test` and `cargo nextest run` also work without
+//! `cargo xtask test`, but nextest is slower, because it runs each test in its own process.
 
 use std::{
     fs, io,
@@ -149,7 +149,7 @@ where
     .await;
 }
 
-/// Runs SQL that needs exclusive access to a database, and retries while other sessions are closing.
+/// Runs SQL that needs exclusive access to a database. Retries for a few seconds while other sessions are closing.
 async fn run(admin: &Client, sql: &str) {
     for _ in 0..200 {
         match admin.batch_execute(sql).await {
@@ -171,7 +171,7 @@ async fn connect(url: &str) -> Client {
     client
 }
 
-/// Returns the cluster's URL with another database.
+/// Returns the URL of a database on the cluster.
 fn url_of(database: &str) -> String {
     let (cluster, _) = admin_url()
         .rsplit_once('/')
@@ -193,7 +193,7 @@ fn admin_url() -> &'static str {
 }
 
 /// Starts a cluster that stops when this process exits, and returns the URL of the cluster's maintenance database. The
-/// cluster needs a runtime that outlives the runtimes of the tests.
+/// cluster runs on its own thread, because its runtime must outlive the runtimes of the tests.
 fn start_own() -> String {
     let (url, started) = std::sync::mpsc::channel();
     thread::spawn(move || {
@@ -269,7 +269,8 @@ async fn drop_leftovers(admin_url: &str) {
     }
 }
 
-/// Returns the directory of the migrations. The benchmarks also use this file, in a crate in another directory.
+/// Returns the directory of the migrations. Searches all parent directories, because the benchmarks include this file
+/// in a crate at another depth.
 fn migrations() -> PathBuf {
     let mut folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
     let found = folders.find_map(|it| Some(it.join("migrations")).filter(|it| it.is_dir()));

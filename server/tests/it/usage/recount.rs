@@ -50,7 +50,7 @@ impl Counts {
     }
 }
 
-/// One request with a response.
+/// A request that received a response.
 struct Answered {
     key: usize,
     endpoint: usize,

@@ -185,7 +185,7 @@ async fn csv_runs_no_formula() {
     assert_eq!(seen, expected);
     assert!(rows.iter().all(|row| &row[allowed] == "1"));
 
-    // The tenant chooses the names of keys, which can be formulas as well.
+    // Tenants choose the names of keys, so a name can be a spreadsheet formula.
     let patch = json!({"name": "=1+1"});
     let path = format!("/admin/api-keys/{}", it.key.id);
     assert_eq!(

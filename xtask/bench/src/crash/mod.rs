@@ -1,8 +1,8 @@
 //! Kills servers, Redis, and PostgreSQL under load with `kill -9`. Then checks, by request ID, that no request that got
 //! a decision is missing from the usage log, and that no request is recorded twice.
 //!
-//! Three replicas share one data directory, so that each can adopt directories that another replica has left behind.
-//! Which process is killed, and when, is derived from a seed.
+//! Three replicas share one data directory, so that each can adopt usage directories that another replica has left
+//! behind. A seed determines which process is killed, and when.
 
 mod load;
 
@@ -196,7 +196,8 @@ async fn storm(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Waits until at least `wanted` requests are in flight. Returns the number of requests in flight.
+/// Waits until at least `wanted` requests are in flight. Fails after 20 seconds. Returns the number of requests in
+/// flight.
 async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {

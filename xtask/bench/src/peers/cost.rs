@@ -37,7 +37,7 @@ const ECHO: &str = "/v1/echo";
 /// The limit of the key whose requests are denied, per minute.
 const DENIED_LIMIT: u32 = 1;
 
-/// The number of loads.
+/// The number of loads: allowed requests, and denied requests.
 const SITUATIONS: usize = 2;
 
 struct Contender {
@@ -287,11 +287,11 @@ impl Running {
         }
     }
 
-    /// Prepares the machine for the round of the next server.
+    /// Empties the server's log, and waits until Quota has written the usage of the last round.
     fn settle(&self) -> Result<()> {
         match self {
             Self::Ours(server) => {
-                // The bare server has no log.
+                // The bare server writes no log and has no usage.
                 if server.empty_log()? > 0 {
                     std::thread::sleep(SHIPPED);
                 }

@@ -21,8 +21,8 @@ use super::{
 /// Redis's clock has microsecond resolution, which may shift either end of a window.
 const GRAIN: Duration = Duration::from_micros(2);
 
-/// A new epoch starts a little in the future, and new replicas must have been counted for some seconds before they get
-/// a share during an outage.
+/// How long to wait after the first requests. A new epoch starts a little in the future, and a new replica must have
+/// been counted for some seconds before it gets a share during an outage.
 const ACQUAINTANCE: Duration = Duration::from_secs(5);
 
 /// Time for returning unspent tokens after leases have expired.
