@@ -135,7 +135,7 @@ impl World {
 async fn more_rows_than_one_statement_can_delete_are_deleted() {
     const MANY: i32 = 3000;
     let world = world(MANY).await;
-    // Make each row take more than a millisecond: three seconds in total.
+    // Make the deletion of each row take more than a millisecond: in total, three seconds.
     world
         .client
         .batch_execute(

@@ -10,7 +10,7 @@ use crate::support::caddy::Caddy;
 /// Options that select every cipher suite with encryption that OpenSSL still implements, however weak.
 const ALL: [&str; 2] = ["-cipher", "ALL:@SECLEVEL=0"];
 
-/// What a client and a server agreed on.
+/// The version and cipher suite that a client and a server agreed on.
 #[derive(Debug, PartialEq, Eq)]
 struct Session {
     version: String,

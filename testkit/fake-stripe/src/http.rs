@@ -89,7 +89,7 @@ pub struct Received {
     pub status: Option<u16>,
 }
 
-/// The outcome for an idempotency key.
+/// The first request with an idempotency key, and its response.
 struct Kept {
     request: (String, String, Value),
     /// `None` while the request is being handled.

@@ -148,7 +148,7 @@ fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
     Ok(())
 }
 
-/// Returns the settings that this machine needs to reach its package sources, such as a proxy.
+/// Returns the files with the settings that this machine needs to reach its package sources, such as a proxy.
 fn apt_settings() -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir("/etc/apt/apt.conf.d")? {

@@ -1,9 +1,8 @@
 //! A migrated database for each test, copied from a template.
 //!
-//! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. If this
-//! variable is not set, each test process starts its own cluster. Its data directory is a free slot, a subdirectory of
-//! a directory in `/tmp` that is kept between runs. Therefore, `cargo test` and `cargo nextest run` also work without
-//! `cargo xtask test`, but nextest is slower, because it runs each test in its own process.
+//! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
+//! variable, each test process starts its own cluster, whose data is in the first free slot of a directory in `/tmp`.
+//! The directory is kept between runs. This is slow with nextest, which runs each test in its own process.
 
 use std::{
     fs, io,
@@ -251,7 +250,8 @@ fn slots() -> PathBuf {
     path
 }
 
-/// Drops databases that an earlier process in the same slot left behind, and templates with other migrations.
+/// Drops databases that an earlier process in the same slot left behind, and templates of other versions of the
+/// migrations.
 async fn drop_leftovers(admin_url: &str) {
     let admin = connect(admin_url).await;
     let template = format!("quota_template_{:016x}", migrations_hash());
