@@ -50,7 +50,7 @@ impl Tenant {
             .send()
             .await;
 
-        // Sign in a second time, because the revoked session must not be the caller's own.
+        // Sign in a second time. The test revokes the new session, because it must not revoke the caller's own.
         let login = json!({"email": account.email, "password": PASSWORD});
         assert_eq!(app.post("/auth/login", login).send().await.status, 200);
         let sessions = app

@@ -362,7 +362,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
     }
     assert_eq!(number(&client, in_default).await, 0);
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 100);
-    // Further rows of the same minute go into the partition.
+    // More records of about the same time go into yesterday's partitions.
     append(&app, &batch(&account, 100)).await;
     assert_eq!(number(&client, in_default).await, 0);
     let usage = app

@@ -240,7 +240,7 @@ async fn wait_until_shipped(client: &Client, loads: &[Arc<Load>], data: &Path) -
         for load in loads {
             missing += usize::from(is_before_commit(client, load).await?);
         }
-        // Each running replica keeps one directory.
+        // Each running replica keeps one usage directory.
         let directories = fs::read_dir(data.join("usage"))?.count();
         if missing == 0 && directories <= REPLICAS {
             return Ok(());

@@ -117,7 +117,7 @@ impl Stage {
         if self.redis.is_none() {
             return Ok(None);
         }
-        // Unspent tokens of the last leases are returned first.
+        // Wait until unspent tokens of the last leases have been returned.
         tokio::time::sleep(self.lease_ttl + RETURN).await;
         let mut granted = 0;
         for metrics in self.fleet.metrics() {
