@@ -16,8 +16,8 @@ struct World {
     client: Client,
 }
 
-/// Fills a database with `many` expired idempotency keys, a few expired rows of every other kind, and one current row
-/// of each kind.
+/// Fills a database with `many` expired idempotency keys, one or more expired rows of every other kind, and one row of
+/// each kind that must be kept.
 async fn world(many: i32) -> World {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;

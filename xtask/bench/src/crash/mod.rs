@@ -213,7 +213,7 @@ async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
     }
 }
 
-/// Returns whether the usage log lacks the last decision of any connection of a load.
+/// Returns whether the usage log lacks the last decision of at least one connection of a load.
 async fn is_before_commit(client: &Client, load: &Load) -> Result<bool> {
     let last = load.connections.iter().enumerate();
     let ids = last

@@ -174,8 +174,8 @@ impl Stage {
         drive(&self.targets(keys), load, Instant::now()).await
     }
 
-    /// Waits until a new epoch has started, with every bucket empty; until buckets that take `time` to fill are full;
-    /// and until the replicas have counted each other.
+    /// Waits for a new epoch to start with empty buckets, for buckets that take `time` to fill, and for the replicas to
+    /// count each other.
     pub(crate) async fn settle(&self, time: Duration) -> Result<()> {
         let keys = self.keys_on(&[Plan::new("to begin with", 60, 1)]).await?;
         let load: Vec<_> = (0..self.fleet.len())
