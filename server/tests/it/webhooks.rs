@@ -645,7 +645,7 @@ async fn tests_and_redeliveries_of_a_tenant_are_limited() {
             sent += 1;
         }
     }
-    // A few more requests may be accepted if the machine is slow.
+    // On a slow machine, a few more than 30 requests may be accepted.
     assert!(sent >= 30 && refused >= 1, "{sent}, {refused}");
     let stranger = world.app.register().await;
     let (webhook, _) = world.hooks.create(&world.app, &stranger, "/other").await;

@@ -3,12 +3,12 @@
 //! slow clients.
 //!
 //! To measure the cost of a request, Quota is compared with a plain poem handler and a plain hyper handler in the same
-//! run.
+//! run. Each of these servers is a separate process with the same tokio runtime, pinned to one core. The benchmark's
+//! own process generates the load, pinned to another core. There are many short rounds in which the servers take turns,
+//! so that other load on the machine affects all of them equally. Compare ratios: absolute figures depend on the
+//! machine.
 //!
-//! Every server is a separate process with the same tokio runtime, pinned to one core. This process generates the load,
-//! pinned to another core. There are many short rounds in which the servers take turns, so that other load on the
-//! machine affects all of them equally. Compare ratios: absolute figures depend on the machine. The behavior of several
-//! replicas is measured in [`replicas`].
+//! The behavior of several replicas is measured in [`replicas`].
 
 mod comparison;
 mod crash;

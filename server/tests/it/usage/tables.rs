@@ -372,7 +372,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
     replica.stop().await;
 }
 
-/// Waits for a condition, for at least 20 seconds. Returns whether the condition holds in the end.
+/// Waits until a condition holds, but gives up after about 20 seconds. Returns whether the condition holds in the end.
 async fn holds(mut check: impl AsyncFnMut() -> bool) -> bool {
     for _ in 0..400 {
         if check().await {

@@ -1,6 +1,6 @@
-//! The cost of a request: CPU time, throughput, latency, memory and calls to Redis. All servers take turns on one core,
-//! with the load on another core, first with 100 keys whose requests are all allowed, then with one key whose requests
-//! are almost all denied.
+//! The cost of a request: CPU time, throughput, latency, memory and calls to Redis. In each round, all servers take
+//! turns on one core, with the load on another core: first with 100 keys whose requests are all allowed, then with one
+//! key whose requests are almost all denied.
 
 use std::{
     net::SocketAddr,
