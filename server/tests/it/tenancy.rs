@@ -664,7 +664,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
             );
         }
 
-        // Without a tenant, no rows are visible. B sees only B's rows.
+        // Without a tenant, no rows are visible. With a tenant, its own rows are visible.
         let all = format!("SELECT 1 FROM {table}");
         for unset in [None, Some("")] {
             assert!(

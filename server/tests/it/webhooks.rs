@@ -409,7 +409,7 @@ async fn two_replicas_send_each_delivery_once() {
     second.stop().await;
 }
 
-/// The replica that claimed the delivery exited before or after it sent the event.
+/// The replica that claimed the delivery exited before it recorded a result.
 #[tokio::test(flavor = "multi_thread")]
 async fn delivery_of_a_replica_that_crashed_is_repeated_after_its_lease() {
     let hooks = Hooks::start().await;

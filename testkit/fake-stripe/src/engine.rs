@@ -370,7 +370,8 @@ impl State {
         self.finalize(&invoice);
     }
 
-    /// Ends the pause of a subscription whose trial ended without a payment method.
+    /// Resumes a subscription that was paused when its trial ended without a payment method, if the invoice can be
+    /// paid. Fails if the subscription is not paused.
     pub fn resume(&mut self, id: &str) -> Result<Value, Failure> {
         if self.find("subscription", id)?["status"] != "paused" {
             return Err(Failure::invalid("This subscription is not paused."));

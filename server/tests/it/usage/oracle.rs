@@ -115,7 +115,7 @@ async fn world(days: &[&str]) -> World {
     }
 }
 
-/// Returns the group to which a record belongs.
+/// Returns the group to which a record belongs. An allowed request belongs to no policy.
 fn group(record: &UsageRecord, by: &str) -> Option<String> {
     match by {
         "key" => Some(record.key_id.to_string()),
