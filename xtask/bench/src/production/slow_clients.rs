@@ -285,7 +285,7 @@ async fn measure(
             dir.join(format!("slow-{}-{round}", attack.name())),
             Arc::clone(&stop),
         ));
-        // Wait until half of the slow connections are open.
+        // Wait until half of the slow connections should be open, but for at most 5 seconds.
         sleep(Duration::from_secs(
             u64::from(options.connections / options.rate / 2).min(5),
         ))
