@@ -47,8 +47,8 @@ impl Envelope {
         }
     }
 
-    /// Creates an envelope from the emission interval, and from the time in which the tokens that may be allowed at a
-    /// single instant refill. Both are in nanoseconds.
+    /// Creates an envelope from the emission interval and the maximum number of tokens at a single instant, expressed
+    /// as the time in which they refill. Both are in nanoseconds.
     pub fn from_nanos(emission: u64, at_once: u64) -> Self {
         Self {
             emission: signed(emission),

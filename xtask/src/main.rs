@@ -132,9 +132,9 @@ enum Chore {
     Pictures,
     /// Build the container image `quota:local`
     Image,
-    /// Build the image, run the production compose file, upgrade, kill and scale its replicas under load, restore a
-    /// backup on an empty machine, run the development compose file from a fresh clone, and follow the runbook on a
-    /// machine with nothing but Debian
+    /// Build the image and run the production compose file: upgrade, kill and scale its replicas under load, and
+    /// restore a backup on an empty machine. Then run the development compose file from a fresh clone, and follow the
+    /// runbook on a machine with nothing but Debian
     Containers {
         /// Options, such as `--only production,backup,development,runbook`, `--from migration` to upgrade from the
         /// version before the newest migration, or `--binary FILE` to put that binary into the image instead of

@@ -172,7 +172,7 @@ async fn kind_that_cannot_be_deleted_does_not_hold_up_others() {
         )
         .await
         .expect("a trigger");
-    // Another transaction has locked an expired session.
+    // Lock an expired session in another transaction.
     let mut other = world.app.database.connect().await;
     let held = other.transaction().await.expect("a transaction");
     held.execute(

@@ -55,7 +55,8 @@ pub(crate) struct Options {
     only: Option<String>,
 }
 
-/// A gateway, and its measurements: as a plain proxy, and with checks whose requests are all allowed or all denied.
+/// A gateway and its measurements: as a plain proxy, with checks that are all allowed, and with checks that are all
+/// denied.
 struct Case {
     name: &'static str,
     plain: Gateway,

@@ -113,8 +113,8 @@ pub struct Upgrade {
     pub is_skewed: bool,
 }
 
-/// Builds the second image that an upgrade requires: an image of the earlier commit `from` to upgrade from or, if
-/// `from` is `None`, an image of this version with a different label to upgrade to.
+/// Builds the second image that an upgrade requires. If `from` is a commit, this is an image of that earlier commit, to
+/// upgrade from. Otherwise, it is an image of this version with a different label, to upgrade to.
 pub fn upgrade(
     engine: &Engine,
     folder: &Path,

@@ -1,9 +1,9 @@
 //! The images that the Compose files and the Dockerfile use.
 //!
-//! The images are pulled if a registry can be reached. Otherwise, stand-ins with the same names are built, from Debian
-//! packages, from Caddy's package on PyPI, and from this machine's Rust toolchain. The stand-ins behave as the Compose
-//! files expect, but are not the real images and trust this machine's certificate authorities, so they must not be
-//! distributed.
+//! The images are pulled if a registry can be reached. Otherwise, stand-ins with the same names are built from Debian
+//! packages, a Caddy from PyPI, and this machine's Rust toolchain. The stand-ins behave as the Compose files expect,
+//! but are not the real images. They must not be distributed, because they trust this machine's certificate
+//! authorities.
 
 use std::{
     fs,

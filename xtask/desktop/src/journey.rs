@@ -105,7 +105,7 @@ async fn main_journey(
     page.element(".status[data-status='429']").await?;
     page.element(".countdown").await?;
     page.screenshot("key-secret").await?;
-    // Copying counts as saving.
+    // Copying the key counts as saving it, so the app does not ask for confirmation.
     page.press("Done").await?;
 
     page.follow("Mobile app").await?;

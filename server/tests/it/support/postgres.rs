@@ -278,7 +278,8 @@ fn migrations() -> PathBuf {
 }
 
 /// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template. The hash covers
-/// the versions of the migrations in this binary, and the content of the files, which may be newer.
+/// the versions of the migrations that are compiled into this binary, and the content of the migration files, which may
+/// be newer.
 fn migrations_hash() -> u64 {
     let dir = migrations();
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)
