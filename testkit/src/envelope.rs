@@ -47,8 +47,8 @@ impl Envelope {
         }
     }
 
-    /// Creates an envelope from the emission interval, and from the time in which the tokens that may be allowed at a
-    /// single instant refill. Both are in nanoseconds.
+    /// Creates an envelope from the emission interval and the maximum number of tokens at a single instant, expressed
+    /// as the time in which they refill. Both are in nanoseconds.
     pub fn from_nanos(emission: u64, at_once: u64) -> Self {
         Self {
             emission: signed(emission),
@@ -133,8 +133,9 @@ fn signed(nanos: impl TryInto<i64>) -> i64 {
         .unwrap_or_else(|_| panic!("a measurement is shorter than 292 years"))
 }
 
-/// For each possible start of a window, the time of the start plus the value of all requests that were allowed from
-/// that time on. The sums are suffix sums, so one allowed request changes only one leaf.
+/// A segment tree with one leaf for each possible start of a window. The value of a start is its time plus the value of
+/// all requests that were sent at or after this time. These sums are suffix sums, so one allowed request changes only
+/// one leaf.
 struct Tree {
     leaves: usize,
     nodes: Vec<Node>,
@@ -143,7 +144,7 @@ struct Tree {
 #[derive(Clone, Copy)]
 struct Node {
     sum: i64,
-    /// The best suffix that begins within this node, and its position.
+    /// The highest value of a start in this node, counting only requests in this node, and the index of this start.
     best: i64,
     begin: usize,
 }
@@ -287,7 +288,7 @@ mod tests {
             }
         }
 
-        /// There is no excess, no matter when in its span each request was admitted.
+        /// There is no excess, regardless of when in its span each request was admitted.
         #[test]
         fn an_exact_bucket_has_no_excess(
             requests in prop::collection::vec((0..2_000u64, 1..6u32, 0..50u64, 0..50u64), 1..200),

@@ -13,9 +13,9 @@ use nix::{
     unistd::Pid,
 };
 
-/// Runs "$@", appends its output to the file $1, prints the command's PID, and kills the command when standard input is
-/// closed, which happens when the process that started the shell exits. Uses SIGKILL, because a frozen process reacts
-/// to no other signal.
+/// A script that runs "$@", appends the command's output to the file $1, and prints the command's PID. It kills the
+/// command when standard input is closed, which happens when the process that started the script exits. It uses
+/// SIGKILL, because that also kills a frozen process.
 const GUARD: &str = r#"
 out=$1
 shift

@@ -68,7 +68,7 @@ impl RedisServer {
         self.options.get(at + 1).map(String::as_str)
     }
 
-    /// Sends one line and returns the reply.
+    /// Sends one line and returns the reply. Panics if there is none.
     pub async fn command(&self, line: &str) -> String {
         self.answer(line)
             .await

@@ -9,7 +9,7 @@ use tokio::time::sleep;
 
 use crate::redis::{PATIENCE, RedisServer};
 
-/// Waits until a condition holds.
+/// Waits until a condition holds. Panics after [`PATIENCE`].
 async fn until<F: Future<Output = bool>>(what: &str, is_so: impl Fn() -> F) {
     let deadline = Instant::now() + PATIENCE;
     while !is_so().await {
@@ -84,7 +84,8 @@ impl SentinelGroup {
     /// Waits until the initial replica is the master.
     pub async fn failed_over(&self) {
         until("the replica is the master", async || {
-            // Sentinel closes all connections to the server that it promotes, including this one.
+            // Sentinel closes all connections to the server that it promotes, including this one, so there may be no
+            // reply.
             let role = self.servers[1].answer("INFO replication").await;
             role.is_some_and(|role| role.contains("role:master"))
         })

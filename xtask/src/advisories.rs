@@ -200,9 +200,10 @@ impl Advisory {
     }
 }
 
-/// Returns whether a version matches, as RustSec defines it. In `semver`, a pre-release matches only requirements that
-/// contain a pre-release. RustSec compares versions only by their order. By either rule, a pre-release of 2.0.0 does
-/// not match `>= 2.0.0`.
+/// Returns whether a version matches, similar to RustSec's rule. In `semver`, a pre-release matches only requirements
+/// that contain a pre-release. RustSec compares versions only by their order. Therefore, a pre-release that does not
+/// match otherwise is treated like the patch release before it: 2.0.1-rc.1 is treated like 2.0.0. If there is no such
+/// release, the version does not match.
 fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);

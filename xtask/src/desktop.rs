@@ -127,8 +127,8 @@ fn newest(folder: &Path, extension: &str) -> Result<PathBuf> {
         .with_context(|| format!("no .{extension} in {}", folder.display()))
 }
 
-/// Tests both packages with the tools of their systems: `dpkg` installs the `.deb`, the installed app starts, creates
-/// an account and quits, and `dpkg` removes the package. The `.rpm` must contain the same files.
+/// Tests both packages. `dpkg` installs the `.deb`. The installed app starts, creates an account, and quits. Then
+/// `dpkg` removes the package. The `.rpm` must contain the same files.
 fn test_packages(out: &Path) -> Result<()> {
     let (deb, rpm) = (newest(out, "deb")?, newest(out, "rpm")?);
     let unpacked = out.join("unpacked");

@@ -28,8 +28,8 @@ pub(crate) fn needs() -> Vec<machine::Need> {
     [&browser[..], &desktop::JOURNEY_NEEDS].concat()
 }
 
-/// `cargo xtask journey`: builds the console and the server and runs only the end-to-end tests, or only some parts of
-/// the tests in the browser.
+/// `cargo xtask journey`: builds the console and the server, and then runs only the end-to-end tests, or only some
+/// parts of the tests in the browser.
 pub(crate) fn alone(parts: &[String]) -> Result<ExitCode> {
     machine::install(&[&[machine::POSTGRES], &needs()[..]].concat())?;
     console::build()?;

@@ -1,4 +1,4 @@
-//! `cargo xtask`: the tasks of this project, in Rust, without other tools.
+//! `cargo xtask`: the tasks of this project, written in Rust.
 //!
 //! Has few dependencies and does not depend on the server, because tasks run before the server is built.
 
@@ -69,21 +69,21 @@ enum Chore {
         arguments: Vec<OsString>,
     },
     /// Measure the cost of a request, compared with a plain poem server and a plain hyper server. `bench replicas`
-    /// measures the behavior of several replicas, `bench simulation 20000` runs the limiter in simulated time with this
-    /// many seeds, `bench differential` compares direct responses with those of hyper in a million cases (or `bench
-    /// differential 10000`), `bench malformed 100000` sends this many malformed requests, `bench instructions` counts
+    /// measures the behavior of several replicas. `bench simulation 20000` runs the limiter in simulated time with this
+    /// many seeds. `bench differential` compares direct responses with those of hyper in a million cases (or `bench
+    /// differential 10000`). `bench malformed 100000` sends this many malformed requests. `bench instructions` counts
     /// the instructions of a decision's parts and compares them with the counts in the repository (`bench instructions
-    /// --write` writes these counts), `bench desktop` measures memory and startup time of the desktop app, compared
-    /// with an empty window, `bench usage` measures writing and reading usage with 10 million rows (or `bench usage
-    /// 1000000`), `bench keys` measures listing and searching 300,000 keys, `bench memory` measures the memory of a
-    /// cached key, `bench scale` measures what becomes slower with up to a million keys (or `bench scale 10000`),
-    /// `bench crash 300` kills servers, Redis and PostgreSQL this many times under load and recounts the usage, `bench
-    /// restarts 20` restarts replicas behind Caddy this many times under load and recounts requests and usage, `bench
-    /// metering` measures the cost of recording usage, `bench latency` measures response times at a constant rate,
-    /// `bench tracing` measures the cost of traces, `bench gateways` compares gateways that check requests with Quota
-    /// with plain proxies, `bench peers` compares Quota with other rate limiters and writes `docs/bench`, `bench
-    /// slow-clients` measures response times and memory while 2,000 clients are slow, `bench webhooks 2000 10` sends
-    /// 2,000 Stripe webhooks per second for 10 s, and `bench outage` stops PostgreSQL for a minute under load
+    /// --write` writes these counts). `bench desktop` measures the memory and startup time of the desktop app, compared
+    /// with an empty window. `bench usage` measures writing and reading usage with 10 million rows (or `bench usage
+    /// 1000000`). `bench keys` measures listing and searching 300,000 keys. `bench memory` measures the memory of a
+    /// cached key. `bench scale` measures what becomes slower with up to a million keys (or `bench scale 10000`).
+    /// `bench crash 300` kills servers, Redis and PostgreSQL this many times under load and recounts the usage. `bench
+    /// restarts 20` restarts replicas behind Caddy this many times under load and recounts requests and usage. `bench
+    /// metering` measures the cost of recording usage. `bench latency` measures response times at a constant rate.
+    /// `bench tracing` measures the cost of traces. `bench gateways` compares gateways that check requests with Quota
+    /// with plain proxies. `bench peers` compares Quota with other rate limiters and writes `docs/bench`. `bench
+    /// slow-clients` measures response times and memory while 2,000 clients are slow. `bench webhooks 2000 10` sends
+    /// 2,000 Stripe webhooks per second for 10 s. `bench outage` stops PostgreSQL for a minute under load
     Bench {
         /// Options of the benchmark, such as `--rounds N` and `--millis N`, or `--only faults` after `replicas`;
         /// `--help` lists them
@@ -132,9 +132,9 @@ enum Chore {
     Pictures,
     /// Build the container image `quota:local`
     Image,
-    /// Build the image, run the production compose file, upgrade, kill and scale its replicas under load, restore a
-    /// backup on an empty machine, run the development compose file from a fresh clone, and follow the runbook on a
-    /// machine with nothing but Debian
+    /// Build the image and run the production compose file: upgrade, kill and scale its replicas under load, and
+    /// restore a backup on an empty machine. Then run the development compose file from a fresh clone, and follow the
+    /// runbook on a machine with nothing but Debian
     Containers {
         /// Options, such as `--only production,backup,development,runbook`, `--from migration` to upgrade from the
         /// version before the newest migration, or `--binary FILE` to put that binary into the image instead of

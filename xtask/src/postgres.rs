@@ -202,8 +202,8 @@ impl Drop for Throwaway {
     }
 }
 
-/// Returns the directory of `initdb`, `postgres` and `psql`: the one found through `pg_config` or `PATH`; otherwise,
-/// the newest one among the packages of Debian and Red Hat.
+/// Returns the directory of `initdb`, `postgres` and `psql`, as found through `pg_config` or `PATH`. If neither finds
+/// it, returns the newest one among the packages of Debian and Red Hat.
 pub(crate) fn binaries() -> Option<PathBuf> {
     let mut places = Vec::new();
     if let Ok(dir) = read(Command::new("/bin/sh").args(["-c", "pg_config --bindir"])) {

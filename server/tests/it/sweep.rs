@@ -16,8 +16,8 @@ struct World {
     client: Client,
 }
 
-/// Fills a database with `many` expired idempotency keys, a few expired rows of every other kind, and one current row
-/// of each kind.
+/// Fills a database with `many` expired idempotency keys, one or more expired rows of every other kind, and one row of
+/// each kind that must be kept.
 async fn world(many: i32) -> World {
     let app = TestApp::setup().without_jobs().start().await;
     let account = app.register().await;
@@ -135,7 +135,7 @@ impl World {
 async fn more_rows_than_one_statement_can_delete_are_deleted() {
     const MANY: i32 = 3000;
     let world = world(MANY).await;
-    // Make each row take more than a millisecond: three seconds in total.
+    // Make the deletion of each row take more than a millisecond: in total, three seconds.
     world
         .client
         .batch_execute(
@@ -172,7 +172,7 @@ async fn kind_that_cannot_be_deleted_does_not_hold_up_others() {
         )
         .await
         .expect("a trigger");
-    // Another transaction has locked an expired session.
+    // Lock an expired session in another transaction.
     let mut other = world.app.database.connect().await;
     let held = other.transaction().await.expect("a transaction");
     held.execute(
@@ -203,8 +203,8 @@ async fn deliveries_of_deleted_webhooks_are_deleted() {
                  now() + interval '1 hour' FROM generate_series(1, {count}) n;"
         )
     };
-    // Insert deliveries of the webhook that exists and of two webhooks that do not exist. The IDs of the latter sort
-    // before and after the ID of the webhook that exists.
+    // Insert deliveries of one webhook that exists and of two webhooks that do not. In order of their IDs, the webhook
+    // that exists is between the other two.
     let rows = [
         insert("'00000000-0000-0000-0000-000000000001'", 2000),
         insert(&format!("'{webhook}'"), 3),

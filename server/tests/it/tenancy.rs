@@ -1,5 +1,4 @@
-//! Tests that tenants are isolated in every operation of the OpenAPI document and in every table of the database's
-//! catalog.
+//! Tests that tenants are isolated in every operation of the OpenAPI document and in every table of the database.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -21,7 +20,7 @@ struct Tenant {
     plan: String,
     key: Key,
     service_token: String,
-    /// The IDs, by parameter name.
+    /// The IDs of the tenant's resources, by parameter name.
     ids: HashMap<&'static str, String>,
 }
 
@@ -51,7 +50,7 @@ impl Tenant {
             .send()
             .await;
 
-        // Sign in a second time, because the revoked session must not be the caller's own.
+        // Sign in a second time. The test revokes the new session, because it must not revoke the caller's own.
         let login = json!({"email": account.email, "password": PASSWORD});
         assert_eq!(app.post("/auth/login", login).send().await.status, 200);
         let sessions = app
@@ -65,7 +64,7 @@ impl Tenant {
             .find(|it| it["current"] == false)
             .expect("the second session");
 
-        // The tenant's activity: usage, an invalidation, and a request to replay.
+        // The tenant's activity: usage, an invalidation, and a request with an idempotency key.
         assert_eq!(app.echo(&key.text).await.status, 200);
         let path = format!("/admin/plans/{plan}");
         let patch = app.request(Method::PATCH, &path).json(json!({"burst": 7}));
@@ -171,7 +170,7 @@ async fn alert(app: &TestApp, account: &Account, key: &str) {
     client.batch_execute(&rows).await.expect("rows are added");
 }
 
-/// Returns the tables of the database, except the record of its migrations. A partition belongs to its table.
+/// Returns the tables of the database, except partitions and the table of applied migrations.
 async fn tables(client: &Client) -> Vec<String> {
     let rows = client
         .query(
@@ -192,7 +191,7 @@ async fn rows_of(client: &Client, tenant: &Tenant) -> BTreeMap<String, Vec<Strin
     let pattern = tenant.marks().join("|");
     let mut rows = BTreeMap::new();
     for table in tables(client).await {
-        // Refresh tokens only reference their session.
+        // Refresh tokens belong to a tenant only through their session.
         let sessions = if table == "refresh_tokens" {
             "OR session_id IN (SELECT id FROM sessions s WHERE to_jsonb(s)::text ~ $1)"
         } else {
@@ -296,7 +295,7 @@ fn attempts(own: &Tenant) -> Vec<Attempt> {
     all
 }
 
-/// Returns whether a field refers to another resource. An external ID is the tenant's own text.
+/// Returns whether a field contains the ID of another resource. `external_id` does not: tenants choose its value.
 fn is_reference(field: &str) -> bool {
     field.ends_with("_id") && field != "external_id"
 }
@@ -606,7 +605,7 @@ async fn as_app(client: &mut Client, tenant: Option<&str>, sql: &str) -> Option<
     }
 }
 
-/// Tables without tenant data.
+/// Tables that contain no tenant's data.
 const OF_NO_TENANT: [&str; 9] = [
     "billing_events",
     "billing_stripe_account",
@@ -665,7 +664,7 @@ async fn database_denies_a_tenant_every_row_of_another() {
             );
         }
 
-        // Without a tenant, no rows are visible. B sees only B's rows.
+        // Without a tenant, no rows are visible. With a tenant, its own rows are visible.
         let all = format!("SELECT 1 FROM {table}");
         for unset in [None, Some("")] {
             assert!(
@@ -745,8 +744,8 @@ async fn every_table_has_row_level_security_that_binds_the_servers_roles() {
         .await
         .expect("the catalog is readable");
     assert_eq!(member.get::<_, i64>(0), 0);
-    // A view or function that runs as its owner would bypass row-level security. The functions that create and drop
-    // partitions return no rows, and only the server itself may call them.
+    // A view or function that runs as its owner would bypass row-level security. Only functions that create and drop
+    // partitions do so. They return no rows, and only the server itself may call them.
     let ways_around = client
         .query(
             "SELECT proname::text FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef \
@@ -802,7 +801,7 @@ async fn a_partition_is_reached_through_its_table_alone() {
         )
         .await
         .expect("the catalog is readable");
-    // Each of three tables has three partitions: the default partition, today's and tomorrow's.
+    // Each of the three partitioned tables has three partitions: the default partition, today's and tomorrow's.
     assert_eq!(partitions.len(), 9);
     let own = tenant.account.tenant_id.as_str();
     for row in partitions {

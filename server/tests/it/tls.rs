@@ -1,5 +1,5 @@
 //! Tests of Caddy's TLS with the repository's `Caddyfile`: which versions and cipher suites clients can use. The client
-//! is OpenSSL's, because rustls cannot offer obsolete versions and suites.
+//! is OpenSSL, because rustls cannot offer obsolete versions and suites.
 
 use std::process::{Command, Stdio};
 
@@ -10,7 +10,7 @@ use crate::support::caddy::Caddy;
 /// Options that select every cipher suite with encryption that OpenSSL still implements, however weak.
 const ALL: [&str; 2] = ["-cipher", "ALL:@SECLEVEL=0"];
 
-/// What a client and a server agreed on.
+/// The version and cipher suite that a client and a server agreed on.
 #[derive(Debug, PartialEq, Eq)]
 struct Session {
     version: String,

@@ -377,7 +377,7 @@ async fn trace_leads_from_caddy_through_the_decision_to_redis_and_postgresql() {
         .flat_map(|it| children(&spans, it))
         .map(|it| it.attribute("db.query.text"))
         .collect();
-    // The key was not in memory.
+    // The key was not in memory, so the server looked it up in the database.
     assert!(
         statements.iter().any(|it| it.contains("api_keys")),
         "{statements:#?}"

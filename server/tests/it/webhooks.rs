@@ -1,7 +1,7 @@
 //! Tests deliveries to webhooks: each delivery is signed, and is attempted until the endpoint accepts it or the
 //! attempts are exhausted.
 //!
-//! To simulate the passage of time, the tests change the times in the database to earlier times.
+//! To simulate the passage of time, the tests change times in the database.
 
 use std::time::Duration;
 
@@ -409,7 +409,7 @@ async fn two_replicas_send_each_delivery_once() {
     second.stop().await;
 }
 
-/// The replica that claimed the delivery exited before or after it sent the event.
+/// The replica that claimed the delivery exited before it recorded a result.
 #[tokio::test(flavor = "multi_thread")]
 async fn delivery_of_a_replica_that_crashed_is_repeated_after_its_lease() {
     let hooks = Hooks::start().await;
@@ -527,7 +527,7 @@ async fn secret_is_not_stored_in_plain_and_survives_a_rotation_of_the_servers_se
     assert!(last.metric("quota_webhook_secrets_unreadable").await < 0.5);
     last.stop().await;
 
-    // With another secret, nothing is sent, and the error says what to do.
+    // A server with another secret sends nothing, and the error says what to do.
     let stranger = with_hooks(TestApp::setup()).flag(format!("--secret={OLD}"));
     let world = World {
         app: stranger.database(database).start().await,
@@ -645,7 +645,7 @@ async fn tests_and_redeliveries_of_a_tenant_are_limited() {
             sent += 1;
         }
     }
-    // A few more requests may be accepted if the machine is slow.
+    // On a slow machine, a few more than 30 requests may be accepted.
     assert!(sent >= 30 && refused >= 1, "{sent}, {refused}");
     let stranger = world.app.register().await;
     let (webhook, _) = world.hooks.create(&world.app, &stranger, "/other").await;
@@ -687,7 +687,8 @@ async fn tenant_with_a_large_backlog_does_not_take_all_attempts() {
     assert_eq!(webhooks.len(), 9);
 }
 
-/// Deliveries of a tenant whose earlier attempts are still in progress are claimed last, no matter whose turn it is.
+/// Deliveries of a tenant whose earlier attempts are still in progress are claimed last, even if it is the tenant's
+/// turn.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_without_attempts_in_progress_is_first() {
     let world = World::without_jobs().await;
@@ -706,7 +707,7 @@ async fn tenant_without_attempts_in_progress_is_first() {
     }
 }
 
-/// The results of the attempts were not recorded.
+/// Attempts count even if their results were not recorded.
 #[tokio::test(flavor = "multi_thread")]
 async fn delivery_is_not_attempted_more_than_ten_times() {
     let world = World::new().await;
@@ -752,7 +753,7 @@ async fn gone_endpoint_is_disabled_even_if_its_other_deliveries_cannot_be_cancel
     );
     assert_eq!(world.webhook(&webhook).await["is_active"], false);
     locked.rollback().await.expect("a rollback");
-    // The deliveries are canceled with the next attempt.
+    // The next attempt also cancels the delivery that was locked.
     let again = world.test(&webhook).await;
     world.wait_until(&webhook, &again, is("failed")).await;
     world.wait_until(&webhook, &waiting, is("failed")).await;
@@ -816,7 +817,7 @@ async fn previous_secret_that_cannot_be_read_does_not_prevent_deliveries() {
     assert!(received.is_signed_with(&secret));
 }
 
-/// An earlier version may have left such a backlog.
+/// An earlier version of the server may have left a backlog of this size.
 #[tokio::test(flavor = "multi_thread")]
 async fn webhook_with_a_large_backlog_can_be_disabled() {
     let world = World::without_jobs().await;
@@ -885,7 +886,7 @@ async fn claim_reads_few_of_many_deliveries() {
     for _ in 0..CLAIMS {
         let due = world.app.state.webhooks.claim(32, &[]).await;
         claimed += due.expect("a claim").len();
-        // PostgreSQL updates its read statistics at most once per second.
+        // Wait, because PostgreSQL updates its read statistics at most once per second.
         tokio::time::sleep(Duration::from_millis(150)).await;
     }
     assert_eq!(claimed, 4 * CLAIMS);

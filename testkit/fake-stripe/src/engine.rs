@@ -13,7 +13,7 @@ const DAY: i64 = 24 * HOUR;
 /// How long a draft invoice waits for late usage.
 pub const INVOICE_GRACE: i64 = HOUR;
 
-/// The times from one attempt to collect a payment to the next.
+/// The pauses between the attempts to collect a payment.
 const RETRIES: [i64; 3] = [3 * DAY, 5 * DAY, 7 * DAY];
 
 impl State {
@@ -21,7 +21,7 @@ impl State {
         self.cards.get(customer).copied().unwrap_or_default()
     }
 
-    /// Handles a timer. Does nothing if the timer's object has changed in the meantime.
+    /// Handles a timer. Does nothing if the timer no longer applies to its object.
     pub fn fire(&mut self, timer: Timer) {
         let is = |object: Result<&Value, Failure>, statuses: &[&str]| {
             object.is_ok_and(|it| statuses.iter().any(|status| it["status"] == *status))
@@ -224,7 +224,7 @@ impl State {
         }
     }
 
-    /// Assigns the period's usage that has arrived so far to the invoice. Returns the total.
+    /// Charges the usage of a period to an invoice, as far as the usage has arrived. Returns the total.
     fn charge_usage(
         &mut self,
         subscription: &Value,
@@ -370,7 +370,8 @@ impl State {
         self.finalize(&invoice);
     }
 
-    /// Ends the pause of a subscription whose trial ended without a payment method.
+    /// Resumes a subscription that was paused when its trial ended without a payment method, if the invoice can be
+    /// paid. Fails if the subscription is not paused.
     pub fn resume(&mut self, id: &str) -> Result<Value, Failure> {
         if self.find("subscription", id)?["status"] != "paused" {
             return Err(Failure::invalid("This subscription is not paused."));

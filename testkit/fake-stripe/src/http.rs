@@ -61,8 +61,8 @@ impl Fault {
         Self { when, how }
     }
 
-    /// Returns every kind of fault, before the effect and, except for 409 and 429, after it. Slow responses take
-    /// `slow`.
+    /// Returns every kind of fault, both before and after the request takes effect (409 and 429: only before). Slow
+    /// responses take `slow`.
     pub fn all(slow: Duration) -> Vec<Self> {
         let before = [409, 429, 500, 503].map(How::Status).to_vec();
         let after = [500, 503].map(How::Status).to_vec();
@@ -89,7 +89,7 @@ pub struct Received {
     pub status: Option<u16>,
 }
 
-/// The outcome for an idempotency key.
+/// The first request with an idempotency key, and its response.
 struct Kept {
     request: (String, String, Value),
     /// `None` while the request is being handled.
@@ -105,7 +105,7 @@ pub struct Shared {
     pub received: Mutex<Vec<Received>>,
     /// What was wrong with requests, according to Stripe's description of its API.
     pub invalid: Mutex<Vec<String>>,
-    /// Faults of the next requests to a path.
+    /// Faults of upcoming requests, each with a prefix of the request's path.
     pub faults: Mutex<Vec<(String, Fault)>>,
     /// Called with the method and path of every request without a fault in `faults`.
     pub choose: Mutex<Option<Choose>>,
@@ -118,7 +118,7 @@ pub struct Shared {
 /// The secret key that requests must contain.
 pub const SECRET_KEY: &str = "sk_test_fake";
 
-/// How long an idempotency key is kept.
+/// How many seconds an idempotency key is kept.
 const KEPT_FOR: i64 = 86_400;
 
 pub async fn serve(listener: TcpListener, shared: Arc<Shared>) {

@@ -1,9 +1,9 @@
 //! A stateful stand-in for Stripe, for tests and for trying out billing without an account.
 //!
-//! The fake has the endpoints that Quota uses, returns complete objects of the API version that the `async-stripe`
-//! crates pin, and behaves like Stripe where that matters: idempotency keys, signed webhooks with redelivery, a clock
-//! that can be moved forward, renewals, failed payments and their retries, and usage that arrives late. Requests can
-//! fail before or after their effect. The fake also serves its own Checkout page and customer portal.
+//! The fake has the endpoints that Quota uses, and returns complete objects of the API version that the `async-stripe`
+//! crates pin. It supports idempotency keys, signed webhooks with redelivery, renewals, failed payments and their
+//! retries, and usage that arrives late. Its clock can be moved forward. Requests can fail before or after their
+//! effect. The fake also serves its own Checkout page and customer portal.
 //!
 //! Every API request that is received over HTTP is validated against Stripe's own description of its parameters.
 //!

@@ -56,7 +56,8 @@ impl Failure {
         Self::new(400, "invalid_request_error", message)
     }
 
-    /// Returns the error for a missing parameter. The request is not processed.
+    /// Returns the error for a missing parameter. Stripe does not process such a request, so its idempotency key
+    /// remains unused.
     pub fn missing(param: &str) -> Self {
         let mut failure = Self::invalid(&format!("Missing required param: {param}."));
         failure.body["error"]["code"] = "parameter_missing".into();

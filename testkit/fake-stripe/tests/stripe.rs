@@ -387,8 +387,8 @@ async fn subscriptions_are_canceled() {
 }
 
 /// A request with a known idempotency key gets the first response again, even if the connection was lost, and even if
-/// the response is an error. A known key is rejected with other parameters and while its first request is in progress.
-/// Keys are forgotten after a day.
+/// the response is an error. A known key is rejected if the parameters differ, or while the first request with it is in
+/// progress. Keys are forgotten after a day.
 #[tokio::test]
 async fn idempotency_keys_follow_the_rules() {
     let shop = Shop::open().await;
@@ -521,7 +521,7 @@ async fn meters_count_each_identifier_once_and_charge_what_arrives_in_time() {
     let total: f64 = summaries.data.iter().map(|it| it.aggregated_value).sum();
     assert!((total - 5.0).abs() < 0.1, "{total}");
 
-    // Late usage counts until the invoice is final, an hour after the period.
+    // Late usage counts until the invoice is final, an hour after the period ends.
     let subscription = shop.fake.get("subscription", &id);
     let end = subscription["items"]["data"][0]["current_period_end"].as_i64();
     let rest = end.expect("a time") - shop.fake.now();
@@ -647,7 +647,7 @@ fn is_signed(hook: &Hook, secret: &str) -> bool {
     header.split(',').any(|part| part == expected)
 }
 
-/// Covers deliveries of every kind.
+/// Covers every option of a delivery.
 #[tokio::test]
 async fn webhooks_are_signed_and_delivered_in_every_way() {
     let shop = Shop::open().await;

@@ -38,7 +38,7 @@ pub enum Program {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parsing {
     Strict,
-    /// As much as possible is forwarded, and bodies are forwarded as they arrive.
+    /// Malformed requests are forwarded where possible, and bodies are forwarded as they arrive.
     Lenient,
 }
 
@@ -206,10 +206,11 @@ const READY_ROUTER: &str = "  routers:
 ";
 /// A file with the trusted certificate.
 const ROOT: &str = "root.crt";
-/// A file with the address of Traefik's second entry point.
+/// A file with the address of Traefik's second entry point, to which the first one forwards allowed requests.
 const INNER: &str = "inner";
 
-/// Returns a command that runs a server, which Debian installs only in root's path.
+/// Returns a command that runs a server such as nginx, which Debian installs in a directory that is only in root's
+/// path.
 #[must_use]
 pub fn system(name: &str) -> Command {
     let system = Path::new("/usr/sbin").join(name);

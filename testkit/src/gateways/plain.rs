@@ -73,7 +73,8 @@ impl Program {
         let is_lenient = parsing == Parsing::Lenient;
         let options = |options| if is_lenient { options } else { "" };
         match self {
-            // Caddy has no lenient mode, and reuses the most recently used connection.
+            // Caddy has no lenient mode. By default, it reuses the most recently used connection, so consumers share
+            // connections.
             Self::Caddy => {
                 let site = format!("http://:{port} {{\n\treverse_proxy {api}\n}}\n");
                 write(dir, "Caddyfile", caddyfile(&site))

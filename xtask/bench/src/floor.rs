@@ -1,4 +1,4 @@
-//! The baseline: servers that return the same JSON without doing anything.
+//! The baseline: servers that return the same JSON for every request, without checking anything.
 
 use std::{convert::Infallible, io::Write as _, net::Ipv4Addr};
 

@@ -55,7 +55,8 @@ pub(crate) struct Options {
     only: Option<String>,
 }
 
-/// A gateway, measured in three ways.
+/// A gateway and its measurements: as a plain proxy, with checks that are all allowed, and with checks that are all
+/// denied.
 struct Case {
     name: &'static str,
     plain: Gateway,
@@ -85,7 +86,7 @@ struct Bench {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let cores = Cores::pick();
-    // The core of the servers that are not measured.
+    // The API and Quota share the load's core.
     let beside = cores.map(|it| Cores {
         servers: it.load,
         load: it.load,
@@ -178,7 +179,7 @@ impl Case {
 }
 
 impl Bench {
-    /// Measures a gateway in each of the three ways.
+    /// Measures a gateway as a plain proxy, and then with allowed and denied requests.
     fn round(&self, case: &mut Case, time: Duration) -> Result<()> {
         let measure = |gateway, key, status| {
             self.measure(gateway, key, status, time)

@@ -1,4 +1,5 @@
-//! Response times at a constant rate: 70% of the rate at which the plain poem server is saturated, for every server.
+//! Response times of all servers at the same constant rate: 70% of the rate at which the plain poem server is
+//! saturated.
 //!
 //! Each request has a time at which it is due. Response times count from that time, so they include the delay of
 //! requests that had to wait for a connection because earlier responses were late.

@@ -1,14 +1,14 @@
-//! Benchmarks that use the server from outside: the cost of a request, the memory of a key, comparisons with other rate
-//! limiters, and the behavior of gateways, of several replicas, and of deployments with outages, crashes, restarts and
-//! slow clients.
+//! Benchmarks that use the server from outside. They measure the cost of a request and the memory of a key, compare
+//! Quota with other rate limiters, and test gateways, several replicas, and deployments with outages, crashes, restarts
+//! and slow clients.
 //!
 //! To measure the cost of a request, Quota is compared with a plain poem handler and a plain hyper handler in the same
-//! run.
+//! run. Each of these servers is a separate process with the same tokio runtime, pinned to one core. The benchmark's
+//! own process generates the load, pinned to another core. There are many short rounds in which the servers take turns,
+//! so that other load on the machine affects all of them equally. Compare ratios: absolute figures depend on the
+//! machine.
 //!
-//! Every server is a separate process with the same tokio runtime, pinned to one core. This process generates the load,
-//! pinned to another core. There are many short rounds in which the servers take turns, so that other load on the
-//! machine affects all of them equally. Compare ratios: absolute figures depend on the machine. The behavior of several
-//! replicas is measured in [`replicas`].
+//! The behavior of several replicas is measured in [`replicas`].
 
 mod comparison;
 mod crash;

@@ -1,5 +1,5 @@
-//! The memory of a cached key: the growth of the server's resident memory while every key is used once. The files of
-//! usage records, which the server maps, do not count.
+//! The memory of a cached key: the growth of the server's resident memory while every key is used once. Memory-mapped
+//! usage files are not counted.
 //!
 //! Four servers run one after another: with and without Redis, and, in each case, with and without quotas. The keys are
 //! inserted into the database directly, because creating them over HTTP would take longer.

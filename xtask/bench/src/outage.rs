@@ -215,8 +215,8 @@ async fn outage(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Waits until the usage log has `wanted` rows. Returns the number of rows, and the number of different requests in
-/// them.
+/// Waits until the usage log has at least `wanted` rows, or until [`PATIENCE`] has passed. Returns the number of rows,
+/// and the number of different requests in them.
 async fn rows(postgres: &Postgres, wanted: u64) -> Result<(u64, u64)> {
     let client = postgres.connect().await?;
     let deadline = Instant::now() + PATIENCE;

@@ -143,7 +143,8 @@ impl Postgres {
         Ok(())
     }
 
-    /// Returns a command for one of PostgreSQL's programs, which refuse to run as root.
+    /// Returns a command for one of PostgreSQL's programs. If this process runs as root, the command switches to
+    /// another user, because these programs refuse to run as root.
     fn program(&self, name: &str) -> Result<Command> {
         let program = self.programs.join(name);
         if !Uid::effective().is_root() {

@@ -68,7 +68,7 @@ pub(crate) struct Server {
     pub(crate) addr: SocketAddr,
     /// The address of the gRPC listener, if the settings turn it on.
     pub(crate) grpc_addr: Option<SocketAddr>,
-    /// The log of `quota`.
+    /// The log file of the `quota` process. `None` for a bare server.
     log: Option<File>,
     /// The server's data directory, which is removed at the end.
     _data: Option<TempDir>,

@@ -49,7 +49,7 @@ impl Replica {
         }
     }
 
-    /// Creates demo data at startup.
+    /// Makes the server create demo data at startup.
     pub(crate) fn with_demo(mut self) -> Self {
         self.with_demo = true;
         self

@@ -104,7 +104,7 @@ fn copyright(source: &Path, read: impl Fn(&Path) -> Result<Vec<u8>>) -> Result<V
     Ok(text)
 }
 
-/// Returns the machine's architecture, as Debian and RPM call it.
+/// Returns the names that Debian and RPM use for the machine's architecture.
 fn architecture() -> Result<(&'static str, &'static str)> {
     Ok(match env::consts::ARCH {
         "x86_64" => ("amd64", "x86_64"),

@@ -1,11 +1,11 @@
 //! Packages the compiled console into the files that the server or the desktop app embeds.
 //!
 //! Called by `cargo xtask console` with the compiled wasm, the folder of the console's sources and the output folder.
-//! Every file except `index.html` has a hash of its content in its name, so that browsers can cache these files for a
-//! year. For the server, every file also has two compressed copies: brotli for browsers, and gzip for clients that do
-//! not accept brotli, such as browsers over plain HTTP. The desktop app compresses files itself and looks them up by
-//! their full path. Therefore, the files for the desktop app are in `console/`, next to `index.html`. The app serves
-//! `index.html` for every path that is not a file.
+//! Every path except `index.html` contains a hash, so that browsers can cache these files for a year. For the server,
+//! every file also has two compressed copies: brotli for browsers, and gzip for clients that do not accept brotli, such
+//! as browsers over plain HTTP. The desktop app compresses files itself and looks them up by their full path.
+//! Therefore, the files for the desktop app are in `console/`, next to `index.html`. The app serves `index.html` for
+//! every path that is not a file.
 
 mod split;
 

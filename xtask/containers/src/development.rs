@@ -102,7 +102,7 @@ pub async fn test(engine: &Engine, binary: Option<&Path>) -> Result<()> {
         }
     });
     let mut printed = Vec::new();
-    // The last line of the output is a command.
+    // The output contains the console's address and a `curl` command.
     let (console, command) = loop {
         let left = STARTED_WITHIN.saturating_sub(began.elapsed());
         let line = received.recv_timeout(left).with_context(|| {

@@ -19,7 +19,7 @@ use crate::{
     production::{Production, since},
 };
 
-/// How long both versions serve requests.
+/// How long the decisions of both images are counted during an upgrade.
 const SKEW: Duration = Duration::from_secs(20);
 const PAUSE: Duration = Duration::from_secs(2);
 

@@ -75,7 +75,8 @@ impl Engine {
         status.is_ok_and(|status| status.success())
     }
 
-    /// Returns a command in whose environment the client is in `PATH` and uses this engine.
+    /// Returns a command that runs a program. The command's environment makes the client use this engine, and has the
+    /// client's directory in `PATH`.
     fn with_host(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.env("DOCKER_BUILDKIT", "1").stdin(Stdio::null());

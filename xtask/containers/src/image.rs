@@ -59,7 +59,8 @@ impl Image<'_> {
     }
 }
 
-/// Copies a binary to the path at which the Dockerfile expects a binary that was built outside the image.
+/// Copies a binary, without its symbols, to the path at which the Dockerfile expects a binary that was built outside
+/// the image.
 pub fn put_binary(binary: &Path, source: &Path) -> Result<()> {
     let folder = source.join("deploy/bin");
     fs::create_dir_all(&folder)?;
@@ -95,7 +96,7 @@ pub fn check(engine: &Engine, image: &Image<'_>) -> Result<()> {
         .stderr(Stdio::null())
         .status()?;
     ensure!(!shell.success(), "{tag} has a shell");
-    // The program also runs without a network and on a read-only file system.
+    // Check that the program runs without a network and on a read-only file system.
     let run = ["run", "--rm", "--network", "none", "--read-only"];
     let limits = ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"];
     let mut program = engine.docker(&run);
@@ -112,8 +113,8 @@ pub struct Upgrade {
     pub is_skewed: bool,
 }
 
-/// Builds the second image that an upgrade requires: an image of the earlier commit `from` to upgrade from or, if
-/// `from` is `None`, an image of this version with a different label to upgrade to.
+/// Builds the second image that an upgrade requires. If `from` is a commit, this is an image of that earlier commit, to
+/// upgrade from. Otherwise, it is an image of this version with a different label, to upgrade to.
 pub fn upgrade(
     engine: &Engine,
     folder: &Path,

@@ -1,8 +1,9 @@
 //! The images that the Compose files and the Dockerfile use.
 //!
 //! The images are pulled if a registry can be reached. Otherwise, stand-ins with the same names are built from Debian
-//! packages. The stand-ins behave as the Compose files expect, but are not the real images and trust this machine's
-//! certificate authorities, so they must not be distributed.
+//! packages, a Caddy from PyPI, and this machine's Rust toolchain. The stand-ins behave as the Compose files expect,
+//! but are not the real images. They must not be distributed, because they trust this machine's certificate
+//! authorities.
 
 use std::{
     fs,
@@ -148,7 +149,7 @@ fn debian(engine: &Engine, folder: &Path, suite: &str) -> Result<()> {
     Ok(())
 }
 
-/// Returns the settings that this machine needs to reach its package sources, such as a proxy.
+/// Returns the files with the settings that this machine needs to reach its package sources, such as a proxy.
 fn apt_settings() -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in fs::read_dir("/etc/apt/apt.conf.d")? {
@@ -214,7 +215,7 @@ fn rust(engine: &Engine, folder: &Path) -> Result<()> {
     for proxy in ["cargo", "rustc", "rustdoc"] {
         std::os::unix::fs::symlink("rustup", binaries.join(proxy))?;
     }
-    // The registry from which this machine downloads crates, if one is configured.
+    // Copy the configuration of cargo, which may contain the registry from which this machine downloads crates.
     let home = std::env::var_os("CARGO_HOME").map_or_else(
         || Path::new(&std::env::var_os("HOME").unwrap_or_default()).join(".cargo"),
         PathBuf::from,

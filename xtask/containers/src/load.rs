@@ -133,7 +133,7 @@ pub struct Results {
 }
 
 impl Results {
-    /// Returns the number of allowed requests with the ample key for which `counts` returns `true`.
+    /// Returns the number of allowed requests that used the ample key and for which `counts` returns `true`.
     pub fn allowed_with_ample(&self, counts: impl Fn(&Attempt) -> bool) -> usize {
         let ample = self.attempts.iter().filter(|it| !is_limited(it.number));
         let allowed = ample.filter(|it| it.outcome == Outcome::Allowed);

@@ -45,7 +45,7 @@ struct Arguments {
     #[arg(long)]
     redis_timeout: Option<String>,
     /// Where images and stand-ins are kept between runs, if no container engine is already running. The path must be
-    /// short
+    /// short, because the engine's socket is in this folder
     #[arg(long, default_value = "/var/tmp/quota-containers")]
     folder: PathBuf,
 }

@@ -2,10 +2,10 @@
 //! of its own.
 //!
 //! Runs the runbook's commands unchanged, except that the domain and the key are filled in, and the image is loaded
-//! instead of built. Between the steps, the script does what a container requires and a machine does not: it makes
-//! control groups writable, starts the engine in place of a service manager, uses this checkout instead of the
-//! published repository, uses images of this engine instead of a registry, and trusts Caddy's own certificate
-//! authority. `curl` creates the plan and the key, in place of a person at the console.
+//! instead of built. Between the steps, additional commands do what a container requires and a machine does not. They
+//! make control groups writable, start the engine in place of a service manager, and trust Caddy's own certificate
+//! authority. They use this checkout instead of the published repository, and images of the outer engine instead of a
+//! registry. `curl` creates the plan and the key, in place of a person at the console.
 
 use std::{fs, process::Stdio, time::Instant};
 

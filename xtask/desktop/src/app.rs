@@ -65,7 +65,7 @@ impl App {
         })
     }
 
-    /// Closes the window and waits until the app has exited, because another instance would only notify the running
+    /// Closes the window and waits until the app has exited. Until then, starting the app again would only notify this
     /// instance.
     pub async fn close(self) -> Result<()> {
         self.page.clone().close().await?;

@@ -105,7 +105,7 @@ async fn main_journey(
     page.element(".status[data-status='429']").await?;
     page.element(".countdown").await?;
     page.screenshot("key-secret").await?;
-    // Copying counts as saving.
+    // Copying the key counts as saving it, so the app does not ask for confirmation.
     page.press("Done").await?;
 
     page.follow("Mobile app").await?;
@@ -188,7 +188,7 @@ async fn search_for_tokens(page: &App, world: &World, server: &str) -> Result<()
         found["found"] == json!(["window.planted.deep.0"]),
         "the search missed what the page can reach: {found}"
     );
-    // The JavaScript engine remembers the last string that a regular expression matched.
+    // Match another string, because the JavaScript engine remembers the last string that a regular expression matched.
     page.run("delete window.planted; /x/.test('x')").await?;
 
     let (found, count) = scan::files(world.folder.path())?;

@@ -121,7 +121,8 @@ pub fn memory(pid: i32) -> Result<bool> {
     Ok(false)
 }
 
-/// Returns the pages of the memory range that a line describes, or an empty range if this memory is not writable.
+/// Returns the pages of the memory range that a line of `smaps` describes, or an empty range if this memory is not
+/// writable. Returns `None` if the line describes no range.
 fn writable(line: &str) -> Option<Range<u64>> {
     let mut words = line.split_whitespace();
     let (from, to) = words.next()?.split_once('-')?;

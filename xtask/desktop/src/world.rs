@@ -214,7 +214,7 @@ fn start_with_address(command: &mut Command) -> Result<(Running, String)> {
     Ok((running, line.trim().to_owned()))
 }
 
-/// Polls until there is a value.
+/// Polls until there is a value. Fails if there is none before the timeout.
 pub async fn until<T>(
     what: &str,
     timeout: Duration,

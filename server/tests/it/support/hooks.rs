@@ -1,4 +1,4 @@
-//! An endpoint that receives webhooks.
+//! A local server that receives webhooks.
 
 use std::{
     collections::HashMap,
@@ -18,7 +18,7 @@ use tokio::{
 
 use super::app::{Account, Setup, TestApp};
 
-/// How long a test waits for an event that takes a few seconds on an idle machine.
+/// How long a test waits for webhooks or their results, which take a few seconds at most on an idle machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A request that was received.
@@ -38,7 +38,8 @@ impl Received {
         serde_json::from_str(&self.body).expect("the body is JSON")
     }
 
-    /// Returns whether the signature is valid, according to the reference implementation of Standard Webhooks.
+    /// Returns whether the request was signed with this secret, according to the reference implementation of Standard
+    /// Webhooks.
     pub(crate) fn is_signed_with(&self, secret: &str) -> bool {
         let mut headers = HeaderMap::new();
         for (name, value) in &self.headers {
@@ -52,7 +53,7 @@ impl Received {
     }
 }
 
-/// The response to the requests for a path: its status, its headers, and the delay before it.
+/// The response to requests for a path: its status, its headers, and the delay before it is sent.
 #[derive(Debug, Clone)]
 pub(crate) struct Response {
     pub(crate) status: u16,
@@ -70,7 +71,7 @@ impl Response {
     }
 }
 
-/// A server that records the requests it receives. Requests for paths without a response get 204.
+/// A server that records the requests it receives. If no response is set for a path, the server responds with 204.
 #[derive(Clone)]
 pub(crate) struct Hooks {
     pub(crate) addr: SocketAddr,
@@ -114,7 +115,7 @@ impl Hooks {
         self.responses.lock().insert(path.to_owned(), response);
     }
 
-    /// Returns the requests received at a path, in order.
+    /// Returns the requests received at a path, in order of arrival.
     pub(crate) fn received(&self, path: &str) -> Vec<Received> {
         let received = self.received.lock();
         received

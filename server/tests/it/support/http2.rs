@@ -1,4 +1,5 @@
-//! HTTP/2 frames for tests, written by hand, since a client that follows the protocol could not misbehave.
+//! HTTP/2 frames for tests with misbehaving clients. The frames are written by hand, because an HTTP/2 library follows
+//! the protocol.
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub(crate) const DATA: u8 = 0;
@@ -20,7 +21,7 @@ pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8>
     frame
 }
 
-/// Returns the first frames that a client sends, with the given window size for each response.
+/// Returns a client's first frames. `window` is the flow-control window for each response.
 pub(crate) fn hello(window: u32) -> Vec<u8> {
     let settings = [&[0, 4], &window.to_be_bytes()[..]].concat();
     [PREFACE, &frame(SETTINGS, 0, 0, &settings)].concat()

@@ -30,7 +30,8 @@ macro_rules! test_with_program {
     };
 }
 
-/// Defines each test with and without direct responses. A test is a function that takes the setting's value.
+/// Defines each test twice: with direct responses turned on, and with them turned off. A test is a function that takes
+/// the value of the setting, `"on"` or `"off"`.
 macro_rules! test_with_and_without_direct_responses {
     ($($test:ident),+ $(,)?) => {
         mod with_direct_responses {

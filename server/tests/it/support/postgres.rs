@@ -1,9 +1,8 @@
 //! A migrated database for each test, copied from a template.
 //!
 //! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
-//! variable, each test process runs its own cluster, in the first free slot of a directory in `/tmp`. The directory is
-//! kept between runs. Therefore, `cargo test` and `cargo nextest run` also work without the variable, but nextest is
-//! slower without it.
+//! variable, each test process starts its own cluster, whose data is in the first free slot of a directory in `/tmp`.
+//! The directory is kept between runs. This is slow with nextest, which runs each test in its own process.
 
 use std::{
     fs, io,
@@ -149,7 +148,7 @@ where
     .await;
 }
 
-/// Runs SQL that needs exclusive access to a database, and retries while other sessions are closing.
+/// Runs SQL that needs exclusive access to a database. Retries for a few seconds while other sessions are closing.
 async fn run(admin: &Client, sql: &str) {
     for _ in 0..200 {
         match admin.batch_execute(sql).await {
@@ -171,7 +170,7 @@ async fn connect(url: &str) -> Client {
     client
 }
 
-/// Returns the cluster's URL with another database.
+/// Returns the URL of a database on the cluster.
 fn url_of(database: &str) -> String {
     let (cluster, _) = admin_url()
         .rsplit_once('/')
@@ -193,7 +192,7 @@ fn admin_url() -> &'static str {
 }
 
 /// Starts a cluster that stops when this process exits, and returns the URL of the cluster's maintenance database. The
-/// cluster needs a runtime that outlives the runtimes of the tests.
+/// cluster runs on its own thread, because its runtime must outlive the runtimes of the tests.
 fn start_own() -> String {
     let (url, started) = std::sync::mpsc::channel();
     thread::spawn(move || {
@@ -251,7 +250,8 @@ fn slots() -> PathBuf {
     path
 }
 
-/// Drops databases that an earlier process in the same slot left behind, and templates with other migrations.
+/// Drops databases that an earlier process in the same slot left behind, and templates of other versions of the
+/// migrations.
 async fn drop_leftovers(admin_url: &str) {
     let admin = connect(admin_url).await;
     let template = format!("quota_template_{:016x}", migrations_hash());
@@ -269,7 +269,8 @@ async fn drop_leftovers(admin_url: &str) {
     }
 }
 
-/// Returns the directory of the migrations. The benchmarks also use this file, in a crate in another directory.
+/// Returns the directory of the migrations. Searches all parent directories, because the benchmarks include this file
+/// in a crate at another depth.
 fn migrations() -> PathBuf {
     let mut folders = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors();
     let found = folders.find_map(|it| Some(it.join("migrations")).filter(|it| it.is_dir()));
@@ -277,7 +278,8 @@ fn migrations() -> PathBuf {
 }
 
 /// Returns a hash (FNV-1a) that changes with any migration, so that no test uses an outdated template. The hash covers
-/// the versions of the migrations in this binary, and the content of the files, which may be newer.
+/// the versions of the migrations that are compiled into this binary, and the content of the migration files, which may
+/// be newer.
 fn migrations_hash() -> u64 {
     let dir = migrations();
     let mut files: Vec<PathBuf> = fs::read_dir(&dir)

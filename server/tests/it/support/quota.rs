@@ -58,8 +58,8 @@ impl Quota {
         quota
     }
 
-    /// Like [`start_with`](Self::start_with), but stops reading the output once the server is ready, and also returns
-    /// the rest of the output.
+    /// Like [`start_with`](Self::start_with), but stops reading the output once the server is ready, and also returns a
+    /// reader for the rest of the output.
     pub(crate) fn start_unread(
         data_dir: &Path,
         settings: &[(&str, &str)],

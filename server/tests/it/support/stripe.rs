@@ -48,7 +48,7 @@ impl TestStripe {
             "prices",
             &format!("{usage}&recurring[meter]={meter}&product={product}&lookup_key=quota_usage"),
         );
-        // The URL of the webhook endpoint is changed once a server runs.
+        // `send_to` changes the URL once a server runs.
         let (endpoint, secret) = fake.add_endpoint("http://127.0.0.1:9/");
         Self {
             fake,
@@ -77,7 +77,7 @@ impl TestStripe {
         self.fake.move_endpoint(&self.endpoint, &url);
     }
 
-    /// Sends an event that the fake Stripe does not have, with a valid signature.
+    /// Sends an event that the fake Stripe has not created, with a valid signature.
     pub(crate) async fn send_event(&self, app: &TestApp, event: &Value) {
         let body = event.to_string();
         let header = sign(usage::now().timestamp(), &body, &[&self.secret]);
@@ -118,7 +118,7 @@ impl TestStripe {
         paid["subscription"].as_str().expect("an ID").to_owned()
     }
 
-    /// Returns the tenant's customer.
+    /// Returns the ID of the tenant's customer.
     pub(crate) fn customer_of(&self, account: &Account) -> String {
         let customers = self.fake.all("customer");
         let own = |it: &&Value| it["metadata"]["quota_tenant"] == account.tenant_id.as_str();

@@ -1,5 +1,5 @@
-//! Measures the speed of appending and reading usage, with 10 million rows. `cargo xtask bench usage` runs this
-//! measurement, which does not assert times, because they depend on the machine.
+//! Measures the speed of appending and reading usage, with 10 million rows by default. Run it with `cargo xtask bench
+//! usage`. It asserts no times, because they depend on the machine.
 
 use std::time::{Duration, Instant};
 

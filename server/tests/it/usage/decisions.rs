@@ -389,7 +389,7 @@ async fn a_quiet_stream_stays_open_beyond_every_deadline_of_a_connection() {
         .await;
     let account = app.register().await;
     let mut events = Events::open(&app, &account.access_token, "", None).await;
-    // HTTP/2 has separate deadlines.
+    // Test HTTP/2 as well, because it has separate deadlines.
     let client = reqwest::Client::builder()
         .http2_prior_knowledge()
         .build()

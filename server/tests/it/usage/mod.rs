@@ -31,7 +31,7 @@ pub(crate) fn now() -> DateTime<Utc> {
     Utc::now()
 }
 
-/// Appends the records in one transaction, as one batch of a shipper.
+/// Appends the records in one transaction, as a shipper appends a batch.
 pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
     let batch = records.iter().collect::<UsageBatch>();
     for attempt in 0.. {
@@ -43,7 +43,7 @@ pub(crate) async fn append(app: &TestApp, records: &[UsageRecord]) -> Appended {
         };
         match appended.await {
             Ok(appended) => return appended,
-            // The partition may have just been created, or the machine may be busy.
+            // Try again: a partition may have just been created, or the machine may be busy.
             Err(DbError::Unavailable(_)) if attempt < 10 => {}
             Err(error) => panic!("{error:?}"),
         }
@@ -64,7 +64,7 @@ pub(crate) async fn create_partitions(app: &TestApp, days: impl Iterator<Item = 
     }
 }
 
-/// Returns an allowed request with a cost of 1.
+/// Returns the record of an allowed request with a cost of 1.
 pub(crate) fn record(account: &Account, key: &str, plan: &str, at: DateTime<Utc>) -> UsageRecord {
     let event_id = Uuid::now_v7();
     UsageRecord {
@@ -83,7 +83,7 @@ pub(crate) fn record(account: &Account, key: &str, plan: &str, at: DateTime<Utc>
     }
 }
 
-/// Returns the given request, but denied by `policy`.
+/// Changes a record to that of a request that `policy` denied.
 pub(crate) fn rejected(record: UsageRecord, policy: &'static str) -> UsageRecord {
     UsageRecord {
         was_rejected: true,

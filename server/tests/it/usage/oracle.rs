@@ -1,4 +1,5 @@
-//! Compares usage with a recount of the raw records by local date and hour, instead of by the start of buckets.
+//! Compares the usage that the API returns with a recount of the raw records. The recount groups records by local date
+//! and hour, instead of by the start of their bucket.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -31,7 +32,8 @@ fn add(to: &mut Counts, record: &UsageRecord) {
     to[first + 2] += cost;
 }
 
-/// Returns the local time, truncated to the hour or day. An hour that occurs twice has two offsets.
+/// Returns the local time, truncated to the hour or day. The label of an hour includes the offset from UTC, which
+/// differs if the hour occurs twice.
 fn label(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> String {
     let at = Timestamp::from_microsecond(at.timestamp_micros()).expect("a time");
     let (local, offset) = (zone.to_datetime(at), zone.to_offset(at));
@@ -113,7 +115,7 @@ async fn world(days: &[&str]) -> World {
     }
 }
 
-/// Returns the group to which a record belongs.
+/// Returns the group to which a record belongs. An allowed request belongs to no policy.
 fn group(record: &UsageRecord, by: &str) -> Option<String> {
     match by {
         "key" => Some(record.key_id.to_string()),
@@ -125,7 +127,7 @@ fn group(record: &UsageRecord, by: &str) -> Option<String> {
     }
 }
 
-/// Returns the group to which a bucket or group of a response belongs; `None` for `other`.
+/// Returns the group of a bucket or group in a response, or `None` for `other`.
 fn group_of(value: &Value, by: &str) -> Option<String> {
     let field = match by {
         "key" => "key_id",
@@ -274,7 +276,7 @@ impl World {
         let other = groups.iter().find(|it| it["other"] == true);
         assert_eq!(other.map(counts).unwrap_or_default(), rest, "{query}");
 
-        // Combine the groups that are not listed.
+        // Combine the groups that the response does not list separately.
         let mut merged: HashMap<(Option<String>, String), Counts> = HashMap::new();
         for ((group, day), counts) in by_day {
             let group = group.filter(|it| listed.contains(it));

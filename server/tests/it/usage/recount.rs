@@ -50,7 +50,7 @@ impl Counts {
     }
 }
 
-/// One request with a response.
+/// A request that received a response.
 struct Answered {
     key: usize,
     endpoint: usize,
@@ -64,7 +64,8 @@ impl Answered {
         self.code == "allowed"
     }
 
-    /// Returns the policy under which the request is counted. Each plan has at most one policy that can deny a request.
+    /// Returns the policy that denied the request, or `allowed`. Each plan has at most one policy that can deny a
+    /// request.
     fn policy(&self) -> &str {
         match self.code.as_str() {
             "quota_exceeded" => ["rpm", "daily", "none"][self.key % 3],

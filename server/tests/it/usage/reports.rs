@@ -112,7 +112,7 @@ async fn defaults_are_the_last_24_hours_in_the_tenants_zone() {
     );
     let buckets = usage["buckets"].as_array().expect("buckets");
     assert!((24..=26).contains(&buckets.len()), "{}", buckets.len());
-    // All buckets except the first start at a full hour in India.
+    // India's time is 5.5 hours ahead of UTC. All buckets except the first start at a full hour in India.
     for it in &buckets[1..] {
         assert!(
             it["start"]
@@ -185,7 +185,7 @@ async fn csv_runs_no_formula() {
     assert_eq!(seen, expected);
     assert!(rows.iter().all(|row| &row[allowed] == "1"));
 
-    // The tenant chooses the names of keys, which can be formulas as well.
+    // Tenants choose the names of keys, so a name can be a spreadsheet formula.
     let patch = json!({"name": "=1+1"});
     let path = format!("/admin/api-keys/{}", it.key.id);
     assert_eq!(

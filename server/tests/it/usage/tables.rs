@@ -184,8 +184,8 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
         0
     );
     assert_eq!(list(&key).await["total"]["allowed"], 500);
-    // The tenant's list is longer. One consumer cannot fill the tenant's list, because an endpoint is added to the
-    // tenant's list only if the list of the consumer's key contains the endpoint.
+    // The tenant's list can contain more endpoints than the list of a key. An endpoint is added to the tenant's list
+    // only if the key's list contains the endpoint, so one consumer cannot fill the tenant's list.
     assert_eq!(list("endpoint=GET%20/255").await["total"]["allowed"], 1);
     assert_eq!(list("endpoint=GET%20/256").await["total"]["allowed"], 0);
     let other = UsageRecord {
@@ -207,7 +207,7 @@ async fn endpoints_above_the_limit_count_together_and_keep_their_names_in_the_lo
     let lists = "SELECT count(*) FROM usage_endpoints WHERE key_id = '00000000-0000-0000-0000-000000000000'";
     assert_eq!(number(&client, lists).await, 257);
 
-    // The use of an endpoint is recorded once a day.
+    // An endpoint's last use is recorded at most once a day.
     let age = "UPDATE usage_endpoints SET seen_on = CURRENT_DATE - 9 WHERE endpoint IN ('GET /000', 'GET /001')";
     client.batch_execute(age).await.expect("older endpoints");
     append(&app, &first[1..]).await;
@@ -362,7 +362,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
     }
     assert_eq!(number(&client, in_default).await, 0);
     assert_eq!(number(&client, "SELECT count(*) FROM usage_log").await, 100);
-    // Further rows of the same minute go into the partition.
+    // More records of about the same time go into yesterday's partitions.
     append(&app, &batch(&account, 100)).await;
     assert_eq!(number(&client, in_default).await, 0);
     let usage = app
@@ -372,7 +372,7 @@ async fn partitions_are_created_ahead_and_rows_that_came_first_move_there() {
     replica.stop().await;
 }
 
-/// Waits for a condition. Returns whether the condition holds in the end.
+/// Waits until a condition holds, but gives up after about 20 seconds. Returns whether the condition holds in the end.
 async fn holds(mut check: impl AsyncFnMut() -> bool) -> bool {
     for _ in 0..400 {
         if check().await {
@@ -506,8 +506,8 @@ async fn days_beyond_the_retention_are_dropped_and_no_others() {
         5,
         "cursors are kept as long as they are needed"
     );
-    // If the retention period of the log is extended later, a copy of a segment whose cursor is deleted is still
-    // rejected.
+    // After the retention period of the log has been extended, a copy of a segment whose cursor has been deleted is
+    // still rejected.
     let days = |days: u64| std::time::Duration::from_secs(days * 24 * 60 * 60);
     let cursor_of = async |age, retention| {
         let mut tx = app.state.db.system().await.expect("PostgreSQL responds");

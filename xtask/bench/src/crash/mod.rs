@@ -1,8 +1,8 @@
 //! Kills servers, Redis, and PostgreSQL under load with `kill -9`. Then checks, by request ID, that no request that got
 //! a decision is missing from the usage log, and that no request is recorded twice.
 //!
-//! Three replicas share one data directory, so that each can adopt directories that another replica has left behind.
-//! Which process is killed, and when, is derived from a seed.
+//! Three replicas share one data directory, so that each can adopt usage directories that another replica has left
+//! behind. A seed determines which process is killed, and when.
 
 mod load;
 
@@ -196,7 +196,8 @@ async fn storm(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Waits until at least `wanted` requests are in flight. Returns the number of requests in flight.
+/// Waits until at least `wanted` requests are in flight. Fails after 20 seconds. Returns the number of requests in
+/// flight.
 async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
     let deadline = Instant::now() + Duration::from_secs(20);
     loop {
@@ -212,7 +213,7 @@ async fn wait_for_flight(loads: &[Arc<Load>], wanted: u64) -> Result<u64> {
     }
 }
 
-/// Returns whether the usage log lacks the last decision of any connection of a load.
+/// Returns whether the usage log lacks the last decision of at least one connection of a load.
 async fn is_before_commit(client: &Client, load: &Load) -> Result<bool> {
     let last = load.connections.iter().enumerate();
     let ids = last
@@ -239,7 +240,7 @@ async fn wait_until_shipped(client: &Client, loads: &[Arc<Load>], data: &Path) -
         for load in loads {
             missing += usize::from(is_before_commit(client, load).await?);
         }
-        // Each running replica keeps one directory.
+        // Each running replica keeps one usage directory.
         let directories = fs::read_dir(data.join("usage"))?.count();
         if missing == 0 && directories <= REPLICAS {
             return Ok(());

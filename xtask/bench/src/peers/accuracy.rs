@@ -1,5 +1,5 @@
-//! How well a limit holds with two instances on one Redis: under a saturating load, where a fixed window ends, while
-//! Redis responds late, and while Redis is killed and restarted.
+//! How well a limit holds with two instances of a server: under a saturating load and, if the instances share a Redis,
+//! where a fixed window ends, while Redis responds late, and while Redis is killed and restarted.
 
 use std::time::Duration;
 
@@ -149,7 +149,8 @@ pub(crate) fn run(options: &Options, runtime: &Runtime, cores: Option<Cores>) ->
             if !row.is_shared {
                 continue;
             }
-            // A replica of Quota that uses Redis again starts with empty buckets, so the outage is measured first.
+            // Measure the outage first. Late responses count as another outage for Quota, and after an outage, buckets
+            // start empty.
             eprintln!("Redis killed, then late: {}", pair.name);
             row.outage = Some(outage(pair).await?);
             sleep(NOTICED).await;

@@ -1,6 +1,6 @@
-//! The cost of a request: CPU time, throughput, latency, memory and calls to Redis. All servers take turns on one core,
-//! with the load on another core, first with 100 keys whose requests are all allowed, then with one key whose requests
-//! are almost all denied.
+//! The cost of a request: CPU time, throughput, latency, memory and calls to Redis. In each round, all servers take
+//! turns on one core, with the load on another core: first with 100 keys whose requests are all allowed, then with one
+//! key whose requests are almost all denied.
 
 use std::{
     net::SocketAddr,
@@ -37,7 +37,7 @@ const ECHO: &str = "/v1/echo";
 /// The limit of the key whose requests are denied, per minute.
 const DENIED_LIMIT: u32 = 1;
 
-/// The number of loads.
+/// The number of loads: allowed requests, and denied requests.
 const SITUATIONS: usize = 2;
 
 struct Contender {
@@ -287,11 +287,11 @@ impl Running {
         }
     }
 
-    /// Prepares the machine for the round of the next server.
+    /// Empties the server's log, and waits until Quota has written the usage of the last round.
     fn settle(&self) -> Result<()> {
         match self {
             Self::Ours(server) => {
-                // The bare server has no log.
+                // The bare server writes no log and has no usage.
                 if server.empty_log()? > 0 {
                     std::thread::sleep(SHIPPED);
                 }

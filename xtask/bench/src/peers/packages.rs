@@ -1,5 +1,5 @@
-//! The packages of the peers from npm and PyPI, in the versions of `xtask/bench/peers`. The packages are installed
-//! once, into the target directory.
+//! The packages of the peers from npm and PyPI, in the versions listed in `xtask/bench/peers`. The packages are
+//! installed once, into the target directory.
 
 use std::{
     fs,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::drive::Attempt;
 
-/// How a server counts. `limit` is the limit per minute.
+/// The rule by which a server limits requests.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Rule {
     /// A token bucket, which is full at the start.
@@ -14,7 +14,8 @@ pub(crate) enum Rule {
 }
 
 impl Rule {
-    /// Returns how many requests are allowed within `time` of the first request. `time` must be less than a minute.
+    /// Returns how many requests are allowed within `time` of the first request. `limit` is the limit per minute, and
+    /// `time` must be less than a minute.
     pub(crate) fn allows(self, limit: u32, time: Duration) -> u64 {
         match self {
             Self::Bucket { burst, slack } => {

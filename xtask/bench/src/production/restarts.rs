@@ -38,7 +38,7 @@ const BURST: u32 = 100;
 /// The default `QUOTA_LEASE_TTL`, plus one microsecond for each end of a window. A microsecond is the resolution of
 /// Redis's clock.
 const SLACK: Duration = Duration::from_nanos(100_002_000);
-/// At least this percentage of what one exact bucket would have allowed must be allowed.
+/// The smallest acceptable number of allowed requests, as a percentage of what one exact bucket would have allowed.
 const SERVED: u64 = 90;
 /// The pause between two restarts.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -175,7 +175,7 @@ const DIRECTIVES: &str = "info,quota_server::access=off,quota_server::denials=of
 
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     if !options.in_own_network {
-        // Downloads Caddy first, if necessary.
+        // If Caddy has to be downloaded, do so now: the other network namespace has no access to the Internet.
         caddy::recent(&options.tools)?;
         return network::run_again();
     }
@@ -305,7 +305,7 @@ async fn measure(
             dir.join(format!("slow-{}-{round}", attack.name())),
             Arc::clone(&stop),
         ));
-        // Wait until half of the slow connections are open.
+        // Wait until half of the slow connections should be open, but for at most 5 seconds.
         sleep(Duration::from_secs(
             u64::from(options.connections / options.rate / 2).min(5),
         ))
@@ -338,9 +338,9 @@ async fn attack_until(
     let mut most = 0;
     for run in 0.. {
         let prefix = prefix.with_extension(run.to_string());
-        // Each connection needs a file descriptor. The default limit is often 1024. slowhttptest keeps a processor
-        // busy. In a real attack, the clients use the processors of other machines, so slowhttptest must not delay the
-        // measured processes.
+        // Raise the limit on file descriptors, because each connection needs one, and the default is often 1024. Run
+        // slowhttptest at a low priority, because it keeps a processor busy. In a real attack, the clients use the
+        // processors of other machines.
         let mut command = Command::new("/bin/sh");
         command
             .args([

@@ -1,5 +1,5 @@
 //! Worst-case bursts for leases: one replica prefetches tokens and goes idle, and then all replicas receive requests at
-//! the same time. The idle time varies up to twice the lease TTL.
+//! the same time. The idle time varies from 0 to twice the lease TTL.
 
 use std::time::Duration;
 

@@ -90,7 +90,7 @@ struct Seen {
     change: Change,
     /// The time until the slowest replica applied the change.
     after: Duration,
-    /// Whether a replica returned to the old state.
+    /// Whether a replica returned to the old state afterward.
     fell_back: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Redis's own statistics: the number of calls.
+//! The number of calls, from Redis's own statistics.
 
 use anyhow::{Context as _, Result};
 use redis::aio::MultiplexedConnection;

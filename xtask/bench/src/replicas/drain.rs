@@ -62,7 +62,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         service: None,
         ready: 0,
     };
-    // The keys use the replicas in turn. The first request with a key takes several database transactions.
+    // The requests go to the replicas in turn. The rate is limited, because the first request with a key takes several
+    // database transactions.
     let load = Steady {
         key: 0,
         from: Duration::ZERO,

@@ -194,7 +194,7 @@ struct Line {
     jobs: RefCell<VecDeque<Arrival>>,
     bell: Notify,
     open: Cell<usize>,
-    /// Open connections that wait for a request.
+    /// The number of open connections that wait for a request.
     idle: Cell<usize>,
     /// Whether there are no more jobs.
     over: Cell<bool>,

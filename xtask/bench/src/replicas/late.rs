@@ -1,8 +1,8 @@
 //! Redis responds late to one replica only.
 //!
-//! The script has run and taken tokens, but its response arrives after the replica has stopped waiting, so the tokens
-//! are returned. By then, the bucket has refilled, and the other replicas have taken all of its tokens. Returned tokens
-//! must not be available twice.
+//! Redis has run the script that takes tokens, but the response arrives after the replica has stopped waiting, so the
+//! replica returns the tokens. By then, the bucket has refilled, and the other replicas have taken all of its tokens.
+//! Returned tokens must not be available twice.
 
 use std::time::Duration;
 

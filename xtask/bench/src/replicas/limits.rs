@@ -1,7 +1,7 @@
 //! Allowed requests with various numbers of replicas, loads, and plans: never above the envelope in any window, and
 //! only slightly below it.
 //!
-//! Each cell of the table uses three keys, in the same processes at the same time. At 0.9 times the limit, buckets
+//! Each measurement uses one key per plan, in the same processes at the same time. At 0.9 times the limit, buckets
 //! start full and everything is allowed. At 1 and 2 times the limit, a burst first empties the bucket, so that any
 //! excess over the envelope becomes visible.
 

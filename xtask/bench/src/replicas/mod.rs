@@ -59,7 +59,7 @@ pub(crate) struct Options {
     /// The lease TTL, in milliseconds
     #[arg(long, default_value_t = 100)]
     lease_ttl: u64,
-    /// The number of keys in use at the clean stop
+    /// The number of keys that are in use when the replicas stop, for the table `drain`
     #[arg(long, default_value_t = 100_000)]
     keys: usize,
     /// How many of these keys are first used per second

@@ -1,4 +1,4 @@
-//! Schedules, which determine when each key sends a request to which replica. Pure functions.
+//! Schedules, which determine when requests are sent, with which key, and to which replica. All functions are pure.
 
 use std::time::Duration;
 
@@ -136,10 +136,10 @@ pub(crate) fn drained_then(
         .collect()
 }
 
-/// Returns worst-case bursts for leases, and when they end. Each cycle sends a steady stream to one replica, which
-/// prefetches many tokens; pauses for `phase`, during which the tokens remain unspent; and then sends a burst to all
-/// other replicas and, at the same time, a smaller and slower burst to the first replica. The next cycle begins with
-/// the next replica.
+/// Returns worst-case bursts for leases, and when they end. Each cycle first sends a steady stream of requests to one
+/// replica, which prefetches many tokens. During the following pause of `phase`, these tokens remain unspent. Then the
+/// cycle sends a burst to all other replicas and, at the same time, a smaller and slower burst to the first replica.
+/// The next cycle begins with the next replica.
 pub(crate) fn on_off(
     key: usize,
     from: Duration,

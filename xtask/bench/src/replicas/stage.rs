@@ -21,8 +21,8 @@ use super::{
 /// Redis's clock has microsecond resolution, which may shift either end of a window.
 const GRAIN: Duration = Duration::from_micros(2);
 
-/// A new epoch starts a little in the future, and new replicas must have been counted for some seconds before they get
-/// a share during an outage.
+/// How long to wait after the first requests. A new epoch starts a little in the future, and a new replica must have
+/// been counted for some seconds before it gets a share during an outage.
 const ACQUAINTANCE: Duration = Duration::from_secs(5);
 
 /// Time for returning unspent tokens after leases have expired.
@@ -117,7 +117,7 @@ impl Stage {
         if self.redis.is_none() {
             return Ok(None);
         }
-        // Unspent tokens of the last leases are returned first.
+        // Wait until unspent tokens of the last leases have been returned.
         tokio::time::sleep(self.lease_ttl + RETURN).await;
         let mut granted = 0;
         for metrics in self.fleet.metrics() {
@@ -174,8 +174,8 @@ impl Stage {
         drive(&self.targets(keys), load, Instant::now()).await
     }
 
-    /// Waits until a new epoch has started, with every bucket empty; until buckets that take `time` to fill are full;
-    /// and until the replicas have counted each other.
+    /// Waits for a new epoch to start with empty buckets, for buckets that take `time` to fill, and for the replicas to
+    /// count each other.
     pub(crate) async fn settle(&self, time: Duration) -> Result<()> {
         let keys = self.keys_on(&[Plan::new("to begin with", 60, 1)]).await?;
         let load: Vec<_> = (0..self.fleet.len())

@@ -18,8 +18,8 @@ pub(super) struct Table {
 struct Slope {
     /// The last value divided by the first.
     ratio: f64,
-    /// The exponent `e` for which the value grows like the number of keys to the power of `e` between the last two
-    /// values: 0 for a constant value, 1 for a value that is proportional to the number of keys.
+    /// The exponent `e`: between the last two values, the value grows like the number of keys to the power of `e`. 0
+    /// means that the value is constant, and 1 that it is proportional to the number of keys.
     exponent: f64,
 }
 

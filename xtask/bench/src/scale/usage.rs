@@ -6,7 +6,7 @@ use tokio_postgres::Client;
 /// The number of days with usage, before today.
 const DAYS: u32 = 28;
 
-/// Replaces all usage with one request with each key, on one of 28 days, to one of 50 endpoints.
+/// Replaces all usage with one request per key, on one of 28 days, to one of 50 endpoints.
 pub(super) async fn fill(client: &Client) -> Result<()> {
     client
         .batch_execute(&format!(

@@ -1,4 +1,4 @@
-//! Checks that violations are found, and that there are no false alarms.
+//! Checks that the benchmark with several replicas detects exceeded limits, and raises no false alarms.
 
 use std::{
     path::PathBuf,
