@@ -211,8 +211,8 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
-/// Formats a value on one line, like JSON but without escaping strings. Does not use serde_json, whose tables for
-/// formatting floating-point numbers would make the download larger.
+/// Formats a value on one line, like JSON but without escaping control characters. Does not use serde_json, whose tables
+/// for formatting floating-point numbers would make the download larger.
 pub fn compact(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),
@@ -221,7 +221,7 @@ pub fn compact(value: &Value) -> String {
             || fraction(n.as_f64().unwrap_or_default()),
             |n| n.to_string(),
         ),
-        Value::String(text) => format!("\"{text}\""),
+        Value::String(text) => quoted(text),
         Value::Array(items) => {
             let items: Vec<_> = items.iter().map(compact).collect();
             format!("[{}]", items.join(","))
@@ -229,11 +229,15 @@ pub fn compact(value: &Value) -> String {
         Value::Object(fields) => {
             let fields = fields.iter();
             let fields: Vec<_> = fields
-                .map(|(name, value)| format!("\"{name}\":{}", compact(value)))
+                .map(|(name, value)| format!("{}:{}", quoted(name), compact(value)))
                 .collect();
             format!("{{{}}}", fields.join(","))
         }
     }
+}
+
+fn quoted(text: &str) -> String {
+    format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
 /// Formats a number with three decimal places.

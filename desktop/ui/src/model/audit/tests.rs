@@ -199,5 +199,7 @@ fn actions_have_labels() {
 fn nested_values_are_json() {
     let value = json!({"list": [1, -2, "x", null, true], "empty": {}});
     assert_eq!(compact(&value), value.to_string());
+    let escaped = json!({"a \"name\"": "C:\\temp"});
+    assert_eq!(compact(&escaped), escaped.to_string());
     assert_eq!(compact(&json!([2.5, -0.125])), "[2.500,-0.125]");
 }
