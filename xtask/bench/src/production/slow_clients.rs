@@ -1,10 +1,12 @@
 //! Runs thousands of slow clients with slowhttptest while other clients send requests: directly to a server, and
-//! through Caddy to replicas. The other clients must not wait much longer than without slow clients, and memory must
+//! through Caddy to replicas. As a control, the slow clients also connect to another server than the other clients. The other clients must not wait much longer than without slow clients, and memory must
 //! stay bounded.
+
+mod clients;
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::SocketAddr,
     path::{Path, PathBuf},
     process::{Command, ExitCode},
     sync::{
@@ -16,13 +18,11 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clap::{Args, ValueEnum};
-use parking_lot::Mutex;
 use quota_testkit::{Process, caddy, redis::free_port};
-use reqwest::{Certificate, Client};
-use tokio::{
-    task::JoinSet,
-    time::{Instant, MissedTickBehavior, interval, sleep},
-};
+use reqwest::Certificate;
+use tokio::time::sleep;
+
+use clients::{Clients, EVERY, NEW_ONE_IN, Times};
 
 use super::{
     Production, Shape,
@@ -39,12 +39,6 @@ use crate::{
     },
 };
 
-/// The address of the other clients. slowhttptest uses 127.0.0.1.
-const ELSEWHERE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 77));
-/// The time between two requests of the other clients.
-const EVERY: Duration = Duration::from_millis(5);
-/// One in this many requests opens a new connection.
-const NEW_ONE_IN: u64 = 10;
 const MOST: u32 = 60_000_000;
 /// The maximum ratio of the 99th percentiles of response times with and without slow clients.
 const MOST_RATIO: f64 = 2.0;
@@ -145,17 +139,9 @@ struct Target {
     key: String,
     /// The processes whose memory must not grow much.
     processes: Processes,
-    /// The slow clients connect to another server. Ratios above 1 show how much response times increase only because
-    /// the attack and that server use the same processors.
+    /// Whether this is a control: the slow clients connect to another server, so ratios above 1 show only that the attack
+    /// and that server use the same processors.
     is_control: bool,
-}
-
-/// Response times.
-#[derive(Default)]
-struct Times {
-    kept: Vec<Duration>,
-    new: Vec<Duration>,
-    failed: u64,
 }
 
 /// The result of one attack on one target.
@@ -291,7 +277,7 @@ async fn measure(
         replica_growth: 0,
         caddy_growth: 0,
     };
-    let clients = Clients::new(target)?;
+    let clients = Clients::new(&target.base, target.certificate.as_ref(), &target.key)?;
     // Open the persistent connections.
     clients.send_for(Duration::from_secs(2)).await?;
     for round in 0..options.rounds {
@@ -380,81 +366,6 @@ fn connected(prefix: &Path) -> Result<u32> {
     let column = column.with_context(|| format!("no connections in {header:?}"))?;
     let cells = lines.filter_map(|line| line.split(',').nth(column)?.trim().parse().ok());
     Ok(cells.max().unwrap_or(0))
-}
-
-/// The clients that are not slow.
-struct Clients {
-    kept: Client,
-    new: Client,
-    url: String,
-    key: String,
-}
-
-impl Clients {
-    fn new(target: &Target) -> Result<Self> {
-        let client = |idle| {
-            let builder = Client::builder()
-                .no_proxy()
-                .local_address(ELSEWHERE)
-                .pool_max_idle_per_host(idle)
-                .timeout(Duration::from_secs(10));
-            let builder = match &target.certificate {
-                Some(certificate) => builder.tls_certs_only([certificate.clone()]),
-                None => builder,
-            };
-            builder.build()
-        };
-        Ok(Self {
-            kept: client(usize::MAX)?,
-            new: client(0)?,
-            url: format!("{}/v1/echo", target.base),
-            key: target.key.clone(),
-        })
-    }
-
-    /// Sends requests on schedule, whether or not earlier ones have completed.
-    async fn send_for(&self, time: Duration) -> Result<Times> {
-        let times = Arc::new(Mutex::new(Times::default()));
-        let mut requests = JoinSet::new();
-        let mut ticks = interval(EVERY);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Burst);
-        let end = Instant::now() + time;
-        for number in 0_u64.. {
-            let due = ticks.tick().await;
-            if due > end {
-                break;
-            }
-            let is_new = number.is_multiple_of(NEW_ONE_IN);
-            let client = if is_new { &self.new } else { &self.kept };
-            let request = client.get(&self.url).header("x-api-key", &self.key);
-            let times = Arc::clone(&times);
-            requests.spawn(async move {
-                let is_success = match request.send().await {
-                    Ok(response) => response.status() == 200 && response.bytes().await.is_ok(),
-                    Err(_) => false,
-                };
-                let took = due.elapsed();
-                let mut times = times.lock();
-                times.failed += u64::from(!is_success);
-                if is_new {
-                    times.new.push(took);
-                } else {
-                    times.kept.push(took);
-                }
-            });
-            while requests.try_join_next().is_some() {}
-        }
-        while requests.join_next().await.is_some() {}
-        Ok(std::mem::take(&mut *times.lock()))
-    }
-}
-
-impl Times {
-    fn extend(&mut self, other: Self) {
-        self.kept.extend(other.kept);
-        self.new.extend(other.new);
-        self.failed += other.failed;
-    }
 }
 
 /// Returns the time, in milliseconds, that 99% of requests did not exceed.
