@@ -1,4 +1,4 @@
-//! Accounts and sessions.
+//! Accounts, roles and sessions.
 
 use crate::{
     field::{Credential, DeviceToken, Email, LoginEmail, Name, NewPassword, TimeZoneName},
@@ -32,7 +32,8 @@ impl Role {
         )
     }
 
-    /// Returns whether the role may create, update, and delete plans, API keys, service tokens, and webhooks.
+    /// Returns whether the role may create, update and delete plans, API keys, service tokens and webhooks, and rotate
+    /// API keys and webhook secrets.
     pub const fn may_manage(self) -> bool {
         matches!(self, Self::Owner | Self::Admin | Self::Developer)
     }

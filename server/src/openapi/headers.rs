@@ -96,7 +96,7 @@ fn limit_headers() -> Map<String, Value> {
         (
             "X-Quota-Degraded".to_owned(),
             text(
-                "Sent only if Redis was unavailable, so the decision was made without it.",
+                "Sent only if the decision was made without Redis because Redis was unavailable.",
                 "redis-away",
             ),
         ),

@@ -1,4 +1,5 @@
-//! Checks that modules import only modules of a lower rank or in the same folder, and never in a cycle.
+//! Checks that modules import only modules of a lower rank or in the same folder. In `limiter/`, also checks that no
+//! files import each other in a cycle.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -146,8 +146,8 @@ impl Report<'_> {
              requests that the server's own rule allows with one instance. For a window, the bound is the limit. For a \
              token bucket, the bound is the burst plus the tokens that are refilled during the load; with Quota's \
              leases, it also includes the tokens that are refilled in {} ms. For the last column, a key's first request \
-             starts a window. From {} s to {} s later, {EDGE_PER_SECOND} requests per second are sent, and the requests \
-             allowed in the {} s with the most allowed requests are counted. By default, a plan's burst equals its \
+             starts a window. From {} s to {} s later, {EDGE_PER_SECOND} requests per second are sent. The column \
+             shows the largest number of requests that were allowed within {} s. By default, a plan's burst equals its \
              limit, so Quota allows {LIMIT} requests at once; a plan with a burst of {} shows the effect of a smaller \
              burst.\n\n",
             self.options.seconds,
@@ -193,13 +193,14 @@ impl Report<'_> {
         }
         let _ = write!(
             text,
-            "\nFirst, {} s after the load starts, Redis is killed with `kill -9`. After {} s, Redis is restarted without \
-             its data, and after {} s, the load ends. The load uses two keys: one whose limit is never reached, and one \
-             whose limit is reached before the outage. For the key whose limit is reached, the allowed requests before, \
-             during and after the outage are counted. Then Redis's responses to both instances are delayed by {} ms, \
-             and a new key is used for {} s. A request has failed if its response is neither 200 nor 429. While Redis \
-             is unavailable, Quota uses its default fallback setting, `QUOTA_ON_REDIS_FAILURE=share`: each replica \
-             enforces its share of the rate, starting with an empty bucket.\n\n",
+            "\nFirst, Redis is killed with `kill -9` {} s after the load starts, and is restarted without its data \
+             {} s after the load starts. The load ends after {} s. The load uses two keys: one whose limit is never \
+             reached, and one whose limit is reached before the outage. For the key whose limit is reached, the \
+             allowed requests before, during and after the outage are counted. Then Redis's responses to both \
+             instances are delayed by {} ms, and a new key is used for {} s. A request has failed if its response is \
+             neither 200 nor 429. While Redis is unavailable, Quota uses its default fallback setting, \
+             `QUOTA_ON_REDIS_FAILURE=share`: each replica enforces its share of the rate, starting with an empty \
+             bucket.\n\n",
             KILLED.as_secs_f64(),
             RESTARTED.as_secs_f64(),
             ENDED.as_secs_f64(),
@@ -226,7 +227,7 @@ impl Report<'_> {
             _ => text.push_str("Quota was not measured.\n\n"),
         }
         text.push_str(
-            "The other servers have no list of keys that could be revoked: they count requests by the value of the \
+            "The other servers have no list of keys, so no key can be revoked: they count requests by the value of the \
              header, and accept any value.\n\n",
         );
     }
