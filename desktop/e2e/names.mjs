@@ -93,7 +93,7 @@ export async function names(world) {
   await page.keyboard.press("Escape");
   await my.navigate("Audit log").click();
   await page.getByRole("row").nth(NAMES.length).waitFor();
-  for (const it of await page.getByRole("button", { name: /^Details of/ }).all()) await it.click();
+  for (const it of await page.getByRole("button", { name: /^Details:/ }).all()) await it.click();
   await inspect("names-audit");
   await my.navigate("Settings").click();
   await page.getByText("This device").waitFor();

@@ -92,7 +92,7 @@ async function changes(world) {
   assert.match(await history.getAttribute("href"), /^\/console\/audit\?target_id=/);
   // The exact time is visible without hovering.
   assert.match(await row("API key deleted", "Partner").innerText(), new RegExp(`${new Date().getFullYear()}`));
-  await my.button("Details of API key deleted: Partner").click();
+  await my.button("Details: API key deleted, Partner").click();
   await page.locator(".detail-row:not([hidden])").getByText("Starter").waitFor();
   assert.equal(await page.locator(".detail-row:not([hidden]) del").count(), 0, "a deletion shows no old values");
   await my.inspect("audit-named");

@@ -1,5 +1,5 @@
 -- Indexes for listing and searching a tenant's keys. While the indexes are built, changes to keys wait, for a few
--- seconds per million keys. Decisions continue, because they read keys by their hash and do not write to this table.
+-- seconds per million keys. Decisions continue, because they only read keys.
 
 CREATE INDEX api_keys_name_idx ON api_keys (tenant_id, lower(name) COLLATE "C", id);
 CREATE INDEX api_keys_prefix_idx ON api_keys (tenant_id, prefix text_pattern_ops);

@@ -132,9 +132,9 @@ fn under(field: &'static str) -> impl Fn(AuthError) -> ApiError {
 impl AuthApi {
     /// Register
     ///
-    /// Creates a user, a tenant that the user owns, and a session. With `X-Quota-Session: cookie`, sent from this
-    /// server's own pages, the tokens are set as cookies instead of being returned in the body. Returns 403 if the
-    /// operator has closed registration.
+    /// Creates a user, a tenant that the user owns, and a session. If the request has `X-Quota-Session: cookie`, the
+    /// tokens are set as cookies instead of being returned in the body. Such a request must come from this server's own
+    /// pages. Returns 403 if the operator has closed registration.
     #[oai(path = "/register", method = "post", operation_id = "register")]
     async fn register(
         &self,
@@ -174,8 +174,8 @@ impl AuthApi {
     ///
     /// Creates a session and returns its tokens. Failed sign-ins are limited per account and network. Send the
     /// `device_token` of an earlier sign-in to identify a known device: its attempts are counted separately, so failed
-    /// sign-ins from other devices do not delay its sign-ins. With `X-Quota-Session: cookie`, sent from this server's
-    /// own pages, all tokens are set as cookies instead of being returned in the body.
+    /// sign-ins from other devices do not delay its sign-ins. If the request has `X-Quota-Session: cookie`, all tokens are
+    /// set as cookies instead of being returned in the body. Such a request must come from this server's own pages.
     #[oai(path = "/login", method = "post", operation_id = "login")]
     async fn login(
         &self,

@@ -384,7 +384,7 @@ fn record(
     });
     Ok(KeyRecord {
         // The version increases with every change. The plan's record may have been loaded earlier, with another key, so
-        // each key uses the version with which it was itself loaded.
+        // each key uses the version that its own load returned.
         policies: plan
             .policies
             .clone()

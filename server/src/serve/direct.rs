@@ -199,8 +199,8 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         let mut in_flight = None;
         let mut has_waited = !is_whole;
         let mut answered = 0;
-        // The response to a request that follows another one. Kept apart from the finished responses in `output`, so
-        // that the finished responses can be sent while this one waits.
+        // The response to a pipelined request while earlier responses are in `output`. Kept apart from them, so that they
+        // can be sent while this one waits.
         let mut later = Vec::new();
         let next = loop {
             if answered == bytes.len() {

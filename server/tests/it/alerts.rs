@@ -222,7 +222,7 @@ async fn concurrent_checks_of_replicas_create_each_alert_once() {
     assert_eq!(row.await.expect("a row").get::<_, i64>(0), 4);
 }
 
-/// The request that brings the usage to the threshold causes the alert, not an earlier request.
+/// The alert is caused by the request that brings the usage to the threshold, not by an earlier one.
 #[tokio::test(flavor = "multi_thread")]
 async fn threshold_is_reached_with_the_request_that_uses_its_share() {
     let world = World::new(json!({"daily_quota": 1000})).await;

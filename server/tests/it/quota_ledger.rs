@@ -229,7 +229,7 @@ async fn postgres_behaves_like_the_test_ledger() {
                 model.give_back(&batch).await.expect("the batch is applied");
             }
         }
-        // Sometimes, tokens are taken hours later, as for a block of the next window.
+        // Sometimes, tokens are taken hours later, possibly from the next window.
         let later = now.saturating_add(Nanos::from_secs(
             random.u64(0..2) * random.u64(0..20 * 3600),
         ));

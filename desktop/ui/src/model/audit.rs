@@ -318,7 +318,7 @@ fn event_rows(
     let name = event.target_name.as_deref().unwrap_or("–");
     let changes = field_changes(event, plan_name);
     let row_id = format!("details-{}", event.id);
-    let button_label = format!("Details of {label}: {name}");
+    let button_label = format!("Details: {label}, {name}");
     let cell = |label: &str, class: &str, content: Markup| {
         element(
             "td",

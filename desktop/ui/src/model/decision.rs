@@ -141,7 +141,7 @@ pub fn decision_table(
 /// according to the usage statistics.
 pub const fn no_decisions(requests: u64, was_used: bool) -> &'static str {
     match (requests, was_used) {
-        (1.., _) => "The decision log has no entries for these requests.",
+        (1.., _) => "The decision log has no entries for the last 24 hours.",
         (0, true) => "No recent requests.",
         (0, false) => "No requests yet.",
     }

@@ -292,7 +292,7 @@ fn delivery_row(it: &WebhookDelivery, now: i64) -> Markup {
             ("data-focus-key", &format!("delivery-{id}")),
             (
                 "aria-label",
-                &format!("Details of {label}, {}", date_time(created)),
+                &format!("Details: {label}, {}", date_time(created)),
             ),
         ],
         "Details",

@@ -7,7 +7,7 @@ use crate::component::browser_time_zone;
 /// Returns the hint below the field for a key's expiration time.
 pub fn expiry_hint() -> String {
     format!(
-        "The key stops working at this time ({}). Leave blank for no expiry.",
+        "When the key stops working, in your time zone ({}). Leave blank if it shouldn't expire.",
         browser_time_zone()
     )
 }
