@@ -6,16 +6,13 @@ mod grammar;
 mod pair;
 mod smuggling;
 
-use std::{
-    sync::Arc,
-    time::{Duration, Instant},
-};
+use std::{sync::Arc, time::Duration};
 
 use quota_server::clock::{Clock as _, SystemClock, TestClock};
 use serde_json::json;
 
 use self::{grammar::case, pair::Pair};
-use crate::support::app::TestApp;
+use crate::support::{app::TestApp, locks::wait_for_lock};
 
 const CASES: u64 = 1000;
 /// The number of cases after which records are compared.
@@ -92,18 +89,8 @@ async fn a_key_that_is_revoked_while_a_service_token_is_looked_up_is_rejected() 
     let lock = "BEGIN; LOCK TABLE service_tokens IN ACCESS EXCLUSIVE MODE";
     holder.batch_execute(lock).await.expect("a lock");
     let revoke = async {
-        let began = Instant::now();
-        let waiting =
-            "SELECT FROM pg_locks WHERE NOT granted AND relation = 'service_tokens'::regclass";
-        while observer
-            .query(waiting, &[])
-            .await
-            .expect("locks")
-            .is_empty()
-        {
-            assert!(began.elapsed() < Duration::from_secs(30), "no lookup waits");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let waiting = "NOT granted AND relation = 'service_tokens'::regclass";
+        wait_for_lock(&observer, waiting).await;
         let revoke = "UPDATE api_keys SET is_active = false WHERE id = $1::text::uuid";
         let revoked = observer.execute(revoke, &[&key.id]).await;
         assert_eq!(revoked.expect("the key is revoked"), 1);
