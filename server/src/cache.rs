@@ -169,7 +169,7 @@ struct CacheState<K, T> {
     metrics: Arc<Metrics>,
     grace: Nanos,
     background: Arc<Semaphore>,
-    /// The generation up to which changed entries have been emptied.
+    /// The value of [`Freshness::recorded`] at the last sweep.
     swept: AtomicU64,
 }
 
@@ -407,8 +407,8 @@ where
     /// Frees the rows that have changed and have not been reloaded.
     pub fn sweep(&self) {
         let freshness = &self.inner.freshness;
-        let generation = freshness.generation();
-        if self.inner.swept.swap(generation, Ordering::Relaxed) != generation {
+        let recorded = freshness.recorded();
+        if self.inner.swept.swap(recorded, Ordering::Relaxed) != recorded {
             self.empty_these(|_, entry| {
                 let row = entry.value.as_ref();
                 row.is_some_and(|row| row.has_changed(freshness.changes(), entry.loaded_in))

@@ -36,6 +36,15 @@ pub trait DirectEndpoint: Send + Sync + 'static {
         marks: Option<&ConnectionMarks>,
         out: &mut Vec<u8>,
     ) -> impl Future<Output = ()> + Send;
+
+    /// Appends the response to a request for which [`answer`](Self::answer) has panicked.
+    fn answer_after_panic(
+        &self,
+        route: Self::Route,
+        request: &PlainRequest<'_>,
+        peer: IpAddr,
+        out: &mut Vec<u8>,
+    ) -> impl Future<Output = ()> + Send;
 }
 
 /// Never accepts a request.
@@ -54,6 +63,10 @@ impl DirectEndpoint for Infallible {
         _: Option<&ConnectionMarks>,
         _: &mut Vec<u8>,
     ) {
+        match *self {}
+    }
+
+    async fn answer_after_panic(&self, _: Self, _: &PlainRequest<'_>, _: IpAddr, _: &mut Vec<u8>) {
         match *self {}
     }
 }

@@ -26,7 +26,7 @@ use super::{
     trace,
 };
 use crate::{
-    clock::{Monotonic, UnixNanos},
+    clock::{Monotonic, Nanos, UnixNanos},
     connection_marks::ConnectionMarks,
     plain_request::{DirectEndpoint, PlainRequest},
     spans::Span,
@@ -227,6 +227,23 @@ impl DirectDecisions {
         status
     }
 
+    /// Counts a response, and writes it to the access log.
+    fn record(
+        &self,
+        context: &RequestContext,
+        method: &str,
+        path: &str,
+        status: StatusCode,
+        took: Nanos,
+    ) {
+        let metrics = &self.state.metrics;
+        metrics.answered(status.as_u16());
+        metrics.direct_responses.inc();
+        if tracing::enabled!(target: "quota_server::access", tracing::Level::INFO) {
+            context.log(method, path, status.as_u16(), took);
+        }
+    }
+
     /// Writes the remaining headers and the body.
     fn finish(&self, id: &str, mut response: ResponseWriter<'_>, body: &[u8], now: UnixNanos) {
         response.set_text(REQUEST_ID, id.as_bytes());
@@ -275,13 +292,25 @@ impl DirectEndpoint for DirectDecisions {
         let status = self
             .write(&context, route, result.flatten(), now, out)
             .await;
-        state.metrics.answered(status.as_u16());
-        state.metrics.direct_responses.inc();
         if let Some(span) = span {
             trace::end(span, &context, request.method, Some(path), status.as_u16());
         }
-        if tracing::enabled!(target: "quota_server::access", tracing::Level::INFO) {
-            context.log(request.method, path, status.as_u16(), took);
-        }
+        self.record(&context, request.method, path, status, took);
+    }
+
+    async fn answer_after_panic(
+        &self,
+        route: Route,
+        request: &PlainRequest<'_>,
+        peer: IpAddr,
+        out: &mut Vec<u8>,
+    ) {
+        let state = &self.state;
+        state.metrics.panics.inc();
+        let (now, began) = (state.clock.now(), state.clock.monotonic());
+        let context = self.context(request, peer.to_canonical(), now, began, None);
+        let error = ApiError::internal("a response could not be written because of a panic");
+        let status = self.write(&context, route, Err(error), now, out).await;
+        self.record(&context, request.method, route.path(), status, Nanos::ZERO);
     }
 }

@@ -24,6 +24,8 @@ pub struct Freshness {
     /// Incremented by every invalidation, so that the results of loads that are in progress at that time are not kept.
     generation: AtomicU64,
     changes: Changes,
+    /// The number of calls to [`changed`](Self::changed) that have added all their owners to `changes`.
+    recorded: AtomicU64,
     suspected: watch::Sender<bool>,
 }
 
@@ -34,6 +36,7 @@ impl Freshness {
             polled_at: AtomicU64::new(0),
             generation: AtomicU64::new(0),
             changes: Changes::default(),
+            recorded: AtomicU64::new(0),
             suspected: watch::Sender::new(false),
         }
     }
@@ -95,6 +98,13 @@ impl Freshness {
         for owner in owners {
             self.changes.add(owner, generation);
         }
+        self.recorded.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Returns a number that is different after every call to [`changed`](Self::changed), as soon as
+    /// [`changes`](Self::changes) contains everything that the call adds.
+    pub(super) fn recorded(&self) -> u64 {
+        self.recorded.load(Ordering::Acquire)
     }
 
     /// Invalidates all loads in progress, and returns the new generation.

@@ -273,6 +273,25 @@ async fn sweep_frees_changed_rows_and_keeps_the_others() {
 }
 
 #[tokio::test]
+async fn sweep_during_a_change_does_not_hide_it_from_the_next_sweep() {
+    let it = fixture();
+    it.get(Ok(Some("old"))).await.unwrap();
+    for _ in 0..10 {
+        tokio::task::yield_now().await;
+    }
+    let row = Arc::downgrade(&it.cache.peek(&1).unwrap().unwrap());
+    let cache = it.cache.clone();
+    let owners = std::iter::once_with(move || {
+        cache.sweep();
+        OWNER
+    });
+    it.freshness.changed(owners);
+    assert!(row.upgrade().is_some(), "the change was not yet recorded");
+    it.cache.sweep();
+    assert!(row.upgrade().is_none());
+}
+
+#[tokio::test]
 async fn deleted_entries_are_unknown_after_the_next_lookup() {
     let it = fixture();
     it.get(Ok(Some("a"))).await.unwrap();

@@ -19,7 +19,7 @@ use std::time::Duration;
 use futures_util::{FutureExt, future::BoxFuture};
 use tokio::{
     sync::watch,
-    task::JoinSet,
+    task::{self, JoinSet},
     time::{MissedTickBehavior, interval},
 };
 
@@ -43,7 +43,7 @@ impl Jobs {
         if state.redis.is_some() {
             running.spawn(replicas::count(state.clone(), stopping.clone()));
         }
-        running.spawn(prune(state.clone(), stopping.clone()));
+        running.spawn(prune_repeatedly(state.clone(), stopping.clone()));
         running.spawn(deleted_keys::delete_limits(state.clone(), stopping.clone()));
         running.spawn(write_last_used(state.clone(), stopping.clone()));
         running.spawn(usage::maintain(state.clone(), stopping.clone()));
@@ -111,9 +111,22 @@ fn every(period: Duration) -> tokio::time::Interval {
     ticks
 }
 
-async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
+async fn prune_repeatedly(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(limiter::PRUNE_EVERY);
     while next(&mut ticks, &mut stopping).await {
+        prune(&state).await;
+    }
+}
+
+/// Drops state in memory that is no longer needed. Runs on a thread of the blocking pool: with a million keys, the search
+/// takes long enough to delay the requests on a thread of the runtime.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "one call at a time, which takes one thread of the pool"
+)]
+pub async fn prune(state: &AppState) {
+    let state = state.clone();
+    let prune = move || {
         state.auth_guard.prune();
         state.admin_guard.prune();
         state.login_attempts.prune();
@@ -124,7 +137,9 @@ async fn prune(state: AppState, mut stopping: watch::Receiver<bool>) {
             .metrics
             .limiter_keys
             .set(i64::try_from(keys).unwrap_or(i64::MAX));
-    }
+    };
+    // After a panic, the next call tries again.
+    let _ = task::spawn_blocking(prune).await;
 }
 
 async fn write_last_used(state: AppState, mut stopping: watch::Receiver<bool>) {

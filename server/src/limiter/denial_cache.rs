@@ -52,9 +52,9 @@ pub(super) struct Times {
     pub(super) now: Monotonic,
 }
 
-/// The maximum time for which a denial by a quota is cached. The time is short, because other replicas may return
-/// tokens.
-const QUOTA_DENIAL: Nanos = Nanos::from_secs(1);
+/// The maximum time for which a denial is cached. The time is short, because the tokens of canceled requests are
+/// returned, and other replicas may return unused tokens.
+const DENIAL: Nanos = Nanos::from_secs(1);
 
 /// A denial by the store, to be repeated for requests with the same cost.
 #[derive(Debug, Clone, Copy)]
@@ -77,7 +77,7 @@ impl Denied {
     ) -> Option<Self> {
         let retry_after = Nanos(decision.retry_after()?);
         // The time until the reason for the denial may change.
-        let mut believed = retry_after;
+        let mut believed = retry_after.min(DENIAL);
         if decision.violated().contains(Policy::Rpm) {
             // Another replica may return tokens, so the denial is trusted for at most `rate_memory`.
             believed = believed.min(rate_memory.unwrap_or(Nanos::MAX));
@@ -91,9 +91,6 @@ impl Denied {
         }
         for quota in [decision.daily, decision.monthly].into_iter().flatten() {
             believed = believed.min(quota.reset_at.saturating_since(decision.at));
-            if decision.violated().contains(quota.policy) {
-                believed = believed.min(QUOTA_DENIAL);
-            }
         }
         Some(Self {
             cost,
@@ -126,9 +123,10 @@ impl DenialCache {
             .or_else(|| self.over_rate(policies, cost, monotonic, now))
     }
 
-    /// Records a decision by the store, which must not be degraded. A denial by the rate limit is cached for at most
-    /// `rate_memory`. The store may have decided at any time after the call started, so the bucket is assumed to have
-    /// been refilling since then. Otherwise, a request that the store would allow could be denied here.
+    /// Records a decision by the store, which must not be degraded. A denial is cached for at most [`DENIAL`], and a
+    /// denial by the rate limit also for at most `rate_memory`. The store may have decided at any time after the call
+    /// started, so the bucket is assumed to have been refilling since then. Otherwise, a request that the store would
+    /// allow could be denied here.
     pub(super) fn record(
         &mut self,
         policies: &Policies,

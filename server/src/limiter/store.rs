@@ -73,7 +73,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
     fn is_local(&self) -> bool;
 
     /// Returns the maximum time for which a denial by the rate limit may be cached. The time is limited if other
-    /// replicas may return tokens. `None` means that the denial may be cached until its `retry_after` has passed.
+    /// replicas may return leased tokens. `None` means that the denial may be cached for as long as any other denial.
     fn denial_memory(&self, _policies: &Policies) -> Option<Nanos> {
         None
     }

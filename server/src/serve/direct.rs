@@ -5,17 +5,20 @@
 //! hyper's response has been sent, hyper has not read any later bytes. The first request that is not plain, or that
 //! arrives in too many parts, ends the direct service: hyper takes over the connection, starting with that request.
 //!
-//! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`].
+//! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`]. If a panic occurs
+//! while the endpoint responds to a request, only that request gets an error.
 
 use std::{
     future::poll_fn,
     io,
     net::IpAddr,
+    panic::AssertUnwindSafe,
     pin::{Pin, pin},
     sync::Arc,
     task::Poll,
 };
 
+use futures_util::FutureExt as _;
 use tokio::{
     io::{AsyncRead as _, AsyncWriteExt as _, ReadBuf},
     task,
@@ -227,25 +230,35 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             }
             let marks = &self.connection.marks;
             let marks = (!marks.is_authenticated()).then_some(marks);
-            {
-                let (finished, response) = if output.is_empty() {
-                    (None, &mut *output)
-                } else {
-                    (Some(&mut *output), &mut later)
-                };
+            let (finished, response) = if output.is_empty() {
+                (None, &mut *output)
+            } else {
+                (Some(&mut *output), &mut later)
+            };
+            let result = {
                 // The future is pinned here, because it is large: moving it would cost more than most of its work.
-                let mut answering = pin!(
+                let answering = pin!(
                     self.endpoint
                         .answer(route, &request, self.peer, marks, response)
                 );
+                let mut answering = pin!(AssertUnwindSafe(answering).catch_unwind());
                 let at_once = poll_fn(|context| Poll::Ready(answering.as_mut().poll(context)));
-                if at_once.await.is_pending() {
-                    has_waited = true;
-                    if let Some(finished) = finished {
-                        send(stream, finished).await?;
+                match at_once.await {
+                    Poll::Ready(result) => result,
+                    Poll::Pending => {
+                        has_waited = true;
+                        if let Some(finished) = finished {
+                            send(stream, finished).await?;
+                        }
+                        while_open(stream, answering).await?
                     }
-                    while_open(stream, answering).await?;
                 }
+            };
+            if result.is_err() {
+                response.clear();
+                let endpoint = self.endpoint;
+                // Boxed, so that connections reserve no memory for it.
+                Box::pin(endpoint.answer_after_panic(route, &request, self.peer, response)).await;
             }
             output.append(&mut later);
             answered += length;
@@ -270,12 +283,12 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
 }
 
 /// Waits for a response, unless the client closes the connection.
-async fn while_open(
+async fn while_open<T>(
     stream: &WatchedStream,
-    mut answering: Pin<&mut impl Future<Output = ()>>,
-) -> io::Result<()> {
+    mut answering: Pin<&mut impl Future<Output = T>>,
+) -> io::Result<T> {
     poll_fn(|context| match answering.as_mut().poll(context) {
-        Poll::Ready(()) => Poll::Ready(Ok(())),
+        Poll::Ready(answered) => Poll::Ready(Ok(answered)),
         Poll::Pending if stream.is_closed(context) => {
             Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()))
         }

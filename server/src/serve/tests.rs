@@ -80,6 +80,13 @@ impl DirectEndpoint for Plain {
             "/large" => vec![b'x'; LARGE],
             "/medium" => vec![b'x'; MEDIUM],
             "/never" => std::future::pending().await,
+            "/panics" | "/waits-and-panics" => {
+                out.extend_from_slice(b"HTTP/1.1 200 OK\r\ncontent-length: 7\r\n\r\npartial");
+                if request.target == "/waits-and-panics" {
+                    task::yield_now().await;
+                }
+                panic!("a defect");
+            }
             "/counted" => {
                 COUNTED.fetch_add(1, Ordering::Relaxed);
                 Vec::new()
@@ -97,6 +104,16 @@ impl DirectEndpoint for Plain {
         let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
         out.extend_from_slice(head.as_bytes());
         out.extend_from_slice(&body);
+    }
+
+    async fn answer_after_panic(
+        &self,
+        (): (),
+        _: &PlainRequest<'_>,
+        _: std::net::IpAddr,
+        out: &mut Vec<u8>,
+    ) {
+        out.extend_from_slice(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n");
     }
 }
 
@@ -221,6 +238,51 @@ async fn response_does_not_wait_for_the_next_request(way: Way) {
             assert_ne!(length, 0, "half-closed: {half_closes}");
         }
     }
+}
+
+#[tokio::test]
+async fn panic_in_a_direct_response_affects_no_other_response() {
+    let targets = [
+        "/panics",
+        "/",
+        "/waits-and-panics",
+        "/panics",
+        "/",
+        "/waits-and-panics",
+    ];
+    let expected = targets.map(|target| if target == "/" { "200" } else { "500" });
+    let mut stream = connect_by(Way::Direct).await;
+    let request = |target| format!("GET {target} HTTP/1.1\r\nHost: q\r\n\r\n");
+    let requests = targets.map(request).concat();
+    // The requests are sent all at once, and then one after another.
+    for requests in [vec![requests], targets.map(request).to_vec()] {
+        let mut answers = Vec::new();
+        let mut sent = 0;
+        for requests in requests {
+            stream.write_all(requests.as_bytes()).await.unwrap();
+            sent += requests.matches("GET").count();
+            while statuses(&answers).len() < sent {
+                let length = stream.read_buf(&mut answers).await.unwrap();
+                assert_ne!(length, 0, "the connection ended: {:?}", statuses(&answers));
+            }
+        }
+        assert_eq!(statuses(&answers), expected);
+        let text = String::from_utf8(answers).unwrap();
+        assert!(!text.contains("partial"), "{text}");
+    }
+    // No request is in flight any longer, so the connection is idle.
+    let ended = ended_after(&mut stream).await;
+    assert!(ended >= IDLE * 9 / 10, "{ended:?}");
+}
+
+/// Returns the status of each response.
+fn statuses(answers: &[u8]) -> Vec<String> {
+    let text = String::from_utf8_lossy(answers);
+    let starts = text.match_indices("HTTP/1.1 ");
+    starts
+        .filter_map(|(start, name)| text.get(start + name.len()..start + name.len() + 3))
+        .map(str::to_owned)
+        .collect()
 }
 
 /// Returns the time until the server closes the connection.

@@ -19,6 +19,7 @@ use crate::{
     support::{
         app::{Account, Answer, TestApp},
         http2,
+        locks::{count_locks, wait_for_lock},
     },
     usage::now,
 };
@@ -336,22 +337,11 @@ async fn lookups_of_unknown_keys_and_tokens_leave_a_connection_for_known_ones() 
         let check = by_token.post("/v1/check", json!({"key": "qk_1"}));
         check.bearer(&token).send().await
     });
-    let waiting = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database \
-                   WHERE datname = current_database() AND NOT granted \
-                   AND relation IN ('api_keys'::regclass, 'service_tokens'::regclass)";
-    let waiting = async || {
-        observer
-            .query_one(waiting, &[])
-            .await
-            .unwrap()
-            .get::<_, i64>(0)
-    };
-    while waiting().await == 0 {
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
+    let waiting = "NOT granted AND relation IN ('api_keys'::regclass, 'service_tokens'::regclass)";
+    wait_for_lock(&observer, waiting).await;
     // Give the other lookup time to reach the lock. It must wait for a connection instead.
     tokio::time::sleep(Duration::from_millis(300)).await;
-    assert_eq!(waiting().await, 1);
+    assert_eq!(count_locks(&observer, waiting).await, 1);
     holder.batch_execute("ROLLBACK").await.unwrap();
     while let Some(answer) = requests.join_next().await {
         let answer = answer.unwrap();

@@ -10,7 +10,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
-use quota_server::db;
+use quota_server::{db, repo::invalidation};
 use quota_testkit::{
     proxy::{Fault, FaultProxy, Upstream},
     redis::RedisServer,
@@ -22,7 +22,8 @@ use tempfile::TempDir;
 use tokio::time::sleep;
 
 use crate::support::{
-    app::PASSWORD,
+    app::{PASSWORD, TestApp},
+    locks::wait_for_lock,
     postgres::TestDatabase,
     quota::{Quota, data_dir},
 };
@@ -187,6 +188,38 @@ impl World {
         let counts = self.replicas.iter().map(|it| it.counter(&self.http, name));
         join_all(counts).await.into_iter().sum()
     }
+}
+
+/// Polls read the rows after the highest number so far. If a row with a lower number could be committed later, they
+/// would miss it.
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_are_committed_in_the_order_of_their_numbers() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let insert = format!(
+        "INSERT INTO revocations (tenant_id, target_type, target_id) \
+         VALUES ('{0}', 'tenant', '{0}') RETURNING seq",
+        account.tenant_id
+    );
+    let (mut first, second) = (app.database.connect().await, app.database.connect().await);
+    let observer = app.database.connect().await;
+    let transaction = first.transaction().await.expect("a transaction");
+    let earlier = transaction.query_one(&insert, &[]).await.expect("a row");
+    let committed = tokio::spawn(async move { second.query_one(&insert, &[]).await });
+    wait_for_lock(&observer, "locktype = 'advisory' AND NOT granted").await;
+    let highest = async || {
+        let mut tx = app.state.db.system().await.expect("a transaction");
+        let position = invalidation::position(&mut tx).await.expect("a position");
+        tx.commit().await.expect("committed");
+        position.highest
+    };
+    let earlier = earlier.get::<_, i64>(0);
+    assert!(highest().await < earlier);
+    transaction.commit().await.expect("committed");
+    let later = committed.await.expect("no panic").expect("a row");
+    let later = later.get::<_, i64>(0);
+    assert!(later > earlier, "{later} {earlier}");
+    assert_eq!(highest().await, later);
 }
 
 #[tokio::test(flavor = "multi_thread")]

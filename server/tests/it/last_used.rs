@@ -7,7 +7,10 @@ use serde_json::{Value, json};
 use tokio_postgres::{Client, Transaction};
 use uuid::Uuid;
 
-use crate::support::app::{Account, TestApp};
+use crate::support::{
+    app::{Account, TestApp},
+    locks::wait_for_lock,
+};
 
 /// Enough keys for more than two batches.
 const KEYS: u128 = 2_500;
@@ -114,18 +117,7 @@ async fn keys_are_locked_in_the_order_of_their_ids() {
     lock(&locked, ids[5]).await;
     let (last_used, db) = (app.state.last_used.clone(), app.state.db.clone());
     let flush = tokio::spawn(async move { last_used.flush(&db).await });
-    let waiting = "SELECT count(*) FROM pg_locks JOIN pg_database d ON d.oid = database \
-                   WHERE datname = current_database() AND locktype = 'tuple' AND granted";
-    let waiting = async || {
-        observer
-            .query_one(waiting, &[])
-            .await
-            .unwrap()
-            .get::<_, i64>(0)
-    };
-    while waiting().await == 0 {
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
+    wait_for_lock(&observer, "locktype = 'tuple' AND granted").await;
     let free = "SELECT id::text FROM api_keys ORDER BY id FOR NO KEY UPDATE SKIP LOCKED";
     let free = observer.query(free, &[]).await.unwrap();
     let free: Vec<Uuid> = free

@@ -252,6 +252,10 @@ impl LeaseFetch {
     /// the time in transit twice.
     fn deny_while_low(&self, lease: &mut Lease, grant: Unspent, debt: Nanos, refused: Option<u64>) {
         let (call, ttl) = (&self.call, self.inner.ttl);
+        // Without leases, the next request may be allowed after the tokens of a canceled request have been returned.
+        if !self.terms.leased && lease.owes() {
+            return;
+        }
         // A debt above `tau` comes from another version of the plan and cannot be compared.
         let Some(left) = call.tau.0.checked_sub(debt.0).map(Nanos) else {
             return;
@@ -263,9 +267,8 @@ impl LeaseFetch {
             Nanos::ZERO
         };
         let n = match refused {
-            // Without leases, the counters are not called while the bucket is known to be empty, unless tokens are
-            // waiting to be returned to it.
-            _ if !self.terms.leased && left < call.emission && !lease.owes() => 1,
+            // Without leases, the counters are not called while the bucket is known to be empty.
+            _ if !self.terms.leased && left < call.emission => 1,
             _ if 0 < granted && granted < call.want && left < call.emission => 1,
             Some(refused) => refused,
             None if granted == 0 && call.want > 0 => call.need,
@@ -279,6 +282,8 @@ impl LeaseFetch {
         let longest = if self.terms.leased {
             ttl.saturating_mul(DENIED_FOR_LEASES)
         } else {
+            // If a request is canceled on another replica, its tokens are returned earlier. Even then, no request is
+            // denied for longer than the wait that its client was told.
             Nanos::MAX
         };
         let until = missing.max(gather).min(longest);

@@ -138,6 +138,8 @@ impl KeyState {
             self.is_plan_confirmed = false;
             if let Some(remote) = &mut self.remote {
                 remote.lease.reset_after_edit();
+                // If the edit is undone, the bucket may have refilled at the other rate in the meantime.
+                remote.denials = DenialCache::default();
             }
             if before.zone() != policies.zone() {
                 self.blocks_mut().for_each(Block::rezone);

@@ -7,15 +7,20 @@ mod pair;
 mod smuggling;
 
 use std::{
+    net::{IpAddr, Ipv4Addr},
     sync::Arc,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use quota_server::clock::{Clock as _, SystemClock, TestClock};
+use quota_server::{
+    clock::{Clock as _, SystemClock, TestClock},
+    plain_request::{DirectEndpoint as _, Parsed, parse},
+    router,
+};
 use serde_json::json;
 
 use self::{grammar::case, pair::Pair};
-use crate::support::app::TestApp;
+use crate::support::{app::TestApp, locks::wait_for_lock};
 
 const CASES: u64 = 1000;
 /// The number of cases after which records are compared.
@@ -92,18 +97,8 @@ async fn a_key_that_is_revoked_while_a_service_token_is_looked_up_is_rejected() 
     let lock = "BEGIN; LOCK TABLE service_tokens IN ACCESS EXCLUSIVE MODE";
     holder.batch_execute(lock).await.expect("a lock");
     let revoke = async {
-        let began = Instant::now();
-        let waiting =
-            "SELECT FROM pg_locks WHERE NOT granted AND relation = 'service_tokens'::regclass";
-        while observer
-            .query(waiting, &[])
-            .await
-            .expect("locks")
-            .is_empty()
-        {
-            assert!(began.elapsed() < Duration::from_secs(30), "no lookup waits");
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
+        let waiting = "NOT granted AND relation = 'service_tokens'::regclass";
+        wait_for_lock(&observer, waiting).await;
         let revoke = "UPDATE api_keys SET is_active = false WHERE id = $1::text::uuid";
         let revoked = observer.execute(revoke, &[&key.id]).await;
         assert_eq!(revoked.expect("the key is revoked"), 1);
@@ -114,4 +109,40 @@ async fn a_key_that_is_revoked_while_a_service_token_is_looked_up_is_rejected() 
     assert_eq!(status, 401);
     let direct = app.state.metrics.direct_responses.get() - before;
     assert_eq!(direct, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn response_after_a_panic_is_an_internal_error() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let direct = router::direct(&app.state).expect("direct responses are on");
+    let requests = ["GET /v1/echo", "POST /v1/check", "GET /v1/forward-auth"];
+    for request in requests {
+        let bytes =
+            format!("{request} HTTP/1.1\r\nHost: q\r\nX-Request-Id: request-with-a-panic\r\n\r\n");
+        let Parsed::Plain(plain, _) = parse(bytes.as_bytes()) else {
+            panic!("{request} is plain");
+        };
+        let route = direct.route(&plain).expect("the request is accepted");
+        let (peer, mut out) = (IpAddr::V4(Ipv4Addr::LOCALHOST), Vec::new());
+        direct
+            .answer_after_panic(route, &plain, peer, &mut out)
+            .await;
+        let text = String::from_utf8(out).expect("text");
+        let (head, body) = text.split_once("\r\n\r\n").expect("a body");
+        assert!(
+            head.starts_with("HTTP/1.1 500 Internal Server Error\r\n"),
+            "{head}"
+        );
+        assert!(
+            head.contains("x-request-id: request-with-a-panic\r\n"),
+            "{head}"
+        );
+        assert_eq!(
+            head.contains("x-quota-decision: unavailable\r\n"),
+            request.contains("forward-auth"),
+            "{head}"
+        );
+        assert!(body.contains("/problems/internal"), "{body}");
+    }
+    assert_eq!(app.state.metrics.panics.get(), requests.len() as u64);
 }

@@ -33,7 +33,7 @@ use quota_testkit::{
 };
 use tokio::{
     task::JoinSet,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{
@@ -414,6 +414,62 @@ async fn a_denial_is_forgotten_when_others_may_have_returned_tokens() {
     assert!(!replica.admit(&policies, 1).await.is_allowed());
     sleep(Duration::from_millis(15)).await;
     assert!(replica.admit(&policies, 1).await.is_allowed());
+}
+
+/// The bucket filled up while another plan was in force. No request was decided under that plan, since both clients
+/// disconnected.
+#[tokio::test(start_paused = true)]
+async fn a_denial_is_forgotten_when_an_edit_is_undone() {
+    let far = Far::new(Duration::from_millis(10));
+    let replica = far.replica(OnRedisFailure::Share, alone());
+    let (slow, fast) = (plan(1, 1, true), plan(600, 1, true));
+    assert_eq!(admitted(&replica.at_once(&slow, &[1; 2]).await), 1);
+    for _ in 0..2 {
+        let canceled = timeout(Duration::from_millis(1), replica.admit(&fast, 1));
+        assert!(canceled.await.is_err());
+        sleep(Duration::from_secs(1)).await;
+    }
+    assert!(replica.admit(&slow, 1).await.is_allowed());
+}
+
+/// The first request is granted the only token, but its client disconnects before the request spends the token. The
+/// second request is denied.
+#[tokio::test(start_paused = true)]
+async fn a_denial_is_forgotten_when_a_canceled_request_has_returned_its_token() {
+    let far = Far::new(Duration::from_millis(10));
+    let replica = far.replica(OnRedisFailure::Share, alone());
+    let policies = plan(1, 1, true);
+    let (mut first, mut second) = (
+        Box::pin(replica.admit(&policies, 1)),
+        Box::pin(replica.admit(&policies, 1)),
+    );
+    // The calls end while neither request is polled again.
+    assert!(first.as_mut().now_or_never().is_none());
+    assert!(second.as_mut().now_or_never().is_none());
+    sleep(Duration::from_millis(50)).await;
+    drop(first);
+    assert!(!second.await.is_allowed());
+    sleep(Duration::from_millis(1100)).await;
+    assert!(replica.admit(&policies, 1).await.is_allowed());
+}
+
+/// The client of the first request disconnects during the call for the request, which is late and takes the last token.
+/// The call for the second request begins before the token is returned.
+#[tokio::test(start_paused = true)]
+async fn a_denial_is_forgotten_when_a_late_call_has_returned_its_token() {
+    for second_trip in [15, 25].map(Duration::from_millis) {
+        let far = Far::new(Duration::from_millis(50));
+        let replica = far.replica(OnRedisFailure::Share, alone());
+        let policies = plan(1, 1, true);
+        let canceled = timeout(Duration::from_millis(1), replica.admit(&policies, 1));
+        assert!(canceled.await.is_err());
+        *far.round_trip.lock() = second_trip;
+        let denied = replica.admit(&policies, 1).await;
+        assert!(!denied.is_allowed() && !denied.degraded, "{denied:?}");
+        sleep(Duration::from_millis(1100)).await;
+        let decision = replica.admit(&policies, 1).await;
+        assert!(decision.is_allowed(), "{second_trip:?}: {decision:?}");
+    }
 }
 
 /// A runtime that has been shut down drops each new task immediately.

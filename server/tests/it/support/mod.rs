@@ -7,6 +7,7 @@ pub(crate) mod collector;
 pub(crate) mod grpc;
 pub(crate) mod hooks;
 pub(crate) mod http2;
+pub(crate) mod locks;
 pub(crate) mod postgres;
 pub(crate) mod quota;
 pub(crate) mod stripe;
