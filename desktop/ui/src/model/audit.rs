@@ -221,7 +221,7 @@ pub fn compact(value: &Value) -> String {
             || fraction(n.as_f64().unwrap_or_default()),
             |n| n.to_string(),
         ),
-        Value::String(text) => quoted(text),
+        Value::String(text) => json_string(text),
         Value::Array(items) => {
             let items: Vec<_> = items.iter().map(compact).collect();
             format!("[{}]", items.join(","))
@@ -229,14 +229,14 @@ pub fn compact(value: &Value) -> String {
         Value::Object(fields) => {
             let fields = fields.iter();
             let fields: Vec<_> = fields
-                .map(|(name, value)| format!("{}:{}", quoted(name), compact(value)))
+                .map(|(name, value)| format!("{}:{}", json_string(name), compact(value)))
                 .collect();
             format!("{{{}}}", fields.join(","))
         }
     }
 }
 
-fn quoted(text: &str) -> String {
+fn json_string(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
