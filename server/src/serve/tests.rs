@@ -1,5 +1,5 @@
 use std::{
-    io::{Read as _, Write as _},
+    io::Write as _,
     sync::{
         OnceLock,
         atomic::{AtomicUsize, Ordering},
@@ -544,7 +544,7 @@ async fn simultaneous_connections_let_open_connections_go_on() {
     let mut stream = connect_by(Way::Direct).await;
     ask(&mut stream).await;
     let addr = stream.peer_addr().unwrap();
-    let mut open = stream.into_std().unwrap();
+    let open = stream.into_std().unwrap();
     OPEN.set(open.try_clone().unwrap()).unwrap();
     // The server runs on this thread, so all connections wait in the backlog until the next `await`.
     let _new: Vec<_> = std::iter::repeat_with(|| {
@@ -556,13 +556,10 @@ async fn simultaneous_connections_let_open_connections_go_on() {
     })
     .take(CONNECTIONS)
     .collect();
-    open.set_nonblocking(false).unwrap();
-    let answer = task::spawn_blocking(move || {
-        let mut answer = [0; 256];
-        let length = open.read(&mut answer).unwrap();
-        String::from_utf8_lossy(&answer[..length]).into_owned()
-    });
-    let answer = answer.await.unwrap();
+    let mut open = TcpStream::from_std(open).unwrap();
+    let mut answer = vec![0; 256];
+    let length = open.read(&mut answer).await.unwrap();
+    let answer = String::from_utf8_lossy(&answer[..length]);
     let (_, served) = answer.split_once("\r\n\r\n").unwrap();
     let served: usize = served.parse().unwrap();
     assert!(
