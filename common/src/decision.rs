@@ -37,7 +37,7 @@ response! {
         /// Seconds to wait before retrying. `null` if the request was allowed or could never be allowed.
         pub retry_after: Option<u32>,
         pub cost: u64,
-        /// The response's `X-Request-Id`.
+        /// The `X-Request-Id` of the response to the request.
         pub request_id: String,
     }
 }

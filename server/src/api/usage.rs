@@ -311,8 +311,8 @@ impl UsageApi {
         from: Query<Option<Timestamp>>,
         /// The end of the range, exclusive, rounded up to the quarter hour. Default: now.
         to: Query<Option<Timestamp>>,
-        /// The length of a bucket. A response has at most 1,000 buckets for each group. Default: `hour` for ranges of
-        /// up to 7 days, `day` for longer ones.
+        /// The length of the buckets, each of which contains the requests of one hour or day. A series has at most
+        /// 1,000 buckets. Default: `hour` for ranges of up to 7 days, `day` for longer ones.
         bucket: Query<Option<UsageBucketSize>>,
         /// The IANA name of the time zone in which hours and days start. Default: the tenant's time zone.
         tz: Query<Option<String>>,
