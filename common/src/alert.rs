@@ -45,7 +45,7 @@ response! {
     pub struct AlertSettings {
         /// Whether alerts are sent by email.
         pub email: bool,
-        /// Members with these roles receive the emails.
+        /// Members of the tenant who have one of these roles receive the emails.
         pub email_roles: Vec<Role>,
         /// Whether the operator has configured a mail server (`SMTP_URL`). Without a mail server, emails are written to
         /// files instead of being sent.
@@ -59,7 +59,7 @@ update! {
         /// Whether alerts are sent by email.
         #[garde(skip)]
         pub email: Option<bool>,
-        /// Members with these roles receive the emails.
+        /// Members of the tenant who have one of these roles receive the emails.
         #[garde(skip)]
         pub email_roles: Option<Vec<Role>>,
     }

@@ -62,7 +62,7 @@ response! {
 }
 
 response! {
-    /// The tenant whose resources a session can access.
+    /// An account that owns plans, API keys and other resources. A session gives access to one tenant.
     #[derive(Debug, Eq)]
     pub struct Tenant {
         pub id: TenantId,

@@ -7,7 +7,8 @@ use crate::{
 
 text_enum! {
     /// The state of a tenant's subscription, which determines whether paid plans work. `free`: the tenant has never
-    /// subscribed, or the first payment has not succeeded.
+    /// subscribed, or the first payment has not succeeded. `past_due`: a payment failed and is being retried. `unpaid`:
+    /// a payment failed and is no longer retried.
     pub enum BillingAccess {
         /// Never subscribed, or the first payment has not succeeded.
         Free = "free",

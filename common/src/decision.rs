@@ -17,7 +17,7 @@ text_enum! {
 }
 
 response! {
-    /// A decision on a request with a known key.
+    /// A decision to allow or deny a request with a known key.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Decision {

@@ -10,7 +10,7 @@ use crate::{
 
 text_enum! {
     /// Whether a plan requires a subscription. If billing is on, keys on a `paid` plan work only while the tenant has a
-    /// subscription that is active, in its trial, or past due but within the grace period.
+    /// subscription that is active, in its trial, or in the grace period after a failed payment.
     #[derive(Default)]
     pub enum Billing {
         #[default]
@@ -20,7 +20,8 @@ text_enum! {
 }
 
 text_enum! {
-    /// Behavior while Redis is unreachable.
+    /// Behavior while Redis is unreachable. `share`: each replica enforces its share of the limit. `open`: each replica
+    /// enforces the full limit. `closed`: requests are rejected with 503.
     #[derive(PartialOrd, Ord, Default)]
     pub enum OnRedisFailure {
         /// Each replica enforces its share of the limit.

@@ -186,7 +186,9 @@ response! {
 }
 
 text_enum! {
-    /// Why a key needs attention.
+    /// Why a key needs attention. `quota`: at least 80% of a quota is used. `expiring`: the key expires within 7 days.
+    /// `grace_ending`: the previous secret expires within 24 hours. `idle`: the key is active and has not been used for
+    /// 30 days.
     pub enum AttentionKind {
         /// At least 80% of a quota is used. `at` is when the quota resets.
         Quota = "quota",
@@ -207,6 +209,8 @@ response! {
         pub kind: AttentionKind,
         pub key_id: ApiKeyId,
         pub key_name: String,
+        /// When the quota resets, or when the key or the previous secret expires. If `kind` is `idle`, when the key was
+        /// last used, or when it was created if it has never been used.
         pub at: Timestamp,
         /// The quota's policy, if `kind` is `quota`; otherwise `null`.
         pub policy: Option<PolicyName>,

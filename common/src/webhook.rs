@@ -95,7 +95,9 @@ impl std::fmt::Debug for CreatedWebhook {
 }
 
 text_enum! {
-    /// The status of a delivery.
+    /// The status of a delivery. `pending`: the event has not been sent yet, or an attempt failed and will be retried.
+    /// `delivered`: the endpoint accepted the event with a 2xx status. `failed`: the delivery failed and will not be
+    /// retried.
     pub enum WebhookDeliveryStatus {
         /// The event has not been sent yet, or an attempt failed and will be retried.
         Pending = "pending",

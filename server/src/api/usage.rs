@@ -322,7 +322,8 @@ impl UsageApi {
         plan_id: Query<Option<PlanId>>,
         /// Include only requests to this endpoint.
         endpoint: Query<Option<String>>,
-        /// How to group the requests.
+        /// How to group the requests. `policy` groups denied requests by the policy that denied them. Allowed requests
+        /// are then in no group.
         group_by: Query<Option<UsageGroupBy>>,
     ) -> Result<UsageResponse, ApiError> {
         let filter = Filter {
