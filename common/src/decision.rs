@@ -28,7 +28,7 @@ response! {
         pub key_name: Option<String>,
         /// The plan that the key was on when the decision was made.
         pub plan_id: PlanId,
-        /// The endpoint that was called. Empty if the caller did not send one.
+        /// The endpoint that was called. Empty if the check did not specify an endpoint.
         pub endpoint: String,
         pub outcome: DecisionOutcome,
         /// The policy that denied the request: `rpm`, `daily`, `monthly` or `tenant_monthly`; `reduced_capacity` if

@@ -153,8 +153,8 @@ impl ApiKeyApi {
         plan_id: Query<Option<PlanId>>,
         /// Include only keys with this status. Every key has exactly one status.
         status: Query<Option<ApiKeyStatus>>,
-        /// Include only keys whose `is_active` has this value, whether or not they have expired. `true` includes expired
-        /// keys; use `status=active` to exclude them.
+        /// Include only keys whose `is_active` has this value, whether or not they have expired. To exclude expired
+        /// keys, use `status=active`.
         is_active: Query<Option<bool>>,
         /// Include only expired keys (`true`) or only keys that have not expired (`false`), whether or not they are
         /// deactivated.

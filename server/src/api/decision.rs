@@ -159,8 +159,8 @@ impl DecisionApi {
         /// Include only requests with this ID.
         #[oai(validator(max_length = 128))]
         request_id: Query<Option<String>>,
-        /// The ID of the last event you received, or the `last_event_id` of a page from `GET /admin/decisions`. Default:
-        /// only new decisions.
+        /// The ID of the last event you received, or the `last_event_id` of a page from `GET /admin/decisions`. By
+        /// default, only new decisions are sent.
         #[oai(name = "last_event_id")]
         from: Query<Option<String>>,
         /// The ID of the last event you received. Takes precedence over the `last_event_id` parameter.

@@ -306,8 +306,8 @@ impl UsageApi {
         &self,
         caller: UsageTenant,
         request: &Request,
-        /// The start of the range, rounded down to the quarter hour. Default: 24 hours before `to`, or 30 days with
-        /// `bucket=day`.
+        /// The start of the range, rounded down to the quarter hour. Default: 24 hours before `to`; with `bucket=day`,
+        /// 30 days before `to`.
         from: Query<Option<Timestamp>>,
         /// The end of the range, exclusive, rounded up to the quarter hour. Default: now.
         to: Query<Option<Timestamp>>,
