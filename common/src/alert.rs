@@ -12,8 +12,8 @@ use crate::{
 pub const THRESHOLDS: [u32; 3] = [50, 80, 100];
 
 response! {
-    /// A notice that a certain percentage of a quota has been used. Each threshold causes at most one alert in each
-    /// window of a quota.
+    /// A notification that 50, 80 or 100% of a quota has been used. Created at most once per threshold per day or
+    /// month.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct QuotaAlert {
@@ -26,11 +26,11 @@ response! {
         pub key_id: Option<ApiKeyId>,
         /// The key's name when the alert was created.
         pub key_name: Option<String>,
-        /// The quota for the window.
+        /// The quota for that day or month.
         pub limit: u64,
         /// How much of the quota was used when the alert was created.
         pub used: u64,
-        /// When the window started.
+        /// When the day or month started.
         pub starts_at: Timestamp,
         /// When the quota resets.
         pub resets_at: Timestamp,
@@ -45,10 +45,10 @@ response! {
     pub struct AlertSettings {
         /// Whether alerts are sent by email.
         pub email: bool,
-        /// Members with these roles receive the emails.
+        /// Members of the tenant who have one of these roles receive the emails.
         pub email_roles: Vec<Role>,
-        /// Whether a mail server is configured (`SMTP_URL`). Without a mail server, emails are written to files instead
-        /// of being sent.
+        /// Whether the operator has configured a mail server (`SMTP_URL`). Without a mail server, emails are written to
+        /// files instead of being sent.
         pub can_email: bool,
     }
 }
@@ -59,7 +59,7 @@ update! {
         /// Whether alerts are sent by email.
         #[garde(skip)]
         pub email: Option<bool>,
-        /// Members with these roles receive the emails.
+        /// Members of the tenant who have one of these roles receive the emails.
         #[garde(skip)]
         pub email_roles: Option<Vec<Role>>,
     }

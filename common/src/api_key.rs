@@ -125,8 +125,8 @@ request! {
         /// Default: 86,400 (24 hours).
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
-        /// Whether to revoke the previous secret immediately if the grace period of an earlier rotation has not ended.
-        /// If `false`, such a rotation fails with 409. Default: false.
+        /// What to do if the grace period of an earlier rotation has not ended. If `true`, the previous secret is
+        /// revoked immediately. If `false`, the request fails with 409. Default: false.
         #[garde(skip)]
         pub replace_previous: Option<bool>,
     }

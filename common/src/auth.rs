@@ -62,7 +62,7 @@ response! {
 }
 
 response! {
-    /// The tenant whose resources a session can access.
+    /// An account that owns plans, API keys and other resources. A session gives access to one tenant.
     #[derive(Debug, Eq)]
     pub struct Tenant {
         pub id: TenantId,
@@ -194,8 +194,7 @@ response! {
         pub current: bool,
         /// The client's `User-Agent`.
         pub user_agent: Option<String>,
-        /// The IP address from which the session was last refreshed or, before the first refresh, from which the user
-        /// signed in.
+        /// The client's IP address at the last refresh, or at sign-in if the session has not been refreshed.
         pub ip: Option<String>,
         pub created_at: Timestamp,
         pub last_used_at: Timestamp,

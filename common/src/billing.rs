@@ -7,7 +7,8 @@ use crate::{
 
 text_enum! {
     /// The state of a tenant's subscription, which determines whether paid plans work. `free`: the tenant has never
-    /// subscribed, or the first payment has not succeeded.
+    /// subscribed, or the first payment has not succeeded. `past_due`: a payment failed and is being retried. `unpaid`:
+    /// a payment failed and is no longer retried.
     pub enum BillingAccess {
         /// Never subscribed, or the first payment has not succeeded.
         Free = "free",
@@ -52,8 +53,8 @@ response! {
         /// subscription.
         pub has_customer: bool,
         /// When this information was last retrieved from Stripe. While the tenant has a subscription, the information
-        /// is retrieved about every 10 minutes: a time more than half an hour ago means that Stripe could not be
-        /// reached, and that the status may be outdated.
+        /// is retrieved about every 10 minutes. If this time is more than half an hour ago, Stripe could not be
+        /// reached, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is
         /// unknown.
@@ -104,7 +105,7 @@ response! {
         pub projected_total: Option<u64>,
         /// Stripe has received all usage before this time. `null` if usage is not charged.
         pub reported_until: Option<Timestamp>,
-        /// Usage in this period that should be charged but cannot be.
+        /// Usage in this period that will not be charged, because it could not be reported to Stripe.
         pub not_charged: u64,
         /// The most recent problem with the tenant's usage that Stripe has reported in this period.
         pub last_error: Option<BillingUsageError>,
@@ -133,11 +134,11 @@ response! {
         pub requests: BillingLimit,
         /// When `requests.used` is reset to zero.
         pub requests_reset_at: Timestamp,
-        /// Maximum rate and maximum burst of plans that are not marked `paid` or, if billing is off, of all plans.
-        /// `null` for no limit.
+        /// The highest rate and the highest burst that a plan can have, unless the plan is marked `paid`. If billing is
+        /// off, this limit applies to all plans. `null` for no limit.
         pub free_plan_rpm: Option<u32>,
-        /// Maximum daily quota and maximum monthly quota of plans that are not marked `paid` or, if billing is off, of
-        /// all plans. `null` for no limit.
+        /// The highest daily or monthly quota that a plan can have, unless the plan is marked `paid`. If billing is
+        /// off, this limit applies to all plans. `null` for no limit.
         pub free_plan_quota: Option<u64>,
     }
 }
@@ -169,7 +170,7 @@ response! {
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct PortalPage {
-        /// The URL to open in a browser. It expires within minutes.
+        /// The URL to open in a browser. The URL expires within minutes.
         pub url: String,
     }
 }

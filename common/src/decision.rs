@@ -17,7 +17,7 @@ text_enum! {
 }
 
 response! {
-    /// A decision on a request with a known key.
+    /// A decision to allow or deny a request with a known key.
     #[derive(Debug, Eq)]
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct Decision {
@@ -28,7 +28,7 @@ response! {
         pub key_name: Option<String>,
         /// The plan that the key was on when the decision was made.
         pub plan_id: PlanId,
-        /// The endpoint that was called. Empty if the caller did not send one.
+        /// The endpoint that was called. Empty if the check did not specify an endpoint.
         pub endpoint: String,
         pub outcome: DecisionOutcome,
         /// The policy that denied the request: `rpm`, `daily`, `monthly` or `tenant_monthly`; `reduced_capacity` if
@@ -37,7 +37,7 @@ response! {
         /// Seconds to wait before retrying. `null` if the request was allowed or could never be allowed.
         pub retry_after: Option<u32>,
         pub cost: u64,
-        /// The response's `X-Request-Id`.
+        /// The `X-Request-Id` of the response to the request.
         pub request_id: String,
     }
 }

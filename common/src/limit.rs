@@ -34,7 +34,10 @@ impl std::fmt::Debug for Check {
 }
 
 text_enum! {
-    /// Whether a request was allowed and, if not, why.
+    /// Whether a request was allowed and, if not, why. `allowed`: `cost` was consumed from every limit.
+    /// `quota_exceeded`: a rate limit or quota was exceeded. `reduced_capacity`: rate limits can't be checked right
+    /// now. `unknown_key`: the tenant has no such key. `inactive_key`: the key is inactive. `expired_key`: the key has
+    /// expired. `payment_required`: the key is on a paid plan, and its tenant has no valid subscription.
     pub enum CheckCode {
         /// Allowed; `cost` was consumed from every limit.
         Allowed = "allowed",
@@ -54,7 +57,9 @@ text_enum! {
 }
 
 text_enum! {
-    /// The name of a limit that applies to a key or a tenant.
+    /// The name of a policy: a limit that applies to a key or a tenant. `rpm`: the key's rate limit. `daily` and
+    /// `monthly`: the key's quotas. `tenant_monthly`: the operator's limit on a tenant's requests per calendar month
+    /// (UTC).
     pub enum PolicyName {
         /// The rate limit, in requests per minute with a burst.
         Rpm = "rpm",

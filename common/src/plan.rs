@@ -10,7 +10,7 @@ use crate::{
 
 text_enum! {
     /// Whether a plan requires a subscription. If billing is on, keys on a `paid` plan work only while the tenant has a
-    /// subscription that is active, in its trial, or past due but within the grace period.
+    /// subscription that is active, in its trial, or in the grace period after a failed payment.
     #[derive(Default)]
     pub enum Billing {
         #[default]
@@ -20,7 +20,8 @@ text_enum! {
 }
 
 text_enum! {
-    /// Behavior while Redis is unreachable.
+    /// Behavior while Redis is unreachable. `share`: each replica enforces its share of the limit. `open`: each replica
+    /// enforces the full limit. `closed`: requests are rejected with 503.
     #[derive(PartialOrd, Ord, Default)]
     pub enum OnRedisFailure {
         /// Each replica enforces its share of the limit.
@@ -49,7 +50,8 @@ response! {
         pub daily_quota: Option<u64>,
         /// Requests per key per calendar month, in the tenant's time zone. `null` if unlimited.
         pub monthly_quota: Option<u64>,
-        /// Whether every request is checked against the shared counters instead of a local lease.
+        /// Whether every request is checked against the shared counters instead of a local lease. A lease is a number
+        /// of requests that a replica has reserved for a key in advance.
         pub strict: bool,
         /// Behavior while Redis is unreachable. `null` for the server default.
         pub on_redis_failure: Option<OnRedisFailure>,
@@ -71,9 +73,9 @@ request! {
         /// Requests per minute for each key, 1 to 60,000,000.
         #[garde(dive)]
         pub default_rpm: Rpm,
-        /// Maximum burst: the number of requests that are allowed immediately for an idle key, 1 to 60,000,000. An
-        /// empty bucket must refill within 31 days, so the burst can be at most 44,640 times the rate. Default:
-        /// `default_rpm`.
+        /// Maximum burst: the number of requests that are allowed immediately for an idle key, 1 to 60,000,000. A
+        /// used-up burst must be fully available again within 31 days, so the burst can be at most 44,640 times the
+        /// rate. Default: `default_rpm`.
         #[garde(dive)]
         pub burst: Option<Burst>,
         /// Requests per key per calendar day, in the tenant's time zone. Default: unlimited.
@@ -82,7 +84,8 @@ request! {
         /// Requests per key per calendar month, in the tenant's time zone. Default: unlimited.
         #[garde(dive)]
         pub monthly_quota: Option<Quota>,
-        /// Whether to check every request against the shared counters instead of a local lease. Default: false.
+        /// Whether to check every request against the shared counters instead of a local lease. A lease is a number of
+        /// requests that a replica has reserved for a key in advance. Default: false.
         #[garde(skip)]
         pub strict: Option<bool>,
         /// Behavior while Redis is unreachable. If omitted, the server default applies.

@@ -13,7 +13,7 @@ pub const MAX_BUCKETS: usize = 1000;
 pub const MAX_GROUPS: usize = 20;
 
 text_enum! {
-    /// The length of a bucket.
+    /// The length of the buckets, each of which contains the requests of one hour or day.
     pub enum UsageBucketSize {
         Hour = "hour",
         Day = "day",
@@ -55,13 +55,13 @@ response! {
         pub start: Timestamp,
         /// The key, if grouped by `key`. Otherwise `null`.
         pub key_id: Option<ApiKeyId>,
-        /// The endpoint, if grouped by `endpoint`; empty for requests without one. Otherwise `null`.
+        /// The endpoint, if grouped by `endpoint` (empty for requests without an endpoint). Otherwise `null`.
         pub endpoint: Option<String>,
         /// The policy that denied the requests, if grouped by `policy`. Otherwise `null`.
         pub policy: Option<String>,
         /// The plan, if grouped by `plan`. Otherwise `null`.
         pub plan_id: Option<PlanId>,
-        /// Whether this group combines all groups that are not listed.
+        /// Whether these are the requests of all groups that are not listed separately.
         pub other: bool,
         /// Number of allowed requests.
         pub allowed: u64,
@@ -80,7 +80,7 @@ response! {
     pub struct UsageGroup {
         /// The key, if grouped by `key`. Otherwise `null`.
         pub key_id: Option<ApiKeyId>,
-        /// The endpoint, if grouped by `endpoint`; empty for requests without one. Otherwise `null`.
+        /// The endpoint, if grouped by `endpoint` (empty for requests without an endpoint). Otherwise `null`.
         pub endpoint: Option<String>,
         /// The policy that denied the requests, if grouped by `policy`: `rpm`, `daily`, `monthly` or `tenant_monthly`;
         /// `reduced_capacity` if limits could not be checked. Otherwise `null`.
@@ -90,7 +90,7 @@ response! {
         /// The key's or plan's current name. `null` if the key or plan was deleted, or if the group is not a key or
         /// plan.
         pub name: Option<String>,
-        /// Whether this group combines all groups that are not listed.
+        /// Whether these are the requests of all groups that are not listed separately.
         pub other: bool,
         /// Number of allowed requests.
         pub allowed: u64,
@@ -100,8 +100,8 @@ response! {
         pub allowed_cost: u64,
         /// Total cost of the denied requests, which are not counted against any limit.
         pub rejected_cost: u64,
-        /// Time of the latest request in the range. `null` for `other`, or if the group also has requests after `to` on
-        /// the same day (UTC).
+        /// Time of the latest request in the range. `null` for `other`. Also `null` if the time is unknown because the
+        /// group has later requests on the day (UTC) on which the range ends.
         pub last_seen_at: Option<Timestamp>,
     }
 }
@@ -115,17 +115,17 @@ response! {
         pub from: Timestamp,
         /// The end of the range, exclusive, rounded up to the quarter hour.
         pub to: Timestamp,
-        /// The length of a bucket. A day on which the clocks change has 23 to 25 hours.
+        /// The length of each bucket. A day on which the clocks change has 23 to 25 hours.
         pub bucket: UsageBucketSize,
         /// The time zone in which hours and days start.
         pub time_zone: String,
         pub group_by: Option<UsageGroupBy>,
         /// All requests before this time are counted; later requests may be missing. This time is earlier than `to` if
-        /// the range includes the present, or if a replica has not shipped its usage records yet.
+        /// the range includes the present, or if a replica has not stored its usage in the database yet.
         pub complete_until: Timestamp,
         /// All requests in the range that match the filters.
         pub total: UsageCounts,
-        /// Without `group_by`, every bucket in the range. With `group_by`, the buckets of each group, without those in
+        /// Without `group_by`, every bucket in the range. With `group_by`, the buckets of each group, except those in
         /// which the group had no requests.
         pub buckets: Vec<UsageBucket>,
         /// With `group_by`, the 20 groups with the most requests, and `other` if there are more groups. Otherwise
@@ -163,7 +163,8 @@ response! {
         /// The quota that is closest to being used up, among those of active, unexpired keys. `null` if none of these
         /// quotas has been used.
         pub closest_to_limit: Option<QuotaStatus>,
-        /// Keys and quotas that need attention: at most 20 of each kind, with the most urgent of each kind first.
+        /// Keys that need attention, at most 20 for each `kind`. Within a kind, the most urgent come first. A key that
+        /// needs attention for several reasons is listed several times.
         pub attention: Vec<Attention>,
     }
 }
@@ -175,8 +176,8 @@ response! {
         pub key_id: ApiKeyId,
         pub key_name: String,
         pub policy: PolicyName,
-        /// Total cost of the requests allowed so far. If the server does not record usage, this includes tokens that
-        /// replicas hold for later requests.
+        /// Total cost of the requests allowed so far. If the server does not record usage, this includes the part of
+        /// the quota that replicas have reserved for later requests.
         pub used: u64,
         pub limit: u64,
         /// When the day or month ends.
@@ -185,7 +186,9 @@ response! {
 }
 
 text_enum! {
-    /// Why a key needs attention.
+    /// Why a key needs attention. `quota`: at least 80% of a quota is used. `expiring`: the key expires within 7 days.
+    /// `grace_ending`: the previous secret expires within 24 hours. `idle`: the key is active and has not been used for
+    /// 30 days.
     pub enum AttentionKind {
         /// At least 80% of a quota is used. `at` is when the quota resets.
         Quota = "quota",
@@ -206,6 +209,8 @@ response! {
         pub kind: AttentionKind,
         pub key_id: ApiKeyId,
         pub key_name: String,
+        /// When the quota resets, or when the key or the previous secret expires. If `kind` is `idle`, when the key was
+        /// last used, or when it was created if it has never been used.
         pub at: Timestamp,
         /// The quota's policy, if `kind` is `quota`; otherwise `null`.
         pub policy: Option<PolicyName>,
@@ -243,7 +248,7 @@ response! {
         pub at: Timestamp,
         /// How much of the quota remained at that time.
         pub remaining: u64,
-        /// How much of the quota would remain if it were used at an even pace over the whole window.
+        /// How much of the quota would remain at that time if it were used at an even pace over the whole day or month.
         pub ideal_remaining: u64,
     }
 }
@@ -266,7 +271,8 @@ response! {
         pub resets_at: Timestamp,
         /// Evenly spaced points starting at `starts_at`, and a final point at `complete_until`.
         pub points: Vec<BurnDownPoint>,
-        /// The current pace: cost per hour over the most recent quarter of the elapsed time (at least the last hour).
+        /// The current pace: the average cost per hour over the last quarter of the time since `starts_at`, or over the
+        /// last hour if that is longer.
         pub pace_per_hour: f64,
         /// When the quota will be used up at the current pace. `null` if the quota won't be used up before it resets.
         /// If the quota is already used up, this equals `complete_until`.

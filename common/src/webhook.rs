@@ -21,8 +21,8 @@ response! {
         pub is_active: bool,
         /// Why Quota disabled the webhook. `null` if Quota did not disable it.
         pub disabled_reason: Option<String>,
-        /// When deliveries started to fail. `null` if the last attempt succeeded, if there were no attempts, or if the
-        /// URL was changed or the webhook was enabled after the last attempt.
+        /// When deliveries started to fail. `null` if the last attempt succeeded, or if there has been no attempt since
+        /// the webhook was created, its URL was changed, or it was enabled.
         pub failing_since: Option<Timestamp>,
         /// When the previous secret expires. Until then, deliveries are also signed with the previous secret. `null` if
         /// there is no previous secret.
@@ -39,8 +39,8 @@ request! {
         /// 1 to 200 characters.
         #[garde(dive)]
         pub name: Name,
-        /// An `https://` URL with a public address, unless the operator allows private networks. At most 2,000
-        /// characters.
+        /// An `https://` URL whose host has only public IP addresses. If the operator allows private networks, hosts in
+        /// these networks can also be used, and their URLs can start with `http://`. At most 2,000 characters.
         #[garde(dive)]
         pub url: WebhookUrl,
     }
@@ -52,12 +52,12 @@ update! {
         /// 1 to 200 characters.
         #[garde(dive)]
         pub name: Option<Name>,
-        /// An `https://` URL with a public address, unless the operator allows private networks. At most 2,000
-        /// characters.
+        /// An `https://` URL whose host has only public IP addresses. If the operator allows private networks, hosts in
+        /// these networks can also be used, and their URLs can start with `http://`. At most 2,000 characters.
         #[garde(dive)]
         pub url: Option<WebhookUrl>,
-        /// `false` stops deliveries: pending deliveries are canceled (status `failed`) and can be redelivered later.
-        /// `true` also clears `disabled_reason`.
+        /// `false` disables the webhook: pending deliveries are canceled (status `failed`) and can be redelivered
+        /// later. `true` enables the webhook and clears `disabled_reason`.
         #[garde(skip)]
         pub is_active: Option<bool>,
     }
@@ -67,8 +67,8 @@ request! {
     /// Request body for rotating a webhook's signing secret.
     #[derive(Debug, Default)]
     pub struct RotateWebhookSecret {
-        /// How long deliveries are also signed with the current secret, in seconds: 0 to 2,592,000 (30 days). Default:
-        /// 86,400 (24 hours).
+        /// Seconds for which deliveries are signed with both the previous and the new secret, 0 to 2,592,000 (30 days).
+        /// Use 0 if the secret was leaked. Default: 86,400 (24 hours).
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
     }
@@ -95,7 +95,9 @@ impl std::fmt::Debug for CreatedWebhook {
 }
 
 text_enum! {
-    /// The status of a delivery.
+    /// The status of a delivery. `pending`: the event has not been sent yet, or an attempt failed and will be retried.
+    /// `delivered`: the endpoint accepted the event with a 2xx status. `failed`: the delivery failed and will not be
+    /// retried.
     pub enum WebhookDeliveryStatus {
         /// The event has not been sent yet, or an attempt failed and will be retried.
         Pending = "pending",
@@ -126,8 +128,8 @@ response! {
         /// Why the last attempt failed, or why the delivery was canceled or not attempted. Otherwise `null`.
         pub error: Option<String>,
         pub last_attempt_at: Option<Timestamp>,
-        /// When the next attempt is due. During an attempt, the time at which the attempt will be repeated if the
-        /// server stops. `null` if the event will not be sent again.
+        /// When the next attempt is due. During an attempt, this is when the attempt will be repeated if the server
+        /// stops before the attempt ends. `null` if the event will not be sent again.
         pub next_attempt_at: Option<Timestamp>,
         /// The request body that is sent to the webhook's URL.
         pub payload: serde_json::Value,

@@ -73,7 +73,7 @@ export async function many(world) {
   const dialog = page.locator("dialog[open]");
   const text = await dialog.innerText();
   assert.match(text, /requests with these keys will be rejected \(401\)/);
-  assert.match(text, /1 was used in the last 24 hours/);
+  assert.match(text, /1 of the keys was used in the last 24 hours/);
   assert.ok(text.includes(`${quoted("Batch jobs")} and ${quoted("Partner")}`), text);
   const confirm = dialog.getByRole("button", { name: "Deactivate" });
   assert.ok(await confirm.isDisabled());

@@ -347,7 +347,7 @@ async function liveTail(my, log, app, slow) {
   await my.inspect("live-tail");
   // Scrolling pauses the list.
   await drawer.locator(".tail-list").evaluate((it) => it.scrollTo(0, 400));
-  await drawer.getByText("Paused while scrolled down").waitFor();
+  await drawer.getByText("Paused until you scroll to the top").waitFor();
   await log.echo(app, 2);
   await drawer.getByRole("button", { name: "Show 2 new" }).waitFor();
   assert.equal(await drawer.getByText(log.requests.at(-1).id).count(), 0);

@@ -426,7 +426,7 @@ async function alerts(world, receiver) {
     await page.keyboard.press("Space");
   }
   await press(my, "Save changes");
-  await dialog(my).getByText("Select at least one role, or turn off email.").waitFor();
+  await dialog(my).getByText("Select at least one role, or turn off email alerts.").waitFor();
   await my.inspect("alerts-email");
   await to(my, "Billing members", "Shift+Tab");
   await page.keyboard.press("Space");

@@ -60,6 +60,9 @@ pub type Apis = (
 
 const DESCRIPTION: &str = "\
 Self-hosted API keys, plans, rate limits and quotas.\n\n\
+Plans, API keys and other resources belong to a tenant, which is the account of an organization. API consumers send \
+requests with the tenant's API keys. An operator runs the server as one or more replicas (processes), which enforce \
+the limits together.\n\n\
 Requests and responses are JSON. Timestamps are RFC 3339 in UTC. Lists are paginated: pass `limit` and `cursor`; each \
 page returns `{items, next_cursor, total}`. Errors are `application/problem+json` (RFC 9457); each `type` links to a \
 page that explains the error. Every response includes `X-Request-Id`.\n\n\

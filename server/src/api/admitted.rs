@@ -142,7 +142,7 @@ extract_by_credential!(
         bearer_format: Some("JWT"),
         ..blank(
             "http",
-            "Access token from `POST /auth/login`. Valid for 15 minutes."
+            "Access token from `POST /auth/login`, `/auth/register` or `/auth/refresh`. Valid for 15 minutes."
         )
     }
 );

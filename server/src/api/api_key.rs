@@ -138,7 +138,7 @@ impl ApiKeyApi {
 impl ApiKeyApi {
     /// List API keys
     ///
-    /// Returns keys, without their secrets, in the order given by `sort`, by default newest first. A cursor is valid
+    /// Returns keys, without their secrets, in the order given by `sort` (default: newest first). A cursor is valid
     /// only with the `sort` for which it was issued. When sorting by last use, a key that is used while you page
     /// through the list may be skipped or repeated.
     #[oai(path = "/api-keys", method = "get", operation_id = "list_api_keys")]
@@ -153,8 +153,8 @@ impl ApiKeyApi {
         plan_id: Query<Option<PlanId>>,
         /// Include only keys with this status. Every key has exactly one status.
         status: Query<Option<ApiKeyStatus>>,
-        /// Include only keys whose `is_active` has this value, whether or not they have expired. `true` includes expired
-        /// keys; use `status=active` to exclude them.
+        /// Include only keys whose `is_active` has this value, whether or not they have expired. To exclude expired
+        /// keys, use `status=active`.
         is_active: Query<Option<bool>>,
         /// Include only expired keys (`true`) or only keys that have not expired (`false`), whether or not they are
         /// deactivated.
@@ -165,8 +165,8 @@ impl ApiKeyApi {
         /// Include only keys whose `prefix` or external ID starts with this string, or whose name contains it.
         #[oai(validator(max_length = 200))]
         search: Query<Option<String>>,
-        /// Sort field; prefix with `-` for descending. Names are compared case-insensitively; keys that have never been
-        /// used sort as the least recently used. Default: `-created_at`.
+        /// Sort field; prefix with `-` for descending. Names are compared case-insensitively. Keys that have never been
+        /// used count as the least recently used. Default: `-created_at`.
         sort: Query<Option<ApiKeyOrder>>,
         /// Page size, 1–100. Default: 20.
         limit: Query<Option<PageSize>>,

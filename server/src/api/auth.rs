@@ -173,9 +173,10 @@ impl AuthApi {
     /// Sign in
     ///
     /// Creates a session and returns its tokens. Failed sign-ins are limited per account and network. Send the
-    /// `device_token` of an earlier sign-in to identify a known device: its attempts are counted separately, so failed
-    /// sign-ins from other devices do not delay its sign-ins. If the request has `X-Quota-Session: cookie`, all tokens are
-    /// set as cookies instead of being returned in the body. Such a request must come from this server's own pages.
+    /// `device_token` of an earlier sign-in to identify a known device. Attempts from a known device are counted
+    /// separately, so they are not delayed by failed sign-ins from other devices. If the request has
+    /// `X-Quota-Session: cookie`, all tokens are set as cookies instead of being returned in the body. Such a request
+    /// must come from this server's own pages.
     #[oai(path = "/login", method = "post", operation_id = "login")]
     async fn login(
         &self,
@@ -245,8 +246,8 @@ impl AuthApi {
     /// Sign out
     ///
     /// Revokes the session of the refresh token. The session's access tokens stop working on all replicas within one
-    /// second. With `X-Quota-Session: cookie`, the refresh token is read from its cookie, as when refreshing, and the
-    /// session's cookies are deleted.
+    /// second. With `X-Quota-Session: cookie`, the refresh token is read from its cookie, as in `POST /auth/refresh`,
+    /// and the session's cookies are deleted.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
     async fn logout(
         &self,
@@ -283,7 +284,8 @@ impl AuthApi {
 
     /// Update the current user
     ///
-    /// Updates the user's display name. Owners and admins can also update the tenant's name and time zone.
+    /// Updates the user's display name, the tenant's name or the tenant's time zone. Only owners and admins can update
+    /// the tenant.
     #[oai(path = "/me", method = "patch", operation_id = "update_me")]
     async fn update_me(
         &self,

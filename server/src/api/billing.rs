@@ -134,8 +134,8 @@ impl BillingApi {
 impl BillingApi {
     /// Get the subscription
     ///
-    /// Returns the status of the tenant's subscription, the price, the usage on plans marked `paid`, and how much of
-    /// each of the operator's limits is used. Changes made in Stripe usually appear within seconds.
+    /// Returns the status of the tenant's subscription, its price, the usage on plans marked `paid`, and the operator's
+    /// limits with their current use. Changes made in Stripe usually appear within seconds.
     #[oai(path = "/", method = "get", operation_id = "get_billing")]
     async fn get(&self, caller: BillingTenant) -> Result<Json<BillingState>, ApiError> {
         overview::billing_state(&self.state, &caller)

@@ -43,7 +43,8 @@ impl HealthApi {
     /// Serving
     ///
     /// Returns 503 only while the server is stopping. Use this endpoint, not `/health/ready`, for load balancers and
-    /// Kubernetes readiness probes: requests with cached keys still work while PostgreSQL is unreachable.
+    /// Kubernetes readiness probes: while PostgreSQL is unreachable, requests with keys that the server has cached
+    /// still work.
     #[oai(path = "/serving", method = "get", operation_id = "serving")]
     async fn serving(&self) -> Result<Json<Health>, ApiError> {
         if self.state.is_draining() {

@@ -145,7 +145,7 @@ impl KeyLimitsApi {
     /// Get an API key's limits
     ///
     /// Returns how much of each of the key's limits remains, and when each limit resets. Consumes nothing. With several
-    /// replicas, quota usage from the last second on other replicas may be missing.
+    /// replicas, requests from the last second may not be counted against the quotas yet.
     #[oai(
         path = "/api-keys/:key_id/limits",
         method = "get",

@@ -165,7 +165,7 @@ impl ApiResponse for StatusOnly {
                 ),
                 bare(
                     403,
-                    "With `deny=403`: denied, or the key is on a paid plan whose tenant has no valid subscription. The body is empty.",
+                    "With `deny=403`: denied, or the key is on a paid plan and its tenant has no valid subscription. The body is empty.",
                 ),
                 bare(429, "Denied. The body is empty."),
             ],
@@ -301,16 +301,16 @@ impl LimitApi {
     ///
     /// Gateways such as Caddy, nginx, HAProxy, Envoy and Traefik call this before they forward a request. Accepts any
     /// method. Send the gateway's service token in exactly one `X-Service-Token` header, and pass on the consumer's
-    /// `X-API-Key` or `Authorization: Bearer`. Every response has an `X-Quota-Decision` header: `allowed`, `limited`,
-    /// `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and the
-    /// decision is `allowed`.
+    /// `X-API-Key` or `Authorization: Bearer` header. Every response has an `X-Quota-Decision` header: `allowed`,
+    /// `limited`, `unauthorized`, `payment_required` or `unavailable`. Forward a request only if the status is 200 and
+    /// the decision is `allowed`.
     #[oai(path = "/forward-auth", method = "get", operation_id = "forward_auth")]
     pub async fn forward_auth(
         &self,
         caller: GatewayCaller,
         request: &Request,
         /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which accepts only
-        /// 2xx, 401 and 403; requests that would get 402 then also get 403.
+        /// 2xx, 401 and 403. Requests that would get 402 then also get 403.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
         let context = RequestContext::of(request)?;

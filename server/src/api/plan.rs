@@ -101,7 +101,7 @@ fn just_used() -> ApiError {
 impl PlanApi {
     /// List plans
     ///
-    /// Returns plans in the order given by `sort`, by default newest first, each with its number of keys. A cursor is
+    /// Returns plans, each with its number of keys, in the order given by `sort` (default: newest first). A cursor is
     /// valid only with the `sort` for which it was issued.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(

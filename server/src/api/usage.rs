@@ -306,13 +306,13 @@ impl UsageApi {
         &self,
         caller: UsageTenant,
         request: &Request,
-        /// The start of the range, rounded down to the quarter hour. Default: 24 hours before `to`, or 30 days with
-        /// `bucket=day`.
+        /// The start of the range, rounded down to the quarter hour. Default: 24 hours before `to`; with `bucket=day`,
+        /// 30 days before `to`.
         from: Query<Option<Timestamp>>,
         /// The end of the range, exclusive, rounded up to the quarter hour. Default: now.
         to: Query<Option<Timestamp>>,
-        /// The length of a bucket. A response has at most 1,000 buckets for each group. Default: `hour` for ranges of
-        /// up to 7 days, `day` for longer ones.
+        /// The length of the buckets, each of which contains the requests of one hour or day. A series has at most
+        /// 1,000 buckets. Default: `hour` for ranges of up to 7 days, `day` for longer ones.
         bucket: Query<Option<UsageBucketSize>>,
         /// The IANA name of the time zone in which hours and days start. Default: the tenant's time zone.
         tz: Query<Option<String>>,
@@ -322,7 +322,8 @@ impl UsageApi {
         plan_id: Query<Option<PlanId>>,
         /// Include only requests to this endpoint.
         endpoint: Query<Option<String>>,
-        /// How to group the requests.
+        /// How to group the requests. `policy` groups denied requests by the policy that denied them. Allowed requests
+        /// are then in no group.
         group_by: Query<Option<UsageGroupBy>>,
     ) -> Result<UsageResponse, ApiError> {
         let filter = Filter {

@@ -250,8 +250,8 @@ impl WebhookApi {
     /// Rotate a webhook's signing secret
     ///
     /// Returns a new secret. This is the only time it is available: a replay with the same `Idempotency-Key` returns
-    /// everything except the secret. For `grace_seconds`, deliveries are signed with both the previous and the
-    /// new secret. If you rotate the secret again during this time, the oldest secret is no longer used.
+    /// everything except the secret. For `grace_seconds`, deliveries are signed with both the previous and the new
+    /// secret. If you rotate the secret again during this time, the oldest secret is no longer used.
     #[oai(
         path = "/webhooks/:webhook_id/rotate-secret",
         method = "post",

@@ -73,7 +73,7 @@ fn limit_headers() -> Map<String, Value> {
         ),
         (
             "X-RateLimit-Remaining".to_owned(),
-            number("Number of requests left in the burst."),
+            number("Number of requests that are still allowed immediately."),
         ),
         (
             "X-RateLimit-Reset".to_owned(),

@@ -154,7 +154,7 @@ pub const fn role_members(role: Role) -> &'static str {
 pub fn email_warning(settings: &AlertSettings) -> Option<&'static str> {
     let is_on = settings.email && !settings.email_roles.is_empty();
     (is_on && !settings.can_email).then_some(
-        "Emails aren't sent because no mail server is configured. Ask the operator to set SMTP_URL.",
+        "Emails aren't sent because no mail server is configured. Ask the server's operator to set SMTP_URL.",
     )
 }
 

@@ -85,7 +85,7 @@ fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
     match (it.access, ends) {
         (BillingAccess::PastDue, Some(end)) => all.push((
             danger,
-            format!("Your last payment failed. Update your card by {end}. After that, {requests} will be rejected (402)."),
+            format!("Your last payment failed. Update your card by {end}, or {requests} will be rejected (402)."),
         )),
         (BillingAccess::PastDue, None) if it.paid_plans_work => all.push((
             danger,
@@ -261,7 +261,7 @@ pub fn usage(it: &BillingUsage, state: &BillingState) -> Markup {
     let mut note = |text: &str| all.push(with_text("p", &[("class", "muted small-text")], text));
     if it.not_charged > 0 {
         note(&format!(
-            "{} in this period won't be charged because they couldn't be reported to Stripe.",
+            "{} in this period couldn't be reported to Stripe and won't be charged.",
             count(it.not_charged, "request", "requests")
         ));
     }

@@ -52,11 +52,11 @@ impl BulkAction {
         }
         let list = enumerated(&list);
         let usage = match (names.len(), recently_used) {
-            (1, 0) => "It wasn't used in the last 24 hours.".to_owned(),
-            (1, _) => "It was used in the last 24 hours.".to_owned(),
-            (_, 0) => "None were used in the last 24 hours.".to_owned(),
-            (_, 1) => "1 was used in the last 24 hours.".to_owned(),
-            (_, n) => format!("{n} were used in the last 24 hours."),
+            (1, 0) => "The key wasn't used in the last 24 hours.".to_owned(),
+            (1, _) => "The key was used in the last 24 hours.".to_owned(),
+            (_, 0) => "None of the keys were used in the last 24 hours.".to_owned(),
+            (_, 1) => "1 of the keys was used in the last 24 hours.".to_owned(),
+            (_, n) => format!("{n} of the keys were used in the last 24 hours."),
         };
         let keys = if names.len() == 1 {
             "this key"
@@ -143,7 +143,7 @@ mod tests {
             text.starts_with(&quoted("a")) && text.contains(" and 2 more: "),
             "{text}"
         );
-        assert!(text.ends_with("2 were used in the last 24 hours."));
+        assert!(text.ends_with("2 of the keys were used in the last 24 hours."));
         let text = BulkAction::Deactivate.consequences(&["a"], 0);
         assert!(
             text.starts_with(&format!("{}: ", quoted("a"))) && text.ends_with("last 24 hours."),

@@ -101,8 +101,9 @@ pub fn projection(burn: &BurnDown, now: i64, clock: &dyn Fn(i64) -> String) -> S
             )
         }
         _ => format!(
-            "At this pace, {} will be left when the quota resets. {resets}",
-            number(burn.projected_remaining)
+            "At this pace, {} will be left when the quota resets on {}.",
+            number(burn.projected_remaining),
+            clock(reset)
         ),
     }
 }
@@ -152,7 +153,7 @@ mod tests {
         );
         assert_eq!(
             text(&burn(200, None, 600)),
-            "At this pace, 600 will be left when the quota resets. Resets 12 h."
+            "At this pace, 600 will be left when the quota resets on 12 h."
         );
         assert_eq!(
             text(&burn(1000, Some("2026-11-26T11:00:00Z"), 0)),

@@ -107,7 +107,7 @@ pub fn limit_details(key: &ApiKey, plan: &Plan, time_zone: &str) -> Markup {
         limit_row(
             "Burst",
             &number(limits.burst.into()),
-            "Requests an idle key can send immediately",
+            "Requests allowed immediately for an idle key",
         ),
         quota("Daily quota", limits.daily_quota, "at midnight"),
         quota("Monthly quota", limits.monthly_quota, "on the 1st"),

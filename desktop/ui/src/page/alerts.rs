@@ -197,7 +197,7 @@ fn EmailForm(
                 {Role::ALL.iter().map(|role| choice(*role)).collect_view()}
             </fieldset>
             <div role="alert">
-                {move || (is_submitted.get() && has_no_role()).then(|| view! { <p class="alert">"Select at least one role, or turn off email."</p> })}
+                {move || (is_submitted.get() && has_no_role()).then(|| view! { <p class="alert">"Select at least one role, or turn off email alerts."</p> })}
             </div>
         </DialogForm>
     }

@@ -171,7 +171,7 @@ fn Tail(
         if is_reconnecting() {
             "Reconnecting…"
         } else if paused.get() {
-            "Paused while scrolled down"
+            "Paused until you scroll to the top"
         } else {
             "Live"
         }
@@ -215,7 +215,7 @@ fn Tail(
                 let waiting = live.with(|live| live.waiting.len());
                 (waiting > 0).then(|| view! { <button type="button" class="button small" on:click=resume>{format!("Show {waiting} new")}</button> })
             }}
-            {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Requests are arriving too fast to show all of them."</span> })}
+            {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Some requests are missing because they arrived too fast."</span> })}
         </p>
         <Alert error/>
         {move || {

@@ -86,7 +86,10 @@ impl PlanForm {
 
 const ON_REDIS_FAILURE: [(&str, &str); 4] = [
     ("", "Server default"),
-    ("share", "Keep limiting (each replica enforces its share)"),
+    (
+        "share",
+        "Keep limiting (each replica enforces its share of the limit)",
+    ),
     (
         "open",
         "Keep limiting (each replica enforces the full limit)",

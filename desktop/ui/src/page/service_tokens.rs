@@ -150,7 +150,7 @@ fn DeleteDialog(deletion: Deletion, loader: Loader<Page<ServiceToken>>) -> impl 
         <Confirm
             confirmation
             title=Signal::derive(move || format!("Delete token {}?", quoted(&name())))
-            message="Within a second, checks with this token will fail. Gateways with the included configurations will then reject all requests. This can't be undone."
+            message="Within a second, checks with this token will fail. Gateways that use this token with a configuration from this page will then reject all requests. This can't be undone."
             action="Delete token"
             run
         />

@@ -21,7 +21,7 @@ use crate::{
     },
 };
 
-pub const URL_HINT: &str = "Events are sent here as POST requests. The host must resolve only to public IP addresses, unless the operator allows private networks.";
+pub const URL_HINT: &str = "Events are sent here as POST requests. The host must resolve only to public IP addresses, unless the server's operator allows private networks.";
 
 #[component]
 pub fn EditDialog(loader: Loader<Webhook>, open: RwSignal<bool>) -> impl IntoView {

@@ -35,8 +35,8 @@ const COLUMNS: [&str; 12] = [
     "rejected_cost",
 ];
 
-/// Returns whether the client prefers CSV to JSON (RFC 9110, section 12.5.1). If the quality values are equal, prefers the
-/// format that is listed first, and JSON if only ranges such as `*/*` are listed.
+/// Returns whether the client prefers CSV to JSON (RFC 9110, section 12.5.1). If the quality values are equal, prefers
+/// the format that is listed first, and JSON if only ranges such as `*/*` are listed.
 pub(super) fn is_preferred(headers: &HeaderMap) -> bool {
     let accepted: Vec<(Mime, f32)> = headers
         .get_all(header::ACCEPT)

@@ -59,7 +59,7 @@ fn failed_payment_names_the_date_and_the_keys() {
     let end = json!({"access": "past_due", "access_ends_at": "2026-12-03T12:00:00Z"});
     let failed = shown(end.clone());
     assert!(failed.starts_with(
-        "Your last payment failed. Update your card by 3 Dec 2026, 12:00 UTC. After that, requests that use one of your 4 keys on paid plans will be rejected (402). Subscription Past due"
+        "Your last payment failed. Update your card by 3 Dec 2026, 12:00 UTC, or requests that use one of your 4 keys on paid plans will be rejected (402). Subscription Past due"
     ), "{failed}");
     let labels: Vec<_> = buttons(&state(end)).iter().map(|it| it.label).collect();
     assert_eq!(labels, ["Update card"]);
@@ -165,7 +165,7 @@ fn usage_shows_charge_projection_and_reporting() {
     assert!(!text(&usage(&of_period, &rejected)).contains("Projected"));
     of_period.not_charged = 7;
     assert!(text(&usage(&of_period, &state)).ends_with(
-        "7 requests in this period won't be charged because they couldn't be reported to Stripe."
+        "7 requests in this period couldn't be reported to Stripe and won't be charged."
     ));
     of_period.charge = None;
     of_period.projected_total = None;
