@@ -1,7 +1,7 @@
 //! A cache of denials in front of a remote store, so that repeating a denial does not need a round trip.
 //!
-//! Two mechanisms deny requests here: a local bucket with the plan's rate, and the store's last denial, which is
-//! repeated until the plan, or the state behind the denial, may have changed. Both mechanisms only repeat what the
+//! Two mechanisms deny requests here: a local bucket with the key's rate, and the store's last denial, which is
+//! repeated until the limits, or the state behind the denial, may have changed. Both mechanisms only repeat what the
 //! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So the
 //! local bucket is charged only for requests that the store has allowed. (Charging first and refunding denied requests
 //! is not equivalent: the bucket may have been full between the two steps, and the refund would then credit tokens that

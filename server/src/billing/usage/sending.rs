@@ -73,7 +73,7 @@ impl Billing {
     }
 
     /// Sends a tenant's reports for up to about [`TURN`], while `owner` holds the claim. Returns the number of finished
-    /// reports. Sending one report takes less time than a claim lasts.
+    /// reports. A claim lasts longer than sending one report can take.
     async fn send_usage_of(&self, tenant: TenantId, owner: Uuid) -> Result<u64, BillingError> {
         let began = Instant::now();
         let mut finished = 0;
