@@ -122,7 +122,8 @@ impl Billing {
             }
         }
         if let Some(too_late) = self.too_late(report).await? {
-            // Stripe would count another attempt, but not charge it. An earlier attempt may have arrived in time.
+            // If the report were sent now, Stripe would count its usage but not charge it. An earlier attempt may have
+            // arrived in time.
             let may_have_arrived = is_recognized && report.sent_ago.is_some();
             let arrived = if may_have_arrived {
                 self.has_arrived(tenant, report).await?

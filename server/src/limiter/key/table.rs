@@ -303,7 +303,8 @@ impl KeyTable {
     ) -> Result<T, LimiterError> {
         let deadline = patience.next_deadline();
         let mut failures_before = None;
-        // The key has a quota, since a block is missing, and keeps this notification while it is in use.
+        // A block is missing, so the key has a quota and a notification. The key keeps the notification while requests
+        // use it.
         let notify = handle.state.lock().call_ended().unwrap_or_default();
         loop {
             if self.is_draining() {

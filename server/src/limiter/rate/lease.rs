@@ -160,7 +160,7 @@ impl Lease {
     }
 
     /// Returns whether the lease can be replaced with a [new](Self::new) one while its key is in use. The new lease
-    /// must report and decide the same, and no call or request may refer to this lease.
+    /// must behave the same way, and no call or request may refer to this lease.
     pub(in crate::limiter) fn is_like_new(&self, now: Monotonic) -> bool {
         let view = self.view.unwrap_or_default();
         let is_full = view.seen.saturating_add(view.debt).saturating_add(UNUSED) <= now;
@@ -394,7 +394,7 @@ impl Lease {
     }
 
     /// Returns whether to start a task that returns unspent tokens, and if so, counts the task as started. No task is
-    /// needed while a call is in flight that is not late. Otherwise, a task is needed if no later call is expected to
+    /// needed while a call that is not late is in flight. Otherwise, a task is needed if no later call is expected to
     /// return the tokens. It is also needed if there are more tokens than a lease contains, since other replicas may
     /// need them before the next call.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {
