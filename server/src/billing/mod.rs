@@ -272,8 +272,8 @@ impl Billing {
                 let name = account.customer_name.as_str();
                 let created = self.stripe.create_customer(&id, email, name, &key).await;
                 if let Err(StripeError::Failed { .. }) = &created {
-                    // Another request with the same idempotency key would fail for a day. The next attempt searches for
-                    // a customer first.
+                    // For a day, every request with the same idempotency key would fail, so the next attempt uses
+                    // another key. That attempt searches for a customer first.
                     self.db
                         .in_system(async |tx| {
                             billing::next_customer_attempt(tx, tenant, attempt).await

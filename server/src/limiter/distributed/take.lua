@@ -246,8 +246,8 @@ if want > 0 then
     debt = debt + granted * e
     gathered = gathered and gathered - granted * e
     changed = true
-    -- Sets a new mark from time to time, and when a return of this whole grant could not be credited in full
-    -- under the current mark.
+    -- Set a new mark if the current one is old, or if a return of this whole grant could not be credited in full under
+    -- the current one.
     if now - mt > 2 * lease or m < granted * e then
       n, nt = m, mt
       m, mt = debt, now

@@ -275,7 +275,8 @@ impl KeyTable {
         }
     }
 
-    /// Registers a waiting request. Tokens fetched for the request are kept until the guard is dropped.
+    /// Registers a waiting request. Tokens fetched for the request are kept until the request reserves them or the
+    /// guard is dropped.
     pub(in crate::limiter) fn register_demand<'a>(
         &'a self,
         handle: &'a Arc<KeyHandle>,
