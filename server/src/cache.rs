@@ -225,7 +225,7 @@ where
     }
 
     /// Returns a key's valid entry, or loads the entry with `load`. While PostgreSQL is suspected to be unreachable,
-    /// and after a load has failed, returns the key's entry within its grace period instead.
+    /// and after a load has failed, returns the key's entry instead if the entry is within its grace period.
     pub async fn get<F, Fut, L>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send + Sync + 'static,

@@ -32,9 +32,9 @@ pub(super) struct DenialCache {
     /// Decisions under other policies are neither used nor kept.
     fingerprint: Option<u64>,
     /// The TAT of the local bucket. This bucket never allows a request, since the store decides every request that is
-    /// not denied here. After an edit, the local bucket starts full. The store keeps the earlier usage, but its bucket
-    /// may have refilled by any amount, because the cache does not know when the store learned of the edit. A request
-    /// that the store would allow must not be denied here.
+    /// not denied here. After an edit, the local bucket starts full. The store keeps the earlier usage, but the cache
+    /// does not know when the store learned of the edit, and therefore not how much the store's bucket has refilled. A
+    /// request that the store would allow must not be denied here.
     tat: Monotonic,
     /// When the store's bucket is full, according to its last decision, which includes other replicas' usage.
     full_at: Monotonic,
