@@ -284,8 +284,8 @@ pub struct PasswordPool {
     places: Arc<Mutex<Places>>,
     /// Counts callers that were turned away.
     busy: Counter,
-    /// The hash of a random password. If the email address is unknown, the password is checked against this hash, so that
-    /// a rejection takes as long as for a wrong password.
+    /// The hash of a random password. If the email address is unknown, the password is checked against this hash, so
+    /// that the rejection takes as long as for a wrong password.
     dummy_hash: Arc<str>,
 }
 

@@ -61,7 +61,7 @@ fn in_force<'a>(subscriptions: &'a [ChargedBy], span: &Span) -> Option<&'a Charg
 }
 
 impl Billing {
-    /// Plans reports for hours that have ended. Returns the number of planned hours.
+    /// Plans reports for hours, and for parts of hours, that have ended. Returns how many were planned.
     pub async fn plan_usage(&self) -> Result<usize, BillingError> {
         let mut read = HashMap::new();
         let mut planned = 0;

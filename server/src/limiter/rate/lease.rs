@@ -3,11 +3,11 @@
 //! This module decides how many tokens to take, until when they may be spent, which tokens to return, and which
 //! requests wait. It does no I/O.
 //!
-//! **Guarantee.** A token is spent only after the counters have granted it. The token goes to a request that was waiting
-//! when the call began, or is spent at most `ttl` after the call began. So the tokens of all requests that arrive and
-//! are allowed in a window of `T` seconds were granted within the window or at most `ttl` before it. In these `T + ttl`
-//! seconds, the counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returned tokens do not
-//! break this bound, because they never make the bucket fuller than if the tokens had not been taken.
+//! **Guarantee.** A token is spent only after the counters have granted it. The token goes to a request that was
+//! waiting when the call began, or is spent at most `ttl` after the call began. So the tokens of all requests that
+//! arrive and are allowed in a window of `T` seconds were granted within the window, or at most `ttl` before it. In
+//! these `T + ttl` seconds, the counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returned
+//! tokens do not break this bound, because they never make the bucket fuller than if the tokens had not been taken.
 //!
 //! **Lease size.** Tokens that requests are waiting for are requested in full. The number of tokens held for later
 //! depends on the key's pace on this replica, up to a tenth of the burst. A reserve covers the duration of the next
