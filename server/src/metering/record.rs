@@ -37,11 +37,11 @@ pub(super) const RECORD_WORDS_MAX: usize = FIXED_WORDS + (ENDPOINT_MAX + REQUEST
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum RecordState {
-    /// The space is reserved, and the decision is in progress.
+    /// The space is reserved. The record has not been written yet.
     Open = 1,
     /// The record has been written.
     Done = 2,
-    /// No decision was made.
+    /// No record was written, for example because no decision was made.
     Void = 3,
     /// No record follows in this segment.
     Sealed = 4,
