@@ -10,8 +10,8 @@
 //! background. Therefore, an outage delays only the first few requests, not the first request for each key.
 //!
 //! A changed entry is not removed. Its row is never used again, but the entry shows that its key exists. Lookups of
-//! unknown keys leave database connections for reloading such entries. [`Changes`] determines which entries have
-//! changed.
+//! keys without an entry leave some database connections free for reloading such entries. [`Changes`] determines which
+//! entries have changed.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.
 //!
@@ -225,7 +225,7 @@ where
     }
 
     /// Returns a key's valid entry, or loads the entry with `load`. While PostgreSQL is suspected to be unreachable,
-    /// and after a load has failed, returns the key's entry within its grace period instead.
+    /// and after a load has failed, returns the key's entry instead if the entry is within its grace period.
     pub async fn get<F, Fut, L>(&self, key: K, load: F) -> Result<Option<Arc<T>>, Unconfirmed>
     where
         F: Fn() -> Fut + Send + Sync + 'static,

@@ -70,7 +70,7 @@ pub struct Config {
     pub request_timeout: Duration,
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
-    /// Whether plain requests are served without hyper.
+    /// Whether simple check requests are served without hyper.
     pub direct_responses: bool,
     pub connections: usize,
     /// The maximum number of connections per address. 0 means no limit.

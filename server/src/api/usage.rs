@@ -104,7 +104,7 @@ struct GroupFields {
 }
 
 impl GroupFields {
-    /// Returns the fields that identify a group. `group` is `None` for `other`, and if requests are not grouped.
+    /// Returns the fields that identify a group. None of them is set for `other`, or if requests are not grouped.
     fn new(by: Option<UsageGroupBy>, group: Option<&str>) -> Self {
         let (Some(by), Some(group)) = (by, group) else {
             return Self::default();
@@ -362,7 +362,7 @@ impl UsageApi {
                 }
             }
             Some(by) => {
-                // Groups by policy contain only denied requests.
+                // Only denied requests have a policy.
                 let of_groups: Vec<Counts> = match by {
                     UsageGroupBy::Policy => all.iter().map(Counts::only_rejected).collect(),
                     _ => all,
@@ -406,7 +406,8 @@ pub(super) fn endpoint_filter(endpoint: Option<String>) -> Result<Option<String>
             "endpoint",
             format!("must be at most {ENDPOINT_MAX} characters"),
         )),
-        // In the rollups, names with control characters stand for all endpoints, or for all endpoints beyond the limit.
+        // In the rollups, names with control characters are reserved. One stands for all endpoints, another for the
+        // endpoints beyond the limit.
         Some(it) if it.chars().any(char::is_control) => Err(ApiError::invalid(
             "endpoint",
             "must not contain control characters",

@@ -99,9 +99,9 @@ impl Accounts {
         registered
     }
 
-    /// Registers a user without counting the registration. Calls `before_commit` before the account can exist. If the
-    /// response from PostgreSQL is lost or the client disconnects after that call, it is unknown whether the account
-    /// was created.
+    /// Registers a user without counting the registration. Calls `before_commit` just before committing the transaction
+    /// that creates the account. If the response from PostgreSQL is lost or the client disconnects after that call, it
+    /// is unknown whether the account was created.
     async fn register_unlimited(
         &self,
         (email, password): (&str, &str),

@@ -57,7 +57,7 @@ const DEVICES: u32 = 5;
 const USES: u32 = 20;
 /// The interval at which the counter limited by [`USES`] forgives one attempt.
 const FORGIVE_USE: Duration = Duration::from_secs(6);
-/// The time after which all of a network's free registrations are forgiven.
+/// The time in which a network's registration limit is fully restored.
 const DAY: Duration = Duration::from_hours(24);
 /// A network with at least this many unforgiven attempts is no longer
 /// [ordinary](super::password::CallerClass::Ordinary).

@@ -5,8 +5,8 @@
 //! exhaust. The token is not a credential: without the password, it only allows a few separate attempts.
 //!
 //! A token contains a random ID, the time it was issued, and a tag derived from the account's password. A MAC covers
-//! this content and the account's email address. Changing the password makes all devices unknown. The server stores
-//! nothing. The value that a device stores may contain tokens for several accounts, newest first.
+//! this content and the account's email address. Changing the password makes all devices unknown. The server does not
+//! store tokens. The value that a device stores may contain tokens for several accounts, newest first.
 
 use std::{sync::Arc, time::Duration};
 

@@ -54,7 +54,7 @@ const TURNS: [CallerClass; 8] = [
 
 /// How many of a password's characters are used for the estimate, not counting repetitions.
 const JUDGED: usize = 64;
-/// The maximum number of ways to read the symbols of one part of a password as letters.
+/// The maximum number of ways in which zxcvbn may read the symbols in one part of a password as letters.
 const READINGS: usize = 32;
 /// The maximum cost of an estimate. An estimate of this cost takes about 4 ms. The cost is the square of the number of
 /// characters, times the number of readings.
@@ -284,8 +284,8 @@ pub struct PasswordPool {
     places: Arc<Mutex<Places>>,
     /// Counts callers that were turned away.
     busy: Counter,
-    /// The hash of a random password. If the email address is unknown, the password is checked against this hash, so that
-    /// a rejection takes as long as for a wrong password.
+    /// The hash of a random password. If the email address is unknown, the password is checked against this hash, so
+    /// that the rejection takes as long as for a wrong password.
     dummy_hash: Arc<str>,
 }
 

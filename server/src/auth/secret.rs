@@ -141,8 +141,8 @@ pub struct Seals {
 impl Seals {
     /// Derives the seals. `installation_secret` is a secret that only this database contains.
     pub fn new(current: &[u8], previous: Option<&[u8]>, installation_secret: &[u8]) -> Self {
-        // Identify the installation by a derived value. Its secret is not suitable: without `QUOTA_SECRET`, the keys
-        // that protect data held by clients are derived from this secret.
+        // Identify the installation by a derived value, not by its secret: without `QUOTA_SECRET`, the keys that
+        // protect data held by clients are derived from that secret.
         let installation = derive(installation_secret, &[b"installation"]);
         let key = |master: &[u8], purpose: &str| {
             derive(master, &[purpose.as_bytes(), b"\0", &installation])

@@ -26,7 +26,7 @@ const ISSUER: &str = "quota";
 const AUDIENCE: &str = "quota-api";
 const TYPE: &str = "at+jwt";
 const LENGTH_MAX: usize = 4096;
-/// The maximum difference between the clocks of replicas, in seconds.
+/// The tolerated difference between the clocks of replicas, in seconds.
 const LEEWAY: u64 = 30;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -199,8 +199,8 @@ impl Billing {
             };
             audit::insert_system(&mut tx, &event).await?;
         }
-        // Insert these rows last, because the inserts wait for other transactions that insert invalidations. Replicas
-        // find the rows by polling.
+        // Insert the invalidations last, because the inserts wait for other transactions that insert invalidations.
+        // Replicas find the new rows by polling.
         for tenant in ended.iter().filter(|it| it.had_paid_access) {
             invalidation::insert_system(&mut tx, tenant.tenant_id, Target::Tenant).await?;
         }

@@ -34,7 +34,7 @@ const READ_EVERY: f64 = 600.0;
 /// The maximum number of customers read per round.
 const READS: i64 = 20;
 
-/// The result of one round of the worker.
+/// The result of [`Billing::handle_due`] or [`Billing::read_due`].
 #[derive(Debug, Default)]
 pub struct Round {
     /// The number of events that were due.

@@ -1,4 +1,4 @@
-//! Tenants' subscriptions: the access to paid plans that follows from them, and how tenants pay.
+//! Tenants' subscriptions: what access to paid plans they give, and how tenants pay.
 //!
 //! Stripe is the source of truth. The database contains only the result of the last read of a customer's subscriptions.
 //! Webhooks and timers only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they start. A read
@@ -257,8 +257,8 @@ impl Billing {
         }
         let id = tenant.to_string();
         let email = account.customer_email.as_str();
-        // An earlier request whose response was lost may have created the customer, so long ago that Stripe no longer
-        // recognizes the idempotency key.
+        // An earlier request whose response was lost may have created the customer. If that was long ago, Stripe no
+        // longer recognizes the idempotency key.
         let found = if account.customer_requested {
             self.stripe.find_customer(&id, email).await?
         } else {
@@ -272,8 +272,8 @@ impl Billing {
                 let name = account.customer_name.as_str();
                 let created = self.stripe.create_customer(&id, email, name, &key).await;
                 if let Err(StripeError::Failed { .. }) = &created {
-                    // Another request with the same idempotency key would fail for a day. The next attempt searches for
-                    // a customer first.
+                    // For a day, every request with the same idempotency key would fail, so the next attempt uses
+                    // another key. That attempt searches for a customer first.
                     self.db
                         .in_system(async |tx| {
                             billing::next_customer_attempt(tx, tenant, attempt).await

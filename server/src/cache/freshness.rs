@@ -91,8 +91,7 @@ impl Freshness {
     }
 
     /// Invalidates the entries of all rows that belong to one of `owners`, and all loads in progress. The loads are
-    /// marked to be repeated before `owners` is iterated. Otherwise, a load that ends during the iteration could store
-    /// an outdated entry.
+    /// invalidated first. Otherwise, a load that ends while `owners` is being iterated could store an outdated entry.
     pub fn changed(&self, owners: impl IntoIterator<Item = Owner>) {
         let generation = self.next_generation();
         for owner in owners {

@@ -388,7 +388,7 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
     let forget = std::thread::spawn(move || {
         has_begun.recv().unwrap();
         freshness.changed(std::iter::from_fn(|| {
-            // At this point, it is not yet known that the change affects this key, which is being cached.
+            // The load ends while the changed owners are still being determined.
             release.send(true).unwrap();
             while cache.inner.loading.lock().contains_key(&1) {
                 std::thread::yield_now();

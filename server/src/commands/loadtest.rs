@@ -69,7 +69,7 @@ fn lines(path: &PathBuf) -> anyhow::Result<Vec<String>> {
 ///
 /// # Errors
 ///
-/// Fails if a file cannot be read, or if no request resulted in a decision.
+/// Fails if a file cannot be read, if there are no keys, or if no request resulted in a decision.
 pub async fn run(test: LoadTest) -> anyhow::Result<()> {
     let keys = lines(&test.keys)?;
     ensure!(!keys.is_empty(), "{} contains no keys", test.keys.display());

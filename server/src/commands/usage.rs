@@ -103,8 +103,8 @@ pub async fn replay(config: Config, _log: Log, directory: PathBuf) -> anyhow::Re
     .await
 }
 
-/// Replays a directory. Retries on failure, because the directory's owner or another replay may hold the cursor for
-/// longer than the lock timeout.
+/// Replays a directory. Retries for up to 30 s if PostgreSQL is unavailable or a lock times out: the directory's owner
+/// or another replay may hold the cursor for longer than the lock timeout.
 async fn replay_patiently(
     config: &Config,
     db: &Db,

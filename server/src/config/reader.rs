@@ -35,7 +35,7 @@ impl Reader {
         }
     }
 
-    /// Reads a setting with fixed choices. If the value is invalid, returns the first choice.
+    /// Reads a setting with fixed choices. If the value is invalid, records an error and returns the first choice.
     pub(super) fn choice<T: Copy, const N: usize>(
         &mut self,
         variable: &str,

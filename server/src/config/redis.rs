@@ -152,8 +152,8 @@ pub fn servers(text: &str) -> Result<RedisServers, String> {
     if rest.contains("://") {
         return Err("must not mix schemes in one list".into());
     }
-    // The credentials come before the first host, and the path and query come after the last one. They do not belong to
-    // a single host.
+    // The credentials come before the first host, and the path and query come after the last one. They belong to the
+    // list as a whole.
     let (before, after) = rest
         .split_once(['/', '?'])
         .map_or((&*rest, ""), |(hosts, _)| (hosts, &rest[hosts.len()..]));

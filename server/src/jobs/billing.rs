@@ -1,8 +1,8 @@
 //! Processes Stripe webhooks, and regularly reads customers in case a webhook was lost. Also reads prices, and reports
 //! usage.
 //!
-//! A replica immediately processes the webhooks that it has stored itself. If a replica does not process a webhook that
-//! it has stored, another replica processes that webhook within a second. Failures are retried later; see
+//! A replica immediately processes the webhooks that it has stored itself. Every second, each replica also looks for
+//! webhooks that other replicas have stored but not processed. Failures are retried later; see
 //! [`events`](crate::billing::events).
 
 use std::time::Duration;

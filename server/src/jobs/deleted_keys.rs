@@ -29,8 +29,8 @@ enum DeleteError {
 }
 
 pub(super) async fn delete_limits(state: AppState, mut stopping: watch::Receiver<bool>) {
-    // For this long after a key has been deleted, a request in progress, or a replica that cannot reach PostgreSQL, may
-    // still use the key and create a new bucket for it.
+    // After a key has been deleted, requests in progress and replicas that cannot reach PostgreSQL may still use the
+    // key for this long, and create a new bucket for it.
     let age = state.config.stale_grace + state.config.request_timeout;
     let mut ticks = every(EVERY);
     // Invalidations are kept for a day, so a replica that has just started repeats at most one day's deletions.

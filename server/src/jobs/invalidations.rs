@@ -73,9 +73,9 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Re
     // The position is read before the rows, so that the next poll notices a restore that happens between the two reads.
     let position = invalidation::position(&mut tx).await?;
     let Some(polled) = last else {
-        // If earlier polls failed, cached entries may be older than the changes that this poll reads, so entries that
-        // the changes invalidate are dropped. Records that other replicas cached are compared with the changes recorded
-        // here.
+        // Earlier polls may have failed, so cached entries may be older than the changes that this poll reads. Drop the
+        // entries that these changes invalidate. Records that other replicas cached are compared with the changes
+        // recorded here.
         let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
         state.recent.begin(&newest, &position.history);

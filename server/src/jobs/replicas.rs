@@ -32,8 +32,8 @@ pub(super) async fn count(state: AppState, mut stopping: watch::Receiver<bool>) 
             }
         }
     }
-    // During an outage, this replica's row is kept, because its share may have allowed requests that the shared
-    // counters do not know of. Replicas that start now must take that share into account.
+    // If this replica stops during an outage, its row is kept, because its share may have allowed requests that the
+    // shared counters do not know of. Replicas that start now must take that share into account.
     if state.metrics.counter_partitions_unavailable.get() > 0 {
         return;
     }

@@ -95,9 +95,9 @@ async fn today(state: &AppState) -> Result<NaiveDate, DbError> {
     Ok(now.date_naive())
 }
 
-/// Creates partitions for the coming days first, because this does not require moving rows. Then creates those for
-/// today and yesterday, since records may arrive after their day has ended. If a table's partition cannot be created,
-/// the other tables still get theirs.
+/// Creates partitions for the coming days first, because this does not require moving rows out of the default
+/// partition. Then creates those for today and yesterday, since records may arrive after their day has ended. If a
+/// table's partition cannot be created, the other tables still get theirs.
 async fn create_all(state: &AppState, today: NaiveDate) -> Result<(), DbError> {
     let coming = (1..=AHEAD).filter_map(|days| today.checked_add_days(Days::new(days)));
     let days = coming.chain([today]).chain(today.pred_opt());

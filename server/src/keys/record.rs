@@ -99,8 +99,8 @@ impl KeyRecord {
         (!billing_on || !self.plan.has_paid_access(now)).then_some(quota)
     }
 
-    /// Returns whether to record a use at `now`. Returns `true` once for each second, so that busy keys do not cause
-    /// more writes than other keys. Concurrent calls may all return `true`.
+    /// Returns whether to record a use at `now`. Returns `true` only for the first use in a second, so that busy keys
+    /// do not cause more writes than other keys. Concurrent calls may all return `true`.
     pub fn is_worth_noting(&self, now: UnixNanos) -> bool {
         #[expect(clippy::cast_possible_truncation, reason = "only equal seconds matter")]
         let second = now.secs() as u32;

@@ -1,12 +1,12 @@
 //! Key records that replicas share through Redis, as a layer between memory and PostgreSQL. These records save
 //! PostgreSQL from looking up every key when a replica starts or a plan with many keys is edited.
 //!
-//! **Current entries.** Whether an entry is current does not depend on the deletion of outdated entries, or on when and
-//! by which replica the entry was written. PostgreSQL numbers invalidations in commit order. A statement that reads a
-//! record also reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher
-//! numbers can make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if
-//! this replica does not know of a later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts
-//! as confirmed at the time of the poll, not at the time when the entry was read. This has several consequences:
+//! **Current entries.** Outdated entries do not have to be deleted: a replica determines whether an entry is current
+//! when it reads the entry. PostgreSQL numbers invalidations in commit order. A statement that reads a record also
+//! reads the highest number, so both come from the same snapshot. Therefore, only invalidations with higher numbers can
+//! make an entry outdated. An entry is used only if the last poll for invalidations is recent, and only if this replica
+//! does not know of a later invalidation for its key, plan, or tenant ([`Recent`]). The entry then counts as confirmed
+//! at the time of the poll, not at the time when the entry was read. This has several consequences:
 //! - If a load starts before a change but writes its entry after the change, the entry has a lower number than the
 //!   change. Replicas that know of the change reject the entry. Other replicas learn of the change with their next
 //!   poll, as they do for records in memory.

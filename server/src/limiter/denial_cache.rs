@@ -1,7 +1,7 @@
 //! A cache of denials in front of a remote store, so that repeating a denial does not need a round trip.
 //!
-//! Two mechanisms deny requests here: a local bucket with the plan's rate, and the store's last denial, which is
-//! repeated until the plan, or the state behind the denial, may have changed. Both mechanisms only repeat what the
+//! Two mechanisms deny requests here: a local bucket with the key's rate, and the store's last denial, which is
+//! repeated until the limits, or the state behind the denial, may have changed. Both mechanisms only repeat what the
 //! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So the
 //! local bucket is charged only for requests that the store has allowed. (Charging first and refunding denied requests
 //! is not equivalent: the bucket may have been full between the two steps, and the refund would then credit tokens that
@@ -32,9 +32,9 @@ pub(super) struct DenialCache {
     /// Decisions under other policies are neither used nor kept.
     fingerprint: Option<u64>,
     /// The TAT of the local bucket. This bucket never allows a request, since the store decides every request that is
-    /// not denied here. After an edit, the local bucket starts full. The store keeps the earlier usage, but its bucket
-    /// may have refilled by any amount, because the cache does not know when the store learned of the edit. A request
-    /// that the store would allow must not be denied here.
+    /// not denied here. After an edit, the local bucket starts full. The store keeps the earlier usage, but the cache
+    /// does not know when the store learned of the edit, and therefore not how much the store's bucket has refilled. A
+    /// request that the store would allow must not be denied here.
     tat: Monotonic,
     /// When the store's bucket is full, according to its last decision, which includes other replicas' usage.
     full_at: Monotonic,

@@ -31,11 +31,12 @@ use crate::clock::Nanos;
 ///   determines what is allowed instead.
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
 ///   crash loses at most one block, the tokens that requests were waiting for, and tokens that were being returned. A
-///   block is a hundredth of the quota, but at least one and at most 10,000 tokens. Draining returns all unused tokens,
-///   unless the ledger does not confirm the return in time. A failed ledger call may lose the tokens that it was
-///   supposed to take. A replica does not keep an unused block for long while other replicas may need it. A change of
-///   time zone takes effect when the current window ends, or immediately if nothing was used in that window. The next
-///   window lasts until the end of the day or month in the new zone, with a proportional quota. Windows never overlap.
+///   block is at most a hundredth of the quota and at most 10,000 tokens, but at least one token. Draining returns all
+///   unused tokens, unless the ledger does not confirm the return in time. A failed ledger call may lose the tokens
+///   that it was supposed to take. A replica does not keep an unused block for long while other replicas may need it. A
+///   change of time zone takes effect when the current window ends, or immediately if nothing was used in that window.
+///   The next window lasts until the end of the day or month in the new zone, with a proportional quota. Windows never
+///   overlap.
 /// - *Edits.* Usage is kept when policies change: an edit does not refill a bucket or a quota. But a bucket that has
 ///   been idle until it was full under its last plan may be forgotten, and is then full under any plan.
 /// - *Failure.* If no decision can be made, the result is a [`LimiterError`]; the request is never allowed.

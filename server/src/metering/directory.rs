@@ -19,7 +19,7 @@ use super::segment::{EXTENSION, UNFINISHED};
 /// The folder in `QUOTA_DATA_DIR` that contains the directories of all replicas.
 pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
-/// The folder, next to these directories, for files that are not shipped but kept for the operator.
+/// The folder for files that are not shipped but kept for the operator. It is next to the directories of the replicas.
 const REJECTED: &str = "rejected";
 /// The extension of rejected files that an earlier version of the server left in the directory of their replica.
 const EARLIER_EXTENSION: &str = "refused";

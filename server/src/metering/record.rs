@@ -37,11 +37,11 @@ pub(super) const RECORD_WORDS_MAX: usize = FIXED_WORDS + (ENDPOINT_MAX + REQUEST
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum RecordState {
-    /// The space is reserved, and the decision is in progress.
+    /// The space is reserved. The record has not been written yet.
     Open = 1,
     /// The record has been written.
     Done = 2,
-    /// No decision was made.
+    /// No record was written, for example because no decision was made.
     Void = 3,
     /// No record follows in this segment.
     Sealed = 4,
@@ -254,7 +254,7 @@ fn text(bytes: &[u8]) -> Option<Cow<'_, str>> {
 /// record was written, so that reading the record again yields the same ID.
 fn event_id(segment: Uuid, position: usize, at: UnixNanos) -> Uuid {
     let (high, low) = segment.as_u64_pair();
-    // No two positions in a segment have the same `rest`, and the IDs of segments differ in at least 60 random bits.
+    // No two positions in a segment have the same `rest`, and the ID of a segment contains at least 60 random bits.
     let rest = (high ^ low.rotate_left(17))
         .wrapping_add((position as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let mut bytes = [0; 10];

@@ -312,8 +312,8 @@ impl Recorder {
         !files.is_closed && (self.needs_spare(&files) || self.needs_rotation(&files))
     }
 
-    /// Creates the spare segment, and replaces segments that are too old. Blocks the calling thread, but does not delay
-    /// decisions.
+    /// Creates the spare segment, and replaces segments that are too old. Blocks the calling thread. Decisions do not
+    /// wait, unless there is no segment yet.
     pub fn create_spare(&self) {
         let directory = {
             let mut files = self.files.lock();
@@ -321,7 +321,7 @@ impl Recorder {
                 return;
             }
             if self.current.load().is_none() {
-                // The first segment is created here, so that no decision has to wait for it.
+                // Create the first segment here, so that the first decision does not have to create it.
                 if let Ok(first) = self.create_now(&mut files) {
                     self.current.store(Some(first));
                 }

@@ -35,8 +35,8 @@ const COLUMNS: [&str; 12] = [
     "rejected_cost",
 ];
 
-/// Returns whether the client prefers CSV to JSON (RFC 9110, section 12.5.1). If the quality values are equal, prefers
-/// the format that is listed first, and JSON if only ranges such as `*/*` are listed.
+/// Returns whether the client prefers CSV to JSON (RFC 9110, section 12.5.1). If the quality values are equal, the
+/// format that is listed first is preferred. If only ranges such as `*/*` are listed, JSON is preferred.
 pub(super) fn is_preferred(headers: &HeaderMap) -> bool {
     let accepted: Vec<(Mime, f32)> = headers
         .get_all(header::ACCEPT)
@@ -180,7 +180,7 @@ mod tests {
             ("application/*", "json"),
             ("*/*", "json"),
             ("image/png", "json"),
-            // Equal preferences: the first format that is named, or the only one.
+            // If the quality values are equal, the format that is named first is used, or the only one that is named.
             ("text/csv, application/json", "csv"),
             ("application/json, text/csv", "json"),
             ("text/csv, */*", "csv"),

@@ -188,13 +188,13 @@ async fn attempt_whose_password_was_never_verified_is_not_counted() {
         let attempt = attempts.of_network("a@example.com", ip).await;
         drop(attempt.expect("no wait"));
     }
-    // The same applies if the password was correct but no session could be created.
+    // An attempt with the correct password is not counted either, even if no session could be created.
     for _ in 0..500 {
         let ip = Some("192.0.2.1".parse().unwrap());
         let attempt = attempts.of_network("a@example.com", ip).await;
         attempt.expect("no wait").set_judgment(Judgment::Correct);
     }
-    // The number of allowed failures has not changed.
+    // Of the ten free attempts, only the nine failures were counted, so one is left.
     fail(&attempts, "a@example.com", "192.0.2.1").await.unwrap();
     assert!(fail(&attempts, "a@example.com", "192.0.2.1").await.is_err());
 }

@@ -18,7 +18,8 @@ const HOURS: i64 = 200;
 const ROUNDS: u32 = 1000;
 /// The maximum number of times to scan an hour if usage arrives during the scan.
 const SCANS: u32 = 3;
-/// How long an attempt to plan an hour may take: several scans of a part of the log, each of which may take minutes.
+/// The maximum time for planning an hour. It may take several scans of a part of the usage log, and each scan may take
+/// minutes.
 const PLAN_MAX: Duration = Duration::from_mins(20);
 
 const fn hour() -> TimeDelta {
@@ -60,7 +61,7 @@ fn in_force<'a>(subscriptions: &'a [ChargedBy], span: &Span) -> Option<&'a Charg
 }
 
 impl Billing {
-    /// Plans reports for hours that have ended. Returns the number of planned hours.
+    /// Plans reports for hours, and for parts of hours, that have ended. Returns how many were planned.
     pub async fn plan_usage(&self) -> Result<usize, BillingError> {
         let mut read = HashMap::new();
         let mut planned = 0;

@@ -73,7 +73,7 @@ impl Billing {
     }
 
     /// Sends a tenant's reports for up to about [`TURN`], while `owner` holds the claim. Returns the number of finished
-    /// reports. Sending one report takes less time than a claim lasts.
+    /// reports. A claim lasts longer than sending one report can take.
     async fn send_usage_of(&self, tenant: TenantId, owner: Uuid) -> Result<u64, BillingError> {
         let began = Instant::now();
         let mut finished = 0;
@@ -122,7 +122,8 @@ impl Billing {
             }
         }
         if let Some(too_late) = self.too_late(report).await? {
-            // Stripe would count another attempt, but not charge it. An earlier attempt may have arrived in time.
+            // If the report were sent now, Stripe would count its usage but not charge it. An earlier attempt may have
+            // arrived in time.
             let may_have_arrived = is_recognized && report.sent_ago.is_some();
             let arrived = if may_have_arrived {
                 self.has_arrived(tenant, report).await?

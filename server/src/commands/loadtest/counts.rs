@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use super::target::Answer;
 
-/// How long another replica may hold tokens: the default of `QUOTA_LEASE_TTL`.
+/// How long a replica may hold tokens, assuming the default of `QUOTA_LEASE_TTL`.
 const LEASE_TTL: Duration = Duration::from_millis(100);
 
 /// The maximum number of requests in flight. Further requests are counted, but not sent.

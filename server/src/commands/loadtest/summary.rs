@@ -7,7 +7,8 @@ use super::counts::{Counts, MAX_IN_FLIGHT};
 /// The length of the longest bar of the histogram, in characters.
 const BAR: usize = 50;
 
-/// Returns a percentile: the latency, in milliseconds, that the fraction `share` of the requests does not exceed.
+/// Returns a percentile of the latencies, in milliseconds. `sorted` is in microseconds. `share` is the percentile as a
+/// fraction, such as 0.99.
 #[expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,

@@ -91,7 +91,8 @@ impl Target {
     }
 }
 
-/// Returns the innermost cause, which is the same for all requests that fail for the same reason.
+/// Returns why a request failed: a timeout, or the innermost cause. Requests that fail for the same reason have the
+/// same innermost cause.
 fn reason(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return format!("no response within {} s", TIMEOUT.as_secs());

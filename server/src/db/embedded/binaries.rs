@@ -24,8 +24,8 @@ pub(super) struct Binaries {
     pub(super) version: String,
 }
 
-/// Returns the PostgreSQL servers found through `pg_config`, in `PATH` and in the directories of packages, the
-/// preferred one first.
+/// Returns the PostgreSQL servers found through `pg_config`, in `PATH` and in the directories of packages, in order of
+/// preference.
 pub(super) async fn installed_binaries() -> Vec<Binaries> {
     let mut places = Vec::new();
     // Servers found through `pg_config` and `PATH` are preferred. `pg_config` is also part of the client library, so

@@ -15,9 +15,9 @@ use crate::{
     limiter::rate::counters::{CounterMicros, NEVER_HEARD},
 };
 
-/// The breaker opens after [`FAILURES`] consecutive failures without a success for [`SILENCE`]. The second condition is
-/// needed because many calls fail at the same time if the process is not scheduled for a moment, even though the
-/// counters work.
+/// The breaker opens after [`FAILURES`] consecutive failures if the last success was at least [`SILENCE`] ago. The
+/// second condition is needed because many calls fail at the same time if the process is not scheduled for a moment,
+/// even though the counters work.
 const FAILURES: u32 = 5;
 pub(super) const SILENCE: Duration = Duration::from_millis(200);
 
@@ -26,8 +26,8 @@ pub(super) const SILENCE: Duration = Duration::from_millis(200);
 const CALLS: u32 = 20;
 const SPAN: Nanos = Nanos::from_secs(1);
 
-/// If a timely response is older than the last response by more than this many microseconds, the counters' clock must
-/// have been set back.
+/// If the time in a timely response is earlier than the latest known time by more than this many microseconds, the
+/// counters' clock must have been set back.
 const TURNED_BACK: u64 = 1_000_000;
 
 /// The circuit breaker for one partition.
@@ -71,7 +71,7 @@ pub(super) struct Outage {
     /// When the outage began, on the counters' clock.
     counters_since: CounterMicros,
     /// `None` unless the counters have promised a new epoch. The pause lasts from the earliest start of that epoch
-    /// until the deadline for the response to the first call in it.
+    /// until the deadline for the response to the first call in that epoch.
     pause: Option<Pause>,
 }
 

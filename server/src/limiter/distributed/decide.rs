@@ -299,7 +299,7 @@ impl StoreCore {
                     let again = || self.decide_locally(handle, policies, cost, Some(&mut demand));
                     match self.keys.fetch(handle, cost, &mut patience, again).await {
                         Ok(outcome) => outcome,
-                        // If the rate limit denies the request anyway, that denial is returned instead of the error.
+                        // If the request is denied anyway, the denial is returned instead of the error.
                         Err(error) => {
                             self.fetch(handle, policies, 0).await;
                             return self

@@ -78,7 +78,7 @@ local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
 -- To use an epoch that it was promised, a caller must call within this many microseconds after the epoch's start. This
 -- is longer than the call may take to arrive.
 local PROMISED = delay - 100000
--- An unconfirmed start is postponed only once this many microseconds of the delay have passed. By then, a caller that
+-- An unconfirmed start is postponed only after this many microseconds of the delay have passed. By then, a caller that
 -- received the start in time has confirmed it. If starts were postponed earlier, callers could postpone the start of
 -- the epoch for each other indefinitely.
 local KNOWN = math.max(50000, tonumber(ARGV[15]))
@@ -246,8 +246,8 @@ if want > 0 then
     debt = debt + granted * e
     gathered = gathered and gathered - granted * e
     changed = true
-    -- Sets a new mark from time to time, and when a return of this whole grant could not be credited in full
-    -- under the current mark.
+    -- Set a new mark if the current one is old, or if a return of this whole grant could not be credited in full under
+    -- the current one.
     if now - mt > 2 * lease or m < granted * e then
       n, nt = m, mt
       m, mt = debt, now

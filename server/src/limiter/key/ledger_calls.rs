@@ -334,8 +334,8 @@ impl LedgerCalls {
         if self.is_draining() {
             self.return_block(&call.handle, &mut state, call.policy);
         } else {
-            // Requests that waited for these tokens may have been canceled. Tokens that became owed during the call can
-            // be returned now.
+            // Requests that waited for these tokens may have been canceled, so some of the tokens may be surplus.
+            // Tokens that became owed during the call can be returned now.
             state.tidy();
             if state
                 .block(call.policy)

@@ -275,7 +275,8 @@ impl KeyTable {
         }
     }
 
-    /// Registers a waiting request. Tokens fetched for the request are kept until the guard is dropped.
+    /// Registers a waiting request. Tokens fetched for the request are kept until the request reserves them or the
+    /// guard is dropped.
     pub(in crate::limiter) fn register_demand<'a>(
         &'a self,
         handle: &'a Arc<KeyHandle>,
@@ -303,7 +304,8 @@ impl KeyTable {
     ) -> Result<T, LimiterError> {
         let deadline = patience.next_deadline();
         let mut failures_before = None;
-        // The key has a quota, since a block is missing, and keeps this notification while it is in use.
+        // A block is missing, so the key has a quota and a notification. The key keeps the notification while requests
+        // use it.
         let notify = handle.state.lock().call_ended().unwrap_or_default();
         loop {
             if self.is_draining() {

@@ -21,7 +21,8 @@ use super::{
 };
 use crate::clock::{Nanos, UnixNanos};
 
-/// The maximum size of the blocks of all replicas together. They are also limited to one hundredth of the quota.
+/// The maximum total size of the blocks of all replicas. The total is also at most one hundredth of the quota, unless
+/// each block has only one token.
 const BLOCK_MAX: u64 = 10_000;
 
 /// How long to wait before querying the ledger again about an exhausted quota. By then, other replicas may have
@@ -271,8 +272,8 @@ impl Block {
     }
 
     /// Switches to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens of the
-    /// old window are returned to it. If the clock was set back, the old window has not ended yet. If it has ended, the
-    /// return makes its row show the actual usage.
+    /// old window are returned to it, for two reasons. If the clock was set back, the old window has not ended, and the
+    /// tokens may still be needed. If it has ended, its row then shows the actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();
@@ -356,9 +357,9 @@ impl Block {
         }
     }
 
-    /// If other replicas share the quota, marks held tokens as owed that are probably not needed soon. These are all
-    /// held tokens if none were used recently, and otherwise the tokens that [`tidy`](Self::tidy) marks. Returns
-    /// whether any tokens were marked.
+    /// If other replicas share the quota, finds held tokens that are probably not needed soon, and marks them as owed.
+    /// These are all held tokens if none were used recently, and otherwise the tokens that [`tidy`](Self::tidy) marks.
+    /// Returns whether any tokens were marked.
     pub(in crate::limiter) fn owe_unneeded(&mut self, now: UnixNanos, waited_for: u64) -> bool {
         self.pace.measure(now);
         if self.replicas == 1 || self.held == 0 || self.fetching {

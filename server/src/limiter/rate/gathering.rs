@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn a_replica_waits_longer_if_others_take_most_of_the_tokens() {
-        // The replica takes all of the tokens, 70 percent, half, a third, or none.
+        // Of the tokens that have refilled, this replica takes all, nearly all, 70 percent, half, a third, or none.
         assert_eq!(after(50, grant(1000, 50, 1), 1000), 50);
         assert_eq!(after(50, grant(1000, 49, 1), 1000), 50);
         assert_eq!(after(50, grant(1000, 35, 1), 1000), 70);

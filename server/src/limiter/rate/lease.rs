@@ -3,11 +3,11 @@
 //! This module decides how many tokens to take, until when they may be spent, which tokens to return, and which
 //! requests wait. It does no I/O.
 //!
-//! **Guarantee.** A token is spent only after the counters have granted it. The token goes to a request that was waiting
-//! when the call began, or is spent at most `ttl` after the call began. So the tokens of all requests that arrive and
-//! are allowed in a window of `T` seconds were granted within the window or at most `ttl` before it. In these `T + ttl`
-//! seconds, the counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returned tokens do not
-//! break this bound, because they never make the bucket fuller than if the tokens had not been taken.
+//! **Guarantee.** A token is spent only after the counters have granted it. The token goes to a request that was
+//! waiting when the call began, or is spent at most `ttl` after the call began. So the tokens of all requests that
+//! arrive and are allowed in a window of `T` seconds were granted within the window, or at most `ttl` before it. In
+//! these `T + ttl` seconds, the counters grant at most `burst + rate * (T + ttl)` to all replicas together. Returned
+//! tokens do not break this bound, because they never make the bucket fuller than if the tokens had not been taken.
 //!
 //! **Lease size.** Tokens that requests are waiting for are requested in full. The number of tokens held for later
 //! depends on the key's pace on this replica, up to a tenth of the burst. A reserve covers the duration of the next
@@ -160,7 +160,7 @@ impl Lease {
     }
 
     /// Returns whether the lease can be replaced with a [new](Self::new) one while its key is in use. The new lease
-    /// must report and decide the same, and no call or request may refer to this lease.
+    /// must behave the same way, and no call or request may refer to this lease.
     pub(in crate::limiter) fn is_like_new(&self, now: Monotonic) -> bool {
         let view = self.view.unwrap_or_default();
         let is_full = view.seen.saturating_add(view.debt).saturating_add(UNUSED) <= now;
@@ -394,7 +394,7 @@ impl Lease {
     }
 
     /// Returns whether to start a task that returns unspent tokens, and if so, counts the task as started. No task is
-    /// needed while a call is in flight that is not late. Otherwise, a task is needed if no later call is expected to
+    /// needed while a call that is not late is in flight. Otherwise, a task is needed if no later call is expected to
     /// return the tokens. It is also needed if there are more tokens than a lease contains, since other replicas may
     /// need them before the next call.
     pub(in crate::limiter) fn begin_return(&mut self) -> bool {

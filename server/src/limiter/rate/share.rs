@@ -202,7 +202,7 @@ mod tests {
                 .is_ok()
         );
         assert_eq!(drain(&mut share, plan(6, 200), full), 150);
-        // The first token at the higher rate does not wait for one at the lower rate.
+        // The next token refills at the current, higher rate.
         assert_eq!(drain(&mut share, plan(6000, 200), full), 0);
         assert_eq!(drain(&mut share, plan(6000, 200), full + SECOND / 100), 1);
     }

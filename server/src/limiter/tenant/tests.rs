@@ -136,7 +136,7 @@ impl World {
         self.quotas.admit(&self.quota, cost, peek, decide).await
     }
 
-    /// Sends `begun`, since the tokens have been reserved by then. Then waits for the outcome that the test sends, and
+    /// Sends `begun` to report that the tokens have been reserved. Then waits for the outcome that the test sends, and
     /// returns a decision with this outcome.
     async fn decided(
         &self,

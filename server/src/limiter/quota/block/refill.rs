@@ -162,8 +162,8 @@ impl Block {
 
     /// Begins to fetch the first block of the next window if that window begins soon and the key was used in the
     /// current window. Blocks of one token are fetched only if no other replica shares the quota. `key_hash` spreads
-    /// the fetches of different keys over time. Returns when the next window starts. Must be followed by
-    /// [`finish_next`](Self::finish_next).
+    /// the fetches of different keys over time. Returns the start of the next window, or `None` if there is nothing to
+    /// fetch. Must be followed by [`finish_next`](Self::finish_next).
     pub(in crate::limiter) fn begin_next(
         &mut self,
         now: UnixNanos,
