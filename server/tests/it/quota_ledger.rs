@@ -323,7 +323,7 @@ async fn batch_sent_twice_concurrently_is_applied_once() {
     assert_eq!(world.used().await, 3);
 }
 
-/// Takes tokens like the previous version during a rolling upgrade.
+/// Takes tokens as the previous version does during a rolling upgrade.
 async fn take_as_before(world: &World, key: usize, start: &str, want: i64) {
     let sql = format!(
         "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used) \

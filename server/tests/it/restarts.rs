@@ -19,7 +19,7 @@ use crate::support::{
 };
 
 const QUOTA: u64 = 1000;
-/// The part of the quota that one run spends. The last run spends the rest.
+/// The part of the quota that each run of the server spends, except the last run, which spends the rest.
 const PART: u64 = 250;
 
 /// Sends up to `most` requests, until one is denied. Returns how many were allowed.

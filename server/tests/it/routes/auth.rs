@@ -353,7 +353,7 @@ async fn current_user_can_be_updated() {
     );
 }
 
-/// Changes of a tenant take turns. This update does not get its turn in time, so it is rejected as a whole.
+/// Changes to a tenant are made one at a time. This update would have to wait too long, so it is rejected as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_update_of_user_and_tenant_changes_neither() {
     let app = TestApp::start().await;

@@ -7,7 +7,7 @@
 //! **Lower bound.** If a quota still denies requests in the end, all of its tokens have been spent, except those that a
 //! replica had when it crashed: at most a block (one hundredth of the quota, or one token), and the tokens for the
 //! requests that the replica was deciding. Before the end, a quota does not deny requests while more tokens are left
-//! than replicas may hold. Replicas may hold their blocks, and the tokens for requests that were denied in the end. A
+//! than replicas may hold. Replicas may hold their blocks, and the tokens for requests that are eventually denied. A
 //! replica that has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it
 //! waits for the ledger, which always responds within 20 ms.
 

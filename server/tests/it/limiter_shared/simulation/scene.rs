@@ -96,13 +96,14 @@ pub(super) enum FaultKind {
     Stall,
     /// Some calls are delayed in each direction, by up to the given number of milliseconds.
     Slow(u64),
-    /// The script runs, but its response is delayed by `by`. Affects a percentage of the calls of the given replicas.
+    /// Redis processes the call, but the response is delayed by `by`. Affects a percentage of the calls of the given
+    /// replicas.
     Late {
         replicas: Replicas,
         by: u64,
         percent: u8,
     },
-    /// The script runs, but its response never arrives.
+    /// Redis processes the call, but the response never arrives.
     Lost { replicas: Replicas, percent: u8 },
     /// Redis is killed and restarts empty.
     Restart,

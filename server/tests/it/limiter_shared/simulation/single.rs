@@ -380,7 +380,7 @@ fn a_saturated_key_takes_few_calls_to_redis() {
 }
 
 /// After an edit, a replica still has the state of its share under the earlier plan. Redis may have learned of the edit
-/// earlier, and refilled the bucket at the new rate since then.
+/// earlier, and refilled the bucket at the new rate since then. The share must not deny what Redis would grant.
 #[test]
 fn an_edit_denies_nothing_that_the_counters_would_grant() {
     paused(async {
@@ -464,9 +464,8 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// A stall ends before the idle replica has detected it. The other replica has detected it, and recovers without the
-/// idle replica's knowledge, although Redis does not know of the tokens that the other replica admitted during the
-/// stall.
+/// Redis stalls, and responds again before an idle replica has detected the stall. Another replica has detected it, and
+/// has spent tokens that Redis does not know of. This replica uses Redis again without the idle replica's knowledge.
 #[test]
 fn an_outage_that_some_replicas_miss_grants_nothing_twice() {
     let (rpm, burst) = (6000, 100);
@@ -718,7 +717,7 @@ fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
     });
 }
 
-/// Each of many replicas takes only the tokens it spends from a small quota, and none for later.
+/// Each of many replicas takes from a small quota only the tokens that it spends, and none in advance.
 #[test]
 fn a_small_quota_is_served_in_full_by_many_replicas() {
     paused(async {

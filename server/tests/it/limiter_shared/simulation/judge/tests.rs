@@ -228,8 +228,9 @@ fn a_few_tokens_are_taken_together_and_not_one_by_one() {
     assert!(verdict(&scene, &at_once(580)).is_some());
 }
 
-/// Requests that wait for a call to Redis and requests that arrive in the meantime are decided together by the next
-/// call. So requests that are sent after a window may be admitted instead of requests of the window that still wait.
+/// The judge checks requests in windows of time. Requests that wait for a call to Redis and requests that arrive in the
+/// meantime are decided together by the next call. So requests that are sent after the end of a window may be admitted
+/// instead of requests from the window that are still waiting.
 #[test]
 fn tokens_may_go_to_later_requests_only_while_earlier_ones_wait() {
     // Returns whether too few requests are admitted in the window until 4000 ms. Of the 100 requests of the window,
@@ -291,8 +292,8 @@ fn shares_are_allowed_in_addition_only_while_replicas_return() {
 }
 
 /// A bucket learns of a higher rate with the first request after the edit. If Redis has lost its state, the higher rate
-/// counts from the start of the new epoch, unless Redis has decided a request under the earlier plan since then, even a
-/// denied one.
+/// counts from the start of the new epoch, unless Redis has since decided a request under the earlier plan. Redis may
+/// have admitted or denied this request.
 #[test]
 fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     let mut scene = scene(vec![plan(0, 60, 200, true), plan(3000, 6000, 100, true)]);
