@@ -1,6 +1,6 @@
 //! Runs thousands of slow clients with slowhttptest while other clients send requests: directly to a server, and
-//! through Caddy to replicas. As a control, the slow clients also connect to another server than the other clients. The other clients must not wait much longer than without slow clients, and memory must
-//! stay bounded.
+//! through Caddy to replicas. As a control, the slow clients connect to one server and the other clients to another.
+//! The other clients must not wait much longer than without slow clients, and memory must stay bounded.
 
 mod clients;
 
