@@ -420,7 +420,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     let (denied, allowed) = logged
         .iter()
         .partition::<Vec<_>, _>(|(_, it)| it.was_rejected);
-    // Every admitted request is recorded, and every denial is either in the log or counted.
+    // Every admitted request is recorded, and every denial is either in the log or counted as unrecorded.
     let of_flooding = |it: &&(&String, &Logged)| it.1.key_id == key.id;
     assert_eq!(allowed.iter().filter(of_flooding).count(), 3);
     let others = allowed.iter().filter(|it| it.1.key_id == world.key.id);

@@ -1,7 +1,7 @@
 //! Measures what becomes slower with more keys: startup, decisions, lookups, edits of a plan, lists, and usage.
 //!
-//! One tenant has all keys, on one plan. The database is the same for all numbers of keys: keys are added in between.
-//! For each number, a new server starts.
+//! One tenant has all keys, on one plan. The database is the same for all numbers of keys: keys are added between the
+//! measurements. For each number, a new server starts.
 
 mod decisions;
 mod requests;

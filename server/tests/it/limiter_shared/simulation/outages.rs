@@ -267,7 +267,7 @@ fn a_late_response_that_reports_a_loss_of_state_begins_no_outage() {
             tokio::spawn(async move { crowd(&limiter, &asked, 1).await });
             sleep(Duration::from_millis(5)).await;
             world.links.lock()[0].late = (0, 0);
-            // The new epoch starts before 650 ms have passed.
+            // The new epoch starts within 650 ms of the loss of state.
             for (pause, wanted) in [(945, 10), (50, 10), (200, 30), (1500, 100)] {
                 sleep(Duration::from_millis(pause)).await;
                 let admitted = crowd(&limiters[0], &policies, wanted).await;

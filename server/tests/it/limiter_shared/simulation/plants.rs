@@ -48,7 +48,7 @@ pub(super) enum Plant {
     ReturnsTwice,
     /// Returned tokens are lost.
     ReturnsNothing,
-    /// An edited plan gets a new bucket.
+    /// After an edit of its plan, a key gets a new bucket.
     FreshAfterEdit,
     /// After a loss of state, buckets are full.
     FullAfterLoss,

@@ -238,8 +238,8 @@ fn returns_after_late_responses_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for the given memberships once per second, like the server's background job, until the task is
-/// aborted.
+/// Starts a task that counts replicas for the given memberships once per second, like the server's background job.
+/// Returns the registry, and a handle that aborts the task.
 pub(super) fn count(
     world: &Arc<World>,
     memberships: Vec<Arc<Membership>>,
@@ -415,7 +415,7 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
             assert_eq!(crowd(&limiters[0], &before, 600).await, 600);
             world.stalled.send_replace(true);
             sleep(Duration::from_secs(6)).await;
-            // In 6 s, one token per second has refilled.
+            // In 6 s, at most one token per second has refilled.
             let first = crowd(&limiters[1], &after, 600).await;
             assert!(first <= 7, "{first} admitted");
             sleep(Duration::from_secs(1)).await;
@@ -464,8 +464,9 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// Redis stalls, and responds again before an idle replica has detected the stall. Another replica has detected it, and
-/// has spent tokens that Redis does not know of. This replica uses Redis again without the idle replica's knowledge.
+/// Redis may stall, and respond again before an idle replica has detected the stall. Another replica has detected it,
+/// and has spent tokens that Redis does not know of. This replica uses Redis again without the idle replica's
+/// knowledge.
 #[test]
 fn an_outage_that_some_replicas_miss_grants_nothing_twice() {
     let (rpm, burst) = (6000, 100);

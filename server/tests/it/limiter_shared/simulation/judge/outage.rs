@@ -25,7 +25,7 @@ pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>
     used
 }
 
-/// The time for which a replica keeps using a partition of a cluster after a request.
+/// How long after a request a replica still counts as using a partition of a cluster.
 const IN_USE: u64 = 9 * SECOND;
 
 /// Returns whether the counters may have to start with empty buckets because of `fault`: they lose their state, or no
@@ -61,9 +61,9 @@ pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) ->
 /// How long calls of a replica must fail before the replica may consider the counters unavailable.
 const SILENCE: u64 = 200 * MS;
 
-/// Returns whether `fault` affects only a fraction of the calls, and no response arrives in time for a while during
-/// `fault`. Several calls in a row may fail by coincidence. If this happens to every replica, the counters must start
-/// with empty buckets.
+/// Returns whether no response arrives in time for a while, although `fault` affects only a fraction of the calls.
+/// Several calls in a row may fail by coincidence. If this happens to every replica, the counters must start with empty
+/// buckets.
 pub(super) fn is_silent(fault: &Fault, heard: &[u64]) -> bool {
     let is_partial = match fault.kind {
         FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent < 100,

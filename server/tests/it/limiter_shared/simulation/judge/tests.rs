@@ -184,7 +184,7 @@ fn redis_learns_of_an_edit_from_a_request_that_it_decides() {
     assert_due(&cut, &[sent(500, true), sent(3500, true)], 14);
     assert_due(&cut, &[sent(3500, true)], 99);
     assert_due(&cut, &[], 99);
-    // After a restart, Redis does not know the earlier plan, unless a server with older data takes over.
+    // After a restart, Redis does not know the earlier plan, unless a Redis server with older data takes over.
     assert_due(&[restart], &[known.clone(), sent(3500, true)], 99);
     assert_due(&[restart], std::slice::from_ref(&known), 99);
     assert_due(&[restart, fail_over], &[known, sent(3500, true)], 12);
@@ -326,7 +326,7 @@ fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     };
     assert!(!is_over(5400, 5, false, 54) && is_over(5400, 5, false, 55));
     assert!(!is_over(5750, 5, false, 5) && is_over(5750, 5, false, 6));
-    // Redis does not learn of a request that a replica denies at once or without Redis.
+    // Redis does not learn of a request that a replica denies immediately or without Redis.
     assert!(!is_over(5750, 0, false, 54) && is_over(5750, 0, false, 55));
     assert!(!is_over(5750, 5, true, 54) && is_over(5750, 5, true, 55));
     // This also applies if a replica still follows the earlier plan after the first request under the later plan.
