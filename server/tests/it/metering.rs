@@ -1,4 +1,5 @@
-//! Tests that every decision on a known key reaches `usage_log` exactly once, no matter what fails in between.
+//! Tests that every decision on a known key reaches `usage_log` exactly once, no matter what fails in between. The
+//! exception is a flood of denials, some of which are only counted.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -366,7 +367,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
 /// Denials cost the consumer nothing, so one consumer could cause enough denials to fill the backlog for every tenant.
 #[tokio::test(flavor = "multi_thread")]
 async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
-    // Without a limit, these denials would fill the backlog.
+    // Without a limit on recorded denials, this many would fill the backlog.
     const DENIED_MAX: u64 = 12_000;
     let database = database().await;
     let (proxy, url) = through_proxy(&database).await;

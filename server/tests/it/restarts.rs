@@ -1,4 +1,5 @@
-//! Tests that quotas are neither lost nor granted twice, no matter how the server stops.
+//! Tests that no token of a quota is granted twice, no matter how the server stops. A clean stop loses no tokens, and a
+//! kill loses at most one block of each quota.
 
 use std::time::Instant;
 
