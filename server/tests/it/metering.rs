@@ -285,7 +285,7 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
         let (mut records, mut rounds) = (0, 0);
         while writing.load(Ordering::Relaxed) {
             let config = &app.state.config;
-            // A replay that waits too long for another transaction fails.
+            // A replay that waits too long for another transaction fails, so count only the replays that succeed.
             if let Ok(replayed) = metering::replay(config, &db, &directory).await {
                 assert!(replayed.is_owned);
                 records += replayed.records;
@@ -746,7 +746,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     .await;
     let began = Instant::now();
     app.stop().await;
-    // A batch waits 10 s for the lock, but a server that is stopping must not.
+    // A batch waits 10 s for the lock, but a server that is stopping must not wait that long.
     assert!(
         began.elapsed() < Duration::from_secs(8),
         "{:?}",

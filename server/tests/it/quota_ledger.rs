@@ -348,7 +348,7 @@ async fn previous_version_counts_in_the_same_windows() {
     let now = at("2026-11-24T10:00:00Z");
     let midnight = "2026-11-24T00:00:00Z";
     // The previous version has created the row, so the current version takes from that row, regardless of the current
-    // zone.
+    // time zone.
     take_as_before(&world, 0, midnight, 30).await;
     for zone in ["UTC", "Asia/Tokyo", "Pacific/Honolulu"] {
         let taken = take(&ledger, world.request(0, Policy::Daily, zone, now)).await;

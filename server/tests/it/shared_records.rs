@@ -435,7 +435,7 @@ async fn newest_invalidation(app: &TestApp) -> i64 {
     row.expect("the number is read").get(0)
 }
 
-/// Returns a message without a seal. Anyone who has seen a message could write such a message.
+/// Returns a message without a seal. Anyone who has seen a message could write one like it.
 fn unsealed(seq: i64, id: uuid::Uuid) -> String {
     let at = SystemClock::new().now().0 / 1000;
     json!({"seq": seq, "tenant": id, "target": "tenant", "id": id, "at": at}).to_string()

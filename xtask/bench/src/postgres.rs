@@ -229,7 +229,8 @@ impl Postgres {
                     self.running = Some(process);
                     return Ok(());
                 }
-                // The killed server's processes keep its shared memory for a moment.
+                // The killed server's processes keep its shared memory for a moment, and until then, a new server
+                // exits.
                 if process.ended()?.is_some() {
                     break;
                 }

@@ -1,5 +1,5 @@
-//! The servers under test. Each server is pinned to the core that is passed, if any, and is stopped when its [`Server`]
-//! is dropped.
+//! The servers under test. Each server is pinned to the given core, if any, and is stopped when its [`Server`] is
+//! dropped.
 
 use std::{
     fs::{self, File},

@@ -34,7 +34,7 @@ const RETURNED: u64 = 200 * MS;
 /// How long requests are sent after the scene, and the interval between them, in milliseconds.
 const LAST_PHASE: u64 = 40_000;
 const LAST_EVERY: usize = 200;
-/// The time after which all replicas know the state of the ledger again, in milliseconds.
+/// How long after the scene all replicas know the state of the ledger again, in milliseconds.
 const SETTLED: u64 = 25_000;
 
 /// Returns the scene of a seed, and the time at which the requests after the scene begin. The scene's quotas cover part

@@ -317,7 +317,8 @@ fn a_busy_key_takes_few_calls_to_redis() {
 
 /// Replicas get many more requests for a key than its limit allows. During the lifetime of a lease, a single replica
 /// calls Redis about twice. If there are several replicas, each of them calls Redis about once. Nearly all of these
-/// calls take tokens. When other replicas stop, the remaining replica takes over their part of the limit immediately.
+/// calls take tokens. When other replicas stop, the remaining replica takes over their part of the limit within the
+/// lifetime of a lease.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
     // One token refills per millisecond.
@@ -573,7 +574,8 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
             sleep(Duration::from_millis(5)).await;
         }
         assert!(large.join_all().await.iter().all(|it| !it));
-        // Of 500 tokens, the small requests have spent 60 before the other replica's requests, and 3 have refilled.
+        // When the other replica's requests arrive, the small requests have spent 60 of 500 tokens, and 3 have
+        // refilled.
         let small = small.join_all().await.iter().sum::<u32>();
         let crowded = crowded.join_all().await.iter().sum::<u32>();
         assert_eq!((small, crowded), (70, 430));

@@ -259,7 +259,7 @@ fn tokens_may_go_to_later_requests_only_while_earlier_ones_wait() {
 }
 
 /// If a fifth of the calls are late just after an outage, one replica may use Redis again while another one still uses
-/// its share. Otherwise, late calls do not justify a share.
+/// its share. In all other cases, late calls are no reason to admit a share.
 #[test]
 fn shares_are_allowed_in_addition_only_while_replicas_return() {
     let mut scene = scene(vec![plan(0, 600, 10, true)]);
@@ -368,8 +368,8 @@ fn requests_that_waited_take_their_tokens_when_they_are_answered() {
     scene.keys[0].on_failure = OnRedisFailure::Open;
     scene.faults.push(outage(1000, 3000));
     // Checks a log of requests that waited for 60 ms until `answered`, and of requests that did not wait. Of the
-    // requests that waited, `waited` are admitted. Of the requests that did not wait, `later` are admitted. The outage
-    // counts from 1500 ms on.
+    // requests that waited, `waited` are admitted. Of the requests that did not wait, `later` are admitted. In the
+    // outage, only responses from 1500 ms on are counted.
     let is_under = |answered: u64, waited: usize, later: usize| {
         let waited = requests(answered - 60, waited, 110).map(|it| Entry {
             answered: answered * MS,
