@@ -463,8 +463,8 @@ fn count(
     found
 }
 
-/// Returns whether a panic comes from an assertion in h2 0.4.20 that a connection has no streams when the connection
-/// ends. Malformed frames can violate this assertion, which exists only in debug builds.
+/// Returns whether a panic comes from the file in which h2 counts streams. In debug builds, h2 0.4.20 asserts there
+/// that a connection has no streams when it ends. Malformed frames can violate this assertion.
 fn is_debug_assertion_of_h2(panic: &PanicHookInfo<'_>) -> bool {
     let file = panic.location().map_or("", |it| it.file());
     file.contains("/h2-0.") && file.ends_with("/counts.rs")

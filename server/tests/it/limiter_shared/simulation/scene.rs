@@ -294,7 +294,7 @@ impl Scene {
                     });
                 }
             };
-            // Some of these tokens refill before the other replicas get requests.
+            // Some of the tokens that these requests take refill before the other replicas get requests.
             send(at, plan.burst * rng.u32(20..=100) / 100, 0);
             for part in 0..rng.u32(2..=8) {
                 let others = rng.usize(1..self.replicas);
