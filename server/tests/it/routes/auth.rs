@@ -1665,7 +1665,7 @@ async fn changed_password_makes_known_devices_unknown() {
     let token = session.text("access_token");
     let changed = send(&app, &token, "POST", "/auth/password", body).await;
     assert_eq!(changed.status, 204);
-    // This network has used up its attempts, and the device no longer bypasses the limit.
+    // Use up the attempts of this network. The device no longer bypasses the limit.
     for _ in 0..2 {
         assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
     }

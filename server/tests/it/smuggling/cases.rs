@@ -30,7 +30,7 @@ pub(crate) fn filled(text: &str, hidden: Hidden, attacker: &Attacker<'_>) -> Vec
         Hidden::Beginning => BEGINNING,
     };
     let hidden = hidden.replace("KEY", attacker.key);
-    // The length of the text after the head.
+    // The length of the body, with the hidden request filled in and without the pauses.
     let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
     let length = body.replace("HIDDEN", &hidden).replace("CUT", "").len();
     let text = text
