@@ -123,7 +123,7 @@ fn browse(
         .arg("journey.mjs")
         .arg(chromium)
         .arg(address)
-        // The parts follow the folder for screenshots, so the folder may be empty but not missing.
+        // The parts follow the folder for screenshots, so without a folder an empty argument takes its place.
         .arg(screenshots.unwrap_or_default())
         .args(parts)
         .status()
