@@ -490,7 +490,7 @@ async fn malformed_requests_are_refused_and_nothing_fails() {
         // On a busy machine, this many concurrent requests have to wait for database connections.
         .flag("--database-wait=10s")
         .flag("--database-pool=30")
-        // Nothing is sent to webhooks.
+        // Without jobs, nothing is sent to the accounts' webhooks.
         .without_jobs()
         .start()
         .await;

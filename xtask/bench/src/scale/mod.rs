@@ -200,7 +200,8 @@ impl Scale<'_> {
             match requests::get(server.addr, &self.tenant, &path).await {
                 Ok((time, answer)) => {
                     let (total, most) = (answer["total"].as_u64(), u64::from(found));
-                    // Larger totals are not counted exactly.
+                    // The total may be smaller than the number of matching keys, because the server counts only up to a
+                    // maximum.
                     ensure!(
                         total > Some(0) && total <= Some(most),
                         "{path}: the total is {total:?}"
