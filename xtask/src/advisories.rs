@@ -2,7 +2,7 @@
 //!
 //! Runs only if `QUOTA_ADVISORY_DB` contains the path of such a copy: a directory or a `.tar.gz`. Downloads nothing.
 //! Prints the date and age of the newest advisory in the copy. Vulnerabilities fail the check; other notices (such as
-//! unmaintained or unsound) are printed. `.config/advisories.toml` lists advisories to ignore, each with an expiry
+//! unmaintained or unsound) are printed. `.config/advisories.toml` lists advisories to ignore, each with an expiration
 //! date.
 
 use std::{
@@ -200,10 +200,10 @@ impl Advisory {
     }
 }
 
-/// Returns whether a version matches, similar to RustSec's rule. In `semver`, a pre-release matches only requirements
-/// that contain a pre-release. RustSec compares versions only by their order. Therefore, a pre-release that does not
-/// match otherwise is treated like the patch release before it: 2.0.1-rc.1 is treated like 2.0.0. If there is no such
-/// release, the version does not match.
+/// Returns whether a version matches a requirement, similar to RustSec's rule. In `semver`, a pre-release matches only
+/// requirements that contain a pre-release. RustSec compares versions only by their order. Therefore, a pre-release
+/// that does not match otherwise is treated like the patch release before it: 2.0.1-rc.1 is treated like 2.0.0. If
+/// there is no such release, the version does not match.
 fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);

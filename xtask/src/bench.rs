@@ -234,7 +234,7 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .arg(target().join("tools"));
         let is_given = |name: &str| arguments.iter().any(|it| it == name);
         if !is_given("--output") {
-            // By default, the page in the repository is overwritten. It compares all servers.
+            // By default, this overwrites the page in the repository, which must compare all servers.
             ensure!(
                 !is_given("--only"),
                 "`--only` requires `--output DIRECTORY`"

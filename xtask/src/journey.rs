@@ -38,7 +38,7 @@ pub(crate) fn alone(parts: &[String]) -> Result<ExitCode> {
     } else {
         install_packages()?;
         let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
-        // The script expects the folder before the parts, so an empty folder is passed if none is set.
+        // The test script expects the folder for screenshots before the parts, so pass an empty string if none is set.
         let screenshots = std::env::var_os("QUOTA_SCREENSHOTS").unwrap_or_default();
         on_server(|address| browse(address, None, Some(&screenshots), &parts))?.success()
     };
@@ -123,7 +123,7 @@ fn browse(
         .arg("journey.mjs")
         .arg(chromium)
         .arg(address)
-        // The parts follow the folder for screenshots, so the folder may be empty but not missing.
+        // The parts follow the folder for screenshots, so without a folder an empty argument takes its place.
         .arg(screenshots.unwrap_or_default())
         .args(parts)
         .status()

@@ -59,7 +59,7 @@ fn links(text: &str) -> Vec<String> {
         if in_fence {
             continue;
         }
-        // Every second part is inside backticks.
+        // Every second part is inside backticks, so skip it.
         for plain in line.split('`').step_by(2) {
             for (at, _) in plain.match_indices("](") {
                 if let Some((target, _)) = plain[at + 2..].split_once(')') {

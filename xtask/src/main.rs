@@ -80,8 +80,8 @@ enum Chore {
     /// `bench crash 300` kills servers, Redis and PostgreSQL this many times under load and recounts the usage. `bench
     /// restarts 20` restarts replicas behind Caddy this many times under load and recounts requests and usage. `bench
     /// metering` measures the cost of recording usage. `bench latency` measures response times at a constant rate.
-    /// `bench tracing` measures the cost of traces. `bench gateways` compares gateways that check requests with Quota
-    /// with plain proxies. `bench peers` compares Quota with other rate limiters and writes `docs/bench`. `bench
+    /// `bench tracing` measures the cost of traces. `bench gateways` compares gateways that check every request with
+    /// Quota to plain proxies. `bench peers` compares Quota with other rate limiters and writes `docs/bench`. `bench
     /// slow-clients` measures response times and memory while 2,000 clients are slow. `bench webhooks 2000 10` sends
     /// 2,000 Stripe webhooks per second for 10 s. `bench outage` stops PostgreSQL for a minute under load
     Bench {

@@ -130,7 +130,7 @@ impl Throwaway {
         let deadline = Instant::now() + START_LIMIT;
         while !postgres.takes_connections() {
             if postgres.guard.try_wait()?.is_some() {
-                // The log is removed with the directory. Failures are rare and can be reproduced.
+                // The guard has removed the directory with the log, so the error cannot contain the log.
                 bail!("the test PostgreSQL exited at startup");
             }
             if Instant::now() > deadline {

@@ -359,7 +359,7 @@ async fn tenant_whose_emails_cannot_be_written_does_not_delay_others() {
     assert_eq!(other.send().await, (1, 0, 0));
 }
 
-/// The mail server accepts the message in the end, but another replica may have sent it by then.
+/// The mail server eventually accepts the message, but by then, another replica may have sent it.
 #[tokio::test(flavor = "multi_thread")]
 async fn mail_server_that_takes_too_long_is_an_outage() {
     let world = World::new().await;

@@ -373,7 +373,7 @@ async fn answers(server: SocketAddr, caller: &Caller, seed: u64) -> (Vec<u8>, Ve
     let mut answers = Vec::new();
     let reading = async {
         if kind == Kind::Http2 {
-            // The server waits for more streams until the idle timeout.
+            // Do not read until the server closes the connection: it waits for more streams until the idle timeout.
             while let Ok(Ok(1..)) = timeout(QUIET, reader.read_buf(&mut answers)).await {}
         } else {
             // A reset also ends the connection.
@@ -463,8 +463,8 @@ fn count(
     found
 }
 
-/// Returns whether a panic comes from an assertion in h2 0.4.20 that a connection has no streams when the connection
-/// ends. Malformed frames can violate this assertion, which exists only in debug builds.
+/// Returns whether a panic comes from the file in which h2 counts streams. In debug builds, h2 0.4.20 asserts there
+/// that a connection has no streams when it ends. Malformed frames can violate this assertion.
 fn is_debug_assertion_of_h2(panic: &PanicHookInfo<'_>) -> bool {
     let file = panic.location().map_or("", |it| it.file());
     file.contains("/h2-0.") && file.ends_with("/counts.rs")
@@ -487,10 +487,10 @@ async fn malformed_requests_are_refused_and_nothing_fails() {
         .flag("--idle-timeout=1s")
         .flag("--connections-per-address=0")
         .flag("--connections-per-network=0")
-        // On a busy machine, this many concurrent requests have to wait for connections.
+        // On a busy machine, this many concurrent requests have to wait for database connections.
         .flag("--database-wait=10s")
         .flag("--database-pool=30")
-        // Nothing is sent to webhooks.
+        // Without jobs, nothing is sent to the accounts' webhooks.
         .without_jobs()
         .start()
         .await;
@@ -521,7 +521,7 @@ async fn malformed_requests_are_refused_and_nothing_fails() {
         "{requests} requests or HTTP/2 connections, {closed} closed without a response, {over_http2} responses over \
          HTTP/2\nby client, HTTP/1: {statuses:?}\nby server: {by_server:?}"
     );
-    // Most requests were parsed far enough to be rejected, and all endpoints were reached.
+    // Many requests were parsed, and they were rejected for various reasons.
     let answered = |kind, status: &str| {
         let found = statuses.get(&(kind, status.to_owned()));
         found.copied().unwrap_or_default()

@@ -1,4 +1,5 @@
-//! Tests that every decision on a known key reaches `usage_log` exactly once, no matter what fails in between.
+//! Tests that every decision on a known key reaches `usage_log` exactly once, no matter what fails in between. The
+//! exception is a flood of denials, some of which are only counted.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -284,7 +285,7 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
         let (mut records, mut rounds) = (0, 0);
         while writing.load(Ordering::Relaxed) {
             let config = &app.state.config;
-            // A replay that waits too long for another transaction fails.
+            // A replay that waits too long for another transaction fails, so count only the replays that succeed.
             if let Ok(replayed) = metering::replay(config, &db, &directory).await {
                 assert!(replayed.is_owned);
                 records += replayed.records;
@@ -366,7 +367,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
 /// Denials cost the consumer nothing, so one consumer could cause enough denials to fill the backlog for every tenant.
 #[tokio::test(flavor = "multi_thread")]
 async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
-    // Without a limit, these denials would fill the backlog.
+    // Without a limit on recorded denials, this many would fill the backlog.
     const DENIED_MAX: u64 = 12_000;
     let database = database().await;
     let (proxy, url) = through_proxy(&database).await;
@@ -420,7 +421,7 @@ async fn denials_of_one_tenant_do_not_fill_the_backlog_of_all() {
     let (denied, allowed) = logged
         .iter()
         .partition::<Vec<_>, _>(|(_, it)| it.was_rejected);
-    // Every admitted request is recorded, and every denial is either in the log or counted.
+    // Every admitted request is recorded, and every denial is either in the log or counted as unrecorded.
     let of_flooding = |it: &&(&String, &Logged)| it.1.key_id == key.id;
     assert_eq!(allowed.iter().filter(of_flooding).count(), 3);
     let others = allowed.iter().filter(|it| it.1.key_id == world.key.id);
@@ -745,7 +746,7 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     .await;
     let began = Instant::now();
     app.stop().await;
-    // A batch waits 10 s for the lock, but a server that is stopping must not.
+    // A batch waits 10 s for the lock, but a server that is stopping must not wait that long.
     assert!(
         began.elapsed() < Duration::from_secs(8),
         "{:?}",

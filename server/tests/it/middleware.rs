@@ -105,7 +105,7 @@ async fn enforces_decisions(program: Program) {
     let bearer = http.get(format!("{}/orders/7", api.url)).bearer_auth(&key);
     let own = api.get(&http, &key).header("x-request-id", "own-id");
     // If the middleware passed on this request ID, Quota would reject the check because of the length of its headers.
-    // Node.js itself rejects such long headers.
+    // Node.js itself rejects such long headers, so its middleware gets an ID that is just longer than Quota accepts.
     let length = if program == Program::TypeScript {
         129
     } else {

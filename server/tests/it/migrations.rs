@@ -176,7 +176,8 @@ async fn every_constraint_is_named_and_every_table_has_a_comment() {
         .iter()
         .map(|row| row.get::<_, &str>(0))
         .collect::<Vec<_>>();
-    // Users are never deleted individually, and a key's plan has a separate index.
+    // These foreign keys need no such index: users are never deleted individually, and the plans of keys have a
+    // separate index.
     let known = [
         "api_keys_plan_fkey",
         "audit_events_user_fkey",

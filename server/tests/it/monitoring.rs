@@ -130,7 +130,7 @@ fn rules() -> Vec<Rule> {
     rules
 }
 
-/// Returns the family of a series, by its name in a query.
+/// Returns the metric that a series in a query belongs to.
 fn family_of<'a>(series: &str, families: &'a Families) -> Option<(&'a str, &'a Family)> {
     families
         .iter()

@@ -249,7 +249,7 @@ impl Sender {
         let answer = self.send(operation, body).await;
         let (id, text) = (operation.id, &answer.text);
         if matches!(id, "refresh" | "logout") && field == "refresh_token" && body[field].is_null() {
-            // The field is optional for clients whose tokens are in cookies, but required for this client.
+            // This field is optional for clients whose tokens are in cookies, but required for this client.
             assert_eq!(answer.status, 401, "{id}: {text}");
             return;
         }

@@ -1,5 +1,5 @@
 //! Tests how the `quota` binary behaves for service managers, container engines and load balancers: when it listens,
-//! what its health checks return, and which of them it logs.
+//! what its health checks return, and which of their failures it logs.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},

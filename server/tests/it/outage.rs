@@ -416,7 +416,8 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
         tokio::spawn(async move {
             let mut answers = Vec::new();
             while Instant::now() < until {
-                // The response is not validated against the document, because that takes longer than the request.
+                // The response is not validated against the OpenAPI document, because that takes longer than the
+                // request.
                 let call = app.http.get(app.url("/v1/echo"));
                 let answer = call.header("x-api-key", unknown_key()).send().await;
                 answers.push(answer.expect("the server responds").status().as_u16());
@@ -483,7 +484,7 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
     assert_eq!(app.echo(&unknown_key()).await.status, 401);
 }
 
-/// A transaction that loses a race can be retried. It is not an internal error.
+/// A change that waits too long for a lock can be retried, so its failure is not an internal error.
 #[tokio::test]
 async fn change_that_waits_too_long_for_a_lock_is_503() {
     let app = TestApp::start().await;

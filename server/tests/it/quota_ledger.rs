@@ -323,7 +323,7 @@ async fn batch_sent_twice_concurrently_is_applied_once() {
     assert_eq!(world.used().await, 3);
 }
 
-/// Takes tokens like the previous version during a rolling upgrade.
+/// Takes tokens as the previous version does during a rolling upgrade.
 async fn take_as_before(world: &World, key: usize, start: &str, want: i64) {
     let sql = format!(
         "INSERT INTO quota_usage (tenant_id, key_id, policy, window_start, used) \
@@ -348,7 +348,7 @@ async fn previous_version_counts_in_the_same_windows() {
     let now = at("2026-11-24T10:00:00Z");
     let midnight = "2026-11-24T00:00:00Z";
     // The previous version has created the row, so the current version takes from that row, regardless of the current
-    // zone.
+    // time zone.
     take_as_before(&world, 0, midnight, 30).await;
     for zone in ["UTC", "Asia/Tokyo", "Pacific/Honolulu"] {
         let taken = take(&ledger, world.request(0, Policy::Daily, zone, now)).await;

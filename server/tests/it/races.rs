@@ -1,6 +1,6 @@
-//! Makes every pair of changes concurrently on two replicas. Neither change causes a server error, each change that
-//! succeeds is in the audit log once, and the result is the same as if the changes had been made one after the other,
-//! in one of the two orders.
+//! Makes every pair of changes concurrently on two replicas. Neither change causes a server error, each audited change
+//! that succeeds is in the audit log once, and the result is the same as if the changes had been made one after the
+//! other, in one of the two orders.
 
 use std::{
     collections::BTreeMap,

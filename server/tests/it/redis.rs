@@ -30,7 +30,7 @@ struct Flags {
 
 fn connect(url: &str, flags: &[&str]) -> Redis {
     let url = format!("--redis-url={url}");
-    // Responses may be late while other tests run.
+    // Allow more time than by default, because responses may be late while other tests run.
     let all = [
         "test",
         &url,

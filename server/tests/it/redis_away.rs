@@ -127,7 +127,7 @@ async fn stopped_replica_is_remembered_longer_than_it_is_counted() {
 }
 
 /// The first call to Redis states whether other replicas may have decided requests without Redis, so the replicas must
-/// be counted before it.
+/// be counted before this call.
 #[tokio::test(flavor = "multi_thread")]
 async fn replica_is_counted_before_it_uses_redis() {
     let server = RedisServer::start().await;
@@ -143,8 +143,8 @@ async fn replica_is_counted_before_it_uses_redis() {
     assert_eq!(seen.expect("a count").count.get(), 2);
 }
 
-/// Only the first start of a deployment can begin with full buckets. After that, buckets that Redis has lost are empty,
-/// even if the first start did not reach Redis.
+/// Buckets can be full only at the first start of a deployment. After that, buckets that Redis has lost are empty, even
+/// if the first start did not reach Redis.
 #[tokio::test(flavor = "multi_thread")]
 async fn lost_buckets_are_empty_even_if_the_first_start_did_not_reach_redis() {
     for is_reached in [true, false] {

@@ -1,4 +1,5 @@
-//! Tests that quotas are neither lost nor granted twice, no matter how the server stops.
+//! Tests that no token of a quota is granted twice, no matter how the server stops. A clean stop loses no tokens, and a
+//! kill loses at most one block of each quota.
 
 use std::time::Instant;
 
@@ -19,7 +20,7 @@ use crate::support::{
 };
 
 const QUOTA: u64 = 1000;
-/// The part of the quota that one run spends. The last run spends the rest.
+/// The part of the quota that each run of the server spends, except the last run, which spends the rest.
 const PART: u64 = 250;
 
 /// Sends up to `most` requests, until one is denied. Returns how many were allowed.

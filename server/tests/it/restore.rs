@@ -38,7 +38,7 @@ const REJECTED: [&str; 3] = [
     "usage/01a21968-4ea1-7052-b7e7-a828c3c9daa2/2.refused",
 ];
 
-/// The number of requests during the outage: enough to fill more than one segment of 128 KiB.
+/// The number of requests while the server cannot reach PostgreSQL: enough to fill more than one segment of 128 KiB.
 const REQUESTS: usize = 2500;
 
 /// Returns the paths of the segments in a data directory, relative to this directory.
@@ -330,7 +330,7 @@ async fn backup_verifies_the_certificate_if_the_server_does() {
             url("localhost", "connect_timeout=9&sslmode=require"),
             Some("other.pem"),
         ),
-        // The certificate is for another name.
+        // The certificate is for `localhost`, not for this address.
         (url("127.0.0.1", "sslmode=require"), Some("trusted.pem")),
         (
             format!("host=localhost port={port} user={user} dbname={name} sslmode = 'require'"),

@@ -144,7 +144,7 @@ async fn unknown_keys_are_shared_too() {
     assert!(second.metric("quota_key_shared_negative_hits_total").await >= 1.0);
 }
 
-/// A record that was loaded before a change is written long after the change.
+/// A record that was loaded before a change is written to Redis long after the change.
 #[tokio::test(flavor = "multi_thread")]
 async fn record_from_before_a_change_is_rejected_whenever_it_was_written() {
     let world = World::start().await;
@@ -349,7 +349,7 @@ async fn silent_redis_delays_one_lookup_and_not_the_next() {
     assert_eq!(look_up(&keys[4]).await, 2, "Redis is called again");
 }
 
-/// The replica cannot know about changes made since it was cut off.
+/// A replica that is cut off from PostgreSQL cannot know about changes made since then.
 #[tokio::test(flavor = "multi_thread")]
 async fn replica_cut_off_from_postgres_trusts_no_shared_record() {
     let world = World::start().await;
@@ -435,7 +435,7 @@ async fn newest_invalidation(app: &TestApp) -> i64 {
     row.expect("the number is read").get(0)
 }
 
-/// Returns a message without a seal. Anyone who has seen a message could write such a message.
+/// Returns a message without a seal. Anyone who has seen a message could write one like it.
 fn unsealed(seq: i64, id: uuid::Uuid) -> String {
     let at = SystemClock::new().now().0 / 1000;
     json!({"seq": seq, "tenant": id, "target": "tenant", "id": id, "at": at}).to_string()
@@ -469,7 +469,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
             if taken >= 199.0 {
                 break;
             }
-            // The replica misses messages until it has subscribed.
+            // Send the message repeatedly, because a replica misses messages until it has subscribed.
             redis
                 .publish::<_, _, ()>("quota:revoked", unsealed(newest + 1, uuid::Uuid::now_v7()))
                 .await

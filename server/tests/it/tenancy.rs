@@ -566,7 +566,7 @@ async fn another_tenants_key_is_unknown_to_a_gateway_and_not_charged() {
         assert_eq!(theirs.0, 401);
         assert_eq!(theirs, forward(&never).await);
     }
-    // At most one token has refilled in between.
+    // At most one token has refilled since `before` was read.
     assert!(remaining().await + 1 >= before, "the key was charged");
     let own = app
         .post("/v1/check", json!({"key": b.key.text}))

@@ -1,5 +1,5 @@
-//! Tests deliveries to webhooks: each delivery is signed, and is attempted until the endpoint accepts it or the
-//! attempts are exhausted.
+//! Tests deliveries to webhooks: each delivery is signed, and is attempted until the endpoint accepts it, the attempts
+//! are exhausted, or the delivery is canceled.
 //!
 //! To simulate the passage of time, the tests change times in the database.
 

@@ -1,4 +1,5 @@
-//! Checks the wording of all text that callers of the API read: the OpenAPI document, the error pages and the messages.
+//! Checks the wording of all text that callers of the API read: the OpenAPI document, the error pages and the server's
+//! messages.
 
 use std::{fs, path::Path};
 

@@ -30,7 +30,7 @@ pub struct Call<'a> {
     pub method: &'a Method,
     /// The path without `/v1`.
     pub path: &'a [&'a str],
-    /// The form or the query.
+    /// The parameters in the form or in the query string.
     pub params: &'a Value,
     /// The base URL of the fake Stripe, for links to its pages.
     pub base: &'a str,

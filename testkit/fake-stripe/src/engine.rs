@@ -151,7 +151,8 @@ impl State {
         id
     }
 
-    /// Charges the usage, finalizes the invoice and, unless its `auto_advance` is false, tries to collect it.
+    /// Charges the usage, finalizes the invoice and, unless its `auto_advance` is false, tries to collect it. Fails if
+    /// `failing_finalizations` is not 0.
     pub fn finalize(&mut self, id: &str) {
         if self.failing_finalizations > 0 {
             self.failing_finalizations -= 1;

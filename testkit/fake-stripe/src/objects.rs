@@ -121,7 +121,7 @@ pub fn session(id: &str, now: i64, base: &str, params: &Value) -> Value {
         "shipping_cost": null, "shipping_options": [], "status": "open", "submit_type": null, "subscription": null,
         "success_url": optional(params, "success_url"), "total_details": null, "ui_mode": "hosted_page",
         "url": format!("{base}/pay/{id}"), "wallet_options": null,
-        // The items and data of the future subscription, which a real session does not contain.
+        // Unlike a real session, this one contains the items and the data of the future subscription.
         "_line_items": params["line_items"], "_subscription_data": optional(params, "subscription_data"),
     })
 }

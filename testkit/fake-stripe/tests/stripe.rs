@@ -597,8 +597,8 @@ async fn finalization_can_fail() {
 /// A received webhook: the signature header and the body.
 type Hook = (Option<String>, String);
 
-/// Starts a server that receives webhooks, and returns its URL and the received webhooks. The server responds to each
-/// attempt with one of `statuses`, starting with the last, and after that with 200.
+/// Starts a server that receives webhooks, and returns its URL and the received webhooks. The server responds with
+/// `statuses`, the last one first, and after that always with 200.
 async fn receiver(mut statuses: Vec<u16>) -> (String, Arc<Mutex<Vec<Hook>>>) {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
         .await

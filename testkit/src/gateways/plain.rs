@@ -51,7 +51,7 @@ impl Program {
     }
 }
 
-/// Options of nginx and HAProxy that forward malformed requests and incomplete bodies.
+/// Options with which nginx and HAProxy forward malformed requests and incomplete bodies.
 const LENIENT_NGINX: &str = "ignore_invalid_headers off;\nunderscores_in_headers on;\n\
     proxy_request_buffering off;\n";
 const LENIENT_HAPROXY: &str = "    option accept-invalid-http-request\n";

@@ -89,7 +89,7 @@ enum Command {
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
         millis: u64,
     },
-    /// Compare gateways that check requests with Quota with plain proxies, and print a table
+    /// Compare gateways that check every request with Quota to plain proxies, and print a table
     Gateways(gateways::Options),
     /// Kill servers, Redis and PostgreSQL under load, and recount the usage
     Crash(crash::Options),

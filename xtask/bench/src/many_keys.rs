@@ -79,7 +79,7 @@ async fn connection(server: SocketAddr, secrets: Vec<String>) -> Result<u32> {
     let mut repeated = 0;
     let mut client = KeyClient::connect(server).await?;
     for secret in secrets {
-        // On a busy machine, a lookup or a call to Redis may take too long.
+        // Repeat a request that is not allowed: on a busy machine, a lookup or a call to Redis may take too long.
         for attempt in 1.. {
             let status = client.send(&secret).await?;
             if status == 200 {

@@ -18,7 +18,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let case = |name, settings: &[(&str, String)]| Case::start(quota, cores, name, settings);
     let cases = [
         case("off", &[("QUOTA_METERING", "off".into())])?,
-        // The interval is longer than the measurement, so nothing is shipped meanwhile.
+        // The interval is longer than the measurement, so nothing is shipped during the measurement.
         case(
             "on, shipper paused",
             &[("QUOTA_USAGE_SHIP_EVERY", "60s".into())],

@@ -41,7 +41,7 @@ const ENDPOINTS: u32 = 200;
 const BEFORE: Duration = Duration::from_secs(20);
 /// The maximum time for shipping the backlog.
 const AIM: Duration = Duration::from_secs(60);
-/// How long the benchmark waits before it gives up.
+/// How long the benchmark waits for the backlog before it gives up.
 const PATIENCE: Duration = Duration::from_secs(240);
 const PHASES: [&str; 3] = ["before", "outage", "after"];
 

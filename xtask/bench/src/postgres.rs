@@ -229,7 +229,7 @@ impl Postgres {
                     self.running = Some(process);
                     return Ok(());
                 }
-                // The killed server's processes keep its shared memory for a moment.
+                // For a moment, the killed server's processes keep its shared memory, so a new server exits at startup.
                 if process.ended()?.is_some() {
                     break;
                 }

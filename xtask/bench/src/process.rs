@@ -1,5 +1,5 @@
-//! The servers under test. Each server is pinned to the core that is passed, if any, and is stopped when its [`Server`]
-//! is dropped.
+//! The servers under test. Each server is pinned to the given core, if any, and is stopped when its [`Server`] is
+//! dropped.
 
 use std::{
     fs::{self, File},
@@ -33,7 +33,7 @@ pub(crate) struct Cores {
 }
 
 impl Cores {
-    /// Returns `None` if there are fewer than two cores, or if they cannot be determined.
+    /// Selects two cores. Returns `None` if there are fewer than two, or if the cores cannot be determined.
     pub(crate) fn pick() -> Option<Self> {
         let usable = sched_getaffinity(Pid::from_raw(0)).ok()?;
         let mut usable = (0..CpuSet::count()).filter(|core| usable.is_set(*core).unwrap_or(false));

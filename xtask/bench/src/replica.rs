@@ -93,7 +93,7 @@ impl Replica {
     }
 
     fn log_since_start(&self) -> String {
-        // The file is created a little after the start.
+        // The log file does not exist until shortly after the server starts.
         let bytes = fs::read(&self.log).unwrap_or_default();
         let start = usize::try_from(self.log_before).unwrap_or(0);
         String::from_utf8_lossy(bytes.get(start..).unwrap_or_default()).into_owned()

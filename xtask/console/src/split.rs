@@ -44,8 +44,8 @@ pub fn without_names(wasm: &[u8]) -> Result<Vec<u8>> {
     Ok(config.parse(wasm)?.emit_wasm())
 }
 
-/// Changes the path from which a script loads an adjacent file. The compiled module's name for the file, which is an
-/// object key, stays the same.
+/// Changes the path from which a script loads an adjacent file. The name that the compiled module uses for the file is
+/// an object key in the script, and stays the same.
 pub fn renamed(script: &str, name: &str, to: &str) -> Result<String> {
     let mut out = script.to_owned();
     for before in ["from ", "new URL("] {

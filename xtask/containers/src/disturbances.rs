@@ -65,7 +65,7 @@ impl Production<'_> {
         self.recount(&results, None).await
     }
 
-    /// Pauses the script while it waits for the new replicas, so that the old ones keep running for a while. Returns
+    /// Pauses `upgrade.sh` while it waits for the new replicas, so that the old ones keep running for a while. Returns
     /// how many decisions each old replica and each new replica made during this time.
     async fn mixed(
         &self,

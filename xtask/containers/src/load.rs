@@ -26,7 +26,7 @@ pub const BURST: u32 = 50;
 /// The default `QUOTA_LEASE_TTL`, plus one microsecond for each end of a window. A microsecond is the resolution of
 /// Redis's clock.
 const SLACK: Duration = Duration::from_nanos(100_002_000);
-/// The smallest acceptable share of what one exact bucket would have allowed, in percent.
+/// The smallest acceptable number of allowed requests, as a percentage of what one exact bucket would have allowed.
 const SERVED: u64 = 90;
 
 /// Where to send requests, and with which credentials.

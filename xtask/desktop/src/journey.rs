@@ -336,7 +336,7 @@ async fn asks_before_quitting(page: &App, world: &World) -> Result<()> {
     display.close(TITLE)?;
     page.text("Copy it before you quit.").await?;
     page.screenshot("quit-warning").await?;
-    // When the user presses Escape, the app asks whether to close the dialog instead.
+    // When the user presses Escape, the app asks whether to close the dialog, not whether to quit.
     page.run("document.querySelector('#secret').dispatchEvent(new KeyboardEvent('keydown', { key: 'Escape', bubbles: true }))")
         .await?;
     page.text("Copy it before you close.").await?;

@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 /// Returns whether the bytes contain a refresh token or a JWT, in UTF-8 or UTF-16. Does not use a regular expression,
-/// because in a debug build, searching the memory of a process with one would take minutes.
+/// which would take minutes to search the memory of a process in a debug build.
 pub fn has_token(bytes: &[u8]) -> bool {
     bytes.iter().enumerate().any(|(at, first)| match first {
         b'q' => is_refresh(&bytes[at..], 1) || is_refresh(&bytes[at..], 2),

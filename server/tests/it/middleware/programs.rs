@@ -194,7 +194,7 @@ fn typescript(port: u16) -> Command {
 fn installed(name: &str, sources: &[&Path], install: impl FnOnce(&Path)) -> PathBuf {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let stamp = dir.with_extension("stamp");
-    // Several tests may run at the same time, in separate processes.
+    // Several tests in separate processes may call this function at the same time.
     let lock = fs::File::create(dir.with_extension("lock")).expect("a file");
     let _lock = Flock::lock(lock, FlockArg::LockExclusive).expect("no other error");
     let read = |path: &&Path| fs::read_to_string(path).expect("the file is there");

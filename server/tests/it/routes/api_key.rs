@@ -855,7 +855,7 @@ async fn keys_can_be_filtered_by_status() {
     assert_eq!(names("status=active").await, ["Lasting"]);
     assert_eq!(names("status=expired").await, ["Short"]);
     assert_eq!(names("status=inactive").await, inactive);
-    // Searches use different database queries.
+    // With `search`, the list uses a different database query.
     assert_eq!(names("search=o&status=active").await, Vec::<String>::new());
     assert_eq!(names("search=o&status=expired").await, ["Short"]);
     assert_eq!(

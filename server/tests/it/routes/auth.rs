@@ -353,7 +353,7 @@ async fn current_user_can_be_updated() {
     );
 }
 
-/// Changes of a tenant take turns. This update does not get its turn in time, so it is rejected as a whole.
+/// Changes to a tenant are made one at a time. This update would have to wait too long, so it is rejected as a whole.
 #[tokio::test(flavor = "multi_thread")]
 async fn rejected_update_of_user_and_tenant_changes_neither() {
     let app = TestApp::start().await;
@@ -988,7 +988,7 @@ async fn stranger_cannot_lock_out_an_owner() {
         (429, "too-many-requests")
     );
     assert!(refused.number("retry-after") >= 1);
-    // The owner signs in on a new device in another network.
+    // The owner can still sign in on a new device in another network.
     let owner_signs_in = login_from_network(&app, "203.0.113.9", &owner.email, PASSWORD).await;
     assert_eq!(owner_signs_in.status, 200, "{}", owner_signs_in.body);
 }
@@ -1438,7 +1438,7 @@ async fn registration_can_be_closed() {
     assert_eq!(login(&app, email, PASSWORD).await.status, 200);
 }
 
-/// When requests race for the last available slot, only one succeeds.
+/// When requests race to create the last resource that a limit allows, only one succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
     let app = TestApp::setup()
@@ -1665,7 +1665,7 @@ async fn changed_password_makes_known_devices_unknown() {
     let token = session.text("access_token");
     let changed = send(&app, &token, "POST", "/auth/password", body).await;
     assert_eq!(changed.status, 204);
-    // This network has used up its attempts, and the device no longer bypasses the limit.
+    // Use up the attempts of this network. The device no longer bypasses the limit.
     for _ in 0..2 {
         assert_eq!(login(&app, &owner.email, "wrong").await.status, 401);
     }

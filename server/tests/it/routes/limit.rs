@@ -881,8 +881,8 @@ async fn daily_quota_uses_the_tenants_time_zone() {
     let plan = app
         .plan(&account, json!({"default_rpm": 6000, "daily_quota": 1}))
         .await;
-    // 20:00 UTC is 05:00 the next day in Tokyo and 10:00 the same day in Honolulu. Neither city has daylight saving
-    // time.
+    // 20:00 UTC is 05:00 the next day in Tokyo and 10:00 the same day in Honolulu. Neither city observes daylight
+    // saving time.
     for (zone, hours) in [("UTC", 4), ("Asia/Tokyo", 19), ("Pacific/Honolulu", 14)] {
         let set = app
             .act(&account, "PATCH", "/auth/me", json!({"time_zone": zone}))

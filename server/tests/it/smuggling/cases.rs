@@ -1,7 +1,7 @@
 //! The known ways to make two servers disagree about where a request ends.
 //!
-//! In the texts, `HIDDEN` stands for the hidden request, `LEN` and `HEX` for the lengths of the body and of the hidden
-//! request, `KEY` and `TOKEN` for the attacker's credentials, and `CUT` for a pause.
+//! In the texts, `HIDDEN` stands for the hidden request, `LEN` for the length of the body, `HEX` for the length of the
+//! hidden request in hexadecimal, `KEY` and `TOKEN` for the attacker's credentials, and `CUT` for a pause.
 
 /// The request that an attacker hides in another request.
 const HIDDEN: &str =
@@ -30,7 +30,7 @@ pub(crate) fn filled(text: &str, hidden: Hidden, attacker: &Attacker<'_>) -> Vec
         Hidden::Beginning => BEGINNING,
     };
     let hidden = hidden.replace("KEY", attacker.key);
-    // The length of the text after the head.
+    // The length of the body, with the hidden request filled in and without the pauses.
     let body = text.split_once("\r\n\r\n").map_or("", |(_, body)| body);
     let length = body.replace("HIDDEN", &hidden).replace("CUT", "").len();
     let text = text

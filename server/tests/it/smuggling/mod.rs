@@ -74,7 +74,7 @@ struct Client {
 /// What happened in a run.
 #[derive(Default)]
 struct Report {
-    /// Descriptions of what happened but must not happen.
+    /// Descriptions of events that must not happen.
     findings: Vec<String>,
     /// The cases in which the attacker got a response to the hidden request. A proxy may read the hidden request as
     /// another request of the attacker.

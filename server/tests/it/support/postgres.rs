@@ -2,7 +2,8 @@
 //!
 //! The tests use the cluster in `QUOTA_TEST_POSTGRES`, which `cargo xtask test` starts for the whole run. Without this
 //! variable, each test process starts its own cluster, whose data is in the first free slot of a directory in `/tmp`.
-//! The directory is kept between runs. This is slow with nextest, which runs each test in its own process.
+//! The directory is kept between runs. Starting these clusters is slow with nextest, which runs each test in its own
+//! process.
 
 use std::{
     fs, io,

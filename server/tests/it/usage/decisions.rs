@@ -190,7 +190,7 @@ impl Events {
             response,
             text: String::new(),
         };
-        // Read the greeting.
+        // Read what the server sends when the stream opens.
         while !events.text.contains("\n\n") {
             events.more().await.expect("a greeting");
         }

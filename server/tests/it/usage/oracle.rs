@@ -102,7 +102,7 @@ async fn world(days: &[&str]) -> World {
             });
         }
     }
-    // Append the records in batches that span several days, as when records arrive late.
+    // Append the records in batches that span several days, as happens when records arrive late.
     let mut shuffled = records.clone();
     shuffled.sort_by_key(|it| it.event_id);
     for batch in shuffled.chunks(700) {

@@ -1,4 +1,4 @@
-//! Tests with two replicas under load that all numbers returned by the API equal those in the clients' own log.
+//! Tests that all numbers returned by the API equal those in the clients' own log, with two replicas under load.
 
 use std::{
     collections::BTreeMap,

@@ -1,5 +1,5 @@
-//! How well a limit holds with two instances of a server: under a saturating load and, if the instances share a Redis,
-//! where a fixed window ends, while Redis responds late, and while Redis is killed and restarted.
+//! How well a limit holds with two instances of a server under a saturating load. If the instances share a Redis, also
+//! how well it holds at the end of a fixed window, while Redis responds late, and while Redis is killed and restarted.
 
 use std::time::Duration;
 

@@ -67,7 +67,7 @@ struct Figures {
 /// The medians of one server and load.
 pub(crate) struct Medians {
     pub(crate) micros: f64,
-    /// The CPU time per request compared with the bare handler in the same rounds.
+    /// The CPU time per request, divided by that of the bare handler in the same rounds.
     pub(crate) ratio: f64,
     pub(crate) per_second: f64,
     pub(crate) p50: f64,

@@ -76,7 +76,7 @@ fn version(output: &str) -> Option<String> {
         .map(str::to_owned)
 }
 
-/// Returns the dependencies in a `package.json` file.
+/// Returns the names and versions of the dependencies in a `package.json` file.
 fn npm(text: &str) -> Vec<String> {
     let package: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
     let dependencies = package["dependencies"].as_object();
@@ -86,7 +86,7 @@ fn npm(text: &str) -> Vec<String> {
         .collect()
 }
 
-/// Returns the requirements in a `requirements.txt` file.
+/// Returns the names and versions of the packages in a `requirements.txt` file.
 fn pypi(text: &str) -> Vec<String> {
     text.lines().map(|line| line.replace("==", " ")).collect()
 }

@@ -235,9 +235,9 @@ struct Usage {
     lost: Vec<String>,
     /// Records that are in the log more than once.
     doubled: u64,
-    /// Requests that were decided more than once although no replica was killed.
+    /// Requests that were decided more than once although they were not in flight during a kill.
     repeated: Vec<String>,
-    /// Requests that were decided again because their replica was killed.
+    /// Requests that were in flight during a kill and were decided more than once.
     repeated_after_kill: u64,
     /// Requests whose response differs from their record.
     different: u64,

@@ -1,6 +1,6 @@
 //! Runs thousands of slow clients with slowhttptest while other clients send requests: directly to a server, and
-//! through Caddy to replicas. As a control, the slow clients also connect to another server than the other clients. The other clients must not wait much longer than without slow clients, and memory must
-//! stay bounded.
+//! through Caddy to replicas. As a control, the slow clients connect to one server and the other clients to another.
+//! The other clients must not wait much longer than without slow clients, and memory must stay bounded.
 
 mod clients;
 
@@ -40,7 +40,7 @@ use crate::{
 };
 
 const MOST: u32 = 60_000_000;
-/// The maximum ratio of the 99th percentiles of response times with and without slow clients.
+/// How many times as high the 99th percentile of response times may be with slow clients as without them.
 const MOST_RATIO: f64 = 2.0;
 /// The maximum number of bytes by which a replica's memory may grow.
 const MOST_MEMORY: u64 = 64 << 20;
@@ -61,7 +61,7 @@ pub(crate) struct Options {
     /// The number of slow connections to open per second
     #[arg(long, default_value_t = 400, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     rate: u32,
-    /// The number of rounds per attack. Each has a part without slow clients and a part with them, equally long
+    /// The number of rounds per attack. Each round has a part without slow clients and an equally long part with them
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     rounds: u32,
     /// The length of each part of a round, in seconds

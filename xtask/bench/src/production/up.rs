@@ -34,7 +34,7 @@ pub(crate) struct Options {
     /// The number of replicas
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=25))]
     replicas: u8,
-    /// The port for HTTPS. The default is 8443, or another port if that is not free
+    /// The port for HTTPS. The default is 8443, or another port if 8443 is not free
     #[arg(long)]
     port: Option<u16>,
     /// The directory for all data and logs

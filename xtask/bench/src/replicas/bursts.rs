@@ -49,7 +49,7 @@ impl Default for Found {
     }
 }
 
-/// Returns the plans of a step, whose names are unique within the tenant.
+/// Returns the plans for one idle time. `step` makes their names unique within the tenant.
 fn plans(step: u32) -> Vec<Plan> {
     let limits = [(600, 20), (6000, 100), (60_000, 300)];
     let both = limits.into_iter().flat_map(|(rpm, burst)| {

@@ -163,7 +163,7 @@ async fn under(channel: Channel, mut stage: Stage, rounds: usize) -> Result<Vec<
     if channel == Channel::Frozen {
         let redis = stage.redis.as_mut().context("there is a Redis")?;
         redis.stop();
-        // Waits, because the effect of losing Redis is not measured here.
+        // Wait until the replicas have detected the outage, because its effect on requests is not measured here.
         sleep(Duration::from_secs(2)).await;
     }
     let cutting = counters.map(|mut counters| {

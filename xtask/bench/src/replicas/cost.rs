@@ -261,7 +261,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
         let before = scripts(&mut counters).await?;
         for _ in 0..rounds {
             all.extend(measure(1)?);
-            // Yields, so that a stop signal is noticed.
+            // Yield, so that a stop signal is noticed.
             tokio::task::yield_now().await;
         }
         let after = scripts(&mut counters).await?;

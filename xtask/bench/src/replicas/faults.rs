@@ -316,8 +316,8 @@ pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     plan
 }
 
-/// Returns the time from `back` to the end of the outage for a key, or `None` if no response was degraded during this
-/// time. Also returns the responses that were degraded after the outage.
+/// Returns the time from `back` to the last degraded response of the outage for a key, or `None` if there is no such
+/// response. Also returns the responses that were degraded after the outage.
 fn recovery<'a>(
     own: impl Iterator<Item = &'a Attempt>,
     back: u64,

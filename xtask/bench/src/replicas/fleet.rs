@@ -200,7 +200,7 @@ impl Replica {
     async fn ready(&mut self) -> Result<()> {
         let deadline = Instant::now() + STARTED_WITHIN;
         loop {
-            // The file is created a little after the start.
+            // The log file does not exist until shortly after the server starts.
             let text = fs::read_to_string(&self.log).unwrap_or_default();
             if let Some(line) = ready_line(&text) {
                 let address = |name: &str| {

@@ -130,7 +130,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 }
                 found[key].add(&recount);
                 all.extend(log);
-                // Waits until the replica uses Redis again.
+                // Wait, so that the replica uses Redis again.
                 sleep(Duration::from_millis(1500)).await;
             }
         }

@@ -95,7 +95,7 @@ enum Only {
     Drain,
     /// How long a change takes to reach every replica
     Changes,
-    /// Round trips, and the cost compared with a single replica's memory
+    /// Calls to Redis, and the cost compared with a single replica that counts in memory
     Cost,
 }
 

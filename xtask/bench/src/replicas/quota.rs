@@ -49,7 +49,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
         let before = spend(&stage, &keys, part).await?;
         keep_log(options, &format!("daily-{replicas}-before"), &before)?;
         stage.fleet.restart().await?;
-        // Continues until nothing more is allowed, because some requests may get no decision on a busy machine.
+        // Continue until all requests are denied, but for at most `ROUNDS` rounds. On a busy machine, some requests may
+        // get no decision.
         let mut after = Vec::new();
         for _ in 0..ROUNDS {
             let round = spend(&stage, &keys, part).await?;

@@ -96,8 +96,8 @@ pub(crate) fn together(parts: impl IntoIterator<Item = Vec<Arrival>>) -> Vec<Arr
     all
 }
 
-/// Returns a burst that takes more than a full bucket contains, followed by requests at a steady rate. For a small
-/// bucket, the burst is larger than what all replicas together would allow without sharing.
+/// Returns a burst that requests more tokens than a full bucket contains, followed by requests at a steady rate. For a
+/// small bucket, the burst is larger than what all replicas together would allow without sharing the limit.
 pub(crate) fn drained_then(
     steady: Steady,
     replicas: usize,

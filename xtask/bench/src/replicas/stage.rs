@@ -103,7 +103,7 @@ impl Stage {
         Ok(keys)
     }
 
-    /// Returns `None` without Redis.
+    /// Returns `None` if the replicas do not use Redis.
     pub(crate) async fn counters(&self) -> Result<Option<Counters>> {
         Ok(match &self.redis {
             Some(redis) => Some(Counters::of(&redis.url()).await?),
@@ -112,7 +112,7 @@ impl Stage {
     }
 
     /// Returns the number of tokens that the replicas report as granted so far, minus returned tokens, plus requests
-    /// allowed without Redis. `None` without Redis.
+    /// allowed during outages of Redis. Returns `None` if the replicas do not use Redis.
     pub(crate) async fn granted(&self) -> Result<Option<u64>> {
         if self.redis.is_none() {
             return Ok(None);

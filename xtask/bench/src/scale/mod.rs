@@ -1,7 +1,7 @@
 //! Measures what becomes slower with more keys: startup, decisions, lookups, edits of a plan, lists, and usage.
 //!
-//! One tenant has all keys, on one plan. The database is the same for all numbers of keys: keys are added in between.
-//! For each number, a new server starts.
+//! One tenant has all keys, on one plan. The database is the same for all numbers of keys: keys are added between the
+//! measurements. For each number, a new server starts.
 
 mod decisions;
 mod requests;
@@ -200,7 +200,8 @@ impl Scale<'_> {
             match requests::get(server.addr, &self.tenant, &path).await {
                 Ok((time, answer)) => {
                     let (total, most) = (answer["total"].as_u64(), u64::from(found));
-                    // Larger totals are not counted exactly.
+                    // The total may be smaller than the number of matching keys, because the server counts only up to a
+                    // maximum.
                     ensure!(
                         total > Some(0) && total <= Some(most),
                         "{path}: the total is {total:?}"

@@ -1,4 +1,4 @@
-//! A table with a column for each number of keys, and the growth in between.
+//! A table with a column for each number of keys, and with the growth of each value.
 
 /// The values of one row: `None` for each number of keys that was not measured.
 struct Row {

@@ -94,7 +94,7 @@ async fn missing_sharing_is_detected_and_a_single_replica_is_not_reported() {
         if row["replicas"] == "1" {
             assert!(excess <= 0.0, "{row}");
         } else {
-            // Two buckets, each with the full burst and the full rate.
+            // There are two buckets, each with the full burst and the full rate.
             assert!(number(row, "served") > 150.0, "{row}");
             assert!(excess >= 1.0, "{row}");
             seen += 1;

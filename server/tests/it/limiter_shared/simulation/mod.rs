@@ -1,14 +1,14 @@
 //! Simulates replicas, counters, and faults between them, in virtual time. All events are derived from a seed.
 //!
-//! The store is the real one, on tokio's paused clock. The counters are the [model](super::model), in a simulated Redis
-//! process that stalls, is killed, or is replaced by a copy that lags behind. The links between replicas and this
-//! process delay, lose and cut traffic. Keys have plans that are edited while they are in use. Replicas join, stop and
-//! crash. Requests cost 1 to 5 tokens. Admitted requests are recounted from the responses and compared with upper and
-//! lower bounds. [`judge`] describes the guarantees.
+//! Replicas use the limiter's real store, on tokio's paused clock. The counters are the [model](super::model), in a
+//! simulated Redis process that stalls, is killed, or is replaced by a copy that lags behind. The links between
+//! replicas and this process delay, lose and cut traffic. Keys have plans that are edited while they are in use.
+//! Replicas join, stop and crash. Requests cost 1 to 5 tokens. Admitted requests are recounted from the responses and
+//! compared with upper and lower bounds. [`judge`] describes the guarantees.
 //!
-//! `cargo xtask bench simulation 20000` runs 20,000 seeds on all cores. The test reads environment variables:
-//! `QUOTA_SEEDS=n` sets the number of seeds, `QUOTA_FIRST_SEED=n` sets the first seed, and `QUOTA_SEED=n` runs only
-//! that seed and prints its requests.
+//! `cargo xtask bench simulation 20000` runs 20,000 seeds on all cores. `every_guarantee_holds_in_every_seed` reads
+//! environment variables: `QUOTA_SEEDS=n` sets the number of seeds, `QUOTA_FIRST_SEED=n` sets the first seed, and
+//! `QUOTA_SEED=n` runs only that seed and prints its requests.
 #![expect(
     clippy::disallowed_methods,
     reason = "only tests read the seed settings"
@@ -226,7 +226,7 @@ fn one_exact_bucket_breaks_no_guarantee() {
         }
         let log = paused(play(&scene, Plant::OneBucket));
         let broken = judge(&scene, &log);
-        // There is no Redis whose grants could be compared.
+        // No Redis is used, so guarantees about its grants do not apply.
         let counted = [
             Guarantee::Upper,
             Guarantee::Lower,

@@ -58,7 +58,7 @@ impl Outage {
         // The next heartbeats are sent at `START - 77` and `START + 43`.
         assert_eq!(crowd(&first, &policies, 1).await, 1);
         until(&world, START + 1).await;
-        // The next heartbeats are sent at `START + 120`, 180, 240, 300 and 360.
+        // The next heartbeats are sent 120, 180, 240, 300 and 360 ms after `START`.
         assert_eq!(crowd(&other, &policies, BURST).await, BURST);
         until(&world, START + 2).await;
         *world.reach.lock() = Reach::Cut;
@@ -98,8 +98,8 @@ impl Outage {
     }
 }
 
-/// This outage ends just before the second replica would detect it. That replica then uses a bucket that does not
-/// reflect the first replica's share.
+/// In this test, the outage ends just before the second replica would detect it. The second replica then keeps using
+/// the bucket in Redis, which does not reflect what the first replica's share admits.
 #[test]
 fn no_share_begins_before_the_outage_is_over_or_detected_by_all() {
     paused(async {
@@ -186,7 +186,7 @@ fn replicas_that_start_together_find_full_buckets() {
     }
 }
 
-/// A response that arrives a little too late is still used: the request waits for up to two deadlines.
+/// A response that arrives a little too late is still used: the request waits for up to twice the deadline.
 #[test]
 fn a_late_response_is_no_denial() {
     for on_failure in [OnRedisFailure::Share, OnRedisFailure::Closed] {
@@ -267,7 +267,7 @@ fn a_late_response_that_reports_a_loss_of_state_begins_no_outage() {
             tokio::spawn(async move { crowd(&limiter, &asked, 1).await });
             sleep(Duration::from_millis(5)).await;
             world.links.lock()[0].late = (0, 0);
-            // The new epoch starts before 650 ms have passed.
+            // The new epoch starts within 650 ms of the loss of state.
             for (pause, wanted) in [(945, 10), (50, 10), (200, 30), (1500, 100)] {
                 sleep(Duration::from_millis(pause)).await;
                 let admitted = crowd(&limiters[0], &policies, wanted).await;
@@ -403,7 +403,8 @@ fn a_loss_of_state_empties_every_bucket_once() {
 }
 
 /// A replica that has just started has no share yet, but it uses Redis like any other replica. If responses are late at
-/// first, the replica serves requests soon after responses begin to arrive in time, but never more than the limit.
+/// first, the replica serves requests soon after responses begin to arrive in time. It never serves more than the limit
+/// allows.
 #[test]
 fn a_replica_that_starts_serves_once_redis_responds_in_time() {
     let ms = Duration::from_millis;

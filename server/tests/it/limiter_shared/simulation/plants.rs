@@ -48,7 +48,7 @@ pub(super) enum Plant {
     ReturnsTwice,
     /// Returned tokens are lost.
     ReturnsNothing,
-    /// An edited plan gets a new bucket.
+    /// After an edit of its plan, a key gets a new bucket.
     FreshAfterEdit,
     /// After a loss of state, buckets are full.
     FullAfterLoss,
@@ -198,7 +198,8 @@ struct Planted {
     waiting: AtomicU64,
     denied: Mutex<Option<Instant>>,
     admitted: AtomicU64,
-    /// For each key, the version of the plan for which its share was filled, and the remaining tokens.
+    /// For each key, the version of the plan with which the key's share was last filled, and the tokens left in the
+    /// share.
     shares: Mutex<HashMap<ApiKeyId, (u64, u32)>>,
 }
 
@@ -246,8 +247,8 @@ impl Planted {
         }
     }
 
-    /// Returns the decision or, with some of the planted errors, a denial of a request that the plan's fallback setting
-    /// has admitted without Redis.
+    /// Returns the decision. With some of the planted errors, returns a denial instead if the request was admitted
+    /// without Redis.
     fn without_redis(&self, decision: Decision, policies: &Policies) -> Decision {
         let denies = match self.plant {
             Plant::DeniesWithoutRedis(choice) => policies.on_failure() == Some(choice),

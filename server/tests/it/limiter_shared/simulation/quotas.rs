@@ -7,7 +7,7 @@
 //! **Lower bound.** If a quota still denies requests in the end, all of its tokens have been spent, except those that a
 //! replica had when it crashed: at most a block (one hundredth of the quota, or one token), and the tokens for the
 //! requests that the replica was deciding. Before the end, a quota does not deny requests while more tokens are left
-//! than replicas may hold. Replicas may hold their blocks, and the tokens for requests that were denied in the end. A
+//! than replicas may hold. Replicas may hold their blocks, and the tokens for requests that are eventually denied. A
 //! replica that has found the quota exhausted calls the ledger again within [`ASKS_AGAIN`]. No request fails because it
 //! waits for the ledger, which always responds within 20 ms.
 
@@ -34,7 +34,7 @@ const RETURNED: u64 = 200 * MS;
 /// How long requests are sent after the scene, and the interval between them, in milliseconds.
 const LAST_PHASE: u64 = 40_000;
 const LAST_EVERY: usize = 200;
-/// The time after which all replicas know the state of the ledger again, in milliseconds.
+/// How long after the scene all replicas know the state of the ledger again, in milliseconds.
 const SETTLED: u64 = 25_000;
 
 /// Returns the scene of a seed, and the time at which the requests after the scene begin. The scene's quotas cover part

@@ -398,7 +398,7 @@ pub(super) async fn play(scene: &Scene, plant: Plant) -> Log {
     stage.ledger.set_delay(ledger_delay);
     for _ in 0..scene.replicas {
         stage.join(&mut rng);
-        // The replicas do not count each other at the same time.
+        // Start the replicas at different times, so that they do not count each other at the same time.
         sleep(Duration::from_millis(rng.u64(..300))).await;
     }
     sleep_until(stage.begin).await;

@@ -96,13 +96,14 @@ pub(super) enum FaultKind {
     Stall,
     /// Some calls are delayed in each direction, by up to the given number of milliseconds.
     Slow(u64),
-    /// The script runs, but its response is delayed by `by`. Affects a percentage of the calls of the given replicas.
+    /// Redis processes the call, but the response is delayed by `by`. Affects a percentage of the calls of the given
+    /// replicas.
     Late {
         replicas: Replicas,
         by: u64,
         percent: u8,
     },
-    /// The script runs, but its response never arrives.
+    /// Redis processes the call, but the response never arrives.
     Lost { replicas: Replicas, percent: u8 },
     /// Redis is killed and restarts empty.
     Restart,
@@ -293,7 +294,7 @@ impl Scene {
                     });
                 }
             };
-            // Some of these tokens refill before the other replicas get requests.
+            // Some of the tokens that these requests take refill before the other replicas get requests.
             send(at, plan.burst * rng.u32(20..=100) / 100, 0);
             for part in 0..rng.u32(2..=8) {
                 let others = rng.usize(1..self.replicas);

@@ -238,8 +238,8 @@ fn returns_after_late_responses_credit_no_token_twice() {
     assert!(over.is_empty(), "{over}");
 }
 
-/// Counts replicas for the given memberships once per second, like the server's background job, until the task is
-/// aborted.
+/// Starts a task that counts replicas for the given memberships once per second, like the server's background job.
+/// Returns the registry, and a handle that aborts the task.
 pub(super) fn count(
     world: &Arc<World>,
     memberships: Vec<Arc<Membership>>,
@@ -317,7 +317,8 @@ fn a_busy_key_takes_few_calls_to_redis() {
 
 /// Replicas get many more requests for a key than its limit allows. During the lifetime of a lease, a single replica
 /// calls Redis about twice. If there are several replicas, each of them calls Redis about once. Nearly all of these
-/// calls take tokens. When other replicas stop, the remaining replica takes over their part of the limit immediately.
+/// calls take tokens. When other replicas stop, the remaining replica takes over their part of the limit within the
+/// lifetime of a lease.
 #[test]
 fn a_saturated_key_takes_few_calls_to_redis() {
     // One token refills per millisecond.
@@ -380,7 +381,7 @@ fn a_saturated_key_takes_few_calls_to_redis() {
 }
 
 /// After an edit, a replica still has the state of its share under the earlier plan. Redis may have learned of the edit
-/// earlier, and refilled the bucket at the new rate since then.
+/// earlier, and refilled the bucket at the new rate since then. The share must not deny what Redis would grant.
 #[test]
 fn an_edit_denies_nothing_that_the_counters_would_grant() {
     paused(async {
@@ -415,7 +416,7 @@ fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
             assert_eq!(crowd(&limiters[0], &before, 600).await, 600);
             world.stalled.send_replace(true);
             sleep(Duration::from_secs(6)).await;
-            // In 6 s, one token per second has refilled.
+            // In 6 s, at most one token per second has refilled.
             let first = crowd(&limiters[1], &after, 600).await;
             assert!(first <= 7, "{first} admitted");
             sleep(Duration::from_secs(1)).await;
@@ -464,9 +465,9 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// A stall ends before the idle replica has detected it. The other replica has detected it, and recovers without the
-/// idle replica's knowledge, although Redis does not know of the tokens that the other replica admitted during the
-/// stall.
+/// Redis may stall, and respond again before an idle replica has detected the stall. Another replica has detected it,
+/// and has spent tokens that Redis does not know of. This replica uses Redis again without the idle replica's
+/// knowledge.
 #[test]
 fn an_outage_that_some_replicas_miss_grants_nothing_twice() {
     let (rpm, burst) = (6000, 100);
@@ -573,7 +574,8 @@ fn requests_too_large_for_a_lease_hold_back_no_tokens() {
             sleep(Duration::from_millis(5)).await;
         }
         assert!(large.join_all().await.iter().all(|it| !it));
-        // Of 500 tokens, the small requests have spent 60 before the other replica's requests, and 3 have refilled.
+        // When the other replica's requests arrive, the small requests have spent 60 of 500 tokens, and 3 have
+        // refilled.
         let small = small.join_all().await.iter().sum::<u32>();
         let crowded = crowded.join_all().await.iter().sum::<u32>();
         assert_eq!((small, crowded), (70, 430));
@@ -718,7 +720,7 @@ fn a_slow_replica_leaves_the_quota_to_a_busy_one() {
     });
 }
 
-/// Each of many replicas takes only the tokens it spends from a small quota, and none for later.
+/// Each of many replicas takes from a small quota only the tokens that it spends, and none in advance.
 #[test]
 fn a_small_quota_is_served_in_full_by_many_replicas() {
     paused(async {

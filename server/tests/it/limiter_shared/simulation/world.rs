@@ -150,8 +150,8 @@ pub(super) struct World {
     pub(super) initialized_again: AtomicBool,
     /// The partitions and times of the responses that reported a new epoch.
     pub(super) epochs: Mutex<Vec<(u16, u64)>>,
-    /// Tokens that no replica can spend, because they were granted in responses that arrived late or never, or returned
-    /// by calls that never arrived or to which Redis responded with a new epoch.
+    /// Tokens that no replica can spend. They were granted in responses that arrived late or never, or returned by
+    /// calls that never arrived or that Redis answered with a new epoch.
     pub(super) missed: Mutex<Vec<Missed>>,
     /// The partitions and times of responses that arrived in time.
     pub(super) heard: Mutex<Vec<(u16, u64)>>,

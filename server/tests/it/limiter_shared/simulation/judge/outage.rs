@@ -14,7 +14,7 @@ use super::{
 const NOTICED: u64 = 500 * MS;
 /// The time from the start of an outage until a replica admits its share.
 const SHARED: u64 = 1400 * MS;
-/// Returns the times at which each replica got requests for any key of the same partition.
+/// Returns the times at which each replica got requests for any key in the partition of `key`.
 pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>> {
     let mut used = vec![Vec::new(); scene.replica_bounds().1];
     for it in entries {
@@ -25,7 +25,7 @@ pub(super) fn used(scene: &Scene, key: usize, entries: &[Entry]) -> Vec<Vec<u64>
     used
 }
 
-/// The time for which a replica keeps using a partition of a cluster after a request.
+/// How long after a request a replica still counts as using a partition of a cluster.
 const IN_USE: u64 = 9 * SECOND;
 
 /// Returns whether the counters may have to start with empty buckets because of `fault`: they lose their state, or no
@@ -61,9 +61,9 @@ pub(super) fn may_lose_state(scene: &Scene, fault: &Fault, used: &[Vec<u64>]) ->
 /// How long calls of a replica must fail before the replica may consider the counters unavailable.
 const SILENCE: u64 = 200 * MS;
 
-/// Returns whether `fault` affects only a fraction of the calls, and no response arrives in time for a while during
-/// `fault`. Several calls in a row may fail by coincidence. If this happens to every replica, the counters must start
-/// with empty buckets.
+/// Returns whether no response arrives in time for a while, although `fault` affects only a fraction of the calls.
+/// Several calls in a row may fail by coincidence. If this happens to every replica, the counters must start with empty
+/// buckets.
 pub(super) fn is_silent(fault: &Fault, heard: &[u64]) -> bool {
     let is_partial = match fault.kind {
         FaultKind::Late { percent, .. } | FaultKind::Lost { percent, .. } => percent < 100,
@@ -111,8 +111,8 @@ pub(super) fn disconnected(scene: &Scene, entries: &[Entry], used: &[Vec<u64>]) 
     Some(format!("decided without Redis: {found:?}"))
 }
 
-/// Returns the plan of all requests between `from` and `until`, and its number. Returns `None` if the plan is edited in
-/// this period.
+/// Returns the plan of all requests between `from` and `until`, and its number. Returns `None` if the plan was edited
+/// in this period or just before it.
 fn unedited(key: &Key, from: u64, until: u64) -> Option<(usize, Plan)> {
     let number = key.plans.iter().filter(|it| it.from * MS < until).count() - 1;
     let plan = key.plans[number];
@@ -138,9 +138,8 @@ pub(super) fn under_in_outage(scene: &Scene, key: &Key, entries: &[Entry]) -> Op
 
 /// Returns how many tokens a replica served in an outage, and how many it should have served.
 ///
-/// A request that waits for Redis in vain takes its tokens when the replica finally responds to it, not when it is
-/// sent. Until then, the bucket may be full, and does not refill any further. Therefore, requests are processed in the
-/// order of their responses.
+/// A request that gets no response from Redis takes its tokens when the replica decides it, not when it is sent. Until
+/// then, a full bucket does not refill any further. Therefore, requests are processed in the order of their responses.
 fn served_in_outage(
     scene: &Scene,
     key: &Key,

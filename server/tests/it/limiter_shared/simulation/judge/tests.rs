@@ -184,7 +184,7 @@ fn redis_learns_of_an_edit_from_a_request_that_it_decides() {
     assert_due(&cut, &[sent(500, true), sent(3500, true)], 14);
     assert_due(&cut, &[sent(3500, true)], 99);
     assert_due(&cut, &[], 99);
-    // After a restart, Redis does not know the earlier plan, unless a server with older data takes over.
+    // After a restart, Redis does not know the earlier plan, unless a Redis server with older data takes over.
     assert_due(&[restart], &[known.clone(), sent(3500, true)], 99);
     assert_due(&[restart], std::slice::from_ref(&known), 99);
     assert_due(&[restart, fail_over], &[known, sent(3500, true)], 12);
@@ -228,8 +228,9 @@ fn a_few_tokens_are_taken_together_and_not_one_by_one() {
     assert!(verdict(&scene, &at_once(580)).is_some());
 }
 
-/// Requests that wait for a call to Redis and requests that arrive in the meantime are decided together by the next
-/// call. So requests that are sent after a window may be admitted instead of requests of the window that still wait.
+/// The judge checks requests in windows of time. Requests that wait for a call to Redis and requests that arrive in the
+/// meantime are decided together by the next call. So requests that are sent after the end of a window may be admitted
+/// instead of requests from the window that are still waiting.
 #[test]
 fn tokens_may_go_to_later_requests_only_while_earlier_ones_wait() {
     // Returns whether too few requests are admitted in the window until 4000 ms. Of the 100 requests of the window,
@@ -258,7 +259,7 @@ fn tokens_may_go_to_later_requests_only_while_earlier_ones_wait() {
 }
 
 /// If a fifth of the calls are late just after an outage, one replica may use Redis again while another one still uses
-/// its share. Otherwise, late calls do not justify a share.
+/// its share. In all other cases, late calls are no reason to admit a share.
 #[test]
 fn shares_are_allowed_in_addition_only_while_replicas_return() {
     let mut scene = scene(vec![plan(0, 600, 10, true)]);
@@ -291,8 +292,8 @@ fn shares_are_allowed_in_addition_only_while_replicas_return() {
 }
 
 /// A bucket learns of a higher rate with the first request after the edit. If Redis has lost its state, the higher rate
-/// counts from the start of the new epoch, unless Redis has decided a request under the earlier plan since then, even a
-/// denied one.
+/// counts from the start of the new epoch, unless Redis has since decided a request under the earlier plan. Redis may
+/// have admitted or denied this request.
 #[test]
 fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     let mut scene = scene(vec![plan(0, 60, 200, true), plan(3000, 6000, 100, true)]);
@@ -325,7 +326,7 @@ fn a_lost_bucket_refills_at_the_rate_of_its_next_request() {
     };
     assert!(!is_over(5400, 5, false, 54) && is_over(5400, 5, false, 55));
     assert!(!is_over(5750, 5, false, 5) && is_over(5750, 5, false, 6));
-    // Redis does not learn of a request that a replica denies at once or without Redis.
+    // Redis does not learn of a request that a replica denies immediately or without Redis.
     assert!(!is_over(5750, 0, false, 54) && is_over(5750, 0, false, 55));
     assert!(!is_over(5750, 5, true, 54) && is_over(5750, 5, true, 55));
     // This also applies if a replica still follows the earlier plan after the first request under the later plan.
@@ -367,8 +368,8 @@ fn requests_that_waited_take_their_tokens_when_they_are_answered() {
     scene.keys[0].on_failure = OnRedisFailure::Open;
     scene.faults.push(outage(1000, 3000));
     // Checks a log of requests that waited for 60 ms until `answered`, and of requests that did not wait. Of the
-    // requests that waited, `waited` are admitted. Of the requests that did not wait, `later` are admitted. The outage
-    // counts from 1500 ms on.
+    // requests that waited, `waited` are admitted. Of the requests that did not wait, `later` are admitted. In the
+    // outage, only responses from 1500 ms on are counted.
     let is_under = |answered: u64, waited: usize, later: usize| {
         let waited = requests(answered - 60, waited, 110).map(|it| Entry {
             answered: answered * MS,
