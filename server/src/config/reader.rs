@@ -178,9 +178,17 @@ impl Reader {
     }
 }
 
-/// Returns a value in quotation marks. Does not return a URL with an `@`, because it may contain a password.
+/// Returns a value in quotation marks. Does not return a URL that may contain a password, or a part of such a URL.
 fn quoted(text: &str) -> String {
-    if text.contains("://") && text.contains('@') {
+    let authority = text.split_once("://").map_or("", |(_, rest)| rest);
+    let authority = authority.split(['/', '?', '#']).next().unwrap_or_default();
+    let has_port = |it: &str| it.bytes().all(|it| it.is_ascii_digit());
+    let has_password = match authority.rsplit_once(':') {
+        // An IPv6 address is in brackets.
+        Some((_, rest)) => !has_port(rest) && !authority.ends_with(']'),
+        None => false,
+    };
+    if has_password || text.contains(':') && text.contains('@') {
         "a URL with a user or password".to_owned()
     } else {
         format!("{text:?}")
@@ -198,6 +206,10 @@ const SECRET_FILE_MAX: u64 = 64 * 1024;
 
 /// Returns a file's content without surrounding whitespace, such as the line break that editors add.
 fn read_secret(path: &Path) -> Result<String, String> {
+    // The secret itself may have been given instead of a path, so it must not be part of the error.
+    if path.to_string_lossy().contains("://") {
+        return Err("must be the path of a file, not a URL".to_owned());
+    }
     let read = || {
         let mut bytes = Vec::new();
         File::open(path)?
@@ -239,9 +251,9 @@ pub(super) fn database_url(text: &str) -> Result<(), String> {
     // The parser ends the password at the first `@`, so the rest of a password with an unencoded `@` becomes part of
     // the host or database name.
     let is_cut = |host: &Host| matches!(host, Host::Tcp(name) if name.contains('@'));
-    if config.get_hosts().iter().any(is_cut)
-        || config.get_dbname().is_some_and(|name| name.contains('@'))
-    {
+    let address = text.split_once("://").map_or("", |(_, rest)| rest);
+    let address = address.split('?').next().unwrap_or_default();
+    if config.get_hosts().iter().any(is_cut) || address.matches('@').count() > 1 {
         return Err("must percent-encode special characters, such as @ in passwords".into());
     }
     Ok(())

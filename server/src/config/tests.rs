@@ -138,6 +138,16 @@ fn error_does_not_contain_the_password_of_a_url() {
             "REDIS_URL",
         ),
         ("--smtp-url=smtps://u:hunter2@host/?x", "SMTP_URL"),
+        (
+            "--database-url-file=postgres://u:hunter2@db/quota",
+            "DATABASE_URL_FILE",
+        ),
+        // The list is split at the comma in the password.
+        (
+            "--allowed-origins=https://u:hunter2,3@host/x",
+            "ALLOWED_ORIGINS",
+        ),
+        ("--public-url=https:u:hunter2@host/?x", "QUOTA_PUBLIC_URL"),
         ("--public-url=https://u:hunter2@host/?x", "QUOTA_PUBLIC_URL"),
         (
             "--allowed-origins=https://a.example,https://u:hunter2@host/x",
@@ -180,6 +190,20 @@ fn error_shows_a_value_without_credentials() {
         errors[1].contains("\"10.0.0.0/99\" is not a network"),
         "{errors:?}"
     );
+}
+
+#[test]
+fn database_names_and_options_may_contain_an_at_sign() {
+    for url in [
+        "postgres://u:p@db/a%40b",
+        "postgres://u:p%40q@db/quota?application_name=a@b",
+        "host=db dbname=a@b",
+    ] {
+        assert!(
+            Config::read(&settings(&[&format!("--database-url={url}")])).is_ok(),
+            "{url}"
+        );
+    }
 }
 
 #[test]
