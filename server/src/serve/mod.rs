@@ -86,7 +86,7 @@ const CLOSING: usize = 16;
 /// After this many connections have been accepted, other tasks run before the next connection is accepted. Otherwise,
 /// requests on open connections would wait for the first requests of all connections that clients open at the same
 /// time.
-const ACCEPTED_TOGETHER: u32 = 8;
+const ACCEPTED_TOGETHER: u32 = 16;
 /// How long an HTTP/2 connection without requests in flight may take to close after a graceful shutdown has started.
 const GOODBYE: Duration = Duration::from_secs(5);
 
