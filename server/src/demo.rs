@@ -67,10 +67,18 @@ pub struct Description {
 /// Creates the demo if it does not exist, and returns a description of it.
 pub async fn create_once(state: &AppState) -> Result<Description, DemoError> {
     let file = state.config.data_dir.join(FILE);
-    let (demo, is_new) = match read(&file)? {
-        Some(demo) if is_known(state, &demo).await? => (demo, false),
-        Some(demo) if complete(state, &demo).await? => (demo, true),
-        _ => (create(state, &file).await?, true),
+    let stored = read(&file)?;
+    let is_new = match &stored {
+        Some(demo) => !is_known(state, demo).await?,
+        None => true,
+    };
+    let demo = match stored {
+        Some(demo) if !is_new => demo,
+        Some(demo) => match complete(state, &file, demo).await? {
+            Some(demo) => demo,
+            None => create(state, &file).await?,
+        },
+        None => create(state, &file).await?,
     };
     let base = &state.config.public_url;
     let Demo {
@@ -123,8 +131,7 @@ async fn create(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
     let mut random = [0; 8];
     getrandom::fill(&mut random)?;
     let number = u64::from_le_bytes(random);
-    let key = SecretText::generate(Kind::ApiKey)?;
-    let token = SecretText::generate(Kind::ServiceToken)?;
+    let (key, token) = generate()?;
     let demo = Demo {
         email: format!("demo-{:08x}@example.com", number & 0xffff_ffff),
         // A part of a generated secret is random enough for a password.
@@ -139,6 +146,14 @@ async fn create(state: &AppState, file: &Path) -> Result<Demo, DemoError> {
         .await?;
     insert(state, tenant, &key, &token).await?;
     Ok(demo)
+}
+
+/// Generates the secrets of an API key and of a service token.
+fn generate() -> Result<(SecretText, SecretText), getrandom::Error> {
+    Ok((
+        SecretText::generate(Kind::ApiKey)?,
+        SecretText::generate(Kind::ServiceToken)?,
+    ))
 }
 
 fn write(file: &Path, demo: &Demo) -> io::Result<()> {
@@ -158,26 +173,33 @@ fn write(file: &Path, demo: &Demo) -> io::Result<()> {
     fs::rename(new, file)
 }
 
-/// Completes a demo that has an account but no plan, because its creation was interrupted. Returns whether there was
-/// such a demo.
-async fn complete(state: &AppState, demo: &Demo) -> Result<bool, DbError> {
-    let key = SecretText::parse(Kind::ApiKey, demo.key.as_bytes());
-    let token = SecretText::parse(Kind::ServiceToken, demo.service_token.as_bytes());
-    let (Some(key), Some(token)) = (key, token) else {
-        return Ok(false);
-    };
+/// Completes a demo that has an account but no plan, because its creation was interrupted. Returns `None` if there is no
+/// such demo. The key and the token get new secrets, because the stored key has just been looked up: replicas may
+/// remember that it does not exist.
+async fn complete(
+    state: &AppState,
+    file: &Path,
+    mut demo: Demo,
+) -> Result<Option<Demo>, DemoError> {
     let mut tx = state.db.system().await?;
     let account = account::for_login(&mut tx, &demo.email).await?;
     tx.commit().await?;
     let Some(account) = account else {
-        return Ok(false);
+        return Ok(None);
     };
-    match insert(state, TenantId(account.tenant_id), &key, &token).await {
-        Ok(()) => Ok(true),
-        // The demo was complete, and its key has been deleted since.
-        Err(DbError::Constraint(_)) => Ok(false),
-        Err(error) => Err(error),
+    let tenant = TenantId(account.tenant_id);
+    let mut tx = state.db.tenant(tenant).await?;
+    let is_used = plan::any(&mut tx).await?;
+    tx.commit().await?;
+    if is_used {
+        return Ok(None);
     }
+    let (key, token) = generate()?;
+    demo.key = key.reveal();
+    demo.service_token = token.reveal();
+    write(file, &demo)?;
+    insert(state, tenant, &key, &token).await?;
+    Ok(Some(demo))
 }
 
 async fn insert(

@@ -1,7 +1,12 @@
 use std::collections::HashMap;
 
 use chrono::{DateTime, Utc};
-use diesel::{dsl::count_star, pg::Pg, prelude::*};
+use diesel::{
+    dsl::{count_star, exists},
+    pg::Pg,
+    prelude::*,
+    select,
+};
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
@@ -153,6 +158,12 @@ update_by_id!(
     /// Updates a plan. Fails with `plans_name_key` if the name is already in use.
     pub fn update in plans, PlanChange -> PlanRow
 );
+
+/// Returns whether the tenant has a plan.
+pub async fn any(tx: &mut TenantTx) -> Result<bool, DbError> {
+    let own = plans::table.filter(plans::tenant_id.eq(tx.tenant().0));
+    Ok(select(exists(own)).get_result(&mut **tx).await?)
+}
 
 pub async fn billing_of(tx: &mut TenantTx, id: Uuid) -> Result<Option<String>, DbError> {
     let billing = plans::table

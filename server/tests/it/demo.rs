@@ -84,12 +84,41 @@ async fn incomplete_demo_is_completed_at_the_next_startup() {
     holder.batch_execute("ROLLBACK").await.unwrap();
     assert_eq!(users(&app).await, 1);
 
+    let stored = fs::read_to_string(data.path().join("demo.json")).unwrap();
     let shown = demo::create_once(&app.state).await.unwrap();
     assert!(shown.is_new);
     assert_eq!(users(&app).await, 1);
+    // Other replicas may remember that the stored key does not exist.
+    assert!(!stored.contains(key(&shown.text)));
     let echo = app.get("/v1/echo").header("X-API-Key", key(&shown.text));
     assert_eq!(echo.send().await.status, 200);
     let again = demo::create_once(&app.state).await.unwrap();
     assert_eq!(key(&again.text), key(&shown.text));
     assert!(!again.is_new);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleted_demo_is_replaced_by_one_with_new_secrets() {
+    let data = tempfile::tempdir().unwrap();
+    let app = TestApp::setup()
+        .data_dir(data.path())
+        .without_jobs()
+        .start()
+        .await;
+    let first = demo::create_once(&app.state).await.unwrap();
+    let database = app.database.connect().await;
+    database
+        .batch_execute("DELETE FROM api_keys")
+        .await
+        .unwrap();
+    app.state.keys.forget_all();
+    let second = demo::create_once(&app.state).await.unwrap();
+    assert!(second.is_new);
+    assert_ne!(key(&second.text), key(&first.text));
+    let status = async |key: &str| {
+        let echo = app.get("/v1/echo").header("X-API-Key", key);
+        echo.send().await.status
+    };
+    assert_eq!(status(key(&first.text)).await, 401);
+    assert_eq!(status(key(&second.text)).await, 200);
 }
