@@ -14,7 +14,7 @@ use super::segment::ReservedRecord;
 #[derive(Debug)]
 pub(super) struct ReusableSpace {
     pub record: ReservedRecord,
-    /// The shipper's pass during which the space was taken.
+    /// The number of the shipper's pass during which the space was taken.
     pass: u64,
 }
 
@@ -48,7 +48,8 @@ impl Reusable {
         Ok(ReusableSpace { record, pass })
     }
 
-    /// Keeps the space for another request, unless that would delay the shipper.
+    /// Keeps the space for another request if the space is from the current pass. Otherwise, voids the space, because
+    /// it would delay the shipper.
     pub fn give_back(&self, space: ReusableSpace) {
         let mut unused = self.0.lock();
         if space.pass == unused.pass {

@@ -31,7 +31,8 @@ pub(super) struct Span {
     pub is_complete: bool,
     /// Whether reading stopped at a record that is still being written. Finished records may follow that record.
     pub is_blocked: bool,
-    /// The number of gaps that begin with unreadable bytes. Gaps that begin with zeros do not count.
+    /// The number of gaps: ranges without readable records. Only gaps that begin with damaged bytes count, not those
+    /// that begin with zeros.
     pub damaged: u64,
 }
 
@@ -167,7 +168,7 @@ impl<'a> Scan<'a> {
     ) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
-        // Whether the previous position was unreadable. Used to count each gap only once.
+        // Whether the current position is in a gap that has been counted.
         let mut is_lost = false;
         let goes_on = loop {
             if *left == 0 {
@@ -211,8 +212,8 @@ impl<'a> Scan<'a> {
                     break false;
                 }
                 found @ (Found::Empty | Found::Damaged) => {
-                    // If the machine crashed, this page may be lost although later pages are not. Only a record with a
-                    // matching CRC ends the gap.
+                    // If the machine crashed, pages of the file may be lost although later pages are not. Only a record
+                    // with a matching CRC ends such a gap.
                     if matches!(found, Found::Damaged) && !is_lost {
                         span.damaged += 1;
                         is_lost = true;

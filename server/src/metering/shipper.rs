@@ -131,7 +131,7 @@ impl Shipper {
     /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
         recorder.void_unused();
-        // Every decision made before `began` is in one of the segments that are found next.
+        // Every decision made before `began` is in one of the segments that `find_segments` finds.
         let began = recorder.now();
         self.find_segments(recorder);
         let mut shipped = 0;

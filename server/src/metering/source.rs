@@ -272,7 +272,7 @@ pub(super) async fn ship(
                     let is_read = cursor == source.cursor;
                     (source.cursor, source.position) = (cursor, Some(cursor));
                     if !is_read {
-                        // The batch was not read from the cursor.
+                        // The batch was read from another position, so it is discarded.
                         continue;
                     }
                 }

@@ -529,7 +529,7 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
     recorder.create_spare();
     let reserved = recorder.reserve(ENDPOINT.len(), 1).unwrap();
     reserved.fill(&record("a"));
-    // The minimum retention is two days.
+    // Some of these times are before the minimum retention of two days has passed, others after.
     for hours in [1, 23, 47, 49, 500] {
         clock.0.store(hours * HOUR, Ordering::Relaxed);
         while recorder.wants_spare() {
@@ -544,7 +544,7 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
         );
         let first = read(&segments[0].file, Writer::Running);
         assert_eq!(request_ids(&first), ["a"]);
-        // Earlier segments are complete, so they are shipped and deleted.
+        // Earlier segments are complete, so the shipper can delete them.
         assert!(segments.len() == 1 || first.span.is_complete);
         drop(recorder.reserve(ENDPOINT.len(), 1).unwrap());
     }

@@ -69,8 +69,8 @@ pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbErr
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// The customer's subscriptions were read after the event was received, or the problems that the event reports were
-    /// recorded.
+    /// The customer's subscriptions were read after the event was received, or the usage problems described in the
+    /// event were recorded.
     Applied,
     /// The event does not affect a customer of this server, or no longer exists in Stripe.
     Ignored,

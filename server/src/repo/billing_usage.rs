@@ -444,8 +444,8 @@ pub struct Uncharged {
     /// The cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
-    /// How many seconds the oldest usage that Stripe has not received has been waiting: since its report was created
-    /// or, if it is not in a report, since the end of its hour. 0 if Stripe has received everything.
+    /// The age in seconds of the oldest usage that Stripe has not received. The age counts from the creation of the
+    /// usage's report or, without a report, from the end of its hour. 0 if Stripe has received everything.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]

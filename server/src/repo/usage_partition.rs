@@ -36,7 +36,7 @@ impl Partitioned {
     }
 }
 
-/// How long creating a partition may take, including the time to move rows that arrived earlier.
+/// How long creating a partition may take, including moving the day's rows from the default partition.
 pub const CREATE: Duration = Duration::from_mins(5);
 
 /// The maximum number of rows to delete per transaction.
@@ -101,8 +101,9 @@ pub async fn delete_unpartitioned(
 }
 
 /// Deletes the cursors of segments whose records are too old to be accepted, unless a cursor has moved in the last two
-/// days. Also deletes reports that are at least two days older than the retention period of the log, which is `days`.
-/// The segments remain rejected even if the retention period is extended later.
+/// days. These segments remain rejected even if the retention period is extended later. Also deletes replicas' reports
+/// about unshipped usage that are at least two days older than the retention period. `days` is the retention period of
+/// the log.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {
     diesel::sql_query(
         "WITH deleted AS ( \

@@ -14,8 +14,8 @@ use crate::db::{DbError, TenantTx};
 /// The maximum number of rows for each reason why a key needs attention (`AttentionKind`).
 const ATTENTION: i64 = 20;
 /// The maximum number of quotas whose usage is read to find those closest to their limit. Larger than [`ATTENTION`],
-/// because these quotas are chosen by the tokens that replicas have taken. Of a small quota, replicas may hold a large
-/// part that has not been used.
+/// because these quotas are chosen by the tokens that replicas have taken. Replicas may hold a large unused part of a
+/// small quota.
 const CANDIDATES: i64 = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]

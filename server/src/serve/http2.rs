@@ -155,7 +155,7 @@ impl Requests {
             Event::Ended(frame) if frame.is_of_headers() && frame.has(END_HEADERS) => {
                 self.head_began = None;
                 self.head_length = 0;
-                // Header frames with a stream number that is not higher are the trailers of an earlier request.
+                // If the stream number is not higher, the frame contains the trailers of an earlier request.
                 if frame.stream > self.last_stream {
                     self.last_stream = frame.stream;
                     if self.open.len() < REMEMBERED {

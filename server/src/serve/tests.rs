@@ -624,7 +624,8 @@ mod http2 {
     }
 
     fn get_path(stream: u32, path: &str) -> Vec<u8> {
-        // GET and http come from the static table. The path and the authority are encoded as literals.
+        // The method (GET) and the scheme (http) come from HPACK's static table. The path and the authority are encoded
+        // as literals.
         let mut head = vec![0x82, 0x86, 0x44, u8::try_from(path.len()).unwrap()];
         head.extend(path.as_bytes());
         head.extend([0x41, 1, b'q']);

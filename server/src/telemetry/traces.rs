@@ -1,4 +1,4 @@
-//! Traces: decides which requests are traced, and sends their spans to an OpenTelemetry collector.
+//! Decides which requests are traced, and sends their spans to an OpenTelemetry collector.
 //!
 //! A request is traced if a trusted proxy has decided to trace it. If no trusted proxy has decided, a configured
 //! fraction of requests is traced.

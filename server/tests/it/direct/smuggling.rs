@@ -1,5 +1,5 @@
-//! Tests that requests that are meant to make servers disagree get no direct responses, unless they are plain. No bytes
-//! of a body are handled as a request, and the responses are those of hyper.
+//! Tests requests that are meant to make two servers disagree about where a request ends. Such requests get no direct
+//! responses, unless they are plain. No bytes of a body are handled as a request, and the responses are those of hyper.
 
 use super::{grammar::Case, pair::Pair};
 use crate::smuggling::cases::{Attacker, HIDING, Hidden, ODD, filled, not_hidden};

@@ -372,7 +372,8 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs `schedules` schedules, or only the schedule of the seed in `QUOTA_SEED`. Stops once a bucket was too full.
+/// Runs `schedules` schedules, or only the schedule of the seed in `QUOTA_SEED`. Stops after the first schedule in
+/// which a bucket became too full.
 async fn run(counters: &mut Counters, clock: &TestClock, schedules: u64) -> Sum {
     let seeds = number("QUOTA_SEED").map_or(0..schedules, |seed| seed..seed + 1);
     let mut sum = Sum::default();
