@@ -181,9 +181,9 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Reads the header fields. Returns `None` if the request is not plain: if a field other than `Content-Length` and
-    /// `Connection` affects where the request ends or how to respond, if a field that is read is repeated, if `Host` is
-    /// missing, or if `Content-Length` or `Connection` has an unusual value.
+    /// Reads the header fields. Returns `None` if the request is not plain. A plain request has a `Host` field and
+    /// repeats none of the fields that are read. `Content-Length` and `Connection` have usual values, if they are
+    /// present. No other field affects where the request ends or how to respond.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN];
         let (mut length, mut host, mut connection) = (None, None, None);

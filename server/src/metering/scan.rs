@@ -24,7 +24,7 @@ pub enum Writer {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
     /// The byte offset after the last finished or void record. Open records after it are not included, even if the
-    /// process that writes the segment seems to have exited: the file may be a copy of a segment to which records are
+    /// process that writes the segment seems to have exited. The file may be a copy of a segment to which records are
     /// still being added.
     pub end: u64,
     /// Whether the records end at the end of the segment.

@@ -570,7 +570,7 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     let syncer = Syncer::start(write, on_failure).unwrap();
     assert!(syncer.sync(intact.clone()).await);
     assert!(!syncer.sync(broken.clone()).await);
-    // A record whose space was reserved before the failure can be synced after it.
+    // A record whose space was reserved before the failure may be synced only after the failure.
     assert!(!syncer.sync(broken.clone()).await);
     assert!(syncer.sync(intact).await);
     assert!(!syncer.sync(broken).await);

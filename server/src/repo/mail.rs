@@ -53,7 +53,7 @@ struct Tenant {
     tenant_id: Uuid,
 }
 
-/// Returns tenants with alerts to send. Skips a tenant if alert emails were created for it at `per_hour` or more
+/// Returns tenants with alerts to send. Skips tenants for which alert emails were created at `per_hour` or more
 /// different times in the last hour. Emails to several recipients are created at the same time.
 pub async fn tenants_with_alerts(
     tx: &mut SystemTx,

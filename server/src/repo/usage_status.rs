@@ -167,8 +167,8 @@ pub struct Standing {
     pub at: DateTime<Utc>,
 }
 
-/// Returns keys that expire within 7 days, keys whose previous secret stops working within a day, and active keys that
-/// have not been used for 30 days.
+/// Returns active keys that need attention: keys that expire within 7 days, keys whose previous secret stops working
+/// within a day, and keys that have not been used for 30 days. Returns at most [`ATTENTION`] keys of each kind.
 pub async fn standings(tx: &mut TenantTx) -> Result<Vec<Standing>, DbError> {
     let tenant = tx.tenant().0;
     Ok(diesel::sql_query(

@@ -16,9 +16,9 @@
 //!
 //! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
 //! key or service token is received on the connection. A gateway, or many clients behind one address, may therefore
-//! have as many connections as the total allows. At the limit for an address or network, a new connection replaces
-//! another one, in this order of preference: the oldest connection on which nothing has been received, the connection
-//! that has been idle the longest, the oldest connection without a complete request. During its first second, a
+//! have as many connections as the total allows. At the limit for an address or network, a new connection replaces the
+//! oldest connection on which nothing has been received. If there is none, it replaces the connection that has been
+//! idle the longest or, as a last choice, the oldest connection without a complete request. During its first second, a
 //! connection is not replaced in this way, because its request may be in transit. Instead, an address can have up to
 //! twice as many connections during that second.
 //!

@@ -239,7 +239,7 @@ async fn grace_period_ends_on_its_date() {
 }
 
 /// Events arrive in random order, some of them several times. Some have another ID, an old version or an unknown type.
-/// The subscription has ended in the meantime.
+/// By then, the subscription has ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn events_in_any_order_lead_to_the_present_state() {
     let stripe = TestStripe::start().await;

@@ -1,8 +1,8 @@
 //! Tests of calendar quotas while the tenant's time zone changes.
 //!
 //! The oracle is derived from the documented behavior, not from the code. It keeps the windows with usage, ordered by
-//! start. A request inside the last window belongs to that window. Any other request opens a new window, which starts
-//! at the end of the last window or at the start of the day or month in the zone, whichever is later, and ends with
+//! start. A request inside the last window belongs to that window. Any other request opens a new window. This window
+//! starts at the end of the last window, or at the start of the day or month in the zone if that is later. It ends with
 //! that day or month. The window's quota is proportional to its length. Days and months are computed from fixed
 //! offsets.
 
