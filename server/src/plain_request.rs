@@ -38,7 +38,7 @@ pub trait DirectEndpoint: Send + Sync + 'static {
     ) -> impl Future<Output = ()> + Send;
 }
 
-/// Never accepts a request.
+/// For listeners without direct responses. No value of this type exists.
 impl DirectEndpoint for Infallible {
     type Route = Self;
 

@@ -151,7 +151,7 @@ impl Shipper {
         if failed.is_none() && self.own.iter().all(|(source, _)| !source.is_blocked) {
             self.complete_until = Some(began.into());
         }
-        // A segment that is completely full is kept until the next segment is in use.
+        // A segment that has been shipped completely is kept until the next segment is in use.
         let mut removed = Ok(());
         self.own.retain(|(source, segment)| {
             let is_removed = match source.state {

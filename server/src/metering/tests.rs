@@ -385,7 +385,8 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Returns the number of images to check. Set `CRASH_IMAGES=10000` to check more.
+/// Returns the number of crash images to check: files as they may be after a crash. Set `CRASH_IMAGES=10000` to check
+/// more.
 #[expect(
     clippy::disallowed_methods,
     reason = "this variable is not a setting of the server"
@@ -690,7 +691,7 @@ fn a_directory_whose_creation_was_interrupted_is_deleted_later() {
         std::fs::create_dir(path).unwrap();
         File::create(path.join("lock")).unwrap();
     }
-    // This directory was created by the operator.
+    // This directory was created by the operator, so it must be kept.
     let other = root.path().join("other.new");
     std::fs::create_dir(&other).unwrap();
     let now = new.metadata().unwrap().modified().unwrap();

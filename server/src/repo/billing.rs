@@ -1,7 +1,7 @@
 //! Stripe customers and their subscriptions.
 //!
-//! Only system transactions write to these tables. A tenant's transaction can read the tenant's own rows; see the
-//! row-level security policies in the migration that creates the tables.
+//! Only system transactions write to the tables of customers and subscriptions. A tenant's transaction can read the
+//! tenant's own rows; see the row-level security policies in the migration that creates the tables.
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::sql, pg::Pg, prelude::*, sql_query, sql_types};

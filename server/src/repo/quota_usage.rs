@@ -1,6 +1,6 @@
 //! The ledger of calendar quotas.
 //!
-//! A row is a window of one key and policy. Windows with usage never overlap: before opening one, callers acquire
+//! A row is a window of one key and policy. Windows with usage never overlap: before opening a window, callers acquire
 //! [`lock`] and check [`used_windows`]. Windows without usage are ignored.
 //!
 //! **Lock order.** Locks are always acquired in this order: first [`lock`], then keys (`api_keys`, `FOR KEY SHARE`),

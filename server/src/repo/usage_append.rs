@@ -60,7 +60,7 @@ const ADD_ROWS: &str = "\
         AS g (tenant_id, numbered_before, key_id, plan_id, was_rejected, billing, policy, endpoint, place) \
         ON g.place = r.group_place";
 
-/// Updates `last_used_at` at most once per second, so that busy keys do not cause more writes than others. Skips keys
+/// Updates the `last_used_at` of a key at most once per second, so that busy keys do not cause many writes. Skips keys
 /// that another transaction has locked, because recording usage must not wait. The next use of such a key updates its
 /// `last_used_at`.
 const TOUCH_KEYS: &str = "\
@@ -195,8 +195,8 @@ async fn add_endpoints(
         .into_iter()
         .filter_map(|it| Some(of_keys.get(it)?.0))
         .collect::<HashSet<_>>();
-    // Only endpoints that are in a key's list can be in the tenant's list. In the tenant's list, an endpoint's first
-    // request is its first request with a key that lists the endpoint.
+    // Only endpoints that are in a key's list can be in the tenant's list. The tenant's list orders endpoints by their
+    // first request with a key that lists the endpoint.
     let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
     for (of, first_at) in &batch.named {
         if !of.key.is_nil() && !folded.contains(of) {

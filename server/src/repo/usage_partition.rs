@@ -1,8 +1,8 @@
 //! Creates partitions of the usage tables in advance, drops them after the retention period, and deletes old rows that
 //! have no partition.
 //!
-//! Database functions do this, because only the tables' owner has the necessary rights. The migrations define these
-//! functions. Rows for a day without a partition are in the default partition until a partition for that day is
+//! Database functions do all of this, because only the tables' owner has the necessary rights. The migrations define
+//! these functions. Rows for a day without a partition are in the default partition until a partition for that day is
 //! created.
 
 use std::time::Duration;

@@ -157,7 +157,7 @@ pub struct Failing {
     /// Whether the attempt used the webhook's current URL.
     #[diesel(sql_type = Bool)]
     pub is_current: bool,
-    /// For how many seconds all attempts have failed.
+    /// How long all attempts have failed, in seconds.
     #[diesel(sql_type = BigInt)]
     pub seconds: i64,
 }

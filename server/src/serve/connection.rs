@@ -1,7 +1,7 @@
 //! The phase of a connection and its deadline.
 //!
-//! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase has its own deadline, except while
-//! a handler runs: the handler is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a finished
+//! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase has its own deadline, except that
+//! of a running handler, which is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a finished
 //! response, or progress in sending a response extends a deadline. The first byte of a later request head starts the
 //! deadline of that head. Further bytes and canceled requests do not extend a deadline.
 

@@ -1,5 +1,5 @@
-//! Tracks which requests of an HTTP/2 connection are open, how much memory they use, and which responses make progress,
-//! for the connection's deadlines and memory limits.
+//! Tracks the requests of an HTTP/2 connection: which are open, how much memory they use, and which responses make
+//! progress. The connection's deadlines and memory limits depend on this.
 //!
 //! h2 immediately copies a small body into its own buffer, and does not report when the client reads the body or
 //! cancels the request. So this module observes the frames between h2 and the socket. It does not validate the frames,

@@ -203,7 +203,7 @@ async fn ask(stream: &mut TcpStream) {
     }
 }
 
-/// The second of two pipelined requests never gets a response.
+/// The second of two pipelined requests never gets a response, but the first one must get one.
 async fn response_does_not_wait_for_the_next_request(way: Way) {
     for half_closes in [false, true] {
         let mut stream = connect_by(way).await;

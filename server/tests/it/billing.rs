@@ -86,7 +86,7 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
     assert_eq!(checked.body["allowed"], false);
     assert_eq!(checked.body["code"], "payment_required");
     assert!(checked.body["key_id"].is_string());
-    // Free plans always work, and another tenant's service token reveals nothing.
+    // Free plans always work. Another tenant's service token does not reveal that a key exists.
     assert_eq!(app.echo(&free).await.status, 200);
     assert_eq!(forward(&free, "").await.status, 200);
     assert_eq!(check(&free).await.body["code"], "allowed");
@@ -395,7 +395,7 @@ async fn webhook_secret_can_be_rotated() {
     assert_eq!(stripe.deliver(&event, &only_new).await, 204);
 }
 
-/// Unknown events are stored, and processed by reading the customer they concern.
+/// Events of unknown types are stored, and processed by reading the subscriptions of their customer.
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_thin_and_foreign_events_are_stored_and_end() {
     let stripe = TestStripe::start().await;

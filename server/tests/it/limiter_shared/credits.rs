@@ -1,10 +1,10 @@
 //! Tests that returned tokens never make a bucket fuller than if they had never been taken.
 //!
 //! After every call, the oracle replays the bucket's entire history from a full bucket, without the tokens that have
-//! been returned by then, and compares the results. Unlike the script, the oracle does not record minimum debts and has
-//! no rules for credits. Schedules are random. They include early and late returns, calls that return the tokens of
-//! several grants, plan edits, callers with an old plan, lost and stale state, and a clock that goes backward. Scripts
-//! with planted errors prove that the oracle detects them.
+//! been returned by then. It compares the resulting debt with the reported debt. Unlike the script, the oracle does not
+//! record minimum debts and has no rules for credits. Schedules are random. They include early and late returns, calls
+//! that return the tokens of several grants, plan edits, callers with an old plan, lost and stale state, and a clock
+//! that goes backward. Scripts with planted errors prove that the oracle detects them.
 #![expect(
     clippy::disallowed_methods,
     reason = "only tests read the seed settings"
