@@ -1,4 +1,4 @@
-//! Space for usage records that is reused by the requests of tenants whose denials are currently not recorded.
+//! Reusable space for the usage records of tenants whose denials are currently not recorded.
 //!
 //! Like any other request, a request of such a tenant needs space before its decision. If the request is denied, which
 //! is likely, no record is written. If each of these requests left void space behind, the void space would fill the

@@ -1,4 +1,4 @@
-//! Reads the records of a segment's file.
+//! Reads records from a segment's file.
 //!
 //! This module reads the file instead of the memory map, so that segments of other processes can be read in the same
 //! way.

@@ -530,7 +530,7 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
     recorder.create_spare();
     let reserved = recorder.reserve(ENDPOINT.len(), 1).unwrap();
     reserved.fill(&record("a"));
-    // Some of these times are before the minimum retention of two days has passed, others after.
+    // Some of these times are within the minimum retention of two days, and others are beyond it.
     for hours in [1, 23, 47, 49, 500] {
         clock.0.store(hours * HOUR, Ordering::Relaxed);
         while recorder.wants_spare() {

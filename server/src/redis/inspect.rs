@@ -16,7 +16,7 @@ use crate::{
 /// trips.
 const STEPS: u32 = 9;
 
-/// Information that a server reports about itself. Values that the server hides are empty.
+/// Information that a server reports about itself. Strings that the server hides are empty.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,

@@ -96,9 +96,9 @@ impl Ask {
 
 /// Grants each request as many tokens as it wants, up to the number left in its window. Returns `None` for a request if
 /// no window with usage contains its `at`, if its key does not exist, or if another transaction is changing or deleting
-/// its key. Such a transaction is not waited for, because it may take a long time and would delay the requests for
-/// other keys. If `opened` is set, takes the tokens from the windows that start at the times in `opened`, whether or
-/// not they have usage.
+/// its key. This function does not wait for such a transaction, because that may take a long time and would delay the
+/// requests for other keys. If `opened` is set, takes the tokens from the windows that start at the times in `opened`,
+/// whether or not they have usage.
 ///
 /// Requests must be in ascending order, so that all transactions lock rows in the same order. Each grant is atomic:
 /// `used` is read and increased while the quota's row is locked.

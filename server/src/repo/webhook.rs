@@ -157,7 +157,7 @@ pub struct Failing {
     /// Whether the attempt used the webhook's current URL.
     #[diesel(sql_type = Bool)]
     pub is_current: bool,
-    /// How long all attempts have failed, in seconds.
+    /// How long all attempts to send to the current URL have failed, in seconds.
     #[diesel(sql_type = BigInt)]
     pub seconds: i64,
 }

@@ -1,9 +1,9 @@
 //! The phase of a connection and its deadline.
 //!
-//! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase has its own deadline, except that
-//! of a running handler, which is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a finished
-//! response, or progress in sending a response extends a deadline. The first byte of a later request head starts the
-//! deadline of that head. Further bytes and canceled requests do not extend a deadline.
+//! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase except [`Phase::Handler`] has its
+//! own deadline. A running handler is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a
+//! finished response, or progress in sending a response extends a deadline. The first byte of a later request head
+//! starts the deadline of that head. Further bytes and canceled requests do not extend a deadline.
 
 use std::{
     sync::{
@@ -274,8 +274,8 @@ impl Connection {
         self.in_flight.load(Ordering::Acquire) == 0 && !self.has_unsent()
     }
 
-    /// Reports the connection's memory use to `memory`. Returns whether this connection, or all connections together,
-    /// use too much memory.
+    /// Reports the connection's memory use to `memory`. Returns whether too much memory is used, by this connection or
+    /// by all connections together.
     pub(super) fn account(&self) -> bool {
         let Some(memory) = &self.memory else {
             return false;

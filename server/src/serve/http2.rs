@@ -58,9 +58,9 @@ impl Frame {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Event {
-    /// The complete frame header has arrived.
+    /// The whole frame header has been transferred.
     Began(Frame),
-    /// The whole frame has arrived.
+    /// The whole frame has been transferred.
     Ended(Frame),
 }
 
@@ -68,7 +68,7 @@ pub(super) enum Event {
 #[derive(Debug, Default)]
 pub(super) struct Frames {
     header: [u8; HEADER],
-    /// How many bytes of the header have arrived.
+    /// How many bytes of the header have been transferred.
     known: usize,
     /// How many bytes of the payload are missing, once the header is complete.
     missing: usize,

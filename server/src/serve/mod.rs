@@ -238,7 +238,7 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // Doubled, because each part of a request keeps the whole frame that contained it in memory.
+    // Doubled, because each part of a request keeps its whole frame in memory, and the frame is larger than the part.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 

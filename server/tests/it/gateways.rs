@@ -1,5 +1,5 @@
 //! Tests the configurations in `deploy/gateways` in the real gateways, with Quota behind verified TLS. The tests fill
-//! in the placeholders as a user would, and replace addresses by loopback addresses.
+//! in the placeholders as a user would, and replace addresses with loopback addresses.
 
 mod envoy_ratelimit;
 mod matrix;

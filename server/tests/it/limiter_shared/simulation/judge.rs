@@ -23,19 +23,19 @@
 //! the replicas admit at least 99% of the tokens that an exact bucket would admit for the same requests, give or take a
 //! token or two. At the start of the period, the exact bucket contains what earlier admissions have left in it. If a
 //! replica crashes, the tokens that may have been granted for requests to which it had not responded are lost. For a
-//! leased key, two kinds of tokens are not counted as available. The first are tokens that another replica may hold,
-//! for at most [`HELD`]. There are at most a tenth of the burst of them, and at most twice the cost of the requests
-//! that the replica got just before. The second are the last tokens of a bucket, because replicas let them accumulate
-//! and then take them together: once the bucket contains fewer tokens than refill in [`GATHER`], that many tokens are
-//! not counted until the bucket contains twice as many. Requests that arrive during a call to Redis are decided
-//! together by the next call, for every plan. So at the end of a window, the tokens that refilled during the last round
-//! trip may be unspent. Also, a request that is sent after the window may be admitted while a request of the window is
-//! still waiting. If the waiting request is then denied, the later request counts as part of the window. In addition,
-//! Redis learns of an edit with the first request that it decides after the edit. Tokens that refill before this
-//! request count at the lower of the two rates, unless a restarted Redis has lost the earlier plan. After a fault, a
-//! bucket is empty only if Redis lost its state, or if no replica that uses the bucket received a response during the
-//! fault. Otherwise, the bucket has lost only the tokens that Redis granted in responses that arrived late or never,
-//! and those that were returned by calls that never arrived.
+//! leased key, two kinds of tokens are not counted as available. The first are tokens that another replica may hold for
+//! at most [`HELD`]: at most a tenth of the burst, and at most twice the cost of the requests that the replica got just
+//! before. The second are the last tokens of a bucket, because replicas let them accumulate and then take them
+//! together: once the bucket contains fewer tokens than refill in [`GATHER`], that many tokens are not counted until
+//! the bucket contains twice as many. Requests that arrive during a call to Redis are decided together by the next
+//! call, for every plan. So at the end of a window, the tokens that refilled during the last round trip may be unspent.
+//! Also, a request that is sent after the window may be admitted while a request of the window is still waiting. If the
+//! waiting request is then denied, the later request counts as part of the window. In addition, Redis learns of an edit
+//! with the first request that it decides after the edit. Tokens that refill before this request count at the lower of
+//! the two rates, unless a restarted Redis has lost the earlier plan. After a fault, a bucket is empty only if Redis
+//! lost its state, or if no replica that uses the bucket received a response during the fault. Otherwise, the bucket
+//! has lost only the tokens that Redis granted in responses that arrived late or never, and those that were returned by
+//! calls that never arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of the tokens
 //! that a separate bucket would admit for the requests that the replica gets. With `open`, this applies from half a
