@@ -20,7 +20,8 @@ use super::{
 };
 use crate::{config::RedisSettings, error_chain::chain};
 
-/// How often a healthy connection is probed.
+/// How often a healthy connection to a single server is probed. A cluster connection is probed only after a call on it
+/// was late.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
 /// The minimum time allowed for the response to a probe. A Redis server that briefly gets no CPU time is not dead, and
 /// reconnecting would only add to its load.

@@ -10,9 +10,10 @@
 //! 4. a connection that may be about to send its first request, unless its address has fewer connections than the new
 //!    connection's address.
 //!
-//! Connections from trusted proxies are exempt from 2 and 3. Apart from those in 3, no connection with a request in
-//! flight is ever closed to make room. So clients that do not send or read anything cannot lock out other clients, no
-//! matter how many such clients there are.
+//! Connections from trusted proxies are exempt from 2 and 3. Connections that no longer count toward the limit for
+//! their address are exempt from 3. Apart from those in 3, no connection with a request in flight is ever closed to
+//! make room. So clients that do not send or read anything cannot lock out other clients, no matter how many such
+//! clients there are.
 //!
 //! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
 //! key or service token is received on the connection. A gateway, or many clients behind one address, may therefore
@@ -22,8 +23,9 @@
 //! connection is not replaced in this way, because its request may be in transit. Instead, an address can have up to
 //! twice as many connections during that second.
 //!
-//! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
-//! closes the connections that use the most memory, starting with the address that uses the most in total.
+//! The total memory used by requests on connections that have not authenticated is limited, except for connections from
+//! trusted proxies. Above that limit, the table closes the connections that use the most memory, starting with the
+//! address that uses the most in total.
 
 mod group;
 
