@@ -185,7 +185,7 @@ impl Redis {
 
 /// Installs the process-wide default TLS provider, which the redis crate uses.
 fn install_tls() {
-    // The call fails if a provider is already installed.
+    // The call fails only if a provider is already installed, so the error is ignored.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
 }
 

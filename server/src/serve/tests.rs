@@ -446,7 +446,7 @@ async fn direct_responses_that_are_not_read_are_bounded() {
 
 /// Counts the requests for `/counted`.
 static COUNTED: AtomicUsize = AtomicUsize::new(0);
-/// The number of requests for `/new`. The first of them sends [`OPEN_REQUEST`] on [`OPEN`].
+/// The number of requests for `/new`. The handler of the first of them sends [`OPEN_REQUEST`] on [`OPEN`].
 static NEW: AtomicUsize = AtomicUsize::new(0);
 static OPEN: OnceLock<std::net::TcpStream> = OnceLock::new();
 const OPEN_REQUEST: &[u8] = b"GET /open HTTP/1.1\r\nHost: q\r\n\r\n";

@@ -38,7 +38,7 @@ pub(super) async fn traced<T>(
     let span = spans::child("Stripe request", SpanKind::Client);
     let sent = request.await;
     if let (Some(mut span), Err(_)) = (span, &sent) {
-        // The error may contain the customer's data.
+        // The reason is left out, because the error may contain the customer's data.
         span.fail("");
     }
     sent

@@ -408,7 +408,7 @@ async fn hold_little_memory(kinds: &[Slow], direct: &str) {
     let limit = file_limit::raise().unwrap_or(1024);
     let slow = SLOW.min(limit.saturating_sub(OWN_FILES));
     let (data, http) = (data_dir(), Client::new());
-    // Limits on sign-in attempts would reject the bodies.
+    // The limits on sign-in attempts are turned off, because they would reject the bodies.
     let settings = [
         ("QUOTA_AUTH_RPM", "0"),
         ("QUOTA_LOGIN_FREE_FAILURES", "0"),

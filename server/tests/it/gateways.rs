@@ -53,7 +53,7 @@ struct Setting {
     api: Api,
     http: Client,
     token: String,
-    /// Contains the authority's certificate, which Caddy reads on its first connection.
+    /// Contains the certificate of the test's certificate authority, which Caddy reads on its first connection.
     _dir: Option<TempDir>,
 }
 

@@ -233,7 +233,7 @@ async fn blocks_of_evicted_keys_are_returned() {
     for key in keys(&limiter) {
         assert!(key.ask(&both(), 1).await.is_allowed());
     }
-    // The keys' buckets are full again, and no record refers to the keys' handles.
+    // The keys' buckets are full again, and no cached key record refers to the keys' handles.
     world.advance(Duration::from_secs(1));
     limiter.prune();
     settle_all().await;

@@ -289,7 +289,7 @@ async fn a_slow_response_is_not_reported_as_an_exceeded_limit() {
             assert!(decision.violated().is_empty(), "{decision:?}");
             assert!(decision.retry_after_secs().is_some());
         }
-        // Tokens that arrived too late were returned. They are available once the counters are fast again, which
+        // Tokens that arrived too late were returned. They are available once the counters are fast again. Here, that
         // happens before the circuit breaker opens.
         tokio::time::sleep_until(began + Duration::from_millis(100)).await;
         *far.round_trip.lock() = Duration::from_millis(2);
