@@ -359,7 +359,7 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
 }
 
 /// What happened to the latest changes of a page when the machine failed. Writes that the disk has confirmed are never
-/// lost. Of later writes, the disk may have kept all, none, or only some sectors.
+/// lost. The disk may have kept all, none, or only some sectors of later writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,

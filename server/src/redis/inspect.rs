@@ -35,7 +35,7 @@ pub struct Node {
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections. `None` if the server hides this number.
     pub max_clients: Option<usize>,
-    /// The server's error, if it rejects a command that the counters' script uses.
+    /// The server's error message, if the server rejects a command that the counters' script uses.
     pub script_error: Option<String>,
     /// The number of subscribers to the invalidation channel.
     pub subscribers: usize,

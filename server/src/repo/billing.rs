@@ -91,7 +91,7 @@ pub async fn find(
     Ok(Some((account, subscription)))
 }
 
-/// Returns the tenant's account. Creates it if necessary; later calls do not change its email address or name.
+/// Returns the tenant's account. Creates it if necessary. Later calls do not change its email address or name.
 pub async fn open(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -50,7 +50,8 @@ pub struct DueEvent {
 
 /// Returns the events that have been due the longest, up to `limit`, in no particular order. Counts an attempt for each
 /// event. The next attempt is due after a delay that doubles each time, from 4 seconds to an hour, minus a random part
-/// of up to half. Until then, no other replica processes the event; if this process exits, the event is retried.
+/// of up to half. Until then, no other replica processes the event. If this process exits, the event is retried at that
+/// time.
 pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbError> {
     let claimed = sql_query(
         "UPDATE billing_events SET attempts = attempts + 1, \

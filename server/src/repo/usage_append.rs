@@ -29,7 +29,7 @@ use crate::db::{DbError, SystemTx};
 pub struct Appended {
     pub rows: u64,
     /// The number of records whose endpoint is not in their key's list of endpoints, because the list is full. Rollups
-    /// combine these endpoints; the log keeps their names.
+    /// combine these endpoints. The log keeps their names.
     pub folded: u64,
 }
 
@@ -141,8 +141,8 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
     })
 }
 
-/// Assigns each record the next position in its tenant's log. Returns, for each tenant, the difference between a
-/// record's position and its place in the batch. Places start at 1.
+/// Assigns each record the next position in its tenant's log. For each tenant, returns the difference between a
+/// record's position and its place in the batch, which is the same for all of the tenant's records. Places start at 1.
 async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
     let taken = diesel::sql_query(TAKE_NUMBERS)
         .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))

@@ -54,7 +54,8 @@ struct Number {
     number: i32,
 }
 
-/// Creates a day's partition if it does not exist. Returns whether it was created. May take as long as [`CREATE`].
+/// Creates a day's partition if it does not exist. Returns whether the partition was created. May take as long as
+/// [`CREATE`].
 pub async fn create(
     tx: &mut SystemTx,
     table: Partitioned,

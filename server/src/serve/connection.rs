@@ -43,7 +43,7 @@ pub(super) enum Phase {
     Handler,
 }
 
-/// Whether and how a connection has been asked to shut down.
+/// Whether a connection has been asked to shut down, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Shutdown {
@@ -54,8 +54,8 @@ pub(super) enum Shutdown {
     Immediate,
 }
 
-/// The state shared by a connection's task, its stream, its requests and the table. Times are nanoseconds since
-/// `accepted`, plus one; 0 means not set.
+/// The state shared by a connection's task, its stream, its requests and the table. Times are in nanoseconds since
+/// `accepted`, plus one, because 0 means that a time is not set.
 #[derive(Debug)]
 pub(super) struct Connection {
     accepted: Instant,

@@ -306,7 +306,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         let stream = match &self.direct {
             None => Some(stream),
             Some(endpoint) => {
-                // The direct service is created only when something has arrived, because its future and its buffer take
+                // The direct service is created only once data has arrived, because its future and its buffer use
                 // memory.
                 let waited = {
                     let readable = pin!(stream.readable());

@@ -68,7 +68,7 @@ fn pause(attempts: i32, retry_after: Option<u64>, random: f64) -> Option<i64> {
 
 impl Webhooks {
     /// Claims up to `limit` deliveries that are due. `running` contains the tenant and webhook of each attempt in
-    /// progress; these attempts count toward the limits per tenant and per webhook.
+    /// progress. These attempts count toward the limits per tenant and per webhook.
     pub async fn claim(
         &self,
         limit: usize,

@@ -21,7 +21,7 @@ pub(super) const YOUNG: Duration = Duration::from_secs(1);
 /// on which nothing has been received.
 const SILENT_SEARCH: usize = 16;
 
-/// The level at which connections are counted; [`networks`] has the prefix lengths.
+/// The level at which connections are counted. [`networks`] defines the prefix lengths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Width {
     Address,

@@ -12,7 +12,8 @@ const IS_PLAIN: [&str; 4] = [
     "host with a user",
 ];
 
-/// Sends a case by itself (in one part and in two parts), and after a plain request (in two parts and byte by byte).
+/// Compares the responses to a case. The case is sent by itself, in one part and in two parts. It is also sent after a
+/// plain request, in two parts and byte by byte.
 async fn compare(pair: &Pair, name: &str, bytes: &[u8]) {
     let key = &pair.world.keys[0];
     let first = format!(
