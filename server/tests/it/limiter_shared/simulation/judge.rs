@@ -20,22 +20,22 @@
 //! every fallback setting.
 //!
 //! **Lower bound.** In any period of 2 s that contains no fault and starts at least [`RECOVERED`] after the last fault,
-//! the replicas admit at least 99% of the tokens that an exact bucket would admit for the same requests, give or take a
-//! token or two. At the start of the period, the exact bucket contains what earlier admissions have left in it. If a
-//! replica crashes, the tokens that may have been granted for requests to which it had not responded are lost. For a
-//! leased key, two kinds of tokens are not counted as available. The first are tokens that another replica may hold for
-//! at most [`HELD`]: at most a tenth of the burst, and at most twice the cost of the requests that the replica got just
-//! before. The second are the last tokens of a bucket, because replicas let them accumulate and then take them
-//! together: once the bucket contains fewer tokens than refill in [`GATHER`], that many tokens are not counted until
-//! the bucket contains twice as many. Requests that arrive during a call to Redis are decided together by the next
-//! call, for every plan. So at the end of a window, the tokens that refilled during the last round trip may be unspent.
-//! Also, a request that is sent after the window may be admitted while a request of the window is still waiting. If the
-//! waiting request is then denied, the later request counts as part of the window. In addition, Redis learns of an edit
-//! with the first request that it decides after the edit. Tokens that refill before this request count at the lower of
-//! the two rates, unless a restarted Redis has lost the earlier plan. After a fault, a bucket is empty only if Redis
-//! lost its state, or if no replica that uses the bucket received a response during the fault. Otherwise, the bucket
-//! has lost only the tokens that Redis granted in responses that arrived late or never, and those that were returned by
-//! calls that never arrived.
+//! the replicas admit at least 99% of the tokens that an exact bucket would admit for the same requests, give or take
+//! one token more than the highest cost of a request. At the start of the period, the exact bucket contains what
+//! earlier admissions have left in it. If a replica crashes, the tokens that may have been granted for requests to
+//! which it had not responded are lost. For a leased key, two kinds of tokens are not counted as available. The first
+//! are tokens that another replica may hold for at most [`HELD`]: at most a tenth of the burst, and at most twice the
+//! cost of the requests that the replica got just before. The second are the last tokens of a bucket, because replicas
+//! let them accumulate and then take them together: once the bucket contains fewer tokens than refill in [`GATHER`],
+//! that many tokens are not counted until the bucket contains twice as many. Requests that arrive during a call to
+//! Redis are decided together by the next call, for every plan. So at the end of a window, the tokens that refilled
+//! during the last round trip may be unspent. Also, a request that is sent after the window may be admitted while a
+//! request of the window is still waiting. If the waiting request is then denied, the later request counts as part of
+//! the window. In addition, Redis learns of an edit with the first request that it decides after the edit. Tokens that
+//! refill before this request count at the lower of the two rates, unless a restarted Redis has lost the earlier plan.
+//! After a fault, a bucket is empty only if Redis lost its state, or if no replica that uses the bucket received a
+//! response during the fault. Otherwise, the bucket has lost only the tokens that Redis granted in responses that
+//! arrived late or never, and those that were returned by calls that never arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of the tokens
 //! that a separate bucket would admit for the requests that the replica gets. With `open`, this applies from half a
@@ -919,10 +919,10 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
             .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
 }
 
-/// Returns a description of a denial whose wait is wrong, if there is one. A wait is wrong if the same request is
-/// denied again after the wait although nothing was taken in the meantime. A wait is also wrong if it is longer than an
-/// empty bucket takes to refill enough tokens, plus the lifetimes of two leases. A missing wait is wrong if the bucket
-/// can hold enough tokens.
+/// Returns a description of a denial whose wait is wrong, if there is one. A wait is wrong if a request that costs no
+/// more is denied after the wait, although nothing was taken in the meantime. A wait is also wrong if it is longer than
+/// an empty bucket takes to refill enough tokens, plus the lifetimes of two leases. A missing wait is wrong if the
+/// bucket can hold enough tokens.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {
