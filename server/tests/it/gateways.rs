@@ -195,7 +195,7 @@ async fn enforces_decisions(program: Program) {
         field(&unknown, "www-authenticate"),
         Some("Bearer realm=\"quota\", error=\"invalid_token\"")
     );
-    // The consumer's headers contain another tenant's service token.
+    // The consumer's bearer token is another tenant's service token.
     let bearer = setting.get("/orders").bearer_auth(&other_token);
     assert_eq!(setting.send(bearer).await.status(), 401);
     assert_eq!(setting.api.requests().len(), 0);
@@ -320,8 +320,8 @@ async fn keeps_connections(program: Program) {
     );
 }
 
-/// Without Redis, requests on an `open` plan are admitted and those on a `closed` plan get 503, both with the degraded
-/// header.
+/// Without Redis, requests on an `open` plan are admitted, and requests on a `closed` plan get 503. Both responses have
+/// the degraded header, unless the gateway cannot add Quota's headers to the API's responses.
 async fn reports_degraded_decisions(program: Program) {
     let app = TestApp::setup()
         .flag(format!("--redis-url=redis://127.0.0.1:{}", free_port()))
