@@ -222,7 +222,7 @@ pub async fn begin_read(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<Be
     Ok(begun)
 }
 
-/// The result of a read.
+/// A tenant's subscriptions as read from Stripe, and the access that follows from them.
 #[derive(Debug)]
 pub struct AppliedRead<'a> {
     pub number: i64,

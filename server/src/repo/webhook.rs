@@ -84,7 +84,7 @@ update_by_id!(
     pub fn update in webhooks, WebhookChange -> WebhookRow
 );
 delete_by_id!(
-    /// Deletes a webhook. Returns its last state. Its deliveries may be numerous, so they are deleted
+    /// Deletes a webhook. Returns the webhook's last state. Its deliveries may be numerous, so they are deleted
     /// [later](super::sweep::Expired::DeletedWebhooks).
     pub fn delete in webhooks -> WebhookRow
 );

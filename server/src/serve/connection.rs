@@ -304,7 +304,8 @@ impl Connection {
         is_to_count.then(|| self.at(since) + STALLED)
     }
 
-    /// From now on, counts the response that waits for the socket. Otherwise works like [`Self::account`].
+    /// From now on, counts the response that waits for the socket toward the memory limit. Otherwise works like
+    /// [`Self::account`].
     pub(super) fn account_stalled(&self) -> bool {
         self.is_stalled.store(true, Ordering::Relaxed);
         self.account()

@@ -115,8 +115,8 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
     assert_eq!(app.echo(&others).await.status, 402);
 }
 
-/// The complete history of a subscription, on two replicas. Both follow every change, regardless of which of them
-/// received the webhook.
+/// The complete history of a subscription, on two replicas. Both replicas apply every change, regardless of which of
+/// them received the webhook.
 #[tokio::test(flavor = "multi_thread")]
 async fn access_follows_the_subscription_on_every_replica() {
     let stripe = TestStripe::start().await;
@@ -505,8 +505,8 @@ async fn faults_of_stripe_create_nothing_twice() {
                 .iter()
                 .filter(|it| it["customer"] == customer.as_str())
                 .collect();
-            // There is a second session only if Stripe failed permanently after it had created the first session. No
-            // user has seen the page of the first session.
+            // There is a second session only if Stripe failed permanently after it had created the first session. The
+            // server did not receive the first session, so no user has seen its page.
             let is_lost = path == "/v1/checkout/sessions"
                 && [500, 503]
                     .map(|it| Fault::after(How::Status(it)))

@@ -430,7 +430,8 @@ fn request_ends_although_the_runtime_has_been_shut_down() {
         runtime.shutdown_background();
         let _context = handle.enter();
         let request = std::panic::AssertUnwindSafe(|| {
-            // The outcome does not matter. It may be a panic, because the runtime no longer has timers.
+            // The request must not block, but its outcome does not matter: it may panic, because the runtime no longer
+            // has timers.
             let _ = Box::pin(replica.admit(&plan(1, 100, false), 1)).now_or_never();
         });
         let _ = std::panic::catch_unwind(request);
