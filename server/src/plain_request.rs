@@ -1,9 +1,8 @@
 //! Plain HTTP/1.1 requests, parsed from the bytes of a connection.
 //!
-//! A plain request leaves no room for interpretation: every HTTP implementation reads the same request from its bytes,
-//! and finds its end at the same byte. [`parse`] recognizes only such requests. All other bytes may still be a valid
-//! request, so they are left to hyper, along with everything after them. The parser therefore needs to be strict, but
-//! not complete.
+//! A plain request is unambiguous: every HTTP implementation reads the same request from its bytes, and finds its end
+//! at the same byte. [`parse`] recognizes only such requests. All other bytes may still be a valid request, so they are
+//! left to hyper, along with everything after them. The parser therefore needs to be strict, but not complete.
 //!
 //! This module does not depend on which requests are accepted, or on the responses: see [`DirectEndpoint`].
 

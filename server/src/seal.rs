@@ -59,7 +59,7 @@ impl Seal {
 }
 
 /// Returns the tag. Each part of the context is preceded by its length, and the content by a number that is not a
-/// length, so that different inputs are never signed as the same bytes.
+/// length. Therefore, different inputs are never signed as the same bytes.
 fn sign(key: &hmac::Key, context: &[&[u8]], content: &[u8]) -> hmac::Tag {
     let mut signing = hmac::Context::with_key(key);
     for part in context {

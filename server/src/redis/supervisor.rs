@@ -5,7 +5,7 @@
 //! longer respond. A single late call does not prove that a connection is dead.
 //!
 //! The crate itself maintains a cluster's connections to each node. The cluster connection as a whole is replaced only
-//! if a call finds it broken or a probe fails, and the old connection is used until the new connection is ready.
+//! if a call finds it broken or a probe fails. The old connection is used until the new connection is ready.
 
 use std::{
     sync::{Arc, atomic::Ordering},

@@ -322,9 +322,9 @@ impl Table {
         }
     }
 
-    /// Closes a connection to make room for one from `newcomer`, if one can be closed. Returns whether a connection was
-    /// closed. A connection that may be about to send its first request is closed only if its address has at least as
-    /// many connections as the address of the newcomer.
+    /// Closes a connection to make room for one from the address `newcomer`, if one can be closed. Returns whether a
+    /// connection was closed. A connection that may be about to send its first request is closed only if its address
+    /// has at least as many connections as `newcomer`.
     fn make_room(&self, open: &mut Open, newcomer: Option<IpAddr>) -> bool {
         let now = Instant::now();
         let waiting = open
@@ -354,7 +354,7 @@ impl Table {
         }
     }
 
-    /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
+    /// Finds a connection that is idle, or whose client has stopped reading its response. If the address `newcomer` is
     /// light compared with another address, a connection of that heavy address can be closed as soon as its client
     /// stops reading. Otherwise, the heavy address would take every slot that becomes free, because its clients
     /// reconnect immediately.

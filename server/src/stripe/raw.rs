@@ -1,5 +1,5 @@
-//! Requests that the `async-stripe` crates in use do not support: the account, and thin events, whose data requires
-//! version 2 of the Stripe API.
+//! Requests that the `async-stripe` crates in use do not support: reading the account, and reading the data of thin
+//! events, which requires version 2 of the Stripe API.
 
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;

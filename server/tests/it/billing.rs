@@ -587,8 +587,8 @@ async fn checkout_leads_to_one_subscription() {
         .fake
         .pay_checkout(session, Card::Good, true)
         .expect("open");
-    // No further page is created after the user has completed Checkout, even if no webhook has arrived yet and even if
-    // the payment has not succeeded yet.
+    // After the user has completed Checkout, no further page is created, even before a webhook arrives. This applies
+    // even while the payment has not succeeded yet.
     for is_paid in [false, true] {
         if is_paid {
             stripe.fake.settle_checkout(session, true).expect("paid");

@@ -26,7 +26,7 @@
 //! which it had not responded are lost. For a leased key, two kinds of tokens are not counted as available. The first
 //! are tokens that another replica may hold for at most [`HELD`]: at most a tenth of the burst, and at most twice the
 //! cost of the requests that the replica got just before. The second are the last tokens of a bucket, because replicas
-//! let them accumulate and then take them together: once the bucket contains fewer tokens than refill in [`GATHER`],
+//! let them accumulate and then take them together. Once the bucket contains fewer tokens than refill in [`GATHER`],
 //! that many tokens are not counted until the bucket contains twice as many. Requests that arrive during a call to
 //! Redis are decided together by the next call, for every plan. So at the end of a window, the tokens that refilled
 //! during the last round trip may be unspent. Also, a request that is sent after the window may be admitted while a
@@ -48,10 +48,10 @@
 //! **Connections.** A replica decides without Redis only during a fault that affects the replica, and for [`RECOVERED`]
 //! after the fault. If Redis may lose its state because of a fault, the fault counts as affecting every replica.
 //!
-//! **Waits.** A denial by the rate limit states a time to wait, which is at most the time that an empty bucket needs
-//! for the request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, a request with the
-//! same cost is admitted after that time, rounded up to whole seconds as in a header. With a leased key, the request
-//! may also have to wait until tokens have accumulated.
+//! **Waits.** A denial by the rate limit states a time to wait. This is at most the time in which an empty bucket
+//! refills the request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, a request with
+//! the same cost is admitted after that time, rounded up to whole seconds as in a header. With a leased key, the
+//! request may also have to wait until tokens have accumulated.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
