@@ -1,9 +1,8 @@
 //! Plain HTTP/1.1 requests, parsed from the bytes of a connection.
 //!
-//! A plain request leaves no room for interpretation: every HTTP implementation reads the same request from its bytes,
-//! and finds its end at the same byte. [`parse`] recognizes only such requests. All other bytes may still be a valid
-//! request, so they are left to hyper, along with everything after them. The parser therefore needs to be strict, but
-//! not complete.
+//! A plain request is unambiguous: every HTTP implementation reads the same request from its bytes, and finds its end
+//! at the same byte. [`parse`] recognizes only such requests. All other bytes may still be a valid request, so they are
+//! left to hyper, along with everything after them. The parser therefore needs to be strict, but not complete.
 //!
 //! This module does not depend on which requests are accepted, or on the responses: see [`DirectEndpoint`].
 
@@ -47,7 +46,7 @@ pub trait DirectEndpoint: Send + Sync + 'static {
     ) -> impl Future<Output = ()> + Send;
 }
 
-/// Never accepts a request.
+/// For listeners without direct responses. No value of this type exists.
 impl DirectEndpoint for Infallible {
     type Route = Self;
 
@@ -194,9 +193,9 @@ struct Known<'a> {
 }
 
 impl<'a> Known<'a> {
-    /// Reads the header fields. Returns `None` if the request is not plain: if a field other than `Content-Length` and
-    /// `Connection` affects where the request ends or how to respond, if a field that is read is repeated, if `Host` is
-    /// missing, or if `Content-Length` or `Connection` has an unusual value.
+    /// Reads the header fields. Returns `None` if the request is not plain. A plain request has a `Host` field and
+    /// repeats none of the fields that are read. `Content-Length` and `Connection` have usual values, if they are
+    /// present. No other field affects where the request ends or how to respond.
     fn of(fields: &[httparse::Header<'a>]) -> Option<Self> {
         let mut values = [None; KNOWN];
         let (mut length, mut host, mut connection) = (None, None, None);

@@ -1,11 +1,11 @@
 //! Authenticates data that replicas exchange through Redis.
 //!
 //! Other applications may be able to write to the same Redis, and so may another Quota installation with the same
-//! prefix. A [`Seal`] prepends an HMAC-SHA-256 tag to a message, with a key derived from the server's secret and the
-//! database ([`crate::auth::secret::Seals`]), so only messages from replicas of the same installation can be opened.
-//! The tag also covers a context, such as a purpose and a key's hash: a message can be opened only in the context for
-//! which it was sealed. A seal does not hide the content and does not prevent replays, so messages contain a time or a
-//! number.
+//! prefix. A [`Seal`] prepends an HMAC-SHA-256 tag to a message. The HMAC key is derived from the server's secret and
+//! the database ([`crate::auth::secret::Seals`]), so only messages from replicas of the same installation can be
+//! opened. The tag also covers a context, such as a purpose and a key's hash: a message can be opened only in the
+//! context for which it was sealed. A seal does not hide the content and does not prevent replays, so messages contain
+//! a time or a number.
 
 use aws_lc_rs::hmac;
 
@@ -59,7 +59,7 @@ impl Seal {
 }
 
 /// Returns the tag. Each part of the context is preceded by its length, and the content by a number that is not a
-/// length, so that different inputs are never signed as the same bytes.
+/// length. Therefore, different inputs are never signed as the same bytes.
 fn sign(key: &hmac::Key, context: &[&[u8]], content: &[u8]) -> hmac::Tag {
     let mut signing = hmac::Context::with_key(key);
     for part in context {

@@ -106,7 +106,7 @@ pub struct Observation {
 /// The effect of a tenant's subscriptions on plans marked `paid`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Access {
-    /// The tenant has never subscribed, or has never paid.
+    /// The tenant has never subscribed, or the first payment of its subscription has not succeeded.
     Free,
     Trialing {
         /// When the trial ends and the first payment is due.
@@ -241,8 +241,8 @@ pub fn deciding(
 }
 
 impl Subscription {
-    /// Returns the access that follows from this subscription alone. `at` is when the subscription was read. If Stripe
-    /// does not list an unpaid invoice, which can briefly be the case, the grace period starts at `at`.
+    /// Returns the access that this subscription alone gives. `at` is when the subscription was read. If Stripe does
+    /// not list an unpaid invoice, which can briefly be the case, the grace period starts at `at`.
     pub fn access(&self, at: Seconds, grace: Seconds) -> Access {
         match self.status {
             Status::Incomplete | Status::IncompleteExpired => Access::Free,

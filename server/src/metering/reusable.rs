@@ -1,4 +1,4 @@
-//! Space for usage records that is reused by the requests of tenants whose denials are currently not recorded.
+//! Reusable space for the usage records of tenants whose denials are currently not recorded.
 //!
 //! Like any other request, a request of such a tenant needs space before its decision. If the request is denied, which
 //! is likely, no record is written. If each of these requests left void space behind, the void space would fill the
@@ -14,7 +14,7 @@ use super::segment::ReservedRecord;
 #[derive(Debug)]
 pub(super) struct ReusableSpace {
     pub record: ReservedRecord,
-    /// The shipper's pass during which the space was taken.
+    /// The number of the shipper's pass during which the space was taken.
     pass: u64,
 }
 
@@ -48,7 +48,8 @@ impl Reusable {
         Ok(ReusableSpace { record, pass })
     }
 
-    /// Keeps the space for another request, unless that would delay the shipper.
+    /// Keeps the space for another request if the space is from the current pass. Otherwise, voids the space, because
+    /// it would delay the shipper.
     pub fn give_back(&self, space: ReusableSpace) {
         let mut unused = self.0.lock();
         if space.pass == unused.pass {

@@ -1,4 +1,4 @@
-//! Reads the records of a segment's file.
+//! Reads records from a segment's file.
 //!
 //! This module reads the file instead of the memory map, so that segments of other processes can be read in the same
 //! way.
@@ -24,14 +24,15 @@ pub enum Writer {
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Span {
     /// The byte offset after the last finished or void record. Open records after it are not included, even if the
-    /// process that writes the segment seems to have exited: the file may be a copy of a segment to which records are
+    /// process that writes the segment seems to have exited. The file may be a copy of a segment to which records are
     /// still being added.
     pub end: u64,
     /// Whether the records end at the end of the segment.
     pub is_complete: bool,
     /// Whether reading stopped at a record that is still being written. Finished records may follow that record.
     pub is_blocked: bool,
-    /// The number of gaps that begin with unreadable bytes. Gaps that begin with zeros do not count.
+    /// The number of gaps: ranges without readable records. Only gaps that begin with damaged bytes count, not those
+    /// that begin with zeros.
     pub damaged: u64,
 }
 
@@ -167,7 +168,7 @@ impl<'a> Scan<'a> {
     ) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
         let mut at = 0;
-        // Whether the previous position was unreadable. Used to count each gap only once.
+        // Whether the current position is in a gap that has been counted.
         let mut is_lost = false;
         let goes_on = loop {
             if *left == 0 {
@@ -211,8 +212,8 @@ impl<'a> Scan<'a> {
                     break false;
                 }
                 found @ (Found::Empty | Found::Damaged) => {
-                    // If the machine crashed, this page may be lost although later pages are not. Only a record with a
-                    // matching CRC ends the gap.
+                    // If the machine crashed, pages of the file may be lost although later pages are not. Only a record
+                    // with a matching CRC ends such a gap.
                     if matches!(found, Found::Damaged) && !is_lost {
                         span.damaged += 1;
                         is_lost = true;

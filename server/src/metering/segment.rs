@@ -130,8 +130,8 @@ impl Segment {
             if !durable {
                 // Without this call, the first write to each page would still have to mark the page as changed. In a
                 // durable file, the call is omitted: the first `fdatasync` would write all of the marked pages to disk,
-                // and delay the first responses. Linux before 5.14 does not support `PopulateWrite`. Any other error
-                // means that writing to the memory would kill the process.
+                // and delay the first responses. Linux before 5.14 does not support `PopulateWrite` and returns
+                // `EINVAL`. Any other error means that writing to the memory would kill the process.
                 match map.advise(Advice::PopulateWrite) {
                     Err(error) if error.kind() != io::ErrorKind::InvalidInput => return Err(error),
                     _ => {}

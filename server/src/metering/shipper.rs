@@ -131,7 +131,7 @@ impl Shipper {
     /// Ships all available records. Returns their number.
     pub async fn ship(&mut self, context: &Context, recorder: &Recorder) -> Result<u64, ShipError> {
         recorder.void_unused();
-        // Every decision made before `began` is in one of the segments that are found next.
+        // Every decision made before `began` is in one of the segments that `find_segments` finds.
         let began = recorder.now();
         self.find_segments(recorder);
         let mut shipped = 0;
@@ -151,7 +151,7 @@ impl Shipper {
         if failed.is_none() && self.own.iter().all(|(source, _)| !source.is_blocked) {
             self.complete_until = Some(began.into());
         }
-        // A segment that is completely full is kept until the next segment is in use.
+        // A segment that has been shipped completely is kept until the next segment is in use.
         let mut removed = Ok(());
         self.own.retain(|(source, segment)| {
             let is_removed = match source.state {

@@ -52,7 +52,7 @@ pub(super) struct Source {
     pub(super) head: SegmentHead,
     pub(super) file: Arc<File>,
     pub(super) writer: Writer,
-    /// Where the next batch begins. `None` means at the cursor, which must be read from PostgreSQL again.
+    /// Where the next batch begins. If `None`, it begins at the cursor, which must be read from PostgreSQL again.
     pub(super) position: Option<u64>,
     /// The cursor when it was last read or moved. There are no records between the cursor and `position`.
     pub(super) cursor: u64,
@@ -272,7 +272,7 @@ pub(super) async fn ship(
                     let is_read = cursor == source.cursor;
                     (source.cursor, source.position) = (cursor, Some(cursor));
                     if !is_read {
-                        // The batch was not read from the cursor.
+                        // The batch was read from another position, so it is discarded.
                         continue;
                     }
                 }

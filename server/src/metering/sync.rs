@@ -11,7 +11,7 @@ use super::segment::Segment;
 #[derive(Debug)]
 struct Group {
     segments: Vec<Arc<Segment>>,
-    /// `None` until the group has been written; then, whether all of its segments were written.
+    /// `None` until the group has been written. Afterward, whether all of its segments were written.
     done: watch::Sender<Option<bool>>,
 }
 

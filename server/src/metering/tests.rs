@@ -359,7 +359,7 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
 }
 
 /// What happened to the latest changes of a page when the machine failed. Writes that the disk has confirmed are never
-/// lost. Of later writes, the disk may have kept all, none, or only some sectors.
+/// lost. The disk may have kept all, none, or only some sectors of later writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
     Kept,
@@ -385,7 +385,8 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Returns the number of images to check. Set `CRASH_IMAGES=10000` to check more.
+/// Returns the number of crash images to check: files as they may be after a crash. Set `CRASH_IMAGES=10000` to check
+/// more.
 #[expect(
     clippy::disallowed_methods,
     reason = "this variable is not a setting of the server"
@@ -529,7 +530,7 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
     recorder.create_spare();
     let reserved = recorder.reserve(ENDPOINT.len(), 1).unwrap();
     reserved.fill(&record("a"));
-    // The minimum retention is two days.
+    // Some of these times are within the minimum retention of two days, and others are beyond it.
     for hours in [1, 23, 47, 49, 500] {
         clock.0.store(hours * HOUR, Ordering::Relaxed);
         while recorder.wants_spare() {
@@ -544,7 +545,7 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
         );
         let first = read(&segments[0].file, Writer::Running);
         assert_eq!(request_ids(&first), ["a"]);
-        // Earlier segments are complete, so they are shipped and deleted.
+        // Earlier segments are complete, so the shipper can delete them.
         assert!(segments.len() == 1 || first.span.is_complete);
         drop(recorder.reserve(ENDPOINT.len(), 1).unwrap());
     }
@@ -570,7 +571,7 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     let syncer = Syncer::start(write, on_failure).unwrap();
     assert!(syncer.sync(intact.clone()).await);
     assert!(!syncer.sync(broken.clone()).await);
-    // A record whose space was reserved before the failure can be synced after it.
+    // A record whose space was reserved before the failure may be synced only after the failure.
     assert!(!syncer.sync(broken.clone()).await);
     assert!(syncer.sync(intact).await);
     assert!(!syncer.sync(broken).await);
@@ -690,7 +691,7 @@ fn a_directory_whose_creation_was_interrupted_is_deleted_later() {
         std::fs::create_dir(path).unwrap();
         File::create(path.join("lock")).unwrap();
     }
-    // This directory was created by the operator.
+    // This directory was created by the operator, so it must be kept.
     let other = root.path().join("other.new");
     std::fs::create_dir(&other).unwrap();
     let now = new.metadata().unwrap().modified().unwrap();

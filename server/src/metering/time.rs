@@ -1,4 +1,4 @@
-//! The times of events: PostgreSQL's clock, extrapolated with the monotonic clock.
+//! The clock for the times of events: PostgreSQL's clock, extrapolated with the monotonic clock.
 //!
 //! Therefore, replicas whose own clocks differ record consistent times. While PostgreSQL is unreachable, the last
 //! measurement is used.

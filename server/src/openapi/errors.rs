@@ -1,5 +1,5 @@
-//! The error responses of operations. Most of them follow from an operation's path and arguments. Some operations have
-//! additional errors, or describe an error in more detail.
+//! The error responses of operations. Most of them are derived from an operation's path and arguments. Some operations
+//! have additional errors, or describe an error in more detail.
 
 use quota_common::ProblemCode;
 use serde_json::{Value, json};
@@ -19,8 +19,8 @@ const INVALID_OR_MISMATCH: &str = "Validation failed (see `errors`), or the `Ide
 const UNCHECKED: &str =
     "A dependency is unavailable, or usage can't be recorded. Retry after `Retry-After` seconds.";
 
-/// Errors of individual operations, in addition to those that follow from their paths and arguments. An entry replaces
-/// the derived error with the same status.
+/// Errors of individual operations, in addition to those derived from their paths and arguments. An entry replaces the
+/// derived error with the same status.
 const OWN_ERRORS: &[(&str, &[(ProblemCode, &str)])] = {
     use ProblemCode as P;
     &[
@@ -235,7 +235,7 @@ const ERRORS: &[(ProblemCode, &str)] = {
     ]
 };
 
-/// Returns the errors that follow from the path and the arguments of an operation.
+/// Returns the errors derived from the path and the arguments of an operation.
 fn derived_errors(operation: &Operation<'_>) -> Vec<ProblemCode> {
     use ProblemCode as P;
     if operation.id() == "live" {

@@ -8,7 +8,7 @@ use redis::{
     cluster_async::ClusterConnection,
 };
 
-/// The pause before a command is resent because the key has moved to another node.
+/// The pause before a command is resent because its key has moved to another node of the cluster.
 const MOVING: Duration = Duration::from_millis(3);
 
 #[derive(Clone)]

@@ -16,7 +16,7 @@ use crate::{
 /// trips.
 const STEPS: u32 = 9;
 
-/// Information that a server reports about itself. Values that the server hides are empty.
+/// Information that a server reports about itself. Strings that the server hides are empty.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
@@ -35,7 +35,7 @@ pub struct Node {
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections. `None` if the server hides this number.
     pub max_clients: Option<usize>,
-    /// The server's error, if it rejects a command that the counters' script uses.
+    /// The server's error message, if the server rejects a command that the counters' script uses.
     pub script_error: Option<String>,
     /// The number of subscribers to the invalidation channel.
     pub subscribers: usize,

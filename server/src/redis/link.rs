@@ -120,7 +120,7 @@ impl Link {
         }
     }
 
-    /// Causes the supervisor to replace this connection. A cluster connection is used until it is replaced; other
+    /// Causes the supervisor to replace this connection. A cluster connection is used until it is replaced. Other
     /// connections are not used for further calls.
     fn discard(&self) {
         let slot = &self.shared.slots[self.at];

@@ -5,8 +5,8 @@
 //!
 //! There are `QUOTA_REDIS_CONNECTIONS` connections. Each one is multiplexed and has a [`supervisor`]. A call never
 //! waits for a connection: without a connection, the call fails immediately with [`CallError::NotConnected`]. A failed
-//! call is not retried, since it may have been executed. There are two exceptions, in which a server reports that it
-//! did not execute the call: a script that is not loaded is sent again with its source, and a call to a cluster node
+//! call is not retried, since it may have been executed. There are two exceptions, in which the server reports that it
+//! did not execute the call. A script that is not loaded is sent again with its source, and a call to a cluster node
 //! that does not have the key is resent.
 //!
 //! While Redis is unreachable, every call fails within `QUOTA_REDIS_TIMEOUT`, or within the longer time that a caller
@@ -185,7 +185,7 @@ impl Redis {
 
 /// Installs the process-wide default TLS provider, which the redis crate uses.
 fn install_tls() {
-    // The call fails if a provider is already installed.
+    // The call fails only if a provider is already installed, so the error is ignored.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
 }
 

@@ -80,7 +80,7 @@ impl ServerSource {
         })
     }
 
-    /// Returns a client that can open other kinds of connections to the current server. Returns `None` for a cluster.
+    /// Returns a client for the current server. Returns `None` for a cluster.
     pub(super) async fn client(&mut self, limit: Duration) -> Result<Option<Client>, ConnectError> {
         match self {
             Self::One(client) => Ok(Some((**client).clone())),

@@ -2,10 +2,10 @@
 //!
 //! The redis crate's `ConnectionManager` keeps reconnecting to one address and makes calls wait for the new connection.
 //! Here, Sentinel is asked for the master before each attempt, and calls never wait. Probes detect connections that no
-//! longer respond; a single late call does not prove that a connection is dead.
+//! longer respond. A single late call does not prove that a connection is dead.
 //!
 //! The crate itself maintains a cluster's connections to each node. The cluster connection as a whole is replaced only
-//! if a call finds it broken or a probe fails, and the old connection is used until the new connection is ready.
+//! if a call finds it broken or a probe fails. The old connection is used until the new connection is ready.
 
 use std::{
     sync::{Arc, atomic::Ordering},
@@ -20,7 +20,8 @@ use super::{
 };
 use crate::{config::RedisSettings, error_chain::chain};
 
-/// How often a healthy connection is probed.
+/// How often a healthy connection to a single server is probed. A cluster connection is probed only after a call on it
+/// was late.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
 /// The minimum time allowed for the response to a probe. A Redis server that briefly gets no CPU time is not dead, and
 /// reconnecting would only add to its load.

@@ -1,4 +1,4 @@
-//! Quota alerts, and the settings that say who receives them by email.
+//! Quota alerts, and the settings that determine who receives them by email.
 
 use chrono::{DateTime, Utc};
 use diesel::{

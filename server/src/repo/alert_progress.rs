@@ -1,4 +1,4 @@
-//! The progress of checking tenants' usage for alerts, and what remains to be checked.
+//! Tracks how far tenants' usage has been checked for alerts, and finds what remains to be checked.
 
 use diesel::{
     OptionalExtension, QueryableByName, sql_query,

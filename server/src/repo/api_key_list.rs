@@ -36,7 +36,7 @@ fn filtered<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, P
     if let Some(plan_id) = filter.plan_id {
         query = query.filter(api_keys::plan_id.eq(plan_id));
     }
-    // As in `ApiKey::status`.
+    // Must agree with `ApiKey::status`.
     let (is_active, is_expired) = match filter.status {
         Some(ApiKeyStatus::Active) => (Some(true), Some(false)),
         Some(ApiKeyStatus::Expired) => (Some(true), Some(true)),

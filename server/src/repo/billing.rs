@@ -1,7 +1,7 @@
 //! Stripe customers and their subscriptions.
 //!
-//! Only system transactions write to these tables. A tenant's transaction can read the tenant's own rows; see the
-//! row-level security policies in the migration that creates the tables.
+//! Only system transactions write to the tables of customers and subscriptions. A tenant's transaction can read the
+//! tenant's own rows; see the row-level security policies in the migration that creates the tables.
 
 use chrono::{DateTime, Utc};
 use diesel::{dsl::sql, pg::Pg, prelude::*, sql_query, sql_types};
@@ -91,7 +91,7 @@ pub async fn find(
     Ok(Some((account, subscription)))
 }
 
-/// Returns the tenant's account. Creates it if necessary; later calls do not change its email address or name.
+/// Returns the tenant's account. Creates it if necessary. Later calls do not change its email address or name.
 pub async fn open(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -222,7 +222,7 @@ pub async fn begin_read(tx: &mut SystemTx, tenant: TenantId) -> Result<Option<Be
     Ok(begun)
 }
 
-/// The result of a read.
+/// A tenant's subscriptions as read from Stripe, and the access that follows from them.
 #[derive(Debug)]
 pub struct AppliedRead<'a> {
     pub number: i64,

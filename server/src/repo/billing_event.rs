@@ -50,7 +50,8 @@ pub struct DueEvent {
 
 /// Returns the events that have been due the longest, up to `limit`, in no particular order. Counts an attempt for each
 /// event. The next attempt is due after a delay that doubles each time, from 4 seconds to an hour, minus a random part
-/// of up to half. Until then, no other replica processes the event; if this process exits, the event is retried.
+/// of up to half. Until then, no other replica processes the event. If this process exits, the event is retried at that
+/// time.
 pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbError> {
     let claimed = sql_query(
         "UPDATE billing_events SET attempts = attempts + 1, \
@@ -69,8 +70,8 @@ pub async fn claim(tx: &mut SystemTx, limit: i64) -> Result<Vec<DueEvent>, DbErr
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// The customer's subscriptions were read after the event was received, or the problems that the event reports were
-    /// recorded.
+    /// The customer's subscriptions were read after the event was received, or the usage problems described in the
+    /// event were recorded.
     Applied,
     /// The event does not affect a customer of this server, or no longer exists in Stripe.
     Ignored,

@@ -11,7 +11,7 @@ use diesel_async::RunQueryDsl;
 
 use crate::db::{DbError, TenantTx};
 
-/// The numbers of a tenant's resources, and its usage in the current month.
+/// How many resources a tenant has, and its usage in the current month.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct Counts {
     #[diesel(sql_type = BigInt)]

@@ -32,8 +32,8 @@ pub struct OpenHour {
 /// Returns each tenant's oldest hour whose usage is ready to be planned, that is, to be put into reports. The order is
 /// random, so that tenants whose hours cannot be planned do not delay others. An hour is ready once every replica has
 /// shipped its records from that hour, and at the latest 15 minutes after its end. Usage that arrives later becomes
-/// another revision. If a billing period starts or ends during an hour, the part of the hour before that time is also
-/// returned separately, but only once. Its usage can then be reported before the invoice is final.
+/// another revision. If a billing period starts or ends during an hour that is not ready yet, the part of the hour
+/// before that time is returned separately, but only once. Its usage can then be reported before the invoice is final.
 pub async fn open_hours(tx: &mut SystemTx, limit: i64) -> Result<Vec<OpenHour>, DbError> {
     let hours = sql_query(
         "WITH complete AS ( \
@@ -444,8 +444,8 @@ pub struct Uncharged {
     /// The cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
-    /// How many seconds the oldest usage that Stripe has not received has been waiting: since its report was created
-    /// or, if it is not in a report, since the end of its hour. 0 if Stripe has received everything.
+    /// The age in seconds of the oldest usage that Stripe has not received. The age counts from the creation of the
+    /// usage's report or, without a report, from the end of its hour. 0 if Stripe has received everything.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]

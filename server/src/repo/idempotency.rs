@@ -45,8 +45,8 @@ struct Lock {
 
 /// Looks up a key. If it is unknown, locks it against other requests until the transaction ends.
 pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<PriorRequest, DbError> {
-    // The key is looked up before locking, because replays of a stored response must not exclude each other: if one of
-    // them held the lock, the next one would report that the request was still being processed.
+    // The key is looked up before locking, because several requests must be able to get a stored response at the same
+    // time. If they needed the lock, all but one of them would report that the request was still being processed.
     let known = find(tx, operation, key).await?;
     if !matches!(known, PriorRequest::Nothing) {
         return Ok(known);

@@ -53,7 +53,7 @@ struct Tenant {
     tenant_id: Uuid,
 }
 
-/// Returns tenants with alerts to send. Skips a tenant if alert emails were created for it at `per_hour` or more
+/// Returns tenants with alerts to send. Skips tenants for which alert emails were created at `per_hour` or more
 /// different times in the last hour. Emails to several recipients are created at the same time.
 pub async fn tenants_with_alerts(
     tx: &mut SystemTx,
@@ -155,7 +155,7 @@ pub struct DueMail {
 
 /// Returns an email that is due, and counts an attempt. Tenants take turns, starting with the tenant after
 /// `after_tenant`. Unless the result of this attempt is recorded first, the next attempt is due after `lease_seconds`.
-/// Until then, no other replica sends the email; if this process exits, the email is retried.
+/// Until then, no other replica sends the email. If this process exits, the email is retried at that time.
 pub async fn claim(
     tx: &mut SystemTx,
     after_tenant: Uuid,

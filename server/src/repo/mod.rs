@@ -130,7 +130,7 @@ async fn touch(
     Ok(())
 }
 
-/// A page of a list that is sorted newest first.
+/// A request for a page of a list that is sorted newest first.
 #[derive(Debug, Clone, Copy)]
 pub struct Slice {
     /// The last ID on the previous page.
@@ -162,13 +162,13 @@ pub enum CursorKey {
     LastUsed(Option<DateTime<Utc>>),
 }
 
-/// A row of a list with several sort orders.
+/// A row of a list that can be sorted in several ways.
 pub trait Sorted {
     fn id(&self) -> Uuid;
     fn cursor_key(&self, by: SortBy) -> CursorKey;
 }
 
-/// A page of a list with several sort orders. The variant of the cursor key matches the order.
+/// A request for a page of a list that can be sorted in several ways. The variant of the cursor key matches the order.
 #[derive(Debug, Clone)]
 pub struct SortedSlice {
     pub order: Order,

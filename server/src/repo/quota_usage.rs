@@ -1,6 +1,6 @@
 //! The ledger of calendar quotas.
 //!
-//! A row is a window of one key and policy. Windows with usage never overlap: before opening one, callers acquire
+//! A row is a window of one key and policy. Windows with usage never overlap: before opening a window, callers acquire
 //! [`lock`] and check [`used_windows`]. Windows without usage are ignored.
 //!
 //! **Lock order.** Locks are always acquired in this order: first [`lock`], then keys (`api_keys`, `FOR KEY SHARE`),
@@ -96,8 +96,9 @@ impl Ask {
 
 /// Grants each request as many tokens as it wants, up to the number left in its window. Returns `None` for a request if
 /// no window with usage contains its `at`, if its key does not exist, or if another transaction is changing or deleting
-/// its key: that transaction may take a long time, and other keys must not wait for it. If `opened` is set, takes the
-/// tokens from the windows that start at the times in `opened`, whether or not they have usage.
+/// its key. This function does not wait for such a transaction, because that may take a long time and would delay the
+/// requests for other keys. If `opened` is set, takes the tokens from the windows that start at the times in `opened`,
+/// whether or not they have usage.
 ///
 /// Requests must be in ascending order, so that all transactions lock rows in the same order. Each grant is atomic:
 /// `used` is read and increased while the quota's row is locked.

@@ -23,7 +23,7 @@ pub async fn get_or_insert(tx: &mut SystemTx, candidate: &[u8]) -> Result<Vec<u8
         .await?)
 }
 
-/// Returns the ID of the secret that was in use when the server began to store a secret's ID with each session. If this
+/// Returns the ID of the secret that was current when the server started to record the secret of each session. If this
 /// ID has not been stored yet, stores and returns `current`.
 pub async fn first_of_sessions(tx: &mut SystemTx, current: &[u8]) -> Result<Vec<u8>, DbError> {
     let unset = server_secrets::table.filter(server_secrets::first_session_secret_id.is_null());

@@ -60,8 +60,8 @@ pub struct Accepted<'a> {
 pub enum Rotation {
     /// This was the session's current token. Its successor has been stored.
     Rotated(SessionRow),
-    /// This was the session's previous token, used moments ago. Its successor is the same as before. Contains the
-    /// successor's index in the `successors` argument of [`rotate`].
+    /// The token was first used less than [`GRACE_SECS`] seconds ago, and its successor has not been used. The client
+    /// gets the same successor again. Contains the successor's index in the `successors` argument of [`rotate`].
     Repeated(SessionRow, usize),
     /// The token was used before, so someone may have copied it. The session must be revoked.
     Reused(SessionRow),
@@ -96,8 +96,8 @@ async fn add_token(tx: &mut SystemTx, session: Uuid, token_hash: &[u8]) -> Resul
 
 /// Uses a refresh token in a single conditional update, so that only one of two concurrent callers can use it.
 ///
-/// `successors` starts with the hash of the next token. The other hashes are alternative successors. If the token was
-/// used moments ago, one of these may already be stored.
+/// `successors` starts with the hash of the next token. The other hashes are alternative successors. If the token has
+/// been used before, its stored successor may be one of these.
 pub async fn rotate(
     tx: &mut SystemTx,
     token_hash: &[u8],

@@ -32,7 +32,7 @@ impl StripeAccount {
     }
 }
 
-/// Returns the customers' account, if it is stored.
+/// Returns the stored account, if there is one.
 pub async fn find(tx: &mut SystemTx) -> Result<Option<StripeAccount>, DbError> {
     let stored = sql_query("SELECT account_id, livemode FROM billing_stripe_account");
     Ok(stored.get_result(&mut **tx).await.optional()?)

@@ -1,9 +1,8 @@
 //! Deletes or clears expired rows in batches.
 //!
-//! Each statement affects up to `limit` rows, oldest first. Only deliveries of deleted webhooks are deleted in no
-//! particular order. Each statement uses an index, except in the small table of replicas. A statement skips rows that
-//! another transaction has locked, so replicas that sweep at the same time share the work without waiting for each
-//! other.
+//! Each statement affects up to `limit` rows. The oldest rows come first, except among the deliveries of deleted
+//! webhooks. Each statement uses an index, except in the small table of replicas. A statement skips rows that another
+//! transaction has locked, so replicas that sweep at the same time share the work without waiting for each other.
 
 use diesel::{sql_query, sql_types::BigInt};
 use diesel_async::RunQueryDsl;

@@ -29,7 +29,7 @@ use crate::db::{DbError, SystemTx};
 pub struct Appended {
     pub rows: u64,
     /// The number of records whose endpoint is not in their key's list of endpoints, because the list is full. Rollups
-    /// combine these endpoints; the log keeps their names.
+    /// combine these endpoints. The log keeps their names.
     pub folded: u64,
 }
 
@@ -60,7 +60,7 @@ const ADD_ROWS: &str = "\
         AS g (tenant_id, numbered_before, key_id, plan_id, was_rejected, billing, policy, endpoint, place) \
         ON g.place = r.group_place";
 
-/// Updates `last_used_at` at most once per second, so that busy keys do not cause more writes than others. Skips keys
+/// Updates the `last_used_at` of a key at most once per second, so that busy keys do not cause many writes. Skips keys
 /// that another transaction has locked, because recording usage must not wait. The next use of such a key updates its
 /// `last_used_at`.
 const TOUCH_KEYS: &str = "\
@@ -141,8 +141,8 @@ pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, D
     })
 }
 
-/// Assigns each record the next position in its tenant's log. Returns, for each tenant, the difference between a
-/// record's position and its place in the batch. Places start at 1.
+/// Assigns each record the next position in its tenant's log. For each tenant, returns the difference between a
+/// record's position and its place in the batch, which is the same for all of the tenant's records. Places start at 1.
 async fn take_numbers(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Vec<i64>, DbError> {
     let taken = diesel::sql_query(TAKE_NUMBERS)
         .bind::<Array<SqlUuid>, _>(column!(batch.tenants, |it| it.0))
@@ -195,8 +195,8 @@ async fn add_endpoints(
         .into_iter()
         .filter_map(|it| Some(of_keys.get(it)?.0))
         .collect::<HashSet<_>>();
-    // Only endpoints that are in a key's list can be in the tenant's list. In the tenant's list, an endpoint's first
-    // request is its first request with a key that lists the endpoint.
+    // Only endpoints that are in a key's list can be in the tenant's list. The tenant's list orders endpoints by their
+    // first request with a key that lists the endpoint.
     let mut listed = HashMap::<(Uuid, Rank), DateTime<Utc>>::new();
     for (of, first_at) in &batch.named {
         if !of.key.is_nil() && !folded.contains(of) {

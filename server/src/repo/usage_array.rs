@@ -21,8 +21,8 @@ const POSTGRES_EPOCH: i64 = 946_684_800_000_000;
 
 /// A one-dimensional array with elements of the SQL type `T`.
 ///
-/// The format is the one of `array_recv` in PostgreSQL's `arrayfuncs.c`: each element is its length, as a 32-bit number
-/// in network byte order, followed by its bytes. The length of NULL is -1.
+/// The format is the one that `array_recv` in PostgreSQL's `arrayfuncs.c` reads: each element is its length, as a
+/// 32-bit number in network byte order, followed by its bytes. The length of NULL is -1.
 #[derive(Debug)]
 pub(super) struct EncodedArray<T> {
     elements: Vec<u8>,

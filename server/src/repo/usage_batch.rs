@@ -24,7 +24,7 @@ pub struct UsageRecord<Text = String> {
     pub at: DateTime<Utc>,
     /// `free` or `paid`.
     pub billing: &'static str,
-    /// Empty if the caller did not send an endpoint.
+    /// Empty if the check request did not name an endpoint.
     pub endpoint: Text,
     pub was_rejected: bool,
     /// The policy that denied the request. `None` if the request was allowed, or was denied because limits could not be

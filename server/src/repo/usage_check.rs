@@ -19,8 +19,8 @@ const CHECK_LOCK: i64 = 7_226_424;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Differences {
-    /// The difference between the highest and the lowest number of a tenant's requests in the log and in each level of
-    /// the rollups. Summed over all tenants.
+    /// The log and each level of the rollups count a tenant's requests. This is the difference between the highest and
+    /// the lowest of these counts, summed over all tenants.
     pub log_and_rollups: i64,
     /// The cost that is in the ledger but was not recorded.
     pub ledger_excess: i64,

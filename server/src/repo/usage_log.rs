@@ -1,6 +1,6 @@
 //! Reads the log of decisions.
 //!
-//! **Order.** A tenant's rows are numbered without gaps, in the order in which they become visible:
+//! **Order.** A tenant's rows are numbered without gaps, in the order in which they become visible.
 //! [`append`](super::usage_append::append) assigns the numbers after locking the tenant's row in `usage_tenants`, and
 //! the lock lasts until the commit. So on every replica, a reader that has seen a row has seen all rows with lower
 //! numbers. No other code may insert into the log.

@@ -1,8 +1,8 @@
 //! Creates partitions of the usage tables in advance, drops them after the retention period, and deletes old rows that
 //! have no partition.
 //!
-//! Database functions do this, because only the tables' owner has the necessary rights. The migrations define these
-//! functions. Rows for a day without a partition are in the default partition until a partition for that day is
+//! Database functions do all of this, because only the tables' owner has the necessary rights. The migrations define
+//! these functions. Rows for a day without a partition are in the default partition until a partition for that day is
 //! created.
 
 use std::time::Duration;
@@ -36,7 +36,7 @@ impl Partitioned {
     }
 }
 
-/// How long creating a partition may take, including the time to move rows that arrived earlier.
+/// How long creating a partition may take, including moving the day's rows from the default partition.
 pub const CREATE: Duration = Duration::from_mins(5);
 
 /// The maximum number of rows to delete per transaction.
@@ -54,7 +54,8 @@ struct Number {
     number: i32,
 }
 
-/// Creates a day's partition if it does not exist. Returns whether it was created. May take as long as [`CREATE`].
+/// Creates a day's partition if it does not exist. Returns whether the partition was created. May take as long as
+/// [`CREATE`].
 pub async fn create(
     tx: &mut SystemTx,
     table: Partitioned,
@@ -101,8 +102,9 @@ pub async fn delete_unpartitioned(
 }
 
 /// Deletes the cursors of segments whose records are too old to be accepted, unless a cursor has moved in the last two
-/// days. Also deletes reports that are at least two days older than the retention period of the log, which is `days`.
-/// The segments remain rejected even if the retention period is extended later.
+/// days. These segments remain rejected even if the retention period is extended later. Also deletes replicas' reports
+/// about unshipped usage that are at least two days older than the retention period. `days` is the retention period of
+/// the log.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {
     diesel::sql_query(
         "WITH deleted AS ( \

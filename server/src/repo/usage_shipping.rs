@@ -85,7 +85,7 @@ pub struct Pending {
     pub oldest: Option<DateTime<Utc>>,
 }
 
-/// Stores a replica's report of the records in a directory that had not been shipped at the time `at`.
+/// Stores a replica's report about a directory's records that had not been shipped at the time `at`.
 pub async fn report(
     tx: &mut SystemTx,
     directory: Uuid,

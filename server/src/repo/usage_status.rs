@@ -14,8 +14,8 @@ use crate::db::{DbError, TenantTx};
 /// The maximum number of rows for each reason why a key needs attention (`AttentionKind`).
 const ATTENTION: i64 = 20;
 /// The maximum number of quotas whose usage is read to find those closest to their limit. Larger than [`ATTENTION`],
-/// because these quotas are chosen by the tokens that replicas have taken. Of a small quota, replicas may hold a large
-/// part that has not been used.
+/// because these quotas are chosen by the tokens that replicas have taken. Replicas may hold a large unused part of a
+/// small quota.
 const CANDIDATES: i64 = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
@@ -167,8 +167,8 @@ pub struct Standing {
     pub at: DateTime<Utc>,
 }
 
-/// Returns keys that expire within 7 days, keys whose previous secret stops working within a day, and active keys that
-/// have not been used for 30 days.
+/// Returns active keys that need attention: keys that expire within 7 days, keys whose previous secret stops working
+/// within a day, and keys that have not been used for 30 days. Returns at most [`ATTENTION`] keys of each kind.
 pub async fn standings(tx: &mut TenantTx) -> Result<Vec<Standing>, DbError> {
     let tenant = tx.tenant().0;
     Ok(diesel::sql_query(

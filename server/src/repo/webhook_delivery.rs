@@ -283,9 +283,9 @@ pub struct Claim<'a> {
 const CONSIDERED: i64 = 256;
 
 /// Returns deliveries that are due, and counts an attempt for each. Unless an attempt's result is recorded first, the
-/// next attempt is due after `lease_seconds`. Until then, no other replica sends the delivery; if this process exits,
-/// the delivery is retried. Due deliveries that have already had `attempts_max` attempts are not returned, but marked
-/// as failed.
+/// next attempt is due after `lease_seconds`. Until then, no other replica sends the delivery. If this process exits,
+/// the delivery is retried at that time. Due deliveries that have already had `attempts_max` attempts are not returned,
+/// but marked as failed.
 ///
 /// The cost grows with the number of tenants that have pending deliveries, and with the number of these tenants'
 /// webhooks: each webhook takes one index probe. The cost does not grow with the number of deliveries.

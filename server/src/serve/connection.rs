@@ -1,9 +1,9 @@
 //! The phase of a connection and its deadline.
 //!
-//! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase has its own deadline, except while
-//! a handler runs: the handler is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a finished
-//! response, or progress in sending a response extends a deadline. The first byte of a later request head starts the
-//! deadline of that head. Further bytes and canceled requests do not extend a deadline.
+//! A connection, over HTTP/1 or HTTP/2, is always in one of five phases. Each phase except [`Phase::Handler`] has its
+//! own deadline. A running handler is limited by `QUOTA_REQUEST_TIMEOUT` instead. Only a complete request head, a
+//! finished response, or progress in sending a response extends a deadline. The first byte of a later request head
+//! starts the deadline of that head. Further bytes and canceled requests do not extend a deadline.
 
 use std::{
     sync::{
@@ -43,7 +43,7 @@ pub(super) enum Phase {
     Handler,
 }
 
-/// Whether and how a connection has been asked to shut down.
+/// Whether a connection has been asked to shut down, and how.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Shutdown {
@@ -54,8 +54,8 @@ pub(super) enum Shutdown {
     Immediate,
 }
 
-/// The state shared by a connection's task, its stream, its requests and the table. Times are nanoseconds since
-/// `accepted`, plus one; 0 means not set.
+/// The state shared by a connection's task, its stream, its requests and the table. Times are in nanoseconds since
+/// `accepted`, plus one, because 0 means that a time is not set.
 #[derive(Debug)]
 pub(super) struct Connection {
     accepted: Instant,
@@ -274,8 +274,8 @@ impl Connection {
         self.in_flight.load(Ordering::Acquire) == 0 && !self.has_unsent()
     }
 
-    /// Reports the connection's memory use to `memory`. Returns whether this connection, or all connections together,
-    /// use too much memory.
+    /// Reports the connection's memory use to `memory`. Returns whether too much memory is used, by this connection or
+    /// by all connections together.
     pub(super) fn account(&self) -> bool {
         let Some(memory) = &self.memory else {
             return false;
@@ -304,7 +304,8 @@ impl Connection {
         is_to_count.then(|| self.at(since) + STALLED)
     }
 
-    /// From now on, counts the response that waits for the socket. Otherwise works like [`Self::account`].
+    /// From now on, counts the response that waits for the socket toward the memory limit. Otherwise works like
+    /// [`Self::account`].
     pub(super) fn account_stalled(&self) -> bool {
         self.is_stalled.store(true, Ordering::Relaxed);
         self.account()

@@ -1,5 +1,5 @@
-//! Tracks which requests of an HTTP/2 connection are open, how much memory they use, and which responses make progress,
-//! for the connection's deadlines and memory limits.
+//! Tracks the requests of an HTTP/2 connection: which are open, how much memory they use, and which responses make
+//! progress. The connection's deadlines and memory limits depend on this.
 //!
 //! h2 immediately copies a small body into its own buffer, and does not report when the client reads the body or
 //! cancels the request. So this module observes the frames between h2 and the socket. It does not validate the frames,
@@ -58,9 +58,9 @@ impl Frame {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Event {
-    /// The complete frame header has arrived.
+    /// The whole frame header has been transferred.
     Began(Frame),
-    /// The whole frame has arrived.
+    /// The whole frame has been transferred.
     Ended(Frame),
 }
 
@@ -68,7 +68,7 @@ pub(super) enum Event {
 #[derive(Debug, Default)]
 pub(super) struct Frames {
     header: [u8; HEADER],
-    /// How many bytes of the header have arrived.
+    /// How many bytes of the header have been transferred.
     known: usize,
     /// How many bytes of the payload are missing, once the header is complete.
     missing: usize,
@@ -155,7 +155,7 @@ impl Requests {
             Event::Ended(frame) if frame.is_of_headers() && frame.has(END_HEADERS) => {
                 self.head_began = None;
                 self.head_length = 0;
-                // Header frames with a stream number that is not higher are the trailers of an earlier request.
+                // If the stream number is not higher, the frame contains the trailers of an earlier request.
                 if frame.stream > self.last_stream {
                     self.last_stream = frame.stream;
                     if self.open.len() < REMEMBERED {

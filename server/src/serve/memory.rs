@@ -1,4 +1,4 @@
-//! The memory used by the requests on all connections that have not authenticated.
+//! The memory used by the requests on all connections that have not authenticated and are not from a trusted proxy.
 //!
 //! The memory use is an estimate. It includes the bytes of request heads and bodies that may still be in memory, the
 //! bytes of responses that wait for clients that have stopped reading, and a fixed amount per HTTP/2 request. Small

@@ -238,8 +238,7 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // Doubled, because each part of a request keeps the whole frame that contained it in memory, and the frame is
-    // larger.
+    // Doubled, because each part of a request keeps its whole frame in memory, and the frame is larger than the part.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 
@@ -275,7 +274,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                 if is_first {
                     slot.has_requested();
                 }
-                // On an HTTP/2 connection, handlers also need the marks to announce endless responses.
+                // Handlers use `marks` to record that the connection has authenticated. Over HTTP/2, they also use it
+                // to announce endless responses.
                 if connection.is_http2() || !connection.marks.is_authenticated() {
                     request.extensions_mut().insert(connection.marks.clone());
                 }
@@ -306,7 +306,7 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
         let stream = match &self.direct {
             None => Some(stream),
             Some(endpoint) => {
-                // The direct service is created only when something has arrived, because its future and its buffer take
+                // The direct service is created only once data has arrived, because its future and its buffer use
                 // memory.
                 let waited = {
                     let readable = pin!(stream.readable());

@@ -22,11 +22,11 @@ const METRICS_MEMORY: usize = 1024 * 1024;
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
     /// How long a request head may take to arrive. For the first request, the timer starts when the connection is
-    /// accepted; for later requests, when the first byte of the head arrives.
+    /// accepted. For later requests, it starts when the first byte of the head arrives.
     pub header: Duration,
     /// How long a connection may be idle between two requests. Must be longer than the idle timeout of proxies, so that
-    /// the proxy closes the connection and not the server: if the server closed a connection while a request was in
-    /// transit, that request would fail.
+    /// the proxy closes an idle connection before the server does. If the server closed a connection while a request
+    /// was in transit, that request would fail.
     pub idle: Duration,
     /// How long a client may go without reading any of its response.
     pub write: Duration,

@@ -136,7 +136,7 @@ impl WatchedStream {
 impl Drop for WatchedStream {
     fn drop(&mut self) {
         if self.connection.has_unsent() {
-            // Otherwise, the kernel would keep the bytes that the client has not read for minutes.
+            // Otherwise, the kernel would keep the unread bytes in memory for minutes.
             let _ = self.stream.set_zero_linger();
         }
     }

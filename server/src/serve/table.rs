@@ -10,20 +10,22 @@
 //! 4. a connection that may be about to send its first request, unless its address has fewer connections than the new
 //!    connection's address.
 //!
-//! Connections from trusted proxies are exempt from 2 and 3. Apart from those in 3, no connection with a request in
-//! flight is ever closed to make room. So clients that do not send or read anything cannot lock out other clients, no
-//! matter how many such clients there are.
+//! Connections from trusted proxies are exempt from 2 and 3. Connections that no longer count toward the limit for
+//! their address are exempt from 3. Apart from those in 3, no connection with a request in flight is ever closed to
+//! make room. So clients that do not send or read anything cannot lock out other clients, no matter how many such
+//! clients there are.
 //!
 //! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
 //! key or service token is received on the connection. A gateway, or many clients behind one address, may therefore
-//! have as many connections as the total allows. At the limit for an address or network, a new connection replaces
-//! another one, in this order of preference: the oldest connection on which nothing has been received, the connection
-//! that has been idle the longest, the oldest connection without a complete request. During its first second, a
+//! have as many connections as the total allows. At the limit for an address or network, a new connection replaces the
+//! oldest connection on which nothing has been received. If there is none, it replaces the connection that has been
+//! idle the longest or, as a last choice, the oldest connection without a complete request. During its first second, a
 //! connection is not replaced in this way, because its request may be in transit. Instead, an address can have up to
 //! twice as many connections during that second.
 //!
-//! The total memory used by requests on connections that have not authenticated is limited. Above that limit, the table
-//! closes the connections that use the most memory, starting with the address that uses the most in total.
+//! The total memory used by requests on connections that have not authenticated is limited, except for connections from
+//! trusted proxies. Above that limit, the table closes the connections that use the most memory, starting with the
+//! address that uses the most in total.
 
 mod group;
 
@@ -320,9 +322,9 @@ impl Table {
         }
     }
 
-    /// Closes a connection to make room for one from `newcomer`, if one can be closed. Returns whether a connection was
-    /// closed. A connection that may be about to send its first request is closed only if its address has at least as
-    /// many connections as the address of the newcomer.
+    /// Closes a connection to make room for one from the address `newcomer`, if one can be closed. Returns whether a
+    /// connection was closed. A connection that may be about to send its first request is closed only if its address
+    /// has at least as many connections as `newcomer`.
     fn make_room(&self, open: &mut Open, newcomer: Option<IpAddr>) -> bool {
         let now = Instant::now();
         let waiting = open
@@ -352,7 +354,7 @@ impl Table {
         }
     }
 
-    /// Finds a connection that is idle, or whose client has stopped reading its response. If the newcomer's address is
+    /// Finds a connection that is idle, or whose client has stopped reading its response. If the address `newcomer` is
     /// light compared with another address, a connection of that heavy address can be closed as soon as its client
     /// stops reading. Otherwise, the heavy address would take every slot that becomes free, because its clients
     /// reconnect immediately.

@@ -220,7 +220,7 @@ async fn ask(stream: &mut TcpStream) {
     }
 }
 
-/// The second of two pipelined requests never gets a response.
+/// The second of two pipelined requests never gets a response, but the first one must get one.
 async fn response_does_not_wait_for_the_next_request(way: Way) {
     for half_closes in [false, true] {
         let mut stream = connect_by(way).await;
@@ -508,7 +508,7 @@ async fn direct_responses_that_are_not_read_are_bounded() {
 
 /// Counts the requests for `/counted`.
 static COUNTED: AtomicUsize = AtomicUsize::new(0);
-/// The number of requests for `/new`. The first of them sends [`OPEN_REQUEST`] on [`OPEN`].
+/// The number of requests for `/new`. The handler of the first of them sends [`OPEN_REQUEST`] on [`OPEN`].
 static NEW: AtomicUsize = AtomicUsize::new(0);
 static OPEN: OnceLock<std::net::TcpStream> = OnceLock::new();
 const OPEN_REQUEST: &[u8] = b"GET /open HTTP/1.1\r\nHost: q\r\n\r\n";
@@ -683,7 +683,8 @@ mod http2 {
     }
 
     fn get_path(stream: u32, path: &str) -> Vec<u8> {
-        // GET and http come from the static table. The path and the authority are encoded as literals.
+        // The method (GET) and the scheme (http) come from HPACK's static table. The path and the authority are encoded
+        // as literals.
         let mut head = vec![0x82, 0x86, 0x44, u8::try_from(path.len()).unwrap()];
         head.extend(path.as_bytes());
         head.extend([0x41, 1, b'q']);

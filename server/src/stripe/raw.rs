@@ -1,5 +1,5 @@
-//! Requests that the `async-stripe` crates in use do not support: the account, and thin events, whose data requires
-//! version 2 of the Stripe API.
+//! Requests that the `async-stripe` crates in use do not support: reading the account, and reading the data of thin
+//! events, which requires version 2 of the Stripe API.
 
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
@@ -58,7 +58,7 @@ impl RawClient {
     }
 
     pub(super) async fn meter_errors(&self, event: &str) -> Result<Vec<MeterError>> {
-        // The ID is used in a URL only if it has the format of Stripe's IDs.
+        // The ID is used in a URL only if it consists of letters, digits and underscores, as all of Stripe's IDs do.
         if !event
             .bytes()
             .all(|it| it.is_ascii_alphanumeric() || it == b'_')

@@ -12,7 +12,8 @@ pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 /// The API version of requests, and of webhook endpoints that Quota creates.
 pub const API_VERSION: stripe_shared::ApiVersion = stripe_shared::version::VERSION;
 
-/// Sends a request and parses the response. With an idempotency key, Stripe performs the request only once.
+/// Sends a request and parses the response. With an idempotency key, Stripe performs the request only once, even if it
+/// is sent again.
 macro_rules! send {
     ($stripe:expr, $request:expr) => {
         $crate::stripe::request::traced($request.build().customize().send(&$stripe.client)).await?
@@ -37,7 +38,7 @@ pub(super) async fn traced<T>(
     let span = spans::child("Stripe request", SpanKind::Client);
     let sent = request.await;
     if let (Some(mut span), Err(_)) = (span, &sent) {
-        // The error may contain the customer's data.
+        // The reason is left out, because the error may contain the customer's data.
         span.fail("");
     }
     sent

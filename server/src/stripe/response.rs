@@ -12,7 +12,7 @@ pub(super) struct List<T> {
     pub has_more: bool,
 }
 
-/// An object of any type; only its ID is needed.
+/// An object of any type, of which only the ID is needed.
 #[derive(Debug, Deserialize)]
 pub struct Created {
     pub id: String,

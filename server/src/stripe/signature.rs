@@ -1,7 +1,7 @@
 //! Verifies the signature of a webhook: <https://docs.stripe.com/webhooks/signature>.
 //!
-//! Verifies the bytes exactly as received. Accepts several secrets and several signatures, because there can be several
-//! of both while a secret is being rotated.
+//! Verifies the bytes exactly as received. Accepts several secrets and several signatures: while a secret is being
+//! rotated, both the old and the new secret are valid, and Stripe signs with both.
 
 use std::time::Duration;
 

@@ -239,7 +239,7 @@ fn each_order<T: Copy>(items: &mut [T], fixed: usize, visit: &mut impl FnMut(&[T
 }
 
 /// Seven events arrive in every possible order, each several times, while the subscription keeps changing. Every order
-/// must end with the access that follows from the subscription's last status.
+/// must end with the access for the subscription's last status.
 #[test]
 fn every_order_of_events_ends_in_the_same_state() {
     const STATUSES: [&str; 7] = [

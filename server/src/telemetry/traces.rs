@@ -1,4 +1,4 @@
-//! Traces: decides which requests are traced, and sends their spans to an OpenTelemetry collector.
+//! Decides which requests are traced, and sends their spans to an OpenTelemetry collector.
 //!
 //! A request is traced if a trusted proxy has decided to trace it. If no trusted proxy has decided, a configured
 //! fraction of requests is traced.
@@ -170,7 +170,7 @@ fn headers(settings: &TraceSettings) -> HeaderMap {
 enum Sampling {
     On(Context),
     Off,
-    /// The proxy has not decided, or its header is invalid.
+    /// The proxy has not decided, or its header could not be parsed.
     Undecided,
 }
 
@@ -180,7 +180,7 @@ const TRACEPARENT: usize = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7
 impl Sampling {
     fn of(traceparent: &str) -> Self {
         // A proxy that traces requests leaves the sampled flag of most `traceparent` headers unset, so this check
-        // usually avoids parsing the header.
+        // usually avoids parsing the header. The rest of such a header is not validated.
         let is_off = |digit: &u8| matches!(digit, b'0' | b'2' | b'4' | b'6' | b'8');
         if traceparent.len() == TRACEPARENT && traceparent.as_bytes().last().is_some_and(is_off) {
             return Self::Off;

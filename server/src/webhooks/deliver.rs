@@ -68,7 +68,7 @@ fn pause(attempts: i32, retry_after: Option<u64>, random: f64) -> Option<i64> {
 
 impl Webhooks {
     /// Claims up to `limit` deliveries that are due. `running` contains the tenant and webhook of each attempt in
-    /// progress; these attempts count toward the limits per tenant and per webhook.
+    /// progress. These attempts count toward the limits per tenant and per webhook.
     pub async fn claim(
         &self,
         limit: usize,
@@ -91,7 +91,7 @@ impl Webhooks {
             .db
             .in_system(async |tx| webhook_delivery::claim(tx, &claim).await)
             .await?;
-        // The next turn goes to the tenant that follows the last of these tenants.
+        // The next claim starts with the tenant after the last tenant in this claim.
         let tenants = due.iter().map(|it| it.tenant_id);
         if let Some(last) = tenants.max_by_key(|it| (*it <= after_tenant, *it)) {
             *self.0.last_tenant.lock() = last;

@@ -172,7 +172,8 @@ async fn skip_body(mut response: Response) {
 }
 
 /// Parses `Retry-After`, which contains seconds or a time. A time is compared with the `Date` header, which contains
-/// the time on the endpoint's clock. Returns `None` if the field contains a time but the `Date` header is missing.
+/// the time on the endpoint's clock. Returns `None` if the field is invalid, if its time has passed, or if it contains
+/// a time but there is no valid `Date` header.
 fn seconds_until(retry_after: &str, headers: &reqwest::header::HeaderMap) -> Option<u64> {
     if let Ok(seconds) = retry_after.trim().parse() {
         return Some(seconds);

@@ -131,8 +131,8 @@ pub(crate) async fn count(database: &tokio_postgres::Client, query: &str) -> i64
     row.expect("a row").get(0)
 }
 
-/// Takes a backup under load, and restores it on another machine, as if the first machine were lost. Usage is shipped
-/// every `ship_every`.
+/// Takes a backup under load, and restores it on another machine, as if the first machine were lost. `ship_every` is
+/// the interval at which usage is shipped.
 async fn back_up_and_restore(ship_every: &str) {
     let (source, data, http) = (migrated().await, data_dir(), Client::new());
     let settings = [

@@ -86,7 +86,7 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
     assert_eq!(checked.body["allowed"], false);
     assert_eq!(checked.body["code"], "payment_required");
     assert!(checked.body["key_id"].is_string());
-    // Free plans always work, and another tenant's service token reveals nothing.
+    // Free plans always work. Another tenant's service token does not reveal that a key exists.
     assert_eq!(app.echo(&free).await.status, 200);
     assert_eq!(forward(&free, "").await.status, 200);
     assert_eq!(check(&free).await.body["code"], "allowed");
@@ -115,8 +115,8 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
     assert_eq!(app.echo(&others).await.status, 402);
 }
 
-/// The complete history of a subscription, on two replicas. Both follow every change, regardless of which of them
-/// received the webhook.
+/// The complete history of a subscription, on two replicas. Both replicas apply every change, regardless of which of
+/// them received the webhook.
 #[tokio::test(flavor = "multi_thread")]
 async fn access_follows_the_subscription_on_every_replica() {
     let stripe = TestStripe::start().await;
@@ -239,7 +239,7 @@ async fn grace_period_ends_on_its_date() {
 }
 
 /// Events arrive in random order, some of them several times. Some have another ID, an old version or an unknown type.
-/// The subscription has ended in the meantime.
+/// By then, the subscription has ended.
 #[tokio::test(flavor = "multi_thread")]
 async fn events_in_any_order_lead_to_the_present_state() {
     let stripe = TestStripe::start().await;
@@ -395,7 +395,7 @@ async fn webhook_secret_can_be_rotated() {
     assert_eq!(stripe.deliver(&event, &only_new).await, 204);
 }
 
-/// Unknown events are stored, and processed by reading the customer they concern.
+/// Events of unknown types are stored, and processed by reading the subscriptions of their customer.
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_thin_and_foreign_events_are_stored_and_end() {
     let stripe = TestStripe::start().await;
@@ -505,8 +505,8 @@ async fn faults_of_stripe_create_nothing_twice() {
                 .iter()
                 .filter(|it| it["customer"] == customer.as_str())
                 .collect();
-            // There is a second session only if Stripe failed permanently after it had created the first session. No
-            // user has seen the page of the first session.
+            // There is a second session only if Stripe failed permanently after it had created the first session. The
+            // server did not receive the first session, so no user has seen its page.
             let is_lost = path == "/v1/checkout/sessions"
                 && [500, 503]
                     .map(|it| Fault::after(How::Status(it)))
@@ -587,8 +587,8 @@ async fn checkout_leads_to_one_subscription() {
         .fake
         .pay_checkout(session, Card::Good, true)
         .expect("open");
-    // No further page is created after the user has completed Checkout, even if no webhook has arrived yet and even if
-    // the payment has not succeeded yet.
+    // After the user has completed Checkout, no further page is created, even before a webhook arrives. This applies
+    // even while the payment has not succeeded yet.
     for is_paid in [false, true] {
         if is_paid {
             stripe.fake.settle_checkout(session, true).expect("paid");

@@ -64,7 +64,7 @@ async fn check_reports_what_is_missing_until_it_is_set_up() {
     assert_eq!(line(&after, "ok     webhook secret: "), "set");
     assert_eq!(stripe.all("product")[0]["name"], "Acme API");
 
-    // Change the endpoint in Stripe.
+    // Change the webhook endpoint in Stripe, so that a check fails.
     let endpoint = stripe.all("webhook_endpoint")[0]["id"].clone();
     let path = format!("webhook_endpoints/{}", endpoint.as_str().expect("an ID"));
     let changed = stripe.request(&Method::POST, &path, "enabled_events[0]=invoice.paid");

@@ -270,8 +270,8 @@ async fn tenants_are_charged_once_with_faults_in_every_request_and_a_worker_that
             }
             session = started.map(|(session, _)| session.id).or(session);
             // Some tenants request another page although they already have one. On a slow machine, most of these
-            // requests are canceled. Therefore, the last tenant's requests are never canceled, and are repeated until
-            // the request for its session has failed.
+            // requests are canceled. Therefore, the last tenant's requests are never canceled, and are repeated until a
+            // request to Stripe for its session has failed.
             let enough = if is_last {
                 world.has_failed("GET checkout/sessions/…")
             } else {

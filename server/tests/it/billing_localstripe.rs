@@ -151,7 +151,7 @@ async fn webhooks_of_localstripe_are_accepted() {
     let bad = async || app.metric("quota_billing_signatures_bad_total").await;
     assert!(bad().await < 0.5);
 
-    // With another secret, the same webhooks are rejected.
+    // Webhooks that are signed with another secret are rejected.
     local
         .post("/_config/webhooks/1", webhook("whsec_of_someone_else"))
         .await;

@@ -641,7 +641,6 @@ async fn hour_waits_until_subscriptions_were_read_after_it() {
     assert_eq!(world.total(), 5);
 }
 
-/// Several workers plan and send reports at the same time.
 #[tokio::test(flavor = "multi_thread")]
 async fn several_workers_send_each_report_once() {
     let world = World::subscribed(3 * DAY).await;

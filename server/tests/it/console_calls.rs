@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use crate::support::app::{DOCUMENT, faults};
 
 /// Returns the number of kinds of calls. If a new kind of call is added, this function does not compile until the kind
-/// is counted, and then the test fails until there is a sample of the kind.
+/// is counted. The test then fails until [`samples`] contains the kind.
 const fn kinds(call: &Call) -> usize {
     match call {
         Call::Register(_)

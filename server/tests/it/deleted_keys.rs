@@ -80,7 +80,7 @@ async fn deleted_keys_do_not_fill_redis() {
             while let Some(client) = clients.join_next().await {
                 client.expect("every key works");
             }
-            // Delete the shared records, which would expire only after five minutes.
+            // Delete the key records in Redis, which would expire only after five minutes.
             let records = "EVAL \"for _, key in ipairs(redis.call('KEYS', '*:key?:*')) do redis.call('DEL', key) end\" 0";
             redis.command(records).await;
         }

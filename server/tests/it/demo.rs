@@ -43,7 +43,7 @@ async fn demo_is_created_once_even_if_its_key_cannot_be_looked_up() {
     holder.batch_execute("ROLLBACK").await.unwrap();
     assert_eq!(users(&second).await, 1);
     assert_eq!(fs::read(&file).unwrap(), stored);
-    // Compare only the keys, because the links contain the server's port.
+    // Compare only the keys, because the text also contains links with the server's port.
     let again = demo::create_once(&second.state).await.unwrap();
     assert_eq!(key(&again.text), key(&shown.text));
     assert!(!again.is_new);

@@ -113,7 +113,7 @@ async fn burst_of_updates_of_one_plan_does_not_delay_another_tenant() {
         let (app, a, path) = (app.clone(), a.clone(), format!("/admin/plans/{plan}"));
         updates.spawn(async move { app.act(&a, "PATCH", &path, json!({"burst": n})).await });
     }
-    // Give all requests time to reach the lock.
+    // Give all requests time to reach the lock or the queue.
     tokio::time::sleep(Duration::from_millis(300)).await;
     for _ in 0..10 {
         app.plan(&b, json!({})).await;
@@ -159,7 +159,7 @@ async fn changes_of_disconnected_clients_leave_the_queue() {
     }
 }
 
-/// Usage reports and lists read many rows, and wait while PostgreSQL is slow.
+/// Reads of usage and of long lists have to wait while PostgreSQL is slow. A locked table simulates this.
 #[tokio::test(flavor = "multi_thread")]
 async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
     let app = patient().await;
@@ -316,7 +316,8 @@ async fn unread_large_responses_of_a_tenant_are_limited() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn lookups_of_unknown_keys_and_tokens_leave_a_connection_for_known_ones() {
-    // A pool of six connections has two connections for lookups.
+    // A pool of six connections has two connections for lookups. Lookups of unknown keys and tokens may use only one of
+    // them.
     let app = TestApp::setup()
         .flag("--database-pool=6")
         .flag("--database-lock-timeout=60s")
@@ -339,7 +340,7 @@ async fn lookups_of_unknown_keys_and_tokens_leave_a_connection_for_known_ones() 
     });
     let waiting = "NOT granted AND relation IN ('api_keys'::regclass, 'service_tokens'::regclass)";
     wait_for_lock(&observer, waiting).await;
-    // Give the other lookup time to reach the lock. It must wait for a connection instead.
+    // Give the other lookup time. It must wait for a connection, so it must not reach the lock.
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(count_locks(&observer, waiting).await, 1);
     holder.batch_execute("ROLLBACK").await.unwrap();

@@ -408,7 +408,7 @@ async fn hold_little_memory(kinds: &[Slow], direct: &str) {
     let limit = file_limit::raise().unwrap_or(1024);
     let slow = SLOW.min(limit.saturating_sub(OWN_FILES));
     let (data, http) = (data_dir(), Client::new());
-    // Limits on sign-in attempts would reject the bodies.
+    // The limits on sign-in attempts are turned off, because they would reject the bodies.
     let settings = [
         ("QUOTA_AUTH_RPM", "0"),
         ("QUOTA_LOGIN_FREE_FAILURES", "0"),
@@ -487,8 +487,8 @@ async fn download_slowly(source: Ipv4Addr, server: SocketAddr) -> Result<usize, 
     }
 }
 
-/// Clients that read slowly wait in the same buffers as clients that do not read. Only the connections of the latter
-/// are closed.
+/// Clients that read slowly wait in the same buffers as clients that do not read. Only the connections of clients that
+/// do not read are closed.
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_downloads_complete_beside_clients_that_do_not_read() {
     use tokio::io::AsyncWriteExt as _;

@@ -1,5 +1,5 @@
 //! Tests the configurations in `deploy/gateways` in the real gateways, with Quota behind verified TLS. The tests fill
-//! in the placeholders as a user would, and replace addresses by loopback addresses.
+//! in the placeholders as a user would, and replace addresses with loopback addresses.
 
 mod envoy_ratelimit;
 mod matrix;
@@ -53,7 +53,7 @@ struct Setting {
     api: Api,
     http: Client,
     token: String,
-    /// Contains the authority's certificate, which Caddy reads on its first connection.
+    /// Contains the certificate of the test's certificate authority, which Caddy reads on its first connection.
     _dir: Option<TempDir>,
 }
 
@@ -195,7 +195,7 @@ async fn enforces_decisions(program: Program) {
         field(&unknown, "www-authenticate"),
         Some("Bearer realm=\"quota\", error=\"invalid_token\"")
     );
-    // The consumer's headers contain another tenant's service token.
+    // The consumer's bearer token is another tenant's service token.
     let bearer = setting.get("/orders").bearer_auth(&other_token);
     assert_eq!(setting.send(bearer).await.status(), 401);
     assert_eq!(setting.api.requests().len(), 0);
@@ -320,8 +320,8 @@ async fn keeps_connections(program: Program) {
     );
 }
 
-/// Without Redis, requests on an `open` plan are admitted and those on a `closed` plan get 503, both with the degraded
-/// header.
+/// Without Redis, requests on an `open` plan are admitted, and requests on a `closed` plan get 503. Both responses have
+/// the degraded header, unless the gateway cannot add Quota's headers to the API's responses.
 async fn reports_degraded_decisions(program: Program) {
     let app = TestApp::setup()
         .flag(format!("--redis-url=redis://127.0.0.1:{}", free_port()))

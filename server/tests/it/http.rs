@@ -235,7 +235,7 @@ async fn slow_headers_are_cut_off_in_time(direct: &str) {
 }
 
 async fn stalled_body_is_answered_in_time(direct: &str) {
-    // The first timeout ends the wait for the body, the second one ends the handler.
+    // The first timeout ends the wait for the body, and the second one ends the handler.
     for (setting, expected) in [("--header-timeout=1s", 408), ("--request-timeout=1s", 503)] {
         let app = TestApp::setup()
             .flag(setting)

@@ -73,7 +73,8 @@ async fn batch_that_fails_is_written_later_and_those_before_it_are_written_now()
     let locked = database.transaction().await.unwrap();
     lock(&locked, ids[1_500]).await;
     assert!(app.state.last_used.flush(&app.state.db).await.is_err());
-    // In the meantime, one key is used again, and two keys are used according to a clock that is behind.
+    // In the meantime, one key is used again. Two keys are used at an earlier time, as if by a replica whose clock is
+    // behind.
     app.state.last_used.key(ApiKeyId(ids[1_500]), at(3));
     app.state.last_used.key(ApiKeyId(ids[1_501]), at(0));
     app.state.last_used.key(ApiKeyId(ids[0]), at(0));

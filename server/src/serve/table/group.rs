@@ -1,4 +1,4 @@
-//! The connections of one address or network, and the choice of the connection to close to make room for another.
+//! The connections of one address or network. Chooses which of them to close to make room for another.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,10 +17,11 @@ pub(super) const IDLE_ENOUGH: Duration = Duration::from_secs(1);
 /// A connection younger than this is not closed to enforce the limit for its address, because its request may be in
 /// transit.
 pub(super) const YOUNG: Duration = Duration::from_secs(1);
-/// How many of the oldest connections without a complete request are searched for a silent one.
+/// The number of connections without a complete request, oldest first, that are searched for a silent one: a connection
+/// on which nothing has been received.
 const SILENT_SEARCH: usize = 16;
 
-/// The level at which connections are counted; [`networks`] has the prefix lengths.
+/// The level at which connections are counted. [`networks`] defines the prefix lengths.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Width {
     Address,

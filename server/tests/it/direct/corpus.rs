@@ -1,5 +1,5 @@
-//! Replays the corpus of the fuzz target. Some of its inputs are cases of the differential test, which
-//! `FUZZ_CORPUS=write` writes.
+//! Replays the corpus of the fuzz target. Some of its inputs are cases of the differential test. `FUZZ_CORPUS=write`
+//! writes these cases to the corpus.
 
 use std::{fs, path::Path};
 

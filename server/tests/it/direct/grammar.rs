@@ -171,8 +171,8 @@ fn one_in(random: &mut Rng, of: u32) -> bool {
 }
 
 /// Returns whether a request may have a body. If a server responds before it has received the whole body, hyper reads
-/// the rest or closes the connection, depending on when the rest arrives. A case with such a request is not divided, so
-/// that both servers behave the same.
+/// the rest or closes the connection, depending on when the rest arrives. A case with such a request is sent in one
+/// part, so that both servers behave the same.
 fn may_have_body(bytes: &[u8]) -> bool {
     let text = String::from_utf8_lossy(bytes).to_lowercase();
     text.contains("content-length") || text.contains("transfer") || text.contains("expect")

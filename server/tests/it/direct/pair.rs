@@ -75,7 +75,7 @@ impl Side {
     async fn start(setup: Setup, clock: &TestClock) -> Self {
         let written = Written::default();
         let log = Log::start_on(written.clone(), LogFormat::Json);
-        // Only the first server's log can be installed, but both servers write access log lines.
+        // Only the first server's log can become the output of `tracing`, but both servers write access log lines.
         let _ = log.install("info");
         let app = setup
             .clock(Arc::new(clock.clone()))

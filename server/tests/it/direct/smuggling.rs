@@ -1,5 +1,5 @@
-//! Tests that requests that are meant to make servers disagree get no direct responses, unless they are plain. No bytes
-//! of a body are handled as a request, and the responses are those of hyper.
+//! Tests requests that are meant to make two servers disagree about where a request ends. Such requests get no direct
+//! responses, unless they are plain. No bytes of a body are handled as a request, and the responses are those of hyper.
 
 use super::{grammar::Case, pair::Pair};
 use crate::smuggling::cases::{Attacker, HIDING, Hidden, ODD, filled, not_hidden};
@@ -12,7 +12,8 @@ const IS_PLAIN: [&str; 4] = [
     "host with a user",
 ];
 
-/// Sends a case by itself (in one part and in two parts), and after a plain request (in two parts and byte by byte).
+/// Compares the responses to a case. The case is sent by itself, in one part and in two parts. It is also sent after a
+/// plain request, in two parts and byte by byte.
 async fn compare(pair: &Pair, name: &str, bytes: &[u8]) {
     let key = &pair.world.keys[0];
     let first = format!(

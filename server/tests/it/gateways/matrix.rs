@@ -203,7 +203,8 @@ async fn cases(program: Program, with_redis: &Tenant, without_redis: &Tenant) ->
 
 type IsIn = fn(&Response) -> bool;
 
-/// The rows of the second table: what a response may contain, and a function that returns whether a response does.
+/// The rows of the second table: what a response may contain, and a function that returns whether a response contains
+/// it.
 const HEADERS: [(&str, IsIn); 7] = [
     ("`X-RateLimit-*`, `RateLimit-Policy`, `RateLimit`", |it| {
         let names = LIMITS.map(|name| it.headers().contains_key(name));

@@ -151,7 +151,7 @@ pub(super) async fn quota_resets_with_the_month(world: &World) {
     let key = Key::of(&world.start());
     let plan = Plan::any_rate().monthly(100);
     let mut admitted = 0;
-    // Send twelve requests every half day for six days, until 30 November.
+    // Send twelve requests every half day for six days, until November 30.
     for _ in 0..12 {
         admitted += key.admitted(&plan, 12).await;
         settle().await;

@@ -34,7 +34,7 @@ fn both() -> Plan {
     Plan::any_rate().daily(1000).monthly(30_000)
 }
 
-/// Advances from 10:00 to 23:49:00, with one request per key.
+/// Sends one request per key, and advances from 10:00 to 23:49.
 async fn spend_the_day(world: &World, keys: &[Key]) {
     for key in keys {
         assert!(key.ask(&both(), 1).await.is_allowed());
@@ -233,7 +233,7 @@ async fn blocks_of_evicted_keys_are_returned() {
     for key in keys(&limiter) {
         assert!(key.ask(&both(), 1).await.is_allowed());
     }
-    // The keys' buckets are full again, and no record refers to the keys' handles.
+    // The keys' buckets are full again, and no cached key record refers to the keys' handles.
     world.advance(Duration::from_secs(1));
     limiter.prune();
     settle_all().await;

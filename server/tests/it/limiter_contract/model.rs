@@ -342,8 +342,8 @@ async fn play(world: &World, plans: &[Plan], steps: &[Step], grain: u64) -> u64 
     compared
 }
 
-/// Asserts that at most `burst + rpm/60 * T` is admitted in any window of `T` seconds, with the exact rate and not the
-/// rounded one.
+/// Asserts that at most `burst + rpm/60 * T` is admitted in any window of `T` seconds. Uses the exact rate instead of
+/// the emission interval, which is rounded.
 fn within_what_was_sold(plan: &Plan, grants: &[(u64, u64)]) {
     // Check every window that starts with a grant.
     for (i, (from, _)) in grants.iter().enumerate() {

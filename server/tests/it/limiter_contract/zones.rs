@@ -1,8 +1,8 @@
 //! Tests of calendar quotas while the tenant's time zone changes.
 //!
 //! The oracle is derived from the documented behavior, not from the code. It keeps the windows with usage, ordered by
-//! start. A request inside the last window belongs to that window. Any other request opens a new window, which starts
-//! at the end of the last window or at the start of the day or month in the zone, whichever is later, and ends with
+//! start. A request inside the last window belongs to that window. Any other request opens a new window. This window
+//! starts at the end of the last window, or at the start of the day or month in the zone if that is later. It ends with
 //! that day or month. The window's quota is proportional to its length. Days and months are computed from fixed
 //! offsets.
 
@@ -353,7 +353,7 @@ async fn days_of_23_and_25_hours_and_months_are_cut_in_proportion() {
     let plan = |zone| Plan::any_rate().daily(2300).monthly(7430).zone(zone);
     let key = Key::of(&limiter);
     key.ask(&plan("UTC"), 1).await;
-    // 29 March has 23 hours in Berlin and begins at 23:00Z. At midnight UTC, 22 of them are left.
+    // March 29 has 23 hours in Berlin and begins at 23:00Z. At midnight UTC, 22 of these hours are left.
     world.clock.set_now(at("2026-03-29T00:00:00Z"));
     let decision = key.ask(&plan("Europe/Berlin"), 1).await;
     let daily = decision.daily.unwrap();
@@ -370,7 +370,7 @@ async fn days_of_23_and_25_hours_and_months_are_cut_in_proportion() {
     assert_eq!(monthly.shortened_to.unwrap().get(), 718 * 3600);
     assert_eq!(monthly.reset_at, at("2026-04-30T22:00:00Z"));
 
-    // 25 October has 25 hours in Berlin and begins at 22:00Z. At midnight UTC, 23 of them are left.
+    // October 25 has 25 hours in Berlin and begins at 22:00Z. At midnight UTC, 23 of these hours are left.
     let key = Key::number(&limiter, 8);
     world.clock.set_now(at("2026-10-24T12:00:00Z"));
     key.ask(&plan("UTC").daily(2500), 1).await;

@@ -289,7 +289,7 @@ async fn a_slow_response_is_not_reported_as_an_exceeded_limit() {
             assert!(decision.violated().is_empty(), "{decision:?}");
             assert!(decision.retry_after_secs().is_some());
         }
-        // Tokens that arrived too late were returned. They are available once the counters are fast again, which
+        // Tokens that arrived too late were returned. They are available once the counters are fast again. Here, that
         // happens before the circuit breaker opens.
         tokio::time::sleep_until(began + Duration::from_millis(100)).await;
         *far.round_trip.lock() = Duration::from_millis(2);
@@ -486,7 +486,8 @@ fn request_ends_although_the_runtime_has_been_shut_down() {
         runtime.shutdown_background();
         let _context = handle.enter();
         let request = std::panic::AssertUnwindSafe(|| {
-            // The outcome does not matter. It may be a panic, because the runtime no longer has timers.
+            // The request must not block, but its outcome does not matter: it may panic, because the runtime no longer
+            // has timers.
             let _ = Box::pin(replica.admit(&plan(1, 100, false), 1)).now_or_never();
         });
         let _ = std::panic::catch_unwind(request);

@@ -1,10 +1,10 @@
 //! Tests that returned tokens never make a bucket fuller than if they had never been taken.
 //!
 //! After every call, the oracle replays the bucket's entire history from a full bucket, without the tokens that have
-//! been returned by then, and compares the results. Unlike the script, the oracle does not record minimum debts and has
-//! no rules for credits. Schedules are random. They include early and late returns, calls that return the tokens of
-//! several grants, plan edits, callers with an old plan, lost and stale state, and a clock that goes backward. Scripts
-//! with planted errors prove that the oracle detects them.
+//! been returned by then. It compares the resulting debt with the reported debt. Unlike the script, the oracle does not
+//! record minimum debts and has no rules for credits. Schedules are random. They include early and late returns, calls
+//! that return the tokens of several grants, plan edits, callers with an old plan, lost and stale state, and a clock
+//! that goes backward. Scripts with planted errors prove that the oracle detects them.
 #![expect(
     clippy::disallowed_methods,
     reason = "only tests read the seed settings"
@@ -372,7 +372,8 @@ fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
 
-/// Runs `schedules` schedules, or only the schedule of the seed in `QUOTA_SEED`. Stops once a bucket was too full.
+/// Runs `schedules` schedules, or only the schedule of the seed in `QUOTA_SEED`. Stops after the first schedule in
+/// which a bucket became too full.
 async fn run(counters: &mut Counters, clock: &TestClock, schedules: u64) -> Sum {
     let seeds = number("QUOTA_SEED").map_or(0..schedules, |seed| seed..seed + 1);
     let mut sum = Sum::default();
@@ -390,7 +391,8 @@ fn check(sum: &Sum) {
     eprintln!("{sum:?}");
     if number("QUOTA_SEED").is_none() {
         assert!(sum.returned > 1000 && sum.exceptions > 100, "{sum:?}");
-        // With a script that credits nothing, the bucket would never be too full either.
+        // A script that credits nothing would never make a bucket too full either, so the total credit must not be
+        // small.
         assert!(sum.credited > 0.5 * sum.allowed, "{sum:?}");
     }
 }

@@ -144,8 +144,9 @@ async fn load(replicas: &Replicas, log: &Arc<Log>, lasts: Duration) {
 }
 
 impl Log {
-    /// Returns the number of tokens by which the worst window is certain to exceed the envelope, counting only requests
-    /// that were sent and got their response within the window.
+    /// Returns the largest number of tokens by which a window is certain to exceed its bound: the burst, plus the
+    /// refill in a time that is longer than the window by [`TTL`]. Only requests that were sent and got their response
+    /// within the window count.
     fn excess(&self) -> f64 {
         let admitted = self.admitted.lock();
         let rate = f64::from(RPM) / 60e9;

@@ -15,11 +15,11 @@ pub(super) const EPOCH_DELAY: u64 = 600_000;
 /// The default deadline of calls, in microseconds.
 pub(super) const DEADLINE: u64 = 30_000;
 
-/// The promise of an epoch expires one epoch delay after the epoch's start, minus this many microseconds.
+/// The promise of an epoch expires this many microseconds before one epoch delay has passed since the epoch's start.
 const PROMISED: u64 = 100_000;
 
-/// A call during an outage postpones the start of an unconfirmed epoch only after this many microseconds of the epoch
-/// delay, or after the deadline of calls, whichever is longer.
+/// During an outage, a call postpones the start of an unconfirmed epoch. It does so only if this many microseconds of
+/// the epoch delay have passed, or the deadline of calls if that is longer.
 const KNOWN: u64 = 50_000;
 
 /// For this many microseconds plus three deadlines after the start of a confirmed epoch, other callers cannot begin

@@ -135,7 +135,7 @@ async fn blocks_of_idle_replicas_go_to_the_busy_ones() {
         let far = Far::new(Duration::from_millis(1));
         let ledger = TestLedger::new();
         let all = replicas(&far, &ledger, of, of);
-        // Keep the handles, as cached records do.
+        // Keep the handles, as cached key records do.
         let _handles: Vec<_> = all.iter().map(|it| it.handle(7)).collect();
         let policies = plan(600_000, daily, false);
         let (busy, idle) = all.split_last().unwrap();

@@ -391,7 +391,7 @@ async fn a_lost_bucket_is_empty_for_every_burst() {
     assert_eq!(granted(slow(8, 600)).await, 180 - 90);
 }
 
-/// After a loss of state, a denied request is enough for the counters to know the key's plan: if the rate is raised
+/// After a loss of state, a denied request is enough for the counters to know the key's plan. If the rate is raised
 /// later, the bucket has refilled at the earlier rate until then. Without such a request, the counters know only the
 /// later plan, and the bucket has refilled at the later plan's rate since the epoch started.
 #[tokio::test]

@@ -1,8 +1,8 @@
 //! Checks the limiter's guarantees by recounting the requests in the log.
 //!
 //! The checks are derived from the documented guarantees, not from how the limiter implements them. The numbers of
-//! tokens that replicas and Redis report are used only for two checks: a denial is wrong if Redis had never granted
-//! enough tokens to empty the bucket, and the totals must match.
+//! tokens that replicas and Redis report are used for only two checks. A denial is wrong if Redis had never granted
+//! enough tokens to empty the bucket. The totals must match.
 //!
 //! **Upper bound.** In any window of `T`, all replicas together admit at most `burst + rate·(T + ttl)` tokens, or
 //! `burst + rate·T` for a strict plan. In the second after a plan is edited, replicas may follow either version of the
@@ -11,35 +11,35 @@
 //! the next, the lower of the two rates counts, because a bucket learns of an edit only from a request. If Redis has
 //! lost its state, and has decided no request under the earlier plan since then, Redis no longer knows the earlier
 //! plan. The later plan then counts from the start of the new epoch, even if the edit came later. With `closed`, there
-//! is no exception to this bound. With `share`, there is one exception: while some replicas have lost Redis (or get all
-//! responses late) and others have not, the replicas that have lost Redis use their share `p` of the bucket, in
-//! addition to the tokens that the others take from Redis. All replicas together then admit at most `(1 + p)` times the
-//! bound, where `p` is at most 1. If some calls fail just after an outage, the replicas that made these calls still
-//! count as having lost Redis while the other replicas use Redis again. With `open`, the requests that a replica admits
-//! without Redis satisfy the bound of a strict plan, separately for each replica. Requests admitted by Redis satisfy
-//! the bound without exceptions, with every fallback setting.
+//! is no exception to this bound. With `share`, there is one exception. While only some replicas have lost Redis or get
+//! all responses late, these replicas use their share `p` of the bucket, in addition to the tokens that the others take
+//! from Redis. All replicas together then admit at most `(1 + p)` times the bound, where `p` is at most 1. If some
+//! calls fail just after an outage, the replicas that made these calls still count as having lost Redis while the other
+//! replicas use Redis again. With `open`, the requests that a replica admits without Redis satisfy the bound of a
+//! strict plan, separately for each replica. Requests admitted by Redis satisfy the bound without exceptions, with
+//! every fallback setting.
 //!
 //! **Lower bound.** In any period of 2 s that contains no fault and starts at least [`RECOVERED`] after the last fault,
-//! the replicas admit at least 99% of what an exact bucket would admit of the same requests, to within a token or two.
-//! At the start of the period, the exact bucket contains what earlier admissions have left in it. If a replica crashes,
-//! the tokens that may have been granted for requests to which it had not responded are lost. For a leased key, two
-//! kinds of tokens are not counted as available. The first are tokens that another replica may hold: at most a tenth of
-//! the burst and at most twice the cost of the requests that the replica got just before, for at most [`HELD`]. The
-//! second are the last tokens of a bucket, because replicas let them accumulate and then take them together: once the
-//! bucket contains fewer tokens than refill in [`GATHER`], that many tokens are not counted until the bucket contains
-//! twice as many. Requests that arrive during a call to Redis are decided together by the next call, for every plan. So
-//! at the end of a window, the tokens that refilled during the last round trip may be unspent. Also, a request that is
-//! sent after the window may be admitted while a request of the window is still waiting. If the waiting request is then
-//! denied, the later request counts as part of the window. In addition, Redis learns of an edit with the first request
-//! that it decides after the edit: tokens that refill before this request count at the lower of the two rates, unless a
-//! restarted Redis has lost the earlier plan. After a fault, a bucket is empty only if Redis lost its state, or if no
-//! replica that uses the bucket received a response during the fault. Otherwise, the bucket has lost only the tokens
-//! that Redis granted in responses that arrived late or never, and those that were returned by calls that never
-//! arrived.
+//! the replicas admit at least 99% of the tokens that an exact bucket would admit for the same requests, give or take
+//! one token more than the highest cost of a request. At the start of the period, the exact bucket contains what
+//! earlier admissions have left in it. If a replica crashes, the tokens that may have been granted for requests to
+//! which it had not responded are lost. For a leased key, two kinds of tokens are not counted as available. The first
+//! are tokens that another replica may hold for at most [`HELD`]: at most a tenth of the burst, and at most twice the
+//! cost of the requests that the replica got just before. The second are the last tokens of a bucket, because replicas
+//! let them accumulate and then take them together. Once the bucket contains fewer tokens than refill in [`GATHER`],
+//! that many tokens are not counted until the bucket contains twice as many. Requests that arrive during a call to
+//! Redis are decided together by the next call, for every plan. So at the end of a window, the tokens that refilled
+//! during the last round trip may be unspent. Also, a request that is sent after the window may be admitted while a
+//! request of the window is still waiting. If the waiting request is then denied, the later request counts as part of
+//! the window. In addition, Redis learns of an edit with the first request that it decides after the edit. Tokens that
+//! refill before this request count at the lower of the two rates, unless a restarted Redis has lost the earlier plan.
+//! After a fault, a bucket is empty only if Redis lost its state, or if no replica that uses the bucket received a
+//! response during the fault. Otherwise, the bucket has lost only the tokens that Redis granted in responses that
+//! arrived late or never, and those that were returned by calls that never arrived.
 //!
-//! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of what a
-//! separate bucket would admit of the requests that the replica gets. With `open`, this applies from half a second
-//! after the start of the outage, and the separate bucket has the full limit. This bucket is full at first, and
+//! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of the tokens
+//! that a separate bucket would admit for the requests that the replica gets. With `open`, this applies from half a
+//! second after the start of the outage, and the separate bucket has the full limit. This bucket is full at first, and
 //! requests that Redis decides take nothing from it. With `share`, this applies from 1.4 s after the start, and the
 //! separate bucket has the replica's share of the limit and is empty at first. This check requires a constant number of
 //! replicas. If a replica has never had a response for the key under the current plan, the replica's share starts with
@@ -48,10 +48,10 @@
 //! **Connections.** A replica decides without Redis only during a fault that affects the replica, and for [`RECOVERED`]
 //! after the fault. If Redis may lose its state because of a fault, the fault counts as affecting every replica.
 //!
-//! **Waits.** A denial by the rate limit states a time to wait, which is at most the time that an empty bucket needs
-//! for the request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, a request with the
-//! same cost is admitted after that time, rounded up to whole seconds as in a header. With a leased key, the request
-//! may also have to wait until tokens have accumulated.
+//! **Waits.** A denial by the rate limit states a time to wait. This is at most the time in which an empty bucket
+//! refills the request's cost, plus the lifetimes of two leases. If nothing is taken in the meantime, a request with
+//! the same cost is admitted after that time, rounded up to whole seconds as in a header. With a leased key, the
+//! request may also have to wait until tokens have accumulated.
 #![expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -608,8 +608,8 @@ struct Bucket<'a> {
     pieces: &'a [Least],
     piece: usize,
     /// The index of the piece at the time of the last request that Redis decided, because Redis does not know of later
-    /// edits. If there is no such request since Redis lost the plan, this is the index at the time of the first request
-    /// since then, because that request may have reached Redis even if it was decided without Redis.
+    /// edits. If Redis has decided no request since it lost the plan, this is the index at the time of the first
+    /// request since then. That request may have reached Redis even if it was decided without Redis.
     heard: Option<usize>,
     at: u64,
     missing: f64,
@@ -919,10 +919,10 @@ fn is_eventful(scene: &Scene, key: &Key, from: u64, until: u64) -> bool {
             .any(|(at, _)| overlaps(at * MS, at * MS + HELD))
 }
 
-/// Returns a description of a denial whose wait is wrong, if there is one. A wait is wrong if the same request is
-/// denied again after the wait although nothing was taken in the meantime. A wait is also wrong if it is longer than an
-/// empty bucket takes to refill enough tokens, plus the lifetimes of two leases. A missing wait is wrong if the bucket
-/// can hold enough tokens.
+/// Returns a description of a denial whose wait is wrong, if there is one. A wait is wrong if a request that costs no
+/// more is denied after the wait, although nothing was taken in the meantime. A wait is also wrong if it is longer than
+/// an empty bucket takes to refill enough tokens, plus the lifetimes of two leases. A missing wait is wrong if the
+/// bucket can hold enough tokens.
 fn wrong_wait(scene: &Scene, key: &Key, entries: &[Entry]) -> Option<String> {
     let plans = in_force(key);
     for (place, it) in entries.iter().enumerate() {
