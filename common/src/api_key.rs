@@ -126,7 +126,7 @@ request! {
         #[garde(dive)]
         pub grace_seconds: Option<GraceSeconds>,
         /// Whether to revoke the previous secret immediately if the grace period of an earlier rotation has not ended.
-        /// If `false`, such a rotation fails with 409. Default: false.
+        /// If `false`, the request fails with 409 in this case. Default: false.
         #[garde(skip)]
         pub replace_previous: Option<bool>,
     }

@@ -36,8 +36,8 @@ response! {
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
-        /// When keys on plans marked `paid` stop working, or when they stopped: at the end of the subscription, or at
-        /// the end of the grace period after a failed payment. `null` if no end is scheduled.
+        /// When keys on plans marked `paid` stop working, or when they stopped. This is when the subscription ends or,
+        /// after a failed payment, when the grace period ends. `null` if no end is scheduled.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
@@ -52,8 +52,8 @@ response! {
         /// subscription.
         pub has_customer: bool,
         /// When this information was last retrieved from Stripe. While the tenant has a subscription, the information
-        /// is retrieved about every 10 minutes: a time more than half an hour ago means that Stripe could not be
-        /// reached, and that the status may be outdated.
+        /// is retrieved about every 10 minutes. If this time is more than half an hour ago, Stripe could not be
+        /// reached, and the status may be outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is
         /// unknown.

@@ -71,9 +71,9 @@ request! {
         /// Requests per minute for each key, 1 to 60,000,000.
         #[garde(dive)]
         pub default_rpm: Rpm,
-        /// Maximum burst: the number of requests that are allowed immediately for an idle key, 1 to 60,000,000. An
-        /// empty bucket must refill within 31 days, so the burst can be at most 44,640 times the rate. Default:
-        /// `default_rpm`.
+        /// Maximum burst: the number of requests that are allowed immediately for an idle key, 1 to 60,000,000. A
+        /// used-up burst must be fully available again within 31 days, so the burst can be at most 44,640 times the
+        /// rate. Default: `default_rpm`.
         #[garde(dive)]
         pub burst: Option<Burst>,
         /// Requests per key per calendar day, in the tenant's time zone. Default: unlimited.

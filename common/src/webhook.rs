@@ -21,8 +21,8 @@ response! {
         pub is_active: bool,
         /// Why Quota disabled the webhook. `null` if Quota did not disable it.
         pub disabled_reason: Option<String>,
-        /// When deliveries started to fail. `null` if the last attempt succeeded, if there were no attempts, or if the
-        /// URL was changed or the webhook was enabled after the last attempt.
+        /// When deliveries started to fail. `null` if the last attempt succeeded or if there were no attempts. Changing
+        /// the URL or enabling the webhook resets this field to `null`.
         pub failing_since: Option<Timestamp>,
         /// When the previous secret expires. Until then, deliveries are also signed with the previous secret. `null` if
         /// there is no previous secret.

@@ -1,4 +1,5 @@
-// Tests undoing, duplicating and moving; menus; messages in dialogs; keys pasted by mistake; slow responses.
+// Tests actions such as undo, duplicate and move. Also tests menus, messages in dialogs, keys pasted by mistake, and
+// slow responses.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";

@@ -1,5 +1,5 @@
 // Tests Home, Usage, the page of a key and the live tail with real traffic. Every number on these pages is compared
-// with the client's own count of the responses that it received.
+// with the test's own count of the responses that it received.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";

@@ -1,5 +1,5 @@
-// Tests webhooks, from creating to deleting one, with the keyboard and an endpoint that the test starts; tests quota
-// alerts.
+// Tests webhooks with the keyboard, from creation to deletion. The test starts the endpoint that receives the events.
+// Also tests quota alerts.
 //
 // The server must allow webhooks to this machine: QUOTA_WEBHOOK_PRIVATE_NETWORKS=127.0.0.0/8.
 

@@ -327,8 +327,9 @@ impl Session {
         self.client.server().to_string()
     }
 
-    /// Waits until no other process is refreshing, and returns the locked file. Returns `None` if the file cannot be
-    /// locked. In that case, processes may refresh at the same time, which the server tolerates for a few seconds.
+    /// Waits for other processes to finish refreshing, and returns the locked file. Returns `None` if the file cannot
+    /// be locked within [`LOCK_TIMEOUT`]. In that case, processes may refresh at the same time, which the server
+    /// tolerates for a few seconds.
     async fn lock_refresh(&self) -> Option<File> {
         let file = File::create(&self.lock).ok()?;
         let deadline = Instant::now() + LOCK_TIMEOUT;

@@ -80,8 +80,9 @@ pub fn show(app: &AppHandle, path: &'static str) {
     );
 }
 
-/// Brings the window to the front. Opens a page of the console, unless a locked dialog is open, which the new page
-/// would discard. Some desktop environments let a window take the focus only with the activation token of a click.
+/// Brings the window to the front and opens a page of the console. If a locked dialog is open, does not open the page,
+/// because that would discard the dialog. Some desktop environments let a window take the focus only with the
+/// activation token of a click, which `token` contains.
 pub fn reveal(app: &AppHandle, path: &'static str, token: Option<String>) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;

@@ -83,9 +83,9 @@ impl DecisionApi {
     /// List decisions
     ///
     /// Returns decisions on requests with a known key, newest first: which key called which endpoint, whether the
-    /// request was allowed, and if not, which policy denied it. Filter by `request_id`, the response's `X-Request-Id`,
-    /// to find out why a request was denied. If matches are rare, a page may have fewer items than `limit` even though
-    /// it has a `next_cursor`.
+    /// request was allowed, and if not, which policy denied it. To find out why a request was denied, filter by
+    /// `request_id`: the `X-Request-Id` of the response. If matches are rare, a page may have fewer items than `limit`
+    /// even though it has a `next_cursor`.
     #[oai(path = "/decisions", method = "get", operation_id = "list_decisions")]
     #[expect(
         clippy::too_many_arguments,

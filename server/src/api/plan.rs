@@ -101,7 +101,7 @@ fn just_used() -> ApiError {
 impl PlanApi {
     /// List plans
     ///
-    /// Returns plans in the order given by `sort`, by default newest first, each with its number of keys. A cursor is
+    /// Returns plans, each with its number of keys, in the order given by `sort` (default: newest first). A cursor is
     /// valid only with the `sort` for which it was issued.
     #[oai(path = "/plans", method = "get", operation_id = "list_plans")]
     async fn list(
@@ -269,7 +269,7 @@ impl PlanApi {
         plan::delete(&mut edit, id).await.map_err(|error| {
             ApiError::on_constraint(error, &[("api_keys_plan_fkey", just_used)])
         })?;
-        // A plan without keys is not in any cache.
+        // A plan without keys is not in any cache, so there is nothing to invalidate.
         edit.deleted(AuditAction::PlanDelete, &plan, None).await?;
         Ok(NoContent)
     }

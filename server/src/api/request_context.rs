@@ -102,8 +102,8 @@ impl RequestContext {
         }
     }
 
-    /// Returns the time at which work on a decision begins. Must be called before anything waits. Reads the clock only
-    /// if the time at which the request had arrived completely is not known.
+    /// Returns the time at which work on a decision begins. Call before waiting for anything. Reads the clock only if
+    /// the time at which the request had arrived completely is not known.
     pub fn decision_begins(&self) -> Monotonic {
         self.complete_at
             .unwrap_or_else(|| self.state.clock.monotonic())

@@ -37,9 +37,9 @@ pub struct StatsApi {
 /// Yesterday, up to the same time of day as now, for comparison.
 struct Yesterday {
     start: DateTime<Utc>,
-    /// The start of the quarter hour that contains the same time of day yesterday.
+    /// The start of yesterday's quarter hour that contains the current time of day.
     quarter: DateTime<Utc>,
-    /// The fraction of that quarter hour that had passed at the same time of day.
+    /// The fraction of that quarter hour that had passed at this time of day.
     part: f64,
 }
 

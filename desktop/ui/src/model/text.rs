@@ -73,8 +73,8 @@ pub fn date_time(millis: i64) -> String {
     ];
     let minutes = millis.div_euclid(60_000);
     let (days, minute) = (minutes.div_euclid(1440), minutes.rem_euclid(1440));
-    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms". Years start in March, so that a leap day is a
-    // year's last day.
+    // The algorithm is from Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms". Years start in March, so
+    // that a leap day is the last day of its year.
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
     let year_of_era =
