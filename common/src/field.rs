@@ -163,7 +163,7 @@ macro_rules! redacted {
     )+};
 }
 
-/// Matches text that has no control characters and at least one character that is not whitespace.
+/// Matches text that has at least one character that is not whitespace, and no control characters.
 #[cfg(feature = "openapi")]
 const NAME_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*[^\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000][^\u0000-\u001F\u007F-\u009F]*$";
 #[cfg(feature = "openapi")]

@@ -126,8 +126,8 @@ response! {
         /// Why the last attempt failed, or why the delivery was canceled or not attempted. Otherwise `null`.
         pub error: Option<String>,
         pub last_attempt_at: Option<Timestamp>,
-        /// When the next attempt is due. During an attempt, the time at which the attempt will be repeated if the
-        /// server stops. `null` if the event will not be sent again.
+        /// When the next attempt is due. During an attempt, this is the time at which the attempt will be repeated if
+        /// the server stops before the attempt ends. `null` if the event will not be sent again.
         pub next_attempt_at: Option<Timestamp>,
         /// The request body that is sent to the webhook's URL.
         pub payload: serde_json::Value,

@@ -7,7 +7,7 @@ import { readFileSync } from "node:fs";
 const number = (n) => n.toLocaleString("en-US");
 const percent = (part, whole) => (whole ? `${(Math.round((part * 1000) / whole) / 10).toFixed(1)}%` : "–");
 
-/** The requests and responses of a client. */
+/** The requests that the test has sent, and their responses. */
 class Log {
   requests = [];
 

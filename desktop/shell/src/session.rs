@@ -203,7 +203,8 @@ impl Session {
     async fn send(&self, call: &Call) -> Result<String, CallError> {
         let token = self.access(None).await?;
         match self.client.send(call, Credential::Access(&token)).await {
-            // The access token expired before it reached the server, or the server revoked it.
+            // The access token expired before it reached the server, or the server revoked it. Try once more with a new
+            // token.
             Err(error) if is_unauthorized(&error) => {
                 let token = self.access(Some(&token)).await?;
                 self.client.send(call, Credential::Access(&token)).await

@@ -62,7 +62,7 @@ fn report_theme(window: &WebviewWindow, theme: Theme) {
 fn is_console(url: &Url) -> bool {
     let is_embedded = match url.scheme() {
         "tauri" => url.host_str() == Some("localhost"),
-        // The console's origin on Windows and Android.
+        // Tauri uses this origin on Windows and Android.
         "http" | "https" => url.host_str() == Some("tauri.localhost"),
         _ => false,
     };

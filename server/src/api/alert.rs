@@ -88,7 +88,7 @@ impl AlertApi {
 
     /// Get the alert settings
     ///
-    /// Returns who receives quota alerts by email.
+    /// Returns the settings that determine who receives quota alerts by email.
     #[oai(
         path = "/alert-settings",
         method = "get",

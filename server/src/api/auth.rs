@@ -245,8 +245,8 @@ impl AuthApi {
     /// Sign out
     ///
     /// Revokes the session of the refresh token. The session's access tokens stop working on all replicas within one
-    /// second. With `X-Quota-Session: cookie`, the refresh token is read from its cookie, as when refreshing, and the
-    /// session's cookies are deleted.
+    /// second. With `X-Quota-Session: cookie`, the refresh token is read from its cookie, and the session's cookies are
+    /// deleted. `X-Quota-CSRF` is required, as when refreshing.
     #[oai(path = "/logout", method = "post", operation_id = "logout")]
     async fn logout(
         &self,

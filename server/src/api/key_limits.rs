@@ -238,8 +238,8 @@ impl KeyLimitsApi {
 /// The maximum number of points in a burn-down, not counting the last one.
 const POINTS: i32 = 192;
 
-/// Returns the starts of intervals of equal length, which is a multiple of a quarter hour. The first interval starts
-/// with the window, and all others start before `until`.
+/// Returns the starts of intervals of equal length. The length is a multiple of a quarter hour. The first interval
+/// starts with the window, and all others start before `until`.
 fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     let quarter = TimeDelta::minutes(15);
     let quarters = (quota.end - quota.start).num_minutes() / 15;

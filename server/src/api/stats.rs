@@ -67,7 +67,7 @@ impl Yesterday {
 
 /// Returns the given fraction of a count, rounded to an integer.
 fn part_of(count: u64, part: f64) -> u64 {
-    // The count for a quarter hour is far below 2^52.
+    // The count for a quarter hour is far below 2^52, so `f64` represents it exactly.
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,
