@@ -154,7 +154,7 @@ export async function actions(world) {
   await page.getByText("This is a different key.").waitFor({ state: "detached" });
   await my.button("Copy key ID").click().catch(() => {});
 
-  // Slow responses: the old rows are dimmed, and a button shows that it is busy.
+  // While a response is slow to arrive, the old rows are dimmed.
   let release;
   const released = new Promise((resolve) => (release = resolve));
   await my.navigate("API keys").click();

@@ -1,4 +1,4 @@
-// Tests Home, Usage, the page of a key and the live tail with real traffic. Every number on these pages is compared
+// Tests Home, Usage, the page of a key and the live tail with real traffic. The numbers on these pages are compared
 // with the test's own count of the responses that it received.
 
 import assert from "node:assert/strict";

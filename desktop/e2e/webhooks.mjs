@@ -317,7 +317,7 @@ async function stops(my, receiver) {
   await press(my, "Disable webhook");
   await hasFocus(my, "Enable");
   await status(my, "Disabled");
-  // A disabled webhook receives test events, but no other events.
+  // A disabled webhook still receives test events.
   const request = await sendTest(my, receiver);
   assert.equal(JSON.parse(request.body).type, "webhook.test");
   await result(my, "The endpoint responded with status 200.");

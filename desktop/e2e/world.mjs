@@ -140,12 +140,12 @@ export class Visitor {
     await page.setViewportSize({ width: 1280, height: 800 });
   }
 
-  /** Reports elements whose content is wider than they are. */
+  /** Reports a violation if the content of an element is wider than the element. */
   async fits(form) {
     const excess = await this.page.evaluate(() => {
       const beyond = (element) => element.scrollWidth - element.clientWidth;
       const parts = [...document.querySelectorAll("dialog[open], .side, .card, main")];
-      // Text can also overflow the card of its row without causing any scrolling.
+      // Text can also overflow its table row without causing any scrolling.
       const right = (element) => element.getBoundingClientRect().right;
       const scrolls = (element) => element.closest(".chart-table, .tail-list, .visually-hidden, pre, svg, [hidden]");
       const leaves = [...document.querySelectorAll("main .table tbody tr *")].filter((it) => !it.children.length && !scrolls(it));
