@@ -127,7 +127,8 @@ const WARNS: &str = "document.querySelector('[data-unsaved]') ? (dispatchEvent(n
 /// How long to wait for a response from the page. If the page takes longer, it is considered hung.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Quits the app. If the page shows a new secret that has not been saved, lets the page ask the user first.
+/// Quits the app, unless a new secret has not been saved or is still being created. In that case, the page can ask the
+/// user. Also quits if the page does not respond.
 pub fn quit(app: &AppHandle) {
     let is_waiting = Arc::new(AtomicBool::new(true));
     let ask = {
@@ -177,7 +178,8 @@ fn evaluate(
         .is_ok()
 }
 
-/// Handles a second launch of the app: focuses the window, and selects the server given on the command line.
+/// Handles a second launch of the app: focuses the window, and selects the server given on the command line, unless a
+/// locked dialog is open.
 pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;

@@ -70,8 +70,8 @@ const OF_PROXIES: [&str; 5] = [
 /// require TLS.
 ///
 /// `Host` alone does not prove that the server is local: a proxy may send the name of its upstream, such as
-/// `localhost`. Therefore, a request counts as local only if the public URL is not an HTTPS URL, the peer is on this
-/// machine, the request has no proxy headers, and `Origin`, if present, is also local.
+/// `localhost`. Therefore, the public URL must not be an HTTPS URL either, the peer must be on this machine, and the
+/// request must not have a proxy's headers. `Origin`, if present, must also be local.
 fn is_secure(state: &AppState, request: &Request) -> bool {
     let page_is_local = match request.headers().get(header::ORIGIN) {
         None => true,

@@ -58,7 +58,7 @@ pub struct RequestContext {
     pub id: RequestId,
     /// The client's address. `None` for a peer without an address, such as a Unix socket.
     pub ip: Option<IpAddr>,
-    /// When the beginning of the request arrived.
+    /// When the server started to process the request.
     pub arrived: UnixNanos,
     /// The time by which the request had arrived completely. `None` if its body may still be arriving.
     complete_at: Option<Monotonic>,

@@ -255,7 +255,7 @@ fn attention_text(it: &Attention) -> String {
         }
         AttentionKind::Expiring => format!("Expires {at}"),
         AttentionKind::GraceEnding => format!("Previous secret stops working {at}"),
-        // `at` is the time of the key's last use or, if the key was never used, the time of its creation.
+        // Does not show `at`, because it is the time of the key's creation if the key was never used.
         AttentionKind::Idle => "No requests in the last 30 days".to_owned(),
     }
 }
