@@ -143,7 +143,7 @@ impl Gateway {
     }
 
     /// Returns the configuration for a server at `origin`, such as `https://quota.example.com`. `files` contains the
-    /// configurations of all gateways, each below a line with the gateway's name.
+    /// gateways' configuration files, each below a line with the file's name.
     pub fn configuration(self, files: &str, origin: &str, token: &str) -> String {
         // The server's tests run real gateways with these files. The console does not show the files' leading comments.
         let file = |name: &str| {

@@ -156,7 +156,7 @@ pub fn today(stats: &Stats, day: &Usage) -> Pair {
     }
 }
 
-/// Returns the change since the previous period, such as `+12.5%`.
+/// Returns the change since the previous period, such as `+12.5% vs. previous period`.
 pub fn change(now: u64, before: u64) -> String {
     if now == before {
         return "Same as the previous period".to_owned();
