@@ -37,7 +37,8 @@ use crate::{
 
 /// An access token is refreshed this long before it expires.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
-/// How long to wait for another process to finish a refresh. This is longer than a refresh takes.
+/// How long to wait for another process to finish a refresh. This is longer than a refresh takes, unless the user has
+/// to unlock the keychain.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often to try to acquire the lock.
 const LOCK_POLL: Duration = Duration::from_millis(50);

@@ -102,7 +102,8 @@ impl AlertApi {
 
     /// Update the alert settings
     ///
-    /// The new settings apply only to alerts that are created after the update.
+    /// Emails that are already waiting to be sent are not affected. Alerts that were created while emails were off are
+    /// not sent.
     #[oai(
         path = "/alert-settings",
         method = "patch",
