@@ -125,7 +125,8 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
-    /// Returns the tenant of the session or service token that authenticated the request. `None` for API keys.
+    /// Returns the tenant of the session or service token that authenticated the request. Returns `None` once an API
+    /// key has been identified.
     pub fn tenant(&self) -> Option<TenantId> {
         match &*self.caller.lock() {
             Some(Identity::Tenant(tenant)) => Some(*tenant),
