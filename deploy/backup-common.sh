@@ -99,7 +99,7 @@ archive_usage() {
     [ -n "$replica" ] || fail "no replica is running, so its volume cannot be read; start one"
     docker cp "$replica:/var/lib/quota/usage" -
   elif [ -d "${QUOTA_DATA_DIR:-}/usage" ]; then
-    # While tar runs, servers may delete files whose usage records are in the database.
+    # While tar runs, servers may delete files whose usage records are in the database. This is not an error.
     tar --create --sparse --ignore-failed-read --warning=no-file-changed --warning=no-file-removed \
       --directory "$QUOTA_DATA_DIR" usage || [ $? = 1 ]
   else
@@ -108,8 +108,8 @@ archive_usage() {
   fi
 }
 
-# Runs a command as the owner of the data directory. The server's user can replace files and directories in this
-# directory with links at any time, so commands that write there must have only the rights of this user.
+# Runs a command as the owner of the data directory. The server's user can replace files in this directory with links at
+# any time. Therefore, commands that write there must have only the rights of this user.
 as_owner() {
   local user group
   read -r user group < <(stat --format '%u %g' "$QUOTA_DATA_DIR")

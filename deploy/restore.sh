@@ -28,7 +28,7 @@ if [ "$(query "SELECT count(*) FROM pg_class WHERE relnamespace = 'public'::regn
   ALTER DATABASE $name RENAME TO ${name}_before_restore;
   CREATE DATABASE $name;"
 fi
-# The sessions of a server that has just stopped may take a moment to end.
+# The database sessions of a server that has just stopped may take a moment to end.
 for _ in 1 2 3 4 5 6 7 8 9 10; do
   others=$(query "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid() AND backend_type = 'client backend'")
   [ "$others" != 0 ] || break

@@ -1,7 +1,7 @@
 //! Copies the files of the compiled console, if it exists, for the server to embed.
 //!
 //! The server embeds the copies, so that it compiles even if the console is deleted, or if another checkout with the
-//! same target directory has none.
+//! same target directory has no console.
 
 use std::{
     env,

@@ -37,8 +37,8 @@ response! {
         pub access: BillingAccess,
         /// Whether API keys on plans marked `paid` currently work.
         pub paid_plans_work: bool,
-        /// When keys on plans marked `paid` stop working, or when they stopped: at the end of the subscription, or at
-        /// the end of the grace period after a failed payment. `null` if no end is scheduled.
+        /// When keys on plans marked `paid` stop working, or when they stopped. This is when the subscription ends or,
+        /// after a failed payment, when the grace period ends. `null` if no end is scheduled.
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,

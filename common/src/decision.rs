@@ -51,8 +51,8 @@ response! {
         pub items: Vec<Decision>,
         /// Pass as `cursor` to fetch the next page. `null` on the last page. Opaque.
         pub next_cursor: Option<String>,
-        /// Number of decisions in the log that match the filters. `null` if the `endpoint` filter names an endpoint
-        /// that is not counted separately, or if more than 50,000 requests have the `request_id` in the filter.
+        /// Number of decisions in the log that match the filters. `null` if this number is not known: if the endpoint
+        /// in the filter is not counted separately, or if more than 50,000 requests have the request ID in the filter.
         pub total: Option<u64>,
         /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive the decisions after this page. Opaque.
         pub last_event_id: String,

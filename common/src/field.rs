@@ -163,7 +163,7 @@ macro_rules! redacted {
     )+};
 }
 
-/// Matches text that has no control characters and at least one character that is not whitespace.
+/// Matches text that has at least one character that is not whitespace, and no control characters.
 #[cfg(feature = "openapi")]
 const NAME_PATTERN: &str = r"^[^\u0000-\u001F\u007F-\u009F]*[^\u0000-\u0020\u007F-\u00A0\u1680\u2000-\u200A\u2028\u2029\u202F\u205F\u3000][^\u0000-\u001F\u007F-\u009F]*$";
 #[cfg(feature = "openapi")]
@@ -286,7 +286,7 @@ impl<'de> Deserialize<'de> for Metadata {
 impl FromJson for Metadata {
     fn from_json(json: Json) -> Result<Self, Invalid> {
         match json {
-            // Responses that earlier versions of the desktop app stored lack this field.
+            // Servers of earlier versions do not send this field.
             Json::Null => Ok(Self::default()),
             json => json.entries().map(Self),
         }

@@ -2,7 +2,7 @@
 //! [`BillingPage`] is used.
 //!
 //! The console passes [`Call`](crate::call::Call)s and a few commands to the app. The console never receives the
-//! session's tokens, and the app sends calls only to servers that the user has added.
+//! session's tokens, and the app sends calls only to servers in its list.
 
 use serde::{Deserialize, Serialize};
 
@@ -42,7 +42,7 @@ pub struct TestResponse {
     pub problem: Option<Box<Problem>>,
 }
 
-/// A server that the user has added to the app.
+/// A server in the app's list.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
     /// The server's origin, such as `https://quota.example.com`.

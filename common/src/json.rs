@@ -202,7 +202,7 @@ impl FromJson for Value {
     }
 }
 
-/// Exponents beyond this limit are clamped to it, because the result is zero or infinity anyway.
+/// Exponents beyond this limit are clamped to it. The result is zero or infinity in either case.
 const MAX_EXPONENT: i32 = 1_000_000_000;
 
 /// Parses a floating-point number. The last bits can differ from the exact result: the standard library's exact

@@ -177,8 +177,8 @@ problems! {
     Unavailable = "unavailable", 503, "Temporarily unavailable";
     /// Rate limits can't be checked right now, because the shared counters or the database can't be reached. The
     /// request does not count against any limit. Retry after the number of seconds in `Retry-After`. The status is 429
-    /// if the plan keeps limiting without the shared counters, but the server cannot allow this request. It is 503 if
-    /// nothing can be checked.
+    /// if the server still enforces the plan's limits without the shared counters, but cannot allow this request. It is
+    /// 503 if no limits can be checked.
     ReducedCapacity = "temporary-reduced-capacity", 503, "Temporarily reduced capacity";
     /// Usage can't be recorded right now, because the server's disk is full or read-only, or too much usage is waiting
     /// to be written to the database. Requests that can't be recorded are not allowed, and do not count against any

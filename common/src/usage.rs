@@ -125,8 +125,8 @@ response! {
         pub complete_until: Timestamp,
         /// All requests in the range that match the filters.
         pub total: UsageCounts,
-        /// Without `group_by`, every bucket in the range. With `group_by`, the buckets of each group, except those in
-        /// which the group had no requests.
+        /// Without `group_by`, every bucket in the range. With `group_by`, one bucket for each group and each hour or
+        /// day in which the group had requests.
         pub buckets: Vec<UsageBucket>,
         /// With `group_by`, the 20 groups with the most requests, and `other` if there are more groups. Otherwise
         /// empty.

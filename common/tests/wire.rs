@@ -362,8 +362,8 @@ fn plans_match_their_golden_json() {
     );
 }
 
-/// poem-openapi serializes absent and cleared fields alike. This does not matter, because only the console serializes
-/// PATCH bodies, and it uses serde.
+/// poem-openapi serializes absent and cleared fields in the same way. This does not matter, because only the console
+/// serializes PATCH bodies, and it uses serde.
 #[test]
 fn patch_field_distinguishes_null_from_absent() {
     let cleared: plan::UpdatePlan = serde_json::from_value(json!({"daily_quota": null})).unwrap();

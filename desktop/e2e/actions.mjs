@@ -1,4 +1,5 @@
-// Tests undoing, duplicating and moving; menus; messages in dialogs; keys pasted by mistake; slow responses.
+// Tests actions such as undo, duplicate and move. Also tests menus, messages in dialogs, keys pasted by mistake, and
+// slow responses.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";
@@ -153,7 +154,7 @@ export async function actions(world) {
   await page.getByText("This is a different key.").waitFor({ state: "detached" });
   await my.button("Copy key ID").click().catch(() => {});
 
-  // Slow responses: the old rows are dimmed, and a button shows that it is busy.
+  // While a response is slow to arrive, the old rows are dimmed.
   let release;
   const released = new Promise((resolve) => (release = resolve));
   await my.navigate("API keys").click();

@@ -1,5 +1,5 @@
-// Tests the billing page in every state, with responses that the test provides; pages that are not part of the first
-// download; and a subscription, with a fake Stripe.
+// Tests the billing page in every state, with responses that the test provides. Also tests pages that are not part of
+// the first download, and a subscription with a fake Stripe.
 
 import assert from "node:assert/strict";
 

@@ -33,7 +33,7 @@ export async function errors(world) {
   await my.field("Burst").fill("70,000,000");
   await page.locator(".field.invalid").waitFor({ state: "detached" });
   // If the user leaves a field by clicking the submit button, the field's error does not move the button during the
-  // click, so the form is submitted.
+  // click, so the click reaches the button.
   await my.field("Burst").focus();
   await my.button("Create plan").scrollIntoViewIfNeeded();
   const button = await my.button("Create plan").boundingBox();
@@ -72,10 +72,10 @@ export async function errors(world) {
   await page.getByLabel("I've saved this key").check();
   await my.button("Done").click();
 
-  // The list shows when the key was last used, without reloading the page.
+  // The list shows when the key was last used. The page does not have to be reloaded.
   await page.getByRole("row", { name: /App .*just now/ }).waitFor();
 
-  // The key's page shows the key's limits, and updates the time of the key's last use.
+  // The key's page shows the key's limits, and says whether they come from the plan.
   await page.getByRole("link", { name: "App" }).click();
   await my.heading("App").waitFor();
   const limit = (name) => page.locator(".limits div").filter({ hasText: name }).locator("dd");

@@ -61,7 +61,7 @@ export async function guard(world) {
     assert.equal(refreshes, 1, "concurrent calls share one refresh");
   }
 
-  // Two windows can refresh at the same time and both stay signed in.
+  // Two windows can refresh the session at the same time, and both stay signed in.
   const second = await world.window(context);
   await second.goto(`${base}/console/plans`);
   await second.getByRole("row").nth(1).waitFor();
@@ -79,7 +79,7 @@ export async function guard(world) {
       assert.equal(await it.getByRole("heading", { name: "Sign in" }).count(), 0);
     }
   }
-  // Both windows can refresh again afterward.
+  // Both windows can refresh the session again afterward.
   for (const it of [page, second]) {
     await expire();
     await it.reload();
@@ -87,8 +87,8 @@ export async function guard(world) {
   }
   world.latest = page;
 
-  // Users whose session was revoked are sent to the sign-in page, and return to the current page after they have signed
-  // in.
+  // Users whose session was revoked are sent to the sign-in page. After they have signed in, they get the page that
+  // they requested.
   await my.navigate("Audit log").click();
   await my.heading("Audit log").waitFor();
   const sessions = await my.api("GET", "/auth/sessions?limit=100");

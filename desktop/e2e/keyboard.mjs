@@ -1,4 +1,4 @@
-// Tests the main journey using only the keyboard. The focus must always be visible, and must return after each dialog
+// Tests the main journey using only the keyboard. The focus must always be visible, and must not be lost when a dialog
 // closes.
 
 import assert from "node:assert/strict";

@@ -43,7 +43,7 @@ export async function names(world) {
     await my.heading(title).waitFor();
     assert.deepEqual((await rows()).sort(), [...NAMES].sort(), "displayed verbatim");
     await inspect(`names-${path}`);
-    // Right-to-left names do not affect the text around them.
+    // Only right-to-left names are displayed from right to left.
     const direction = await page
       .locator("tbody th")
       .evaluateAll((them) => them.map((it) => [/שלום/.test(it.textContent), getComputedStyle(it).direction]));

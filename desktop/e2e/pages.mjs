@@ -210,14 +210,14 @@ async function running(world) {
   await meter("Monthly quota").getByText(`${allowed} of 1,000 used`).waitFor();
   await meter("Rate limit").getByText("Denied this request").waitFor();
   await meter("Rate limit").getByText("2 of 4 used").waitFor();
-  // The meters at the top of the page show the same usage.
+  // The meters at the top of the page are updated too.
   await page.locator(".meters.wide .meter").filter({ hasText: "Burst" }).getByText("0 of 4 used").waitFor();
   await page.locator(".meters.wide .meter").filter({ hasText: "Daily quota" }).getByText(`${allowed} of 100 used`).waitFor();
   // After the key is removed from the field, the results of requests with the key are no longer shown.
   await page.locator("#pasted_key").fill("");
   await page.locator(".outcome").waitFor({ state: "detached" });
 
-  // The first steps are collapsed once any key has been used, no matter how many unused keys there are.
+  // Once any key has been used, the first steps are collapsed, even if there are many unused keys.
   const { id } = await my.api("POST", "/admin/plans", { name: "More", default_rpm: 60 });
   for (let n = 0; n < 101; n += 1) await my.api("POST", "/admin/api-keys", { name: `Unused ${n}`, plan_id: id });
   await my.navigate("Home").click();

@@ -19,7 +19,7 @@ export async function roles(world) {
     await route.fulfill({ json: me });
   });
   // The session belongs to an owner, so the server accepts every call. This route detects calls that the server would
-  // reject for the tested role.
+  // reject for the billing role.
   await page.route(/\/admin\/(plans|api-keys|service-tokens|webhooks|audit|alert-settings)/, (route) => {
     if (role === "billing") denied.push(route.request().url());
     return route.continue();

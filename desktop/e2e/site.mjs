@@ -7,7 +7,7 @@ export async function site(world) {
   const { page, base } = my;
   await page.goto(`${base}/`);
   await my.heading("Self-hosted API keys, rate limits, quotas and billing.").waitFor();
-  // No button covers any part of a command.
+  // No *Copy* button covers the text that it copies.
   for (const width of [320, 390, 768, 1024, 1280, 1920]) {
     await page.setViewportSize({ width, height: 800 });
     for (const tab of ["Caddy", "nginx", "HAProxy", "Traefik", "Envoy", "curl"]) {

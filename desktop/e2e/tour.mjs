@@ -1,4 +1,4 @@
-// Tests the main journey with a mouse, from registering to using up a key's limit. Inspects every page.
+// Tests the main journey with a mouse, from registering to using up a key's limit. Inspects the pages on the way.
 
 import assert from "node:assert/strict";
 import { password, quoted } from "./world.mjs";
@@ -9,7 +9,7 @@ export async function tour(world) {
   const my = await world.visitor();
   const { page, base } = my;
 
-  // Visitors are redirected to the sign-in page, and back after they have signed in.
+  // Visitors are redirected to the sign-in page, and back after they have created an account.
   await page.goto(`${base}/console/plans`);
   await my.heading("Sign in").waitFor();
   assert.match(page.url(), /\/console\/sign-in\?next=%2Fconsole%2Fplans$/);
@@ -86,8 +86,8 @@ export async function tour(world) {
   await my.heading(`Save your key for ${quoted("Mobile app")}`).waitFor();
   const key = await page.locator("#secret").textContent();
   assert.match(key, /^qk_[0-9A-Za-z]{38}$/);
-  // Escape shows a warning but does not close the dialog. Until the key has been copied, *Done* is disabled and says
-  // why.
+  // Escape shows a warning but does not close the dialog. Until the user copies the key or confirms having saved it,
+  // *Done* is disabled, and a note says why.
   assert.ok(await my.button("Done").isDisabled());
   await page.getByText("Copy the key, or confirm that you've saved it.").waitFor();
   for (const _ of [1, 2, 3]) await page.keyboard.press("Escape");

@@ -186,7 +186,7 @@ async function partOfTheAuditLog(my) {
   await page.unroute("**/admin/audit?*");
 }
 
-/** The sign-in page says why users have to sign in again, and then returns them to the page where they were. */
+/** The sign-in page says why users have to sign in again, and then sends them to the page that they requested. */
 async function expiredSession(my) {
   const { page, base } = my;
   const note = page.getByText("Your session has expired. Sign in again to continue.");

@@ -1,5 +1,5 @@
-// Tests Home, Usage, the page of a key and the live tail with real traffic. Every number on these pages is compared
-// with the client's own count of the responses that it received.
+// Tests Home, Usage, the page of a key and the live tail with real traffic. The numbers on these pages are compared
+// with the test's own count of the responses that it received.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
@@ -7,7 +7,7 @@ import { readFileSync } from "node:fs";
 const number = (n) => n.toLocaleString("en-US");
 const percent = (part, whole) => (whole ? `${(Math.round((part * 1000) / whole) / 10).toFixed(1)}%` : "–");
 
-/** The requests and responses of a client. */
+/** The requests that the test has sent, and their responses. */
 class Log {
   requests = [];
 

@@ -1,5 +1,5 @@
-// Tests webhooks, from creating to deleting one, with the keyboard and an endpoint that the test starts; tests quota
-// alerts.
+// Tests webhooks with the keyboard, from creation to deletion. The test starts the endpoint that receives the events.
+// Also tests quota alerts.
 //
 // The server must allow webhooks to this machine: QUOTA_WEBHOOK_PRIVATE_NETWORKS=127.0.0.0/8.
 
@@ -317,7 +317,7 @@ async function stops(my, receiver) {
   await press(my, "Disable webhook");
   await hasFocus(my, "Enable");
   await status(my, "Disabled");
-  // A disabled webhook receives test events, but no other events.
+  // A disabled webhook still receives test events.
   const request = await sendTest(my, receiver);
   assert.equal(JSON.parse(request.body).type, "webhook.test");
   await result(my, "The endpoint responded with status 200.");

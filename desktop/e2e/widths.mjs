@@ -4,7 +4,7 @@
 import assert from "node:assert/strict";
 import { active, isBilling } from "./billing.mjs";
 
-/** The tested widths: every fifth width, and the widths next to the style sheet's breakpoints. */
+/** The tested widths: every 5 pixels, and the pixels at and next to the style sheet's breakpoints. */
 const steps = Array.from({ length: 321 }, (_, at) => 320 + 5 * at);
 const breakpoints = [30, 56, 73, 80].flatMap((rem) => [16 * rem - 1, 16 * rem, 16 * rem + 1]);
 const all = [...new Set([...steps, ...breakpoints])].sort((a, b) => a - b);
@@ -93,7 +93,7 @@ export async function widths(world) {
   assert.deepEqual(cards.slice(0, 2), ["Limits", "Details"]);
   const actions = page.locator("[aria-labelledby='key-details'] .actions button");
   assert.deepEqual(await actions.allTextContents(), ["Edit", "Rotate", "Deactivate", "Delete"]);
-  // Home's cards have the same size, and none is alone in a row.
+  // Home's cards have the same height, and every row has the same number of cards.
   await page.goto(`${base}/console`);
   await page.locator(".stat").nth(3).waitFor();
   for (const width of all) {

@@ -54,8 +54,8 @@ export class World {
     page.setDefaultTimeout(15_000);
     page.on("pageerror", (error) => this.pageErrors.push(`error: ${error.message}`));
     page.on("console", (message) => {
-      // Browsers log the rejected requests and failed connections that the journey provokes on purpose.
-      // Leaving a page ends the download of those parts of the console that the page loads in advance.
+      // Browsers log the rejected requests and failed connections that the journey provokes on purpose. Leaving a page
+      // also aborts downloads of parts of the console that the page loads in advance.
       const expected = /status of (401|422|429)|ERR_FAILED|Failed to fetch\s+at .*\/loader-|Response body loading was aborted/;
       const text = message.text();
       if (message.type() === "error" && !expected.test(text) && !this.expected?.test(text)) this.pageErrors.push(text);
@@ -140,12 +140,12 @@ export class Visitor {
     await page.setViewportSize({ width: 1280, height: 800 });
   }
 
-  /** Reports elements whose content is wider than they are. */
+  /** Reports a violation if the content of an element is wider than the element. */
   async fits(form) {
     const excess = await this.page.evaluate(() => {
       const beyond = (element) => element.scrollWidth - element.clientWidth;
       const parts = [...document.querySelectorAll("dialog[open], .side, .card, main")];
-      // Text can also overflow the card of its row without causing any scrolling.
+      // Text can also overflow its table row without causing any scrolling.
       const right = (element) => element.getBoundingClientRect().right;
       const scrolls = (element) => element.closest(".chart-table, .tail-list, .visually-hidden, pre, svg, [hidden]");
       const leaves = [...document.querySelectorAll("main .table tbody tr *")].filter((it) => !it.children.length && !scrolls(it));

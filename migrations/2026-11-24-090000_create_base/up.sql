@@ -289,7 +289,8 @@ CREATE TABLE server_secrets (
 COMMENT ON TABLE server_secrets IS 'The secret that signs tokens if QUOTA_SECRET is not set: generated once, shared by all replicas';
 
 -- Rights ---------------------------------------------------------------------------------------------
--- quota_app acts for one tenant, quota_system for the server itself (sign-in, lookups by secret, sweeps).
+-- quota_app acts for one tenant. quota_system acts for the server itself: sign-in, lookups by secret, and deletion of
+-- old rows.
 
 GRANT SELECT, UPDATE ON tenants TO quota_app;
 GRANT SELECT ON users, memberships TO quota_app;

@@ -1,6 +1,6 @@
 -- Each row has its own window, so that replicas that briefly disagree about the tenant's time zone still count in the
--- same window. Servers of the previous version insert rows without these columns. Servers of this version fill the
--- columns in.
+-- same window. Servers of the previous version insert rows without these columns. Servers of this version fill in the
+-- columns of these rows.
 ALTER TABLE quota_usage
     ADD COLUMN window_end timestamptz,
     ADD COLUMN period_seconds bigint;

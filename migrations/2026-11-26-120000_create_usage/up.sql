@@ -54,10 +54,10 @@ COMMENT ON COLUMN usage_tenants.last_seq IS
 --
 -- Each row counts the requests with one key or all keys, to one endpoint or all endpoints, and on one plan or all
 -- plans. Therefore, several rows with the same start count the same request. The zero UUID stands for all keys or all
--- plans. E'\x01' stands for all endpoints, and E'\x02' for the endpoints above the limit. Names of endpoints do not
--- contain these characters. Rows of a single key always belong to a single plan. The endpoint comes before the key in
--- the primary key, so that the rows of all keys for one endpoint are next to each other. usage_endpoints lists the
--- endpoints of each key.
+-- plans. E'\x01' stands for all endpoints. E'\x02' stands for the endpoints that are not counted separately, because
+-- there are too many. Names of endpoints do not contain these characters. Rows of a single key always belong to a
+-- single plan. The endpoint comes before the key in the primary key, so that the rows of all keys for one endpoint are
+-- next to each other. usage_endpoints lists the endpoints of each key.
 
 CREATE TABLE usage_quarters (
     tenant_id uuid NOT NULL,
@@ -157,7 +157,8 @@ BEGIN
             EXECUTE format('CREATE TABLE %I (LIKE %I INCLUDING DEFAULTS INCLUDING CONSTRAINTS) WITH (fillfactor = %s)',
                 name, parent, CASE parent WHEN 'usage_log' THEN 100 ELSE 80 END);
             EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
-            -- Move the rows that arrived before their partition existed. The lock prevents others from adding more.
+            -- Move the rows that arrived before their partition existed. The lock keeps other transactions from adding
+            -- more.
             EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', parent || '_default');
             EXECUTE format(
                 'WITH moved AS (DELETE FROM %I WHERE %I >= %L AND %I < %L RETURNING *) INSERT INTO %I SELECT * FROM moved',

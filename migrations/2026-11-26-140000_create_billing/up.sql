@@ -1,5 +1,5 @@
 -- Billing through Stripe. Only the server itself writes to these tables, as quota_system: a tenant's transaction can
--- read the tenant's rows, but cannot grant access.
+-- read the tenant's rows, but cannot give the tenant access to paid plans.
 
 CREATE TABLE billing_accounts (
     tenant_id uuid NOT NULL,

@@ -22,7 +22,7 @@ BEGIN
     EXECUTE format('CREATE TABLE %I (LIKE %I INCLUDING DEFAULTS INCLUDING CONSTRAINTS) WITH (fillfactor = %s)',
         name, parent, CASE parent WHEN 'usage_log' THEN 100 ELSE 80 END);
     EXECUTE format('ALTER TABLE %I ENABLE ROW LEVEL SECURITY', name);
-    -- Move the rows that arrived before their partition existed. The lock prevents others from adding more.
+    -- Move the rows that arrived before their partition existed. The lock keeps other transactions from adding more.
     EXECUTE format('LOCK TABLE %I IN ACCESS EXCLUSIVE MODE', parent || '_default');
     EXECUTE format(
         'WITH moved AS (DELETE FROM %I WHERE %I >= %L AND %I < %L RETURNING *) INSERT INTO %I SELECT * FROM moved',

@@ -29,8 +29,8 @@ proptest! {
 
     #[test]
     fn arbitrary_text_is_read_as_serde_json_reads_it(text in r#"[\[\]{},:"\\ntrufalse0-9e. ]{0,12}"#) {
-        // Compares only text that serde_json accepts, because this parser also accepts superfluous zeros and signs.
-        // Skips text that may contain a float, because its last bits can differ.
+        // Compares only text that serde_json accepts, because this parser also accepts redundant zeros and signs. Skips
+        // text that may contain a float, because its last bits can differ.
         if let Ok(value) = serde_json::from_str::<Value>(&text)
             && !text.contains(['.', 'e', '-'])
         {

@@ -181,8 +181,8 @@ class QuotaMiddleware:
             # The error's message may contain a header, and therefore the service token.
             raise Unavailable(type(error).__name__) from error
         if response.status_code != 200:
-            # The consumer may have caused these 4xx statuses. A 503 with this header results from the plan's fallback
-            # setting.
+            # The consumer may have caused these 4xx statuses, and could otherwise use them to bypass the limits. A 503
+            # with `X-Quota-Degraded` results from the plan's fallback setting.
             is_final = response.status_code in (400, 413, 415, 422, 431) or (
                 response.status_code == 503 and "X-Quota-Degraded" in response.headers
             )

@@ -110,8 +110,8 @@ export function quota(options: QuotaOptions): RequestHandler {
       throw new Unavailable(String(error instanceof Error && error.cause ? error.cause : error));
     }
     if (response.status !== 200) {
-      // The consumer may have caused these 4xx statuses. A 503 with this header results from the plan's fallback
-      // setting.
+      // The consumer may have caused these 4xx statuses, and could otherwise use them to bypass the limits. A 503 with
+      // `X-Quota-Degraded` results from the plan's fallback setting.
       const isFinal =
         [400, 413, 415, 422, 431].includes(response.status) ||
         (response.status === 503 && response.headers.has("X-Quota-Degraded"));

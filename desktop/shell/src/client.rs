@@ -1,7 +1,7 @@
 //! Sends a [`Call`] to a server over HTTP, and returns the response body. Does not depend on the keychain or Tauri.
 //!
-//! The client sends only what [`Call::sent`] returns, and only to the server's own origin. It does not follow
-//! redirects, so that credentials cannot reach another host.
+//! The client sends requests only to the server's own origin. It does not follow redirects, so that credentials cannot
+//! reach another host.
 
 use std::time::{Duration, Instant};
 

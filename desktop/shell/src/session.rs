@@ -37,7 +37,8 @@ use crate::{
 
 /// An access token is refreshed this long before it expires.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
-/// How long to wait for another process to finish a refresh. This is longer than a refresh takes.
+/// How long to wait for another process to finish a refresh. This is longer than a refresh takes, unless the user has
+/// to unlock the keychain.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often to try to acquire the lock.
 const LOCK_POLL: Duration = Duration::from_millis(50);
@@ -203,7 +204,8 @@ impl Session {
     async fn send(&self, call: &Call) -> Result<String, CallError> {
         let token = self.access(None).await?;
         match self.client.send(call, Credential::Access(&token)).await {
-            // The access token expired before it reached the server, or the server revoked it.
+            // The access token expired before it reached the server, or the server revoked it. Try once more with a new
+            // token.
             Err(error) if is_unauthorized(&error) => {
                 let token = self.access(Some(&token)).await?;
                 self.client.send(call, Credential::Access(&token)).await
@@ -327,8 +329,9 @@ impl Session {
         self.client.server().to_string()
     }
 
-    /// Waits until no other process is refreshing, and returns the locked file. Returns `None` if the file cannot be
-    /// locked. In that case, processes may refresh at the same time, which the server tolerates for a few seconds.
+    /// Waits for other processes to finish refreshing, and returns the locked file. Returns `None` if the file cannot
+    /// be locked within [`LOCK_TIMEOUT`]. In that case, processes may refresh at the same time, which the server
+    /// tolerates for a few seconds.
     async fn lock_refresh(&self) -> Option<File> {
         let file = File::create(&self.lock).ok()?;
         let deadline = Instant::now() + LOCK_TIMEOUT;

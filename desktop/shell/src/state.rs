@@ -39,7 +39,7 @@ impl App {
 
     /// Returns the server in use.
     pub fn server(&self) -> Result<Server, CallError> {
-        // The list contains only valid addresses.
+        // Parsing does not fail, because the list contains only valid addresses.
         Server::parse(self.profiles.lock().current()).map_err(|_| CallError::Unreadable)
     }
 

@@ -62,7 +62,7 @@ fn report_theme(window: &WebviewWindow, theme: Theme) {
 fn is_console(url: &Url) -> bool {
     let is_embedded = match url.scheme() {
         "tauri" => url.host_str() == Some("localhost"),
-        // The console's origin on Windows and Android.
+        // Tauri uses this origin on Windows and Android.
         "http" | "https" => url.host_str() == Some("tauri.localhost"),
         _ => false,
     };
@@ -80,8 +80,9 @@ pub fn show(app: &AppHandle, path: &'static str) {
     );
 }
 
-/// Brings the window to the front. Opens a page of the console, unless a locked dialog is open, which the new page
-/// would discard. Some desktop environments let a window take the focus only with the activation token of a click.
+/// Brings the window to the front and opens a page of the console. If a locked dialog is open, does not open the page,
+/// because that would discard the dialog. Some desktop environments let a window take the focus only with the
+/// activation token of a click, which `token` contains.
 pub fn reveal(app: &AppHandle, path: &'static str, token: Option<String>) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;
@@ -126,7 +127,8 @@ const WARNS: &str = "document.querySelector('[data-unsaved]') ? (dispatchEvent(n
 /// How long to wait for a response from the page. If the page takes longer, it is considered hung.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Quits the app. If the page shows a new secret that has not been saved, lets the page ask the user first.
+/// Quits the app, unless a new secret has not been saved or is still being created. In that case, the page can ask the
+/// user. Also quits if the page does not respond.
 pub fn quit(app: &AppHandle) {
     let is_waiting = Arc::new(AtomicBool::new(true));
     let ask = {
@@ -176,7 +178,8 @@ fn evaluate(
         .is_ok()
 }
 
-/// Handles a second launch of the app: focuses the window, and selects the server given on the command line.
+/// Handles a second launch of the app: focuses the window, and selects the server given on the command line, unless a
+/// locked dialog is open.
 pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;

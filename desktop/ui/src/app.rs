@@ -1,8 +1,8 @@
 //! The frame around all pages: navigation, account menu, and the current page.
 //!
 //! Users who are not signed in are sent to the sign-in page, and return to the page they requested after they have
-//! signed in. While the server is unreachable, users stay signed in, and the frame shows a notice with a button to
-//! retry.
+//! signed in. If the account cannot be loaded, for example because the server is unreachable, users stay signed in, and
+//! a notice with a button to retry replaces the frame.
 
 use leptos::{prelude::*, task::spawn_local};
 

@@ -22,7 +22,8 @@ pub enum AuthState {
 pub struct Session {
     pub auth: RwSignal<AuthState>,
     pub me: RwSignal<Option<Me>>,
-    /// Whether the session ended while the user was signed in. If so, the sign-in page says that the session has ended.
+    /// Whether the session ended without a sign-out by the user. If so, the sign-in page says that the session has
+    /// expired.
     pub has_expired: RwSignal<bool>,
     /// The full keys that were created or rotated in this window. They are discarded when the page is closed or
     /// reloaded, or when the session ends.
@@ -97,7 +98,7 @@ impl Session {
         self.has(Right::Manage)
     }
 
-    /// Returns whether the user's role can view plans, keys, tokens, and webhooks.
+    /// Returns whether the user's role can view plans, keys, tokens, webhooks, and the audit log.
     pub fn can_read(self) -> bool {
         self.has(Right::Read)
     }

@@ -90,8 +90,8 @@ pub fn check(data: &[u8]) -> usize {
     seen.len()
 }
 
-/// Reads plain requests from a connection in the same way as the server, up to the first request that is not plain.
-/// Returns these requests and their total length.
+/// Reads plain requests from a connection in the same way as the server. Stops at a request that is incomplete or that
+/// the server leaves to hyper. Returns the requests before it and their total length.
 fn accepted(bytes: &[u8], ends: &[usize]) -> (Vec<Seen>, usize) {
     let (mut seen, mut start) = (Vec::new(), 0);
     for &end in ends {

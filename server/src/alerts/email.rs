@@ -2,8 +2,8 @@
 //! is sent at most six emails per hour about a tenant, even if many of its keys reach their quotas.
 //!
 //! One email per recipient is stored in the transaction that marks the alerts as sent. The emails are sent after that
-//! transaction. If an attempt fails, it is repeated for about a day. A crash can cause an email to be sent twice.
-//! Tenants take turns, so that one tenant's emails do not delay other tenants' emails.
+//! transaction. If an attempt fails, the server retries for about a day, unless the error is permanent. A crash can
+//! cause an email to be sent twice. Tenants take turns, so that one tenant's emails do not delay other tenants' emails.
 
 use std::fmt::Write as _;
 

@@ -43,18 +43,18 @@ use crate::{
 
 /// With metering, the maximum number of tenants to check per round.
 const TENANTS: i64 = 200;
-/// If more records than this are unchecked, all of the tenant's keys are checked instead of only the keys in these
+/// If a tenant has more unchecked records than this, all of its keys are checked instead of only the keys in these
 /// records.
 const RECORDS_MAX: i64 = 200_000;
-/// The maximum number of log records in a part of a check. Each step checks up to [`KEYS_MAX`] keys of a part, and
-/// reads the records of the part again, so their number is limited.
+/// The maximum number of log records in a part of a check. A part can take several steps of up to [`KEYS_MAX`] keys
+/// each, and every step reads the records of the part again.
 const PART_MAX: i64 = 20_000;
 /// The maximum number of keys to check per transaction.
 const KEYS_MAX: i64 = 250;
 /// The maximum number of alerts per statement.
 const ALERTS_MAX: usize = 500;
-/// The maximum duration of a step, which reads usage at most twice, for at most
-/// [`USAGE_TIMEOUT`](quota_standing::USAGE_TIMEOUT) each time.
+/// The maximum duration of a step. A step reads usage at most twice, and each read takes at most
+/// [`USAGE_TIMEOUT`](quota_standing::USAGE_TIMEOUT).
 const STEP_MAX: Duration = Duration::from_secs(30);
 /// The time after which a round ends, even if tenants remain. The next round checks them, together with tenants that
 /// have new usage.

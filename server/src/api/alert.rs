@@ -88,7 +88,7 @@ impl AlertApi {
 
     /// Get the alert settings
     ///
-    /// Returns who receives quota alerts by email.
+    /// Returns the settings that determine who receives quota alerts by email.
     #[oai(
         path = "/alert-settings",
         method = "get",
@@ -102,7 +102,8 @@ impl AlertApi {
 
     /// Update the alert settings
     ///
-    /// The new settings apply only to alerts that are created after the update.
+    /// Emails that are already waiting to be sent are not affected. Alerts that were created while emails were off are
+    /// not sent.
     #[oai(
         path = "/alert-settings",
         method = "patch",

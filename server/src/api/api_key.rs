@@ -123,7 +123,7 @@ impl ApiKeyApi {
         DateTime::from_timestamp_nanos(i64::try_from(self.state.clock.now().0).unwrap_or(i64::MAX))
     }
 
-    /// Rejects an expiry in the past, which is most likely a mistake.
+    /// Rejects an expiration time in the past, which is most likely a mistake.
     fn check_expiry(&self, at: Option<Timestamp>) -> Result<(), ApiError> {
         match at {
             Some(at) if at.inner() <= self.now() => {
@@ -271,8 +271,8 @@ impl ApiKeyApi {
 
     /// Update an API key
     ///
-    /// Renames the key, moves it to another plan, activates or deactivates it, or changes its expiry, rate, external ID
-    /// or metadata. Takes effect on all replicas within one second.
+    /// Renames the key, moves it to another plan, activates or deactivates it, or changes its expiration time, rate,
+    /// external ID or metadata. Takes effect on all replicas within one second.
     #[oai(
         path = "/api-keys/:key_id",
         method = "patch",

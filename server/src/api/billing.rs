@@ -28,8 +28,8 @@ use crate::{
     stripe::{Envelope, verify},
 };
 
-/// The maximum size of a webhook: well below the memory that a connection without valid credentials may use, and far
-/// above the usual size of webhooks from Stripe.
+/// The maximum size of a webhook. This is far above the usual size of webhooks from Stripe, and well below the memory
+/// that a connection without valid credentials may use.
 const WEBHOOK_MAX: usize = 64 * 1024;
 const SIGNATURE: &str = "stripe-signature";
 

@@ -2,8 +2,8 @@
 //!
 //! A client requests cookies with `X-Quota-Session: cookie`. The tokens are then set as cookies and omitted from the
 //! body. These cookies are `HttpOnly` and `SameSite=Lax`. Over HTTPS, the prefix `__Host-` binds the cookies to this
-//! host (RFC 6265bis 4.1.3.2). A request that uses them to make a change must come from this server's own pages,
-//! according to the browser, and must have a CSRF header derived from the session. The header's value is stored in a
+//! host (RFC 6265bis 4.1.3.2). A request that uses them to make a change must come from this server's own pages, as
+//! reported by the browser. It must also have a CSRF header derived from the session. The header's value is stored in a
 //! cookie that only pages of this origin can read.
 
 use poem::{
@@ -70,8 +70,8 @@ const OF_PROXIES: [&str; 5] = [
 /// require TLS.
 ///
 /// `Host` alone does not prove that the server is local: a proxy may send the name of its upstream, such as
-/// `localhost`. Therefore, the public URL must not be an HTTPS URL, the peer must be on this machine, the request must
-/// not have a proxy's headers, and `Origin`, if present, must also be local.
+/// `localhost`. Therefore, the public URL must not be an HTTPS URL either, the peer must be on this machine, and the
+/// request must not have a proxy's headers. `Origin`, if present, must also be local.
 fn is_secure(state: &AppState, request: &Request) -> bool {
     let page_is_local = match request.headers().get(header::ORIGIN) {
         None => true,

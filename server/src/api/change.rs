@@ -159,7 +159,7 @@ impl<'a> Edit<'a> {
                 .by(user.0, self.caller.origin.network())
         };
         audit::insert(&mut self.tx, &event).await?;
-        // Insert the invalidation last, because the insert waits for other transactions that insert invalidations.
+        // Insert the invalidation last: until this transaction ends, other transactions that insert invalidations wait.
         let invalidation = match stale {
             Some(stale) => Some(invalidation::insert(&mut self.tx, stale).await?),
             None => None,

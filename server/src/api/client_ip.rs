@@ -2,9 +2,9 @@
 //!
 //! The client's address is the peer's address, unless the peer is a trusted proxy. If the peer is a trusted proxy, the
 //! client's address is the rightmost address in `X-Forwarded-For` that does not belong to a trusted proxy or, if all
-//! addresses belong to trusted proxies, the leftmost address. `X-Real-IP` and `Forwarded` are ignored: a proxy that
-//! does not set them forwards the client's values. The search stops at an address that cannot be parsed, because the
-//! client could have written everything to its left.
+//! addresses belong to trusted proxies, the leftmost address. `X-Real-IP` and `Forwarded` are ignored, because a proxy
+//! that does not set them forwards the client's values. The search stops at an address that cannot be parsed, because
+//! the client could have written everything to its left.
 
 use std::net::IpAddr;
 

@@ -30,8 +30,8 @@ pub(super) fn write_coding(coding: Coding, headers: &mut HeaderMap) {
 }
 
 /// Returns the coding that the client prefers. If the client prefers several codings equally, returns the last of them
-/// in `available`, which must be ordered by the size of the compressed file, largest first. Returns
-/// [`Coding::Identity`] if the client accepts none of them, or prefers the file without compression.
+/// in `available`, which must be ordered by compressed size, largest first. Returns [`Coding::Identity`] if the client
+/// accepts no coding in `available`, or prefers the uncompressed file.
 pub(super) fn choose_coding(headers: &HeaderMap, available: &[Coding]) -> Coding {
     let accepted: Vec<(&str, f32)> = headers
         .get_all(header::ACCEPT_ENCODING)

@@ -177,7 +177,8 @@ impl DecisionApi {
         let place = self.streams.begin(caller.tenant())?;
         let token = caller.token(request)?;
         let newest = read(&self.state, &caller, usage_log::last_seq).await?;
-        // A position beyond the end of the log dates from before PostgreSQL was restored to an earlier state.
+        // A position beyond the end of the log dates from before PostgreSQL was restored to an earlier state. In that
+        // case, start at the end.
         let after = after.map_or(newest, |it| it.min(newest));
         let tail = Tail {
             session: StreamSession {

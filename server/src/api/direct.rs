@@ -77,7 +77,7 @@ impl Route {
 }
 
 enum Success {
-    /// The admitted key, whose limits the headers report, and the time in the body, as JSON.
+    /// The admitted key, whose limits the headers report, and the time for the body, formatted as JSON.
     Echo(AdmittedKey, [u8; limit::TIME]),
     Check(Checked),
     ForwardAuth(StatusOnly),

@@ -2,8 +2,8 @@
 //!
 //! Most requests are checks at one of three fixed paths. These checks are recognized before they reach the router and
 //! poem-openapi, because nested routes, query parsing, and boxed errors would cost more than the rest of the request.
-//! All other code is the same as for routed requests, and runs in the same order. A request with a query that is not
-//! recognized here is routed normally.
+//! All other code is the same as for routed requests, and runs in the same order. If its query is not recognized here,
+//! a request is routed normally.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};

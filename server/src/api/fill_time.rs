@@ -34,7 +34,7 @@ pub fn check_plan(plan: &Plan, field: &'static str) -> Result<(), ApiError> {
 /// Rejects a change to a plan if, after the change, the burst of a key with a rate override would take too long to
 /// refill.
 pub async fn check_keys_of_plan(tx: &mut TenantTx, plan: &Plan) -> Result<(), ApiError> {
-    // If the plan's burst equals its rate, the burst of each such key equals the key's own rate.
+    // If the plan's burst equals its rate, the burst of a key with a rate override equals that override.
     if plan.burst == plan.default_rpm {
         return Ok(());
     }

@@ -324,7 +324,7 @@ fn diagnose<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ApiError> {
 }
 
 /// Returns the field that could not be deserialized. For missing, duplicate, and unknown fields, the name comes from
-/// serde's message, because the path may not contain it.
+/// serde's message, because the path does not always contain it.
 fn rejected_field(error: &serde_path_to_error::Error<serde_json::Error>) -> FieldError {
     let path = error.path().to_string();
     let message = error.inner().to_string();

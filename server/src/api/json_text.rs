@@ -1,6 +1,6 @@
 //! Writes strings in JSON that is formatted without serde.
 
-/// Appends a string as JSON. Most strings do not need escaping.
+/// Appends a string as JSON. Most strings do not need escaping, so they are copied as they are.
 #[expect(
     clippy::needless_bitwise_bool,
     reason = "without branches, the compiler can vectorize the check"

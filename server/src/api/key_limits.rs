@@ -238,8 +238,8 @@ impl KeyLimitsApi {
 /// The maximum number of points in a burn-down, not counting the last one.
 const POINTS: i32 = 192;
 
-/// Returns the starts of intervals of equal length, which is a multiple of a quarter hour. The first interval starts
-/// with the window, and all others start before `until`.
+/// Returns the starts of intervals of equal length. The length is a multiple of a quarter hour. The first interval
+/// starts with the window, and all others start before `until`.
 fn steps(quota: Quota, until: DateTime<Utc>) -> Vec<DateTime<Utc>> {
     let quarter = TimeDelta::minutes(15);
     let quarters = (quota.end - quota.start).num_minutes() / 15;
@@ -295,8 +295,9 @@ fn burn_down(
     }
     let remaining = quota.limit.saturating_sub(used);
 
-    // Measure the pace over the last quarter of the elapsed time, but over at least an hour, or over all of the elapsed
-    // time if that is less. This period is long enough for a stable result and short enough to follow changes.
+    // Measure the pace over the last quarter of the elapsed time, but over at least one hour. If less than one hour has
+    // elapsed, measure it over all of the elapsed time. This period is long enough for a stable result and short enough
+    // to follow changes.
     let so_far = until - quota.start;
     let recent = (so_far / 4).max(TimeDelta::hours(1)).min(so_far);
     let since = until - recent;

@@ -207,7 +207,7 @@ impl Serialize for PairValue<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Text(text) => serializer.serialize_str(text),
-            // The values consist of policy names and numbers.
+            // `to_str` does not fail, because the values consist of policy names and numbers.
             Self::Header(value) => serializer.serialize_str(value.to_str().unwrap_or_default()),
             Self::Number(number) => serializer.serialize_str(itoa::Buffer::new().format(*number)),
             Self::State(state) => serializer.serialize_str(state.as_str()),

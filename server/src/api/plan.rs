@@ -269,7 +269,7 @@ impl PlanApi {
         plan::delete(&mut edit, id).await.map_err(|error| {
             ApiError::on_constraint(error, &[("api_keys_plan_fkey", just_used)])
         })?;
-        // A plan without keys is not in any cache.
+        // A plan without keys is not in any cache, so there is nothing to invalidate.
         edit.deleted(AuditAction::PlanDelete, &plan, None).await?;
         Ok(NoContent)
     }

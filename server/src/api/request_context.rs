@@ -58,7 +58,7 @@ pub struct RequestContext {
     pub id: RequestId,
     /// The client's address. `None` for a peer without an address, such as a Unix socket.
     pub ip: Option<IpAddr>,
-    /// When the beginning of the request arrived.
+    /// When the server started to process the request.
     pub arrived: UnixNanos,
     /// The time by which the request had arrived completely. `None` if its body may still be arriving.
     complete_at: Option<Monotonic>,
@@ -102,8 +102,8 @@ impl RequestContext {
         }
     }
 
-    /// Returns the time at which work on a decision begins. Must be called before anything waits. Reads the clock only
-    /// if the time at which the request had arrived completely is not known.
+    /// Returns the time at which work on a decision begins. Call before waiting for anything. Reads the clock only if
+    /// the time at which the request had arrived completely is not known.
     pub fn decision_begins(&self) -> Monotonic {
         self.complete_at
             .unwrap_or_else(|| self.state.clock.monotonic())
@@ -125,7 +125,8 @@ impl RequestContext {
         *self.caller.lock() = Some(Identity::Tenant(tenant));
     }
 
-    /// Returns the tenant of the session or service token that authenticated the request. `None` for API keys.
+    /// Returns the tenant of the session or service token that authenticated the request. Returns `None` once an API
+    /// key has been identified.
     pub fn tenant(&self) -> Option<TenantId> {
         match &*self.caller.lock() {
             Some(Identity::Tenant(tenant)) => Some(*tenant),

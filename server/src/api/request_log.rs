@@ -209,9 +209,9 @@ pub fn write_common(headers: &mut impl HeaderSink, state: &AppState) {
     }
 }
 
-/// Adds the decision to an error response of forward-auth. Removes the body of a 503 response, and of a response with
-/// any decision other than `unavailable`, so that nginx can reuse the connection. All other responses, such as those to
-/// malformed requests, keep their bodies, which explain the errors.
+/// Adds the decision to an error response of forward-auth. Also removes the body, so that nginx can reuse the
+/// connection, unless the decision is `unavailable` and the status is not 503. Such a response, for example to a
+/// malformed request, keeps its body, which explains the error.
 pub fn for_gateway(mut response: Response) -> Response {
     let status = response.status();
     let decision = GatewayDecision::of_error(status);

@@ -174,7 +174,7 @@ mod tests {
         assert_eq!(known.status(), StatusCode::NOT_MODIFIED);
         assert_eq!(known.headers()[header::ETAG], gzip_tag);
         assert!(known.into_body().into_bytes().await.unwrap().is_empty());
-        // The client has the file in another coding, or has another version of the file.
+        // The client has the file in another coding, or another version of the file.
         for tag in [gzip_tag, HeaderValue::from_static("\"another\"")] {
             let other = fields(&[(header::IF_NONE_MATCH, &tag)]);
             assert_eq!(file.respond(&other).await.status(), StatusCode::OK);

@@ -37,9 +37,9 @@ pub struct StatsApi {
 /// Yesterday, up to the same time of day as now, for comparison.
 struct Yesterday {
     start: DateTime<Utc>,
-    /// The start of the quarter hour that contains the same time of day yesterday.
+    /// The start of yesterday's quarter hour that contains the current time of day.
     quarter: DateTime<Utc>,
-    /// The fraction of that quarter hour that had passed at the same time of day.
+    /// The fraction of that quarter hour that had passed at this time of day.
     part: f64,
 }
 
@@ -67,7 +67,7 @@ impl Yesterday {
 
 /// Returns the given fraction of a count, rounded to an integer.
 fn part_of(count: u64, part: f64) -> u64 {
-    // The count for a quarter hour is far below 2^52.
+    // The count for a quarter hour is far below 2^52, so `f64` represents it exactly.
     #[expect(
         clippy::cast_precision_loss,
         clippy::cast_possible_truncation,

@@ -40,7 +40,8 @@ pub fn begin(
     }
 }
 
-/// Ends the span of a request. `route` is the template of the request's path in the OpenAPI document, if there is one.
+/// Ends the span of a request. `route` is the template of the request's path in the OpenAPI document, or the path of
+/// the gRPC method, if there is one.
 pub fn end(
     mut span: Span,
     context: &RequestContext,

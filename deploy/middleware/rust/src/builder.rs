@@ -120,8 +120,9 @@ impl QuotaLayerBuilder {
     ///
     /// Allowed requests are never remembered, so the cache never allows a request that Quota would deny. A denial is
     /// remembered only if a limit caused it and a retry cannot succeed within a second. Therefore, a request is denied
-    /// without a check only if Quota would deny it too, unless the key or its plan was changed or tokens were returned
-    /// within that second. Denials without a check are not recorded as usage.
+    /// without a check only if Quota would deny it too. The exception is a request that Quota would allow because the
+    /// key or its plan was changed, or tokens were returned, within that second. Denials without a check are not
+    /// recorded as usage.
     pub fn cache_denials(mut self, keys: usize) -> Self {
         self.settings.denials = Some(DenialCache::new(keys));
         self

@@ -17,7 +17,7 @@ pub enum OnUnavailable {
     /// `X-Quota-Degraded: unchecked`.
     ///
     /// Neither the limits nor the API key have been checked: until Quota can be reached again, any key is accepted,
-    /// including keys that were never issued. Requests without a key are still rejected, and so are requests that Quota
+    /// including keys that were never issued. Requests without a key are still rejected. So are requests that Quota
     /// itself refuses to decide, for example because their plan rejects requests while Redis is unreachable.
     Allow,
 }

@@ -38,7 +38,8 @@ pub async fn copy(text: String) -> Result<(), CallError> {
 /// The maximum size of a file, far larger than any export.
 const MAX_FILE: usize = 16 * 1024 * 1024;
 
-/// Saves an export in the user's downloads folder, under a name that is not in use. Returns the file's path.
+/// Saves an export in the user's downloads folder, or in the home folder if the downloads folder is unknown. The name
+/// is one that is not in use. Returns the file's path.
 #[tauri::command]
 pub async fn save_file(app: AppHandle, name: String, text: String) -> Result<String, CallError> {
     let folder = app.path().download_dir().or_else(|_| app.path().home_dir());

@@ -383,7 +383,7 @@ async fn session_is_in_memory_without_a_keychain() {
         .await
         .expect_err("not signed in");
     assert!(is_unauthorized(&rejection));
-    // The next token is stored in the keychain once the keychain is available.
+    // Once the keychain is available, the next refresh token is stored in it.
     fixture.keychain.unavailable.store(false, Ordering::SeqCst);
     session.call(&Call::Refresh).await.expect("refreshed");
     assert!(session.has_keychain());

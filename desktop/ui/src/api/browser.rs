@@ -60,9 +60,9 @@ thread_local! {
     static PAGE_OWNER: RefCell<Option<PageOwner>> = const { RefCell::new(None) };
 }
 
-/// If another session, even of the same account, has replaced the session with which the page was loaded, returns the
-/// account whose data the page shows. Returns `None` if the browser has no session at all, because the server then
-/// responds with 401.
+/// Returns the account whose data the page shows if another session has replaced the session with which the page was
+/// loaded. The other session may belong to the same account. Returns `None` if the browser has no session at all,
+/// because the server then responds with 401.
 fn account_before_replacement() -> Option<(UserId, TenantId)> {
     let now = csrf_token()?;
     PAGE_OWNER.with_borrow(|owner| {

@@ -50,7 +50,7 @@ pub async fn send(call: &Call) -> CallResult<String> {
         Err(_) => host::set_loaded_at(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
-        // Only after a sign-in is it known whether the keychain can store a session.
+        // The app finds out whether the keychain can store a session only when the user signs in.
         if let Ok(status) = host_status().await {
             host::set_status(status);
         }

@@ -1,4 +1,4 @@
-//! Filters in the page's URL. Changes apply immediately.
+//! Filters in the page's URL. They apply without a submit button.
 
 use leptos::{prelude::*, task::spawn_local};
 

@@ -25,7 +25,7 @@ pub fn watch_presses() {
 
 fn release() {
     PRESSED.set(false);
-    // Runs after the click, which immediately follows this event.
+    // The timeout ends after the click, which immediately follows the release.
     set_timeout(
         || {
             for then in WAITING.take() {

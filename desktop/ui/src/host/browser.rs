@@ -1,4 +1,4 @@
-//! A browser has no host state.
+//! The host if the console runs in a browser. It has no state.
 
 /// Whether users can sign out while the server is unreachable. They cannot, because scripts cannot delete the session's
 /// HTTP-only cookies.

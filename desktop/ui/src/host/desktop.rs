@@ -43,8 +43,8 @@ pub fn is_offline() -> bool {
     loaded_at().with_untracked(Option::is_some)
 }
 
-/// Records where the last response came from: `None` if it came from the server, or the time at which the app received
-/// the response if it is a stored response.
+/// Records where the last response came from. `loaded_at` is `None` if the server sent the response. If it is a stored
+/// response, `loaded_at` is the time at which the app received it.
 pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
     HOST.with(|host| {
         if host.loaded_at.get_untracked() != loaded_at {

@@ -205,8 +205,8 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
     all
 }
 
-/// Returns the date of the subscription's next change, with a label. Returns `None` if the next change requires a
-/// payment or requires someone to resume the subscription.
+/// Returns the date of the subscription's end or next change, with a label. Returns `None` if this date is not known,
+/// such as when the next change requires a payment.
 fn next_date(it: &BillingState, now: i64) -> Option<(&'static str, Timestamp)> {
     if let Some(at) = it.cancels_at {
         let label = if millis(at) > now { "Ends" } else { "Ended" };

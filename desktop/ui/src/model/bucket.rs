@@ -10,7 +10,7 @@ use super::text::number;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bucket {
     pub limit: u64,
-    /// The number of tokens at the time `at`.
+    /// The number of tokens in the bucket at the time of the report.
     pub remaining: u64,
     /// The time of the report, in milliseconds since the Unix epoch.
     pub at: i64,

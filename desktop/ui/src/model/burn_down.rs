@@ -87,7 +87,7 @@ pub fn burn_down_chart(burn: &BurnDown) -> Markup {
     )
 }
 
-/// Describes when the quota will be used up. `clock` formats a time.
+/// Describes when the quota will be used up, or how much of it will be left at the reset. `clock` formats a time.
 pub fn projection(burn: &BurnDown, now: i64, clock: &dyn Fn(i64) -> String) -> String {
     let reset = millis(burn.resets_at);
     let resets = format!("Resets {}.", clock(reset));

@@ -94,7 +94,7 @@ pub fn contains_words(name: &str, typed: &str) -> bool {
     typed.split_whitespace().all(|word| name.contains(word))
 }
 
-/// The first key of a shortcut, while the second key is awaited.
+/// Remembers the first key of a shortcut until the second key is pressed.
 #[derive(Debug, Default)]
 pub struct Keys {
     first: Option<(char, i64)>,

@@ -10,7 +10,7 @@ use super::{
     text::countdown,
 };
 
-/// The newest decisions, at most [`Live::MAX`].
+/// The newest decisions. Each list contains at most [`Live::MAX`] of them.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Live {
     pub rows: VecDeque<Decision>,

@@ -67,7 +67,7 @@ fn burst_meter(limit: &LimitState, rpm: u32, loaded_at: i64, now: i64) -> Markup
     };
     let meter = Meter {
         label: "Burst",
-        // A request needs a whole token.
+        // A request needs a whole token, so a token that has refilled only in part counts as used.
         used: limit.limit.saturating_sub(bucket.level(now) / 1000),
         limit: limit.limit,
         note: &note,

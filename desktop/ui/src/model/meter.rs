@@ -10,7 +10,7 @@ pub struct Meter<'a> {
     pub label: &'a str,
     pub used: u64,
     pub limit: u64,
-    /// When the limit resets.
+    /// A note below the bar, such as when the limit resets.
     pub note: &'a str,
     pub denied: bool,
 }

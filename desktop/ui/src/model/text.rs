@@ -73,8 +73,8 @@ pub fn date_time(millis: i64) -> String {
     ];
     let minutes = millis.div_euclid(60_000);
     let (days, minute) = (minutes.div_euclid(1440), minutes.rem_euclid(1440));
-    // Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms". Years start in March, so that a leap day is a
-    // year's last day.
+    // The algorithm is from Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms". Years start in March, so
+    // that a leap day is the last day of its year.
     let shifted = days + 719_468;
     let (era, day_of_era) = (shifted.div_euclid(146_097), shifted.rem_euclid(146_097));
     let year_of_era =
@@ -143,7 +143,7 @@ impl Gateway {
     }
 
     /// Returns the configuration for a server at `origin`, such as `https://quota.example.com`. `files` contains the
-    /// configurations of all gateways, each below a line with the gateway's name.
+    /// gateways' configuration files, each below a line with the file's name.
     pub fn configuration(self, files: &str, origin: &str, token: &str) -> String {
         // The server's tests run real gateways with these files. The console does not show the files' leading comments.
         let file = |name: &str| {

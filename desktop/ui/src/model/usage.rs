@@ -137,8 +137,8 @@ const fn group_pair(group: &UsageGroup, by_cost: bool) -> Pair {
     pair(&counts, by_cost)
 }
 
-/// Returns the requests since midnight. Uses the larger of two counts: the count in `day` may be newer than the count
-/// in `stats`, but `day` may not reach back to midnight after a clock change.
+/// Returns the requests since midnight. Uses the larger of two counts. The count in `day` may be newer than the count
+/// in `stats`. However, `day` contains the last 24 hours, which start after midnight if the clocks were set back today.
 pub fn today(stats: &Stats, day: &Usage) -> Pair {
     let buckets = day.buckets.iter().filter(|it| it.start >= stats.today);
     let (allowed, rejected) = buckets.fold((0, 0), |(allowed, rejected), it| {
@@ -156,7 +156,7 @@ pub fn today(stats: &Stats, day: &Usage) -> Pair {
     }
 }
 
-/// Returns the change since the previous period, such as `+12.5%`.
+/// Returns the change since the previous period, such as `+12.5% vs. previous period`.
 pub fn change(now: u64, before: u64) -> String {
     if now == before {
         return "Same as the previous period".to_owned();

@@ -93,7 +93,7 @@ fn stop_waiting(visit: Visit) {
     route().replace("/console/billing");
 }
 
-/// Polls until the page no longer waits for anything, or the user leaves the page.
+/// Polls until the page no longer waits for anything, the user leaves the page, or a later visit to Stripe starts.
 fn poll(visit: Visit, loader: Loader<BillingState>) {
     visit.polls.set(0);
     spawn_local(async move {

@@ -52,8 +52,8 @@ struct Setup {
 }
 
 impl Overview {
-    /// Returns whether any request has been made, either in the last day with any key, or at any time with a key that
-    /// still exists. Also returns `true` if the user's role cannot view keys.
+    /// Returns whether any request has been made in the last day, or at any time with a key that still exists. Also
+    /// returns `true` if the user's role cannot view keys.
     fn has_requests(&self) -> bool {
         let Some(setup) = &self.setup else {
             return true;
@@ -153,7 +153,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     }
 }
 
-/// Compares the number of requests since midnight with the number of requests by this time yesterday.
+/// Compares the number of requests since midnight with the number up to the same time yesterday.
 fn since_yesterday(now: u64, before: u64) -> String {
     if now == before && now > 0 {
         return "Same as this time yesterday".to_owned();
@@ -255,7 +255,7 @@ fn attention_text(it: &Attention) -> String {
         }
         AttentionKind::Expiring => format!("Expires {at}"),
         AttentionKind::GraceEnding => format!("Previous secret stops working {at}"),
-        // `at` is the time of the key's last use or, if the key was never used, the time of its creation.
+        // Does not show `at`, because it is the time of the key's creation if the key was never used.
         AttentionKind::Idle => "No requests in the last 30 days".to_owned(),
     }
 }

@@ -36,9 +36,9 @@ pub fn LiveTail(
     }
 }
 
-/// Loads decisions, newest first, until a page contains a known decision or `MAX_PAGES` pages have been loaded. If no
-/// decisions are known, loads one page. Returns the new decisions, and whether any decisions are missing between the
-/// new and the known ones.
+/// Loads decisions, newest first, until a page contains a known decision, `MAX_PAGES` pages have been loaded, or no
+/// more pages are left. If no decisions are known, loads one page. Returns the new decisions, and whether any decisions
+/// are missing between the new and the known ones.
 async fn fetch_new(filter: DecisionFilter, live: &Live) -> CallResult<(Vec<Decision>, bool)> {
     let mut new = Vec::new();
     let mut cursor = None;

@@ -34,7 +34,7 @@ impl PlanForm {
             rate: RwSignal::new(
                 plan.map_or_else(|| "60".to_owned(), |it| number(it.default_rpm.into())),
             ),
-            // Blank if the burst equals the rate: such a burst follows changes to the rate, like a burst that is not
+            // Blank if the burst equals the rate, because the burst then follows changes to the rate, as if it were not
             // set.
             burst: text(
                 plan.filter(|it| it.burst != it.default_rpm)

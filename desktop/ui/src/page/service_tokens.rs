@@ -169,7 +169,7 @@ fn Configuration(#[prop(into)] token: Signal<String>) -> impl IntoView {
             .configuration(&files, &api::origin(), &token.get())
     });
     let configuration = move || match files.error() {
-        // The curl command is not in the file with the configurations.
+        // The curl command is not in the file with the configurations, so it can be shown without the file.
         Some(error) if selected.get() != Gateway::Curl => {
             let id = error.request_id().map(str::to_owned);
             view! {

@@ -129,7 +129,7 @@ pub fn TryIt(
     // Clears the results when the user enters a different key.
     let sent_with = text_memo(move || secret.get().trim().to_owned());
     effect(move || {
-        // `track()` is not enough, because the memo is computed only when it is first read.
+        // `track()` is not enough, because it does not compute the memo.
         sent_with.with(|_| ());
         results.set(Results::default());
         bucket.set(None);

@@ -134,7 +134,8 @@ fn Toolbar(keys: Signal<Vec<ApiKey>>, zone: Memo<String>) -> impl IntoView {
                 .into_iter()
                 .map(|key| (key.id.to_string(), key.name)),
         );
-        // The selected key may have been deleted, or may not be in the list. It gets its own option.
+        // The selected key may be missing from the list, for example because it was deleted. It then gets its own
+        // option.
         let current = get("key_id");
         if !options.iter().any(|(id, _)| *id == current) {
             options.push((current, "Other key".to_owned()));

@@ -1,4 +1,4 @@
-//! A substitute for Quota. It records the checks, and responds as the test demands.
+//! A substitute for Quota. It records the checks, and responds as the test specifies.
 
 use std::{
     net::SocketAddr,
