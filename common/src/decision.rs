@@ -54,7 +54,8 @@ response! {
         /// Number of decisions in the log that match the filters. `null` if this number is not known: if the endpoint
         /// in the filter is not counted separately, or if more than 50,000 requests have the request ID in the filter.
         pub total: Option<u64>,
-        /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive the decisions after this page. Opaque.
+        /// Pass as `last_event_id` to `GET /admin/decisions/stream` to receive the decisions recorded since this page
+        /// was returned. Opaque.
         pub last_event_id: String,
     }
 }

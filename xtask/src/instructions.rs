@@ -1,7 +1,7 @@
 //! `cargo xtask bench instructions`: counts the instructions of a decision's parts, and compares the counts with those
 //! in the repository. `cargo xtask check` does the same.
 //!
-//! Unlike times, counts do not depend on the speed of the machine or on its other work. They do depend on the compiler,
+//! Unlike times, counts do not depend on the machine's speed or on what else it is running. They do depend on the compiler,
 //! on Valgrind, and on the processor.
 
 use std::{collections::BTreeMap, env, ffi::OsString, fs, path::Path, process::Command};

@@ -69,19 +69,19 @@ enum Chore {
         arguments: Vec<OsString>,
     },
     /// Measure the cost of a request, compared with a plain poem server and a plain hyper server. `bench replicas`
-    /// measures the behavior of several replicas. `bench simulation 20000` runs the limiter in simulated time with this
-    /// many seeds. `bench differential` compares direct responses with those of hyper in a million cases (or `bench
-    /// differential 10000`). `bench malformed 100000` sends this many malformed requests. `bench instructions` counts
-    /// the instructions of a decision's parts and compares them with the counts in the repository (`bench instructions
+    /// measures the behavior of several replicas. `bench simulation 20000` runs the limiter in simulated time with
+    /// 20,000 seeds. `bench differential` compares direct responses with those of hyper in a million cases (or `bench
+    /// differential 10000`). `bench malformed 100000` sends 100,000 malformed requests. `bench instructions` counts the
+    /// instructions of a decision's parts and compares them with the counts in the repository (`bench instructions
     /// --write` writes these counts). `bench desktop` measures the memory and startup time of the desktop app, compared
     /// with an empty window. `bench usage` measures writing and reading usage with 10 million rows (or `bench usage
     /// 1000000`). `bench keys` measures listing and searching 300,000 keys. `bench memory` measures the memory of a
     /// cached key. `bench scale` measures what becomes slower with up to a million keys (or `bench scale 10000`).
-    /// `bench crash 300` kills servers, Redis and PostgreSQL this many times under load and recounts the usage. `bench
-    /// restarts 20` restarts replicas behind Caddy this many times under load and recounts requests and usage. `bench
+    /// `bench crash 300` kills servers, Redis and PostgreSQL 300 times under load and recounts the usage. `bench
+    /// restarts 20` restarts replicas behind Caddy 20 times under load and recounts requests and usage. `bench
     /// metering` measures the cost of recording usage. `bench latency` measures response times at a constant rate.
-    /// `bench tracing` measures the cost of traces. `bench gateways` compares gateways that check every request with
-    /// Quota to plain proxies. `bench peers` compares Quota with other rate limiters and writes `docs/bench`. `bench
+    /// `bench tracing` measures the cost of traces. `bench gateways` compares plain proxies with gateways that check
+    /// every request with Quota. `bench peers` compares Quota with other rate limiters and writes `docs/bench`. `bench
     /// slow-clients` measures response times and memory while 2,000 clients are slow. `bench webhooks 2000 10` sends
     /// 2,000 Stripe webhooks per second for 10 s. `bench outage` stops PostgreSQL for a minute under load
     Bench {

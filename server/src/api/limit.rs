@@ -310,7 +310,7 @@ impl LimitApi {
         caller: GatewayCaller,
         request: &Request,
         /// Status code for a denied request: `403` or `429`. Default: `429`. Use `403` for nginx, which accepts only
-        /// 2xx, 401 and 403. Requests that would get 402 then also get 403.
+        /// 2xx, 401 and 403. With `403`, requests that would otherwise get 402 also get 403.
         deny: Query<Option<Deny>>,
     ) -> Result<StatusOnly, ApiError> {
         let context = RequestContext::of(request)?;

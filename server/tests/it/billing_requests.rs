@@ -26,7 +26,8 @@ use crate::{
 const AT_MOST: Duration = Duration::from_secs(30);
 const DAY: Duration = Duration::from_hours(24);
 
-/// The operations that Quota uses, except `GET /v1/invoices`, which Quota uses only if an invoice is unpaid or a draft.
+/// The operations that Quota uses, except `GET /v1/invoices`, which Quota uses only if a subscription is past due, or
+/// before it reports usage from an earlier billing period.
 const OPERATIONS: [&str; 21] = [
     "GET /v1/account",
     "GET /v1/billing/meters",

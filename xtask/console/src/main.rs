@@ -4,8 +4,8 @@
 //! Every path except `index.html` contains a hash, so that browsers can cache these files for a year. For the server,
 //! every file also has two compressed copies: brotli for browsers, and gzip for clients that do not accept brotli, such
 //! as browsers over plain HTTP. The desktop app compresses files itself and looks them up by their full path.
-//! Therefore, the files for the desktop app are in `console/`, next to `index.html`. The app serves `index.html` for
-//! every path that is not a file.
+//! For the desktop app, all files except `index.html` are in a `console/` folder beside it, so that their paths match
+//! their URLs. The app serves `index.html` for every path that is not a file.
 
 mod split;
 

@@ -45,7 +45,7 @@ enum Task {
     },
     /// Print the refresh token stored in the keychain for a server
     Token { server: String },
-    /// Refresh the session with a server this many times, like another process of the app
+    /// Refresh the session with a server TIMES times, as a second instance of the app would
     Refresh {
         server: String,
         lock: PathBuf,

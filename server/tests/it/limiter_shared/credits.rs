@@ -334,7 +334,7 @@ async fn schedule(seed: u64, counters: &mut Counters, clock: &TestClock, sum: &m
                     remembered: exists,
                     wrote: granted > 0 || back > 0,
                 });
-                // A missing bucket is stored by any call that finds it less than full.
+                // If a bucket is not stored yet, a call stores it unless the bucket counts as full.
                 exists |= back > 0 || debt.0 > 0;
                 let allowed = debt_without_returned(&history, &grants);
                 let price = u128::from(granted) * u128::from(known.emission);

@@ -24,7 +24,7 @@ struct Slope {
 }
 
 impl Slope {
-    /// Returns `None` unless there are two positive values.
+    /// Returns `None` if there are fewer than two values, or if a value that is compared is not positive.
     fn of(keys: &[u32], values: &[Option<f64>]) -> Option<Self> {
         let mut measured = keys
             .iter()
