@@ -101,8 +101,8 @@ impl Report<'_> {
             text,
             "The figures are medians of {} rounds. In each round, the servers are loaded for {} ms each, one after \
              another. The load uses {CONNECTIONS} keep-alive connections on loopback, each of which sends a request \
-             after each response. {} Latency is measured while the server is saturated. CPU time is the user and system \
-             time of the server's process, without Redis and PostgreSQL. Memory is the resident memory of this process \
+             after each response. {} Latency is measured while the server is saturated. CPU time is the user and \
+             system time of the server's process, without Redis and PostgreSQL. Memory is the resident memory of this process \
              after the last round. Redis calls are script calls, as counted by `INFO commandstats`: except for \
              limitador, the servers call Redis only through scripts.\n\n",
             self.options.rounds,
@@ -149,8 +149,8 @@ impl Report<'_> {
              leases, it also includes the tokens that are refilled in {} ms. For the last column, a key's first request \
              starts a window. From {} s to {} s after this request, {EDGE_PER_SECOND} requests per second are sent. \
              The column shows the largest number of requests that were allowed within {} s. By default, a plan's burst \
-             equals its limit, so Quota allows {LIMIT} requests at once; a plan with a burst of {} shows the effect of a \
-             smaller burst.\n\n",
+             equals its limit, so Quota allows {LIMIT} requests at once; a plan with a burst of {} shows the effect of \
+             a smaller burst.\n\n",
             self.options.seconds,
             LEASE_TTL.as_millis(),
             WINDOW.as_secs() - AROUND_EDGE.as_secs(),
@@ -194,8 +194,8 @@ impl Report<'_> {
         }
         let _ = write!(
             text,
-            "\nIn the first test, the load lasts {} s. Redis is killed with `kill -9` after {} s, and restarted without \
-             its data after {} s. The load uses two keys: one whose limit is never reached, and one whose limit is \
+            "\nIn the first test, the load lasts {} s. Redis is killed with `kill -9` after {} s, and restarted \
+             without its data after {} s. The load uses two keys: one whose limit is never reached, and one whose limit is \
              reached before the outage. For the key whose limit is reached, the allowed requests before, during and \
              after the outage are counted. In the second test, Redis's responses to both instances are delayed by {} \
              ms, and a new key is used for {} s. A request has failed if its response is neither 200 nor 429. While \
@@ -217,8 +217,8 @@ impl Report<'_> {
                 let _ = write!(
                     text,
                     "With Quota, {} keys are deactivated, one at a time, by an API call to one replica, while they are \
-                     used continuously on another replica. The time from the start of this call until the other replica \
-                     first rejects a request with the key is {} at the median and {} at most.\n\n",
+                     used continuously on another replica. The time from the start of this call until the other \
+                     replica first rejects a request with the key is {} at the median and {} at most.\n\n",
                     times.len(),
                     millis(times[times.len() / 2]),
                     millis(*last)
@@ -227,8 +227,8 @@ impl Report<'_> {
             _ => text.push_str("Quota was not measured.\n\n"),
         }
         text.push_str(
-            "The other servers have no list of keys, so no key can be revoked: they count requests by the value of the \
-             header, and accept any value.\n\n",
+            "The other servers have no list of keys, so no key can be revoked. They count requests by the value of \
+             `X-API-Key`, and accept any value.\n\n",
         );
     }
 
@@ -286,8 +286,8 @@ const SETUP: &str = "\
 ## What differs
 
 - Only Quota looks up keys, plans and quotas, and records the usage of each request. The other servers accept any key, \
-and record at most a log line per request.
-- For each request, Quota, nginx, HAProxy and uvicorn write a line to an access log in a file. Quota's lines are JSON. \
+and write at most a log line per request.
+- For each request, Quota, nginx, HAProxy and uvicorn write a line to an access log file. Quota's lines are JSON. \
 Fastify does not log requests by default.
 - Without Redis, each instance of nginx, HAProxy, rate-limiter-flexible and slowapi counts only its own requests, so two \
 instances allow up to twice the limit.
