@@ -102,8 +102,8 @@ impl Report<'_> {
             "The figures are medians of {} rounds. In each round, the servers are loaded for {} ms each, one after \
              another. The load uses {CONNECTIONS} keep-alive connections on loopback, each of which sends a request \
              after each response. {} Latency is measured while the server is saturated. CPU time is the user and \
-             system time of the server's process, without Redis and PostgreSQL. Memory is the resident memory of this process \
-             after the last round. Redis calls are script calls, as counted by `INFO commandstats`: except for \
+             system time of the server's process, without Redis and PostgreSQL. Memory is the resident memory of this \
+             process after the last round. Redis calls are script calls, as counted by `INFO commandstats`: except for \
              limitador, the servers call Redis only through scripts.\n\n",
             self.options.rounds,
             self.options.millis,
@@ -195,8 +195,8 @@ impl Report<'_> {
         let _ = write!(
             text,
             "\nIn the first test, the load lasts {} s. Redis is killed with `kill -9` after {} s, and restarted \
-             without its data after {} s. The load uses two keys: one whose limit is never reached, and one whose limit is \
-             reached before the outage. For the key whose limit is reached, the allowed requests before, during and \
+             without its data after {} s. The load uses two keys: one whose limit is never reached, and one whose limit \
+             is reached before the outage. For the key whose limit is reached, the allowed requests before, during and \
              after the outage are counted. In the second test, Redis's responses to both instances are delayed by {} \
              ms, and a new key is used for {} s. A request has failed if its response is neither 200 nor 429. While \
              Redis is unavailable, Quota uses its default fallback setting, `QUOTA_ON_REDIS_FAILURE=share`: each \
