@@ -51,9 +51,10 @@ impl Report<'_> {
             text,
             "# Quota compared with other rate limiters\n\n\
              `cargo xtask bench peers` writes this page. Each rate limiter limits requests by the key in `X-API-Key`, and \
-             responds with 200 and a short JSON body, or with 429. *Bare poem* is a handler in poem, the HTTP framework \
-             that Quota uses; it responds with 200 to every request. Counts, such as requests above a limit, are exact. \
-             Times depend on the machine, so compare only figures from the same run.\n\n\
+             responds with 200 and a short JSON body if the request is allowed, and with 429 if it is denied. *Bare \
+             poem* is a handler in poem, the HTTP framework that Quota uses; it responds with 200 to every request. \
+             Counts, such as requests above a limit, are exact. Times depend on the machine, so compare only figures \
+             from the same run.\n\n\
              Machine: {}\n\n\
              Versions: {}.\n\n",
             self.machine,
@@ -100,10 +101,10 @@ impl Report<'_> {
             text,
             "The figures are medians of {} rounds. In each round, the servers are loaded for {} ms each, one after \
              another. The load uses {CONNECTIONS} keep-alive connections on loopback, each of which sends a request \
-             after each response. {} Latency is that of a saturated server. CPU time is the user and system time of the \
-             server's process, without Redis and PostgreSQL. Memory is that of the same process after the last round. \
-             Redis calls are script calls, as counted by `INFO commandstats`: except for limitador, the servers call \
-             Redis only through scripts.\n\n",
+             after each response. {} Latency is measured while the server is saturated. CPU time is the user and \
+             system time of the server's process, without Redis and PostgreSQL. Memory is the resident memory of this \
+             process after the last round. Redis calls are script calls, as counted by `INFO commandstats`: except for \
+             limitador, the servers call Redis only through scripts.\n\n",
             self.options.rounds,
             self.options.millis,
             match self.cores {
@@ -118,8 +119,8 @@ impl Report<'_> {
         let _ = write!(
             text,
             "## Two instances and one limit\n\n\
-             Two instances share one Redis. Each measurement uses a new key, which may send {LIMIT} requests per \
-             minute.\n\n\
+             Each server runs as two instances, which share one Redis if the server supports it. Each measurement uses \
+             a new key, which may send {LIMIT} requests per minute.\n\n\
              ![Requests allowed with two instances](accuracy.svg)\n\n\
              | Server | Counts with | Bound for {} s | Allowed | Above the bound | Below the bound | Allowed in the worst {} s across the end of a window |\n\
              |---|---|---:|---:|---:|---:|---:|\n",
@@ -146,10 +147,10 @@ impl Report<'_> {
              requests that the server's own rule allows with one instance. For a window, the bound is the limit. For a \
              token bucket, the bound is the burst plus the tokens that are refilled during the load; with Quota's \
              leases, it also includes the tokens that are refilled in {} ms. For the last column, a key's first request \
-             starts a window. From {} s to {} s later, {EDGE_PER_SECOND} requests per second are sent. The column \
-             shows the largest number of requests that were allowed within {} s. By default, a plan's burst equals its \
-             limit, so Quota allows {LIMIT} requests at once; a plan with a burst of {} shows the effect of a smaller \
-             burst.\n\n",
+             starts a window. From {} s to {} s after this request, {EDGE_PER_SECOND} requests per second are sent. \
+             The column shows the largest number of requests that were allowed within {} s. By default, a plan's burst \
+             equals its limit, so Quota allows {LIMIT} requests at once; a plan with a burst of {} shows the effect of \
+             a smaller burst.\n\n",
             self.options.seconds,
             LEASE_TTL.as_millis(),
             WINDOW.as_secs() - AROUND_EDGE.as_secs(),
@@ -193,17 +194,16 @@ impl Report<'_> {
         }
         let _ = write!(
             text,
-            "\nFirst, Redis is killed with `kill -9` {} s after the load starts, and is restarted without its data \
-             {} s after the load starts. The load ends after {} s. The load uses two keys: one whose limit is never \
-             reached, and one whose limit is reached before the outage. For the key whose limit is reached, the \
-             allowed requests before, during and after the outage are counted. Then Redis's responses to both \
-             instances are delayed by {} ms, and a new key is used for {} s. A request has failed if its response is \
-             neither 200 nor 429. While Redis is unavailable, Quota uses its default fallback setting, \
-             `QUOTA_ON_REDIS_FAILURE=share`: each replica enforces its share of the rate, starting with an empty \
-             bucket.\n\n",
+            "\nIn the first test, the load lasts {} s. Redis is killed with `kill -9` after {} s, and restarted \
+             without its data after {} s. The load uses two keys: one whose limit is never reached, and one whose limit \
+             is reached before the outage. For the key whose limit is reached, the allowed requests before, during and \
+             after the outage are counted. In the second test, Redis's responses to both instances are delayed by {} \
+             ms, and a new key is used for {} s. A request has failed if its response is neither 200 nor 429. While \
+             Redis is unavailable, Quota uses its default fallback setting, `QUOTA_ON_REDIS_FAILURE=share`: each \
+             replica enforces its share of the rate, starting with an empty bucket.\n\n",
+            ENDED.as_secs_f64(),
             KILLED.as_secs_f64(),
             RESTARTED.as_secs_f64(),
-            ENDED.as_secs_f64(),
             LATE.as_millis(),
             self.options.seconds,
         );
@@ -217,8 +217,8 @@ impl Report<'_> {
                 let _ = write!(
                     text,
                     "With Quota, {} keys are deactivated, one at a time, by an API call to one replica, while they are \
-                     used continuously on another replica. The time from the start of the call until the first request \
-                     is rejected is {} at the median and {} at most.\n\n",
+                     used continuously on another replica. The time from the start of this call until the other \
+                     replica first rejects a request with the key is {} at the median and {} at most.\n\n",
                     times.len(),
                     millis(times[times.len() / 2]),
                     millis(*last)
@@ -227,8 +227,8 @@ impl Report<'_> {
             _ => text.push_str("Quota was not measured.\n\n"),
         }
         text.push_str(
-            "The other servers have no list of keys, so no key can be revoked: they count requests by the value of the \
-             header, and accept any value.\n\n",
+            "The other servers have no list of keys, so no key can be revoked. They count requests by the value of \
+             `X-API-Key`, and accept any value.\n\n",
         );
     }
 
@@ -286,21 +286,21 @@ const SETUP: &str = "\
 ## What differs
 
 - Only Quota looks up keys, plans and quotas, and records the usage of each request. The other servers accept any key, \
-and record at most a log line per request.
-- For each request, Quota, nginx, HAProxy and uvicorn write a line to an access log in a file. Quota's lines are JSON. \
+and write at most a log line per request.
+- For each request, Quota, nginx, HAProxy and uvicorn write a line to an access log file. Quota's lines are JSON. \
 Fastify does not log requests by default.
 - Without Redis, each instance of nginx, HAProxy, rate-limiter-flexible and slowapi counts only its own requests, so two \
 instances allow up to twice the limit.
 - rate-limiter-flexible uses `inMemoryBlockOnConsumed`, which its documentation recommends: keys over the limit are \
 denied without calling Redis. For outages of Redis, rate-limiter-flexible has an `insuranceLimiter`, and slowapi has an \
-in-memory fallback. Both are off by default, and are not used here.
+in-memory fallback. Both features are off by default, and are not used here.
 - The fixed windows of rate-limiter-flexible and slowapi start with a key's first request. HAProxy's sliding window also \
 counts denied requests. nginx uses a leaky bucket, and Quota uses a token bucket.
 - Node.js runs with `NODE_ENV=production`; uvicorn runs one worker with uvloop and httptools. nginx runs as a single \
 process. The programs and configurations are in `xtask/bench/peers`.
-- limitador is included only if `--limitador FILE` specifies the path of its server, which neither Debian nor a package \
-registry provides. Requests to limitador contain the key in a JSON body. limitador's reads from Redis are not script \
-calls, and are not counted above.
+- limitador is included only if `--limitador FILE` specifies the path of its server, because neither Debian nor a \
+package registry provides this server. Requests to limitador contain the key in a JSON body. limitador's reads from \
+Redis are not script calls, and are not counted above.
 ";
 
 /// Returns a name without code formatting, which charts do not support.

@@ -68,8 +68,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
          divided by the row's first value. The exponent compares the last two values: it is 0 if they are equal, and 1 \
          if they are proportional to the number of keys. Startup is the median of {STARTS} starts with an empty data \
          directory and a migrated database. CPU time is the user and system time of the server's process: medians of \
-         {} rounds of {} ms, with all keys in memory and QUOTA_METERING=off. First requests are the first requests with \
-         up to {FIRST_REQUESTS} keys that are not in memory, or whose plan has just been edited; µs per request is the \
+         {} rounds of {} ms, with all keys in memory and QUOTA_METERING=off. First requests are one request each with up \
+         to {FIRST_REQUESTS} keys that are not in memory, or whose plan has just been edited; µs per request is the \
          total elapsed time divided by the number of requests. The recorded usage is one request per key, spread over \
          28 days. Times in ms are medians, and include opening a connection.",
         options.rounds, options.millis
@@ -338,7 +338,7 @@ impl Scale<'_> {
         self.limit -= requests::EDITS;
         table.set("plan edit, ms", keys, edit.answered);
         table.set(
-            "time from a plan edit until a request has the new limit, ms",
+            "time from a plan edit until the new limit applies to a request, ms",
             keys,
             edit.effective,
         );
