@@ -36,7 +36,7 @@ response! {
         /// Requests per minute for this key, overriding the plan's rate. `null` if the key uses the plan's rate. If the
         /// plan's burst equals the plan's rate, the key's burst equals this override.
         pub rpm_override: Option<u32>,
-        /// The key's identifier in your own system, such as a customer ID. Multiple keys can share the same external
+        /// An identifier from your own system, such as a customer ID. Multiple keys can share the same external
         /// ID.
         #[serde(default)]
         pub external_id: Option<String>,
@@ -81,7 +81,7 @@ request! {
         /// Requests per minute for this key, 1 to 60,000,000. Default: the plan's rate.
         #[garde(dive)]
         pub rpm_override: Option<Rpm>,
-        /// The key's identifier in your own system, such as a customer ID: 1 to 200 characters. Multiple keys can share
+        /// An identifier from your own system, such as a customer ID. 1 to 200 characters. Multiple keys can share
         /// the same external ID.
         #[garde(dive)]
         pub external_id: Option<ExternalId>,
@@ -108,7 +108,7 @@ update! {
         /// Requests per minute for this key, 1 to 60,000,000. `null` restores the plan's rate.
         #[garde(dive)]
         pub rpm_override: Patch<Rpm>,
-        /// The key's identifier in your own system: 1 to 200 characters. `null` removes the identifier.
+        /// An identifier from your own system. 1 to 200 characters. `null` removes the identifier.
         #[garde(dive)]
         pub external_id: Patch<ExternalId>,
         /// Replaces all pairs. Send `{}` to remove all pairs.

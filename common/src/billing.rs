@@ -8,7 +8,7 @@ use crate::{
 text_enum! {
     /// The state of a tenant's subscription, which determines whether paid plans work. `free`: the tenant has never
     /// subscribed, or the first payment has not succeeded. `past_due`: a payment failed and is being retried. `unpaid`:
-    /// a payment failed and is no longer retried.
+    /// a payment failed and is no longer being retried.
     pub enum BillingAccess {
         /// Never subscribed, or the first payment has not succeeded.
         Free = "free",
@@ -18,7 +18,7 @@ text_enum! {
         Active = "active",
         /// A payment failed and is being retried.
         PastDue = "past_due",
-        /// A payment failed and is no longer retried.
+        /// A payment failed and is no longer being retried.
         Unpaid = "unpaid",
         /// The subscription has ended.
         Canceled = "canceled",

@@ -11,7 +11,7 @@
 //!
 //! While Redis is unreachable, every call fails within `QUOTA_REDIS_TIMEOUT`, or within the longer time that a caller
 //! allows for late responses. [`Link::generation`] changes with every connection, and [`Link::run_id`] changes with
-//! every restart of the server. A change of either value shows callers that Redis may have lost data.
+//! every restart of the server. A change in either value tells callers that Redis may have lost data.
 
 mod connection;
 pub mod inspect;

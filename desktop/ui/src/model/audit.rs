@@ -146,7 +146,7 @@ fn change(
                 Some(_) if after.ends_with("/min") => before.trim_end_matches("/min").to_owned(),
                 _ => before,
             };
-            format!("{} {before} → {after}", field_label(name))
+            format!("{}: {before} → {after}", field_label(name))
         }
     })
 }

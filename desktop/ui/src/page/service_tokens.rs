@@ -39,7 +39,7 @@ pub fn ServiceTokens() -> impl IntoView {
             show=move |page| {
                 if page.items.is_empty() {
                     return view! {
-                        <EmptyState shape=Shape::Token title="No service tokens yet" about="Create a token for each gateway or service that checks requests. Configurations for Caddy, nginx, HAProxy, Traefik and Envoy are included.">
+                        <EmptyState shape=Shape::Token title="No service tokens yet" about="Create a token for each gateway or service that checks requests. You get configurations for Caddy, nginx, HAProxy, Traefik and Envoy.">
                             <CreateButton open=creating label="Create your first token"/>
                         </EmptyState>
                     }

@@ -30,7 +30,7 @@ fn update_is_summed_up_in_one_line() {
             json!({"default_rpm": 600, "daily_quota": 1000}),
             json!({"default_rpm": 300, "daily_quota": null})
         ),
-        "Daily quota 1,000 → unlimited, Rate 600 → 300/min"
+        "Daily quota: 1,000 → unlimited, Rate: 600 → 300/min"
     );
     assert_eq!(
         line(
@@ -38,7 +38,7 @@ fn update_is_summed_up_in_one_line() {
             json!({"rpm_override": null}),
             json!({"rpm_override": 120})
         ),
-        "Rate override none → 120/min"
+        "Rate override: none → 120/min"
     );
     assert_eq!(
         line(
@@ -46,7 +46,7 @@ fn update_is_summed_up_in_one_line() {
             json!({"plan_id": "gone"}),
             json!({"plan_id": ID})
         ),
-        "Plan (deleted) → Starter"
+        "Plan: (deleted) → Starter"
     );
     assert_eq!(
         line(
@@ -62,7 +62,7 @@ fn update_is_summed_up_in_one_line() {
             json!({"expires_at": null}),
             json!({"expires_at": "2027-01-01T00:00:00Z"})
         ),
-        "Expires never → 1 Jan 2027, 00:00 UTC"
+        "Expires: never → 1 Jan 2027, 00:00 UTC"
     );
     assert_eq!(
         line(
@@ -174,7 +174,7 @@ fn changes_of_webhooks_and_alert_settings_are_in_words() {
             json!({"email_roles": ["owner"]}),
             json!({"email_roles": ["owner", "billing"]})
         ),
-        "Email recipients owner → owner, billing"
+        "Email recipients: owner → owner, billing"
     );
 }
 
