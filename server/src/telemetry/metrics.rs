@@ -81,7 +81,7 @@ metrics! {
     billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
         "Age of the oldest usage report that Stripe has not received; 0 if it has received all reports";
     billing_meter_errors: Counter, "billing_meter_errors",
-        "Usage reports that Stripe accepted but could not charge";
+        "Usage reports that Stripe accepted but could not bill";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
         "Unix time of the last comparison of usage reports with the totals in Stripe";
     quota_alerts: Counter, "alerts", "Quota alerts created";
