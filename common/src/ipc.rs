@@ -1,8 +1,8 @@
 //! Messages between the console and the desktop app that contains it. In browsers, no messages are sent, and only
 //! [`BillingPage`] is used.
 //!
-//! The console passes [`Call`](crate::call::Call)s and a few commands to the app. The console never receives the
-//! session's tokens, and the app sends calls only to servers in its list.
+//! The console passes [`Call`]s and a few commands to the app. The console never receives the session's tokens, and the
+//! app sends calls only to servers in its list.
 
 use serde::{Deserialize, Serialize};
 
