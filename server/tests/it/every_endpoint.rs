@@ -714,7 +714,7 @@ async fn unsupported_method_is_405_with_allow() {
                 .split(',')
                 .map(|it| it.trim().to_owned())
                 .collect::<BTreeSet<_>>();
-            // `Allow` may omit HEAD, which is accepted wherever GET is.
+            // `Allow` may omit HEAD. Every path that accepts GET also accepts HEAD.
             if allowed.contains("GET") {
                 allowed.insert("HEAD".to_owned());
             }

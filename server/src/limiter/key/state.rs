@@ -242,9 +242,8 @@ impl KeyState {
         limits.map_or_else(Zone::utc, |limits| limits.zone().clone())
     }
 
-    /// Takes `cost` from the local bucket and every quota, or takes nothing. Returns the decision,
-    /// or the blocks that must be fetched first. Call [`apply_policies`](Self::apply_policies) with
-    /// `now` first.
+    /// Takes `cost` from the local bucket and every quota, or takes nothing. Returns the decision, or the blocks that
+    /// must be fetched first. Call [`apply_policies`](Self::apply_policies) with `now` first.
     pub(in crate::limiter) fn step(
         &mut self,
         policies: &Policies,
