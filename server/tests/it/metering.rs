@@ -736,7 +736,8 @@ async fn a_clean_stop_does_not_wait_for_a_batch_that_waits() {
     wait_for("a batch waits", async || {
         let waiting = lock
             .query(
-                "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock'",
+                "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() \
+                 AND wait_event_type = 'Lock'",
                 &[],
             )
             .await

@@ -1336,8 +1336,9 @@ async fn registration_whose_client_leaves_during_the_commit_counts() {
     let began = std::time::Instant::now();
     let patience = std::time::Duration::from_secs(10);
     let is_committing = async {
+        // Only the trigger sleeps: other transactions may be committing, too.
         let committing = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
-             AND state = 'active' AND query ILIKE 'commit%'";
+             AND wait_event = 'PgSleep' AND query ILIKE 'commit%'";
         while count(committing).await == 0 {
             assert!(began.elapsed() < patience, "no commit");
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;
