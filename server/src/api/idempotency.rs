@@ -1,5 +1,5 @@
-//! `Idempotency-Key`: a request that is sent twice is processed only once. The second response is the same as the
-//! first, but without secrets.
+//! `Idempotency-Key`: a request that is sent twice takes effect only once. If the first request succeeded, the second
+//! response is the same as the first, but without secrets.
 
 use poem::http::{HeaderMap, StatusCode};
 use quota_common::ProblemCode;

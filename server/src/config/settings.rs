@@ -197,13 +197,13 @@ settings! {
     /// The maximum number of requests per minute from one client address to /auth; 0 for no limit.
     auth_rpm: "QUOTA_AUTH_RPM", "60", "N";
 
-    /// The maximum number of requests per minute from one client address to /admin and /billing combined; 0 for no
-    /// limit.
+    /// The maximum number of requests per minute from one client address to /admin and /billing combined, not counting
+    /// webhooks from Stripe; 0 for no limit.
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
     /// The number of failed sign-ins to one account that are allowed from one network. After that, each further attempt
-    /// has to wait longer. Wider networks, and networks that try many accounts, have higher limits. Attempts from known
-    /// devices are counted separately. 0 for no limit.
+    /// has to wait longer. Wider networks have higher limits. A network's attempts are also limited across all
+    /// accounts. Attempts from known devices are counted separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
 
     /// The number of accounts that one network can create in a burst, and on average per day. A network is an IPv4
