@@ -208,7 +208,7 @@ fn quota(alert: &AlertRow) -> &'static str {
     }
 }
 
-/// Describes an alert in one line.
+/// Returns a line of text that describes an alert.
 fn line(alert: &AlertRow) -> String {
     let state = if alert.threshold >= 100 {
         "has used up its".to_owned()

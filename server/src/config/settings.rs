@@ -107,8 +107,8 @@ settings! {
     /// 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
-    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in the `usage`
-    /// directory in QUOTA_DATA_DIR, before the response is sent, and is written to PostgreSQL soon after.
+    /// Whether to record the usage of API keys: on or off. Decisions are recorded on this machine, in the `usage`
+    /// directory in QUOTA_DATA_DIR, before the responses are sent, and are written to PostgreSQL soon after.
     metering: "QUOTA_METERING", "on", "MODE";
 
     /// The failures that recorded usage survives: process (`kill -9` and crashes of the server) or machine (power
@@ -116,8 +116,8 @@ settings! {
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
     /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to 1000000000000.
-    /// When half of this space is used, the server logs a warning. When all of it is used, check requests get 503. 1
-    /// GiB is enough for about 6,000,000 requests.
+    /// When half of this space is used, the server logs a warning, and records only a limited number of each tenant's
+    /// denials. When all of it is used, check requests get 503. 1 GiB is enough for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 
     /// How often recorded usage is written to PostgreSQL: 10ms to 60s.
