@@ -5,8 +5,8 @@
 //! read that started before the last applied one is discarded, so the result does not depend on the order in which
 //! events arrive or reads complete. [`subscription`] defines what access a tenant's subscriptions give.
 //!
-//! If Stripe is unreachable, or the secret key belongs to [another account](account), tenants keep their access, but no
-//! tenant can subscribe.
+//! If Stripe is unreachable, or the secret key belongs to [another account](account), tenants keep their last known
+//! access, but no tenant can subscribe.
 
 pub mod account;
 pub mod events;

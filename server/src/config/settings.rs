@@ -98,8 +98,8 @@ settings! {
     /// How long connecting to Redis may take: 10ms to 10s.
     redis_connect_timeout: "QUOTA_REDIS_CONNECT_TIMEOUT", "250ms", "DURATION";
 
-    /// How long a replica may spend tokens that it has taken from Redis: 0ms to 1s. With 0ms, every request is decided
-    /// in Redis, as with a strict plan.
+    /// How long a replica may spend tokens that it has taken from Redis: 0ms to 1s. With 0ms, replicas take no tokens
+    /// in advance, as with a strict plan.
     lease_ttl: "QUOTA_LEASE_TTL", "100ms", "DURATION";
 
     /// What happens to requests while Redis is unreachable, for plans without their own setting: share (each replica
