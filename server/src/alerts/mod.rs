@@ -135,7 +135,8 @@ impl Alerts {
     }
 
     /// Checks tenants with unchecked usage. Without metering, checks all tenants with quotas. Tenants take turns, so
-    /// that a tenant with many keys, or one whose check fails, does not delay other tenants.
+    /// that a tenant with many keys does not delay the others. If a tenant's check fails, the round continues as long
+    /// as PostgreSQL responds.
     pub async fn check(&self) -> Result<Round, DbError> {
         let began = Instant::now();
         let tenants = async |tx: &mut SystemTx| {

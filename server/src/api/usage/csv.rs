@@ -91,7 +91,7 @@ fn cell(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Returns the content of the file: a header line, and one line for each bucket of each group.
+/// Returns the content of the file: a header line, and one line for each element of `usage.buckets`.
 pub(super) fn write(usage: &Usage, zone: &Zone) -> Result<String, ApiError> {
     let failed = |error: ::csv::Error| ApiError::internal(error);
     let mut writer = ::csv::WriterBuilder::new()

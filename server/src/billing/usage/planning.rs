@@ -77,7 +77,7 @@ impl Billing {
     }
 
     /// Plans one hour for each of up to [`HOURS`] tenants. `read` contains the tenants that this run has read from
-    /// Stripe, and whether their hours can be planned.
+    /// Stripe or failed to plan, and whether their hours can be planned.
     async fn plan_oldest_hours(
         &self,
         read: &mut HashMap<TenantId, bool>,
