@@ -10,8 +10,8 @@
 //! background. Therefore, an outage delays only the first few requests, not the first request for each key.
 //!
 //! A changed entry is not removed. Its row is never used again, but the entry shows that its key exists. Lookups of
-//! keys without an entry leave some database connections free for reloading such entries. [`Changes`] determines which
-//! entries have changed.
+//! keys without an entry leave at least one database connection free for reloading entries. [`Changes`] determines
+//! which entries have changed.
 //!
 //! A load may also return a row that another replica has read, with the time at which the row was known to be current.
 //!

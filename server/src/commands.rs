@@ -41,7 +41,7 @@ async fn existing_database(
     database(config).await.map(Some)
 }
 
-/// Returns whether a running server uses the private PostgreSQL.
+/// Returns whether the error means that another process, such as a running server, uses the private PostgreSQL.
 fn is_in_use(error: &anyhow::Error) -> bool {
     matches!(error.downcast_ref(), Some(EmbeddedError::InUse(_)))
 }

@@ -70,7 +70,7 @@ pub struct Config {
     pub request_timeout: Duration,
     pub idle_timeout: Duration,
     pub write_timeout: Duration,
-    /// Whether simple check requests are served without hyper.
+    /// Whether plain check requests get direct responses.
     pub direct_responses: bool,
     pub connections: usize,
     /// The maximum number of connections per address. 0 means no limit.
@@ -118,7 +118,7 @@ impl std::fmt::Debug for Config {
     }
 }
 
-/// The operator's Stripe account.
+/// Settings for billing through Stripe.
 #[derive(Clone)]
 pub struct StripeSettings {
     pub secret_key: SecretString,

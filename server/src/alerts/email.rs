@@ -108,8 +108,8 @@ impl Alerts {
         self.db.in_system(write).await
     }
 
-    /// Sends emails that are due. Claims one email at a time. Otherwise, the lease of a claimed email could expire
-    /// while other emails are being sent.
+    /// Sends emails that are due. Claims one email at a time, because the lease of a claimed email could expire while
+    /// other emails are being sent.
     pub async fn send_emails(&self, mailer: &Mailer) -> Result<Sent, DbError> {
         let mut all = Sent::default();
         for _ in 0..BATCH {
@@ -144,7 +144,6 @@ impl Alerts {
     }
 }
 
-/// Stores one email about a tenant's alerts for each recipient.
 async fn write_email(tx: &mut SystemTx, tenant: TenantId, public_url: &str) -> Result<(), DbError> {
     let alerts = mail::lock_alerts(tx, tenant, ALERTS_MAX).await?;
     if alerts.is_empty() {
@@ -209,7 +208,7 @@ fn quota(alert: &AlertRow) -> &'static str {
     }
 }
 
-/// Describes an alert in one line.
+/// Returns a line of text that describes an alert.
 fn line(alert: &AlertRow) -> String {
     let state = if alert.threshold >= 100 {
         "has used up its".to_owned()
@@ -232,7 +231,7 @@ fn line(alert: &AlertRow) -> String {
     )
 }
 
-/// Writes an email about at least one alert.
+/// Composes an email about one or more alerts.
 fn described(alerts: &[AlertRow], tenant: &str, public_url: &str) -> Text {
     let tenant = unlinked(tenant);
     let base = public_url.trim_end_matches('/');

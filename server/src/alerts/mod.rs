@@ -3,9 +3,10 @@
 //! Checks run in the background, based on the quota ledger and the usage rollups. With metering, a tenant is checked
 //! when its usage log has grown. Without metering, each round checks all tenants with quotas. Only one replica at a
 //! time checks a tenant. Each step checks a limited number of keys, and commits the alerts, their deliveries, and the
-//! tenant's progress together, so a crash neither loses nor repeats an alert. In the database, alerts are unique by
-//! quota, window, and threshold. Therefore, an alert is not created again after a restart, by another replica, or after
-//! a change of the plan or time zone.
+//! tenant's progress together, so a crash neither loses nor repeats an alert. The database stores at most one alert for
+//! each quota, window, and threshold, and windows that overlap after a change to the time zone count as one window.
+//! Therefore, an alert is not created again after a restart, by another replica, or after a change to the plan or time
+//! zone.
 //!
 //! **Used amounts.** The rollups contain the exact cost of allowed requests. The ledger counts the tokens that replicas
 //! have taken, which can exceed the cost: usually by at most 1% of the quota, but by more after a crash. Therefore, the
@@ -66,7 +67,7 @@ pub struct Alerts {
     db: Db,
     is_metered: bool,
     tenant_quota: Option<TenantQuota>,
-    /// The tenant whose email was sent last.
+    /// The tenant whose email was claimed last.
     last_mailed: Arc<Mutex<Uuid>>,
 }
 
@@ -134,7 +135,8 @@ impl Alerts {
     }
 
     /// Checks tenants with unchecked usage. Without metering, checks all tenants with quotas. Tenants take turns, so
-    /// that a tenant with many keys, or one whose check fails, does not delay other tenants.
+    /// that a tenant with many keys does not delay the others. If a tenant's check fails, the round continues as long
+    /// as PostgreSQL responds.
     pub async fn check(&self) -> Result<Round, DbError> {
         let began = Instant::now();
         let tenants = async |tx: &mut SystemTx| {

@@ -1,9 +1,9 @@
 //! Authenticated callers. A handler whose first argument is one of these types runs only for requests with the
 //! corresponding credential.
 //!
-//! For a [`SignedInTenant`], the request has an access token. For an [`AdmittedKey`], the request has an API key, and
-//! the limiter has allowed the request. For a [`ServiceCaller`] or [`GatewayCaller`], the request has a service token.
-//! Each type is a poem-openapi extractor that adds its security scheme to the OpenAPI document.
+//! For a [`SignedInTenant`], the request has a valid access token. For an [`AdmittedKey`], the request has a valid API
+//! key, and the limiter has allowed the request. For a [`ServiceCaller`] or [`GatewayCaller`], the request has a valid
+//! service token. Each type is a poem-openapi extractor that adds its security scheme to the OpenAPI document.
 
 use std::{num::NonZeroU32, pin::pin, sync::Arc};
 
@@ -219,8 +219,8 @@ async fn decide_in_span(
     let decision = decided.inspect_err(|_| {
         state.metrics.limiter_errors.inc();
     })?;
-    // Read the time only after the reservation. The shipper relies on this when it reports that the segments it reads
-    // contain all earlier decisions.
+    // Read the time only after the reservation. The shipper relies on this when it reports a time before which all
+    // decisions are in the segments that it reads.
     let decided_at = state.clock.monotonic();
     if decision.is_allowed() {
         &state.metrics.allowed

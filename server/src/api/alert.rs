@@ -103,7 +103,7 @@ impl AlertApi {
     /// Update the alert settings
     ///
     /// Emails that are already waiting to be sent are not affected. Alerts that were created while emails were off are
-    /// not sent.
+    /// not sent by email later.
     #[oai(
         path = "/alert-settings",
         method = "patch",

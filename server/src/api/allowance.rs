@@ -1,9 +1,9 @@
 //! The operator's limits on what tenants can create.
 //!
 //! Every tenant has a maximum number of plans, API keys, service tokens, and webhooks. For plans and API keys, the
-//! operator can set lower limits for tenants without a subscription. The operator can also limit the rates and quotas
-//! of all plans that are not marked `paid`, whether or not the tenant has a subscription. If billing is off, there are
-//! no subscriptions, and the limits on rates and quotas apply to all plans.
+//! operator can set lower limits for tenants without a valid subscription. The operator can also limit the rates and
+//! quotas of all plans that are not marked `paid`, whether or not the tenant has a subscription. If billing is off,
+//! there are no subscriptions, and the limits on rates and quotas apply to all plans.
 
 use quota_common::{
     FieldError, ProblemCode,
@@ -118,8 +118,8 @@ pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     }
 }
 
-/// Rejects a change of a plan's `billing` if the limits for free plans apply to the changed plan, and one of the plan's
-/// keys has a higher rate than these limits allow.
+/// Rejects a change to a plan's `billing` if the limits for free plans would apply to the plan and one of its keys has
+/// a higher rate than these limits allow.
 pub async fn check_rates_of_keys(
     config: &Config,
     tx: &mut TenantTx,
@@ -143,7 +143,8 @@ pub async fn check_rates_of_keys(
     }
 }
 
-/// Rejects a key if its rate override exceeds the maximum for free plans, and this maximum applies to its plan.
+/// Rejects a key if the maximum rate of free plans applies to its plan and the key's rate override exceeds this
+/// maximum.
 pub async fn check_key(config: &Config, tx: &mut TenantTx, key: &ApiKey) -> Result<(), ApiError> {
     let (Some(maximum), Some(rate)) = (config.free_tier.rpm, key.rpm_override) else {
         return Ok(());

@@ -174,7 +174,7 @@ impl AuthApi {
     ///
     /// Creates a session and returns its tokens. Failed sign-ins are limited per account and network. Send the
     /// `device_token` of an earlier sign-in to identify a known device. Attempts from a known device are counted
-    /// separately, so they are not delayed by failed sign-ins from other devices. If the request has
+    /// separately, so they are not delayed by failed sign-ins from unknown devices. If the request has
     /// `X-Quota-Session: cookie`, all tokens are set as cookies instead of being returned in the body. Such a request
     /// must come from this server's own pages.
     #[oai(path = "/login", method = "post", operation_id = "login")]

@@ -56,7 +56,7 @@ impl SessionCookie {
     }
 }
 
-/// Headers that only proxies add. Only their presence matters.
+/// Headers that only proxies add. Their values do not matter.
 const OF_PROXIES: [&str; 5] = [
     "forwarded",
     "via",
@@ -66,12 +66,12 @@ const OF_PROXIES: [&str; 5] = [
 ];
 
 /// Returns whether cookies require TLS. They do, unless a browser uses plain HTTP to connect to a server on its own
-/// machine. Such a connection cannot be intercepted, and some browsers, such as Safari, would reject cookies that
-/// require TLS.
+/// machine. Such a connection cannot be intercepted, and some browsers, such as Safari, reject cookies that require TLS
+/// if they are sent over plain HTTP.
 ///
 /// `Host` alone does not prove that the server is local: a proxy may send the name of its upstream, such as
-/// `localhost`. Therefore, the public URL must not be an HTTPS URL either, the peer must be on this machine, and the
-/// request must not have a proxy's headers. `Origin`, if present, must also be local.
+/// `localhost`. Therefore, a server counts as local only if its public URL does not use HTTPS, the peer is on this
+/// machine, and the request has no proxy headers. `Origin`, if present, must also be local.
 fn is_secure(state: &AppState, request: &Request) -> bool {
     let page_is_local = match request.headers().get(header::ORIGIN) {
         None => true,
@@ -117,8 +117,8 @@ pub fn wants_cookies(headers: &HeaderMap) -> bool {
 }
 
 /// Returns the value of a cookie. Always reads cookies with names that only a secure origin can set. Reads other
-/// cookies only if the request comes from this machine. Does not check whether the page that sent the request may make
-/// changes.
+/// cookies only if `is_sent_locally` returns `true` for the request. Does not check whether the page that sent the
+/// request may make changes.
 pub fn cookie<'a>(
     state: &AppState,
     request: &'a Request,

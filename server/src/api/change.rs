@@ -92,7 +92,7 @@ audited!(
 
 /// A change in progress: a transaction of the caller's tenant. Only [`created`](Self::created),
 /// [`updated`](Self::updated), and [`deleted`](Self::deleted) can commit it. They record the audit event, commit the
-/// transaction, and then publish which cached records replicas must drop. Therefore, every change is recorded. Dropping
+/// transaction, and then publish which cached records replicas must drop. Therefore, every edit is recorded. Dropping
 /// the edit rolls back the transaction.
 pub struct Edit<'a> {
     tx: TenantTx,

@@ -1,4 +1,4 @@
-//! Content codings of files that are compressed once (RFC 9110, section 12.5.3).
+//! Chooses the content coding of a response (RFC 9110, section 12.5.3).
 
 use poem::http::{HeaderMap, HeaderValue, header};
 

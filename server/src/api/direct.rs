@@ -1,8 +1,8 @@
 //! Direct responses: decisions on plain requests, made without poem and hyper.
 //!
-//! [`fast_path`](super::fast_path) handles the same requests in any other form. Both modules share the code that reads
-//! credentials, makes and records decisions, and determines headers and bodies. This module only writes the result as
-//! bytes. `server/tests/it/direct` compares the responses of the two modules.
+//! [`fast_path`](super::fast_path) handles check requests in any other form. Both modules share the code that reads
+//! credentials, makes and records decisions, and determines headers and bodies. This module only recognizes the
+//! requests and writes the responses as bytes. `server/tests/it/direct` compares the responses of the two modules.
 
 mod response;
 
@@ -255,8 +255,8 @@ impl DirectEndpoint for DirectDecisions {
     type Route = Route;
 
     fn route(&self, request: &PlainRequest<'_>) -> Option<Route> {
-        // While the server is stopping, each response must announce that its connection will be closed. Direct
-        // responses do not.
+        // While the server is stopping, each response must announce that its connection will be closed, and direct
+        // responses cannot do this.
         if self.state.is_draining() {
             return None;
         }

@@ -1,9 +1,9 @@
 //! A fast path for decisions.
 //!
-//! Most requests are checks at one of three fixed paths. These checks are recognized before they reach the router and
+//! Most requests are check requests to one of three fixed paths. They are recognized before they reach the router and
 //! poem-openapi, because nested routes, query parsing, and boxed errors would cost more than the rest of the request.
-//! All other code is the same as for routed requests, and runs in the same order. If its query is not recognized here,
-//! a request is routed normally.
+//! All other code is the same as for routed requests, and runs in the same order. A check request with an unrecognized
+//! query is routed normally.
 
 use poem::{Endpoint, IntoResponse, Request, Response, Result, http::Method};
 use poem_openapi::{ApiExtractor, ExtractParamOptions, param::Query};

@@ -1,8 +1,9 @@
 //! Limits the time that a key's bucket may take to fill.
 //!
 //! The shared counters keep a bucket at least until it is full. A fill time of more than 31 days would not be useful,
-//! because a month is the longest period of a quota. Plans and keys that exceed the maximum keep working until their
-//! rate or burst is changed.
+//! because a month is the longest period of a quota. The maximum is checked when a plan or key is created, when its
+//! rate or burst changes, and when a key is moved to another plan. Existing plans and keys that exceed the maximum keep
+//! working.
 
 use quota_common::{api_key::ApiKey, bounds::FILL_MINUTES_MAX, number::grouped, plan::Plan};
 

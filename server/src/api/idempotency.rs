@@ -1,5 +1,5 @@
-//! `Idempotency-Key`: a request that is sent twice is processed only once. The second response is the same as the
-//! first, but without secrets.
+//! `Idempotency-Key`: a request that is sent twice takes effect only once. If the first request succeeded, the second
+//! response is the same as the first, but without secrets.
 
 use poem::http::{HeaderMap, StatusCode};
 use quota_common::ProblemCode;
@@ -63,8 +63,8 @@ impl IdempotencyGuard {
         })
     }
 
-    /// Returns the original response, if there is one. Must be the first call in the transaction that processes the
-    /// request.
+    /// Returns the original response, if there is one. Otherwise, rejects other requests with the same key until the
+    /// transaction ends. Must be the first call in the transaction.
     pub async fn replay<T: DeserializeOwned>(
         &self,
         tx: &mut TenantTx,
@@ -93,7 +93,7 @@ impl IdempotencyGuard {
         }
     }
 
-    /// Stores the response in the transaction that processes the request. The response must not contain a secret.
+    /// Stores the response for replays. The response must not contain a secret.
     pub async fn keep<T: Serialize>(
         &self,
         tx: &mut TenantTx,

@@ -1,4 +1,4 @@
-//! Limits requests to `/auth`, `/admin` and `/billing` per client address.
+//! Limits requests to `/auth`, `/admin` and `/billing` per client address, except webhooks from Stripe.
 
 use poem::{Endpoint, Middleware, Request, Result};
 

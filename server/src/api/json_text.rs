@@ -1,6 +1,6 @@
 //! Writes strings in JSON that is formatted without serde.
 
-/// Appends a string as JSON. Most strings do not need escaping, so they are copied as they are.
+/// Appends a string as JSON. Copies the string as it is if it does not need escaping, as is the case for most strings.
 #[expect(
     clippy::needless_bitwise_bool,
     reason = "without branches, the compiler can vectorize the check"

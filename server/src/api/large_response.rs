@@ -16,7 +16,6 @@ const OF_TENANT: usize = 8;
 /// The maximum number of concurrent large responses.
 const TOTAL: usize = 64;
 
-/// Marks a response as large.
 #[derive(Debug, Clone, Copy)]
 struct IsLarge;
 

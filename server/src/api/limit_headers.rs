@@ -1,7 +1,7 @@
 //! The headers that report a decision.
 //!
 //! Only this module writes these headers, with two exceptions: the code that responds to gateways writes
-//! `X-Quota-Decision`, and `problem.rs` writes `Retry-After` and `X-Quota-Degraded` if no decision was made.
+//! `X-Quota-Decision`, and `problem.rs` writes `Retry-After` and `X-Quota-Degraded` if this module has not done so.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11 and are structured fields (RFC
 //! 9651). `X-RateLimit-*` follow the older convention. `X-Quota-Decision` is for gateways.
@@ -163,7 +163,6 @@ pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decis
     }
 }
 
-/// A value in [`Pairs`].
 enum PairValue<'a> {
     Text(&'static str),
     Header(Cow<'a, HeaderValue>),
@@ -231,8 +230,8 @@ fn all_policies(policies: &Policies, decision: &Decision) -> HeaderValue {
 }
 
 /// Returns the value of [`POLICY`]. Each policy allows `q` requests per `w` seconds. A monthly policy has no `w`,
-/// because the length of a month varies. For a window that a change of time zone has shortened, uses the window's own
-/// length and quota.
+/// because the length of a month varies. For a window that a change to the time zone has shortened, uses the window's
+/// own length and quota.
 fn policy_field(
     policies: &Policies,
     decision: Option<&Decision>,

@@ -61,7 +61,8 @@ impl ParseFromParameter for PageSize {
 
 /// The first byte of a cursor that contains only an ID. Used for lists that are sorted newest first.
 const ID: u8 = 1;
-/// The first byte of a cursor that contains a sort order, an ID, and the sort value of the row with that ID.
+/// The first byte of a cursor that contains a sort order, an ID and, if the list is sorted by name or last use, the
+/// value by which the row with that ID is sorted.
 const SORTED: u8 = 2;
 
 /// Parses `limit` and `cursor` for a list that is always sorted newest first.

@@ -48,7 +48,7 @@ pub struct ApiError {
     pub allow: Option<String>,
     /// Whether the request had credentials, for 401.
     pub credential_sent: bool,
-    /// The key and the decision, if the key's limits denied the request. The response headers report the decision.
+    /// The key and the decision, if the request was denied. The response headers report the decision.
     pub denied: Option<Box<(Arc<KeyRecord>, Decision)>>,
     /// The cause, for the log. Never sent to the caller.
     #[source]

@@ -1,4 +1,4 @@
-//! The context of a request: information for all layers inside `request_log`.
+//! The context of a request: information that its handler and the layers around the handler share.
 
 use std::{net::IpAddr, sync::Arc};
 
@@ -52,7 +52,7 @@ impl From<RequestId> for HeaderValue {
     }
 }
 
-/// Details of a request, which are stored with the request when it arrives.
+/// Information about a request.
 pub struct RequestContext {
     pub state: AppState,
     pub id: RequestId,
@@ -65,7 +65,7 @@ pub struct RequestContext {
     /// Reports to the listener what happens on the request's connection. `None` if the listener does not need any
     /// reports.
     marks: Option<ConnectionMarks>,
-    /// The authenticated caller. Set during authentication.
+    /// The tenant or API key that the credentials in the request identify, even if the key is inactive or expired.
     caller: Mutex<Option<Identity>>,
 }
 
@@ -93,7 +93,7 @@ impl RequestContext {
         }
     }
 
-    /// Sets the time at which the request had arrived completely.
+    /// Sets the time by which the request had arrived completely.
     #[must_use]
     pub fn complete_at(self, time: Monotonic) -> Self {
         Self {
@@ -102,8 +102,8 @@ impl RequestContext {
         }
     }
 
-    /// Returns the time at which work on a decision begins. Call before waiting for anything. Reads the clock only if
-    /// the time at which the request had arrived completely is not known.
+    /// Returns the time at which work on a decision begins. Call before waiting for anything. If the time by which the
+    /// request had arrived completely is known, returns that time without reading the clock.
     pub fn decision_begins(&self) -> Monotonic {
         self.complete_at
             .unwrap_or_else(|| self.state.clock.monotonic())
@@ -161,7 +161,7 @@ impl RequestContext {
         connection.map(ConnectionMarks::begin_endless_response)
     }
 
-    /// Adds the request's ID and its authenticated caller to the request's span. Call before [`log`](Self::log).
+    /// Adds the request's ID and its caller to the request's span. Call before [`log`](Self::log).
     pub fn identify(&self, span: &mut Span) {
         span.set("quota.request_id", self.id().to_owned());
         let caller = self.caller.lock();

@@ -1,4 +1,4 @@
-//! The outermost layer around every request.
+//! The outermost layer around the routes of the public listener.
 //!
 //! Assigns the request ID, converts errors and panics to problems, enforces the time limit, adds common response
 //! headers, counts the request, and writes the access log.
@@ -40,7 +40,7 @@ use crate::{
 
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// Security headers that are added to every response.
+/// The security headers of responses on the public listener.
 const ALWAYS: [(HeaderName, &str); 5] = [
     (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     (header::X_FRAME_OPTIONS, "DENY"),
@@ -189,7 +189,7 @@ pub async fn run<T>(
     }
 }
 
-/// Writes the headers that every response has in addition to its ID. Does not overwrite `Content-Security-Policy` or
+/// Writes the common headers, except for the request ID. Does not overwrite `Content-Security-Policy` or
 /// `Cache-Control`.
 pub fn write_common(headers: &mut impl HeaderSink, state: &AppState) {
     for (name, value) in ALWAYS {

@@ -39,7 +39,7 @@ struct Yesterday {
     start: DateTime<Utc>,
     /// The start of yesterday's quarter hour that contains the current time of day.
     quarter: DateTime<Utc>,
-    /// The fraction of that quarter hour that had passed at this time of day.
+    /// The fraction of this quarter hour that had passed by the current time of day.
     part: f64,
 }
 

@@ -278,7 +278,7 @@ pub(super) const fn policy_name(policy: Policy) -> PolicyName {
     }
 }
 
-/// Returns the time on PostgreSQL's clock, and the time up to which all requests are counted.
+/// Returns the time on PostgreSQL's clock, and the time up to which all recorded requests are counted.
 pub(super) async fn times(state: &AppState) -> Result<usage_shipper::Times, ApiError> {
     let mut tx = state.db.system().await?;
     let times = usage_shipper::times(&mut tx).await?;

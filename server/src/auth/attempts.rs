@@ -1,12 +1,12 @@
 //! Limits failed password attempts without letting other people lock a user out. Also limits registrations.
 //!
-//! Attempts are counted by account *and* network, never only by account, so guessing from one network slows down only
-//! that network. IPv4 attempts are counted by address and by /24 network; IPv6 attempts are counted by /64, /56, and
-//! /48 network. Wider networks have higher limits. The attempts from each network are also counted across all accounts,
-//! which slows down attacks with lists of leaked passwords. A known device ([`super::device`]) has its own counter
-//! instead. In addition, all devices of an account share a counter with a higher limit, so that collecting devices does
-//! not allow more guesses. Successful sign-ins from known devices are counted too, with a much higher limit, because
-//! verifying correct passwords also takes time.
+//! Attempts from unknown devices are counted by account *and* network, never only by account, so guessing from one
+//! network slows down only that network. IPv4 attempts are counted by address and by /24 network; IPv6 attempts are
+//! counted by /64, /56, and /48 network. Wider networks have higher limits. The attempts from each network are also
+//! counted across all accounts, which slows down attacks with lists of leaked passwords. A known device
+//! ([`super::device`]) has its own counter instead. In addition, all devices of an account share a counter with a
+//! higher limit, so that collecting devices does not allow more guesses. Successful sign-ins from known devices are
+//! counted too, with a much higher limit, because verifying correct passwords also takes time.
 //!
 //! Each of these counters allows a number of attempts without waiting (`QUOTA_LOGIN_FREE_FAILURES` or a multiple of
 //! it). After that, the wait doubles with each attempt, and one attempt is forgiven at a fixed interval (for an account
@@ -409,7 +409,7 @@ fn networks(ip: Option<IpAddr>) -> Vec<(String, u32)> {
     prefixes.iter().filter_map(network).collect()
 }
 
-/// Returns a per-process hash of the widest network that contains the IP address.
+/// Returns a per-process hash of the widest network for which attempts from the address are counted.
 pub fn network_number(ip: Option<IpAddr>) -> u64 {
     number(&networks(ip).last())
 }

@@ -68,7 +68,7 @@ const SYMBOLS: [&str; 12] = [
 /// The maximum number of parts of the account's email address to search for in the password.
 const EMAIL_PARTS: usize = 16;
 
-/// The class of a caller whose password is hashed.
+/// The class of a caller that waits for a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CallerClass {
     /// A known device or a signed-in user.

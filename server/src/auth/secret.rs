@@ -1,6 +1,5 @@
-//! Derives all keys from one secret. This secret is `QUOTA_SECRET` if the operator has set it. Otherwise, it is a
-//! random secret that is stored in the database. Each purpose has its own key (HKDF-SHA-256), so no key reveals another
-//! one.
+//! Derives keys from one secret: from `QUOTA_SECRET` if the operator has set it, and otherwise from a random secret
+//! that is stored in the database. Each purpose has its own key (HKDF-SHA-256), so no key reveals another one.
 //!
 //! While the operator rotates `QUOTA_SECRET`, new signatures use the current secret, and signatures made with
 //! `QUOTA_SECRET_PREVIOUS` are still accepted. Therefore, browser sessions, access tokens, and known devices remain

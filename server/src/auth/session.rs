@@ -260,7 +260,7 @@ impl Sessions {
         Ok(live)
     }
 
-    /// Revokes a refresh token's session. Does nothing if the session has already ended.
+    /// Revokes a refresh token's session. Does nothing if the token is unknown or the session has already ended.
     pub async fn end_by_refresh_token(
         &self,
         token: &str,

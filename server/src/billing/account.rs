@@ -4,7 +4,7 @@
 //! different account or mode, all customers and subscriptions would seem to be missing, and Stripe would accept new
 //! customers, subscriptions, and usage. Therefore, the customers' account is stored, and compared with the secret key's
 //! account before Stripe is used. If the accounts differ, nothing is read from Stripe, reported to it, or sold. Tenants
-//! keep their access; events and usage wait until the correct key is configured.
+//! keep their last known access; events and usage wait until the correct key is configured.
 //!
 //! Earlier versions did not store the account. If no account is stored but there are customers, the secret key's
 //! account is stored once at least one of the customers is found in it. While there are no customers, the account may

@@ -29,7 +29,7 @@ const ATTEMPTS_MAX: i32 = 35;
 /// The maximum number of customers read concurrently.
 const CONCURRENT: usize = 8;
 /// How often a customer with a subscription is read without an event, in seconds. If a webhook is lost, the change that
-/// it reports takes effect after about this time.
+/// it would have reported takes effect after about this time.
 const READ_EVERY: f64 = 600.0;
 /// The maximum number of customers read per round.
 const READS: i64 = 20;
@@ -66,7 +66,7 @@ impl Billing {
             .await
     }
 
-    /// Processes events that are due. All due events of a tenant are processed with a single read.
+    /// Processes events that are due. Events about the same tenant's subscriptions share a single read.
     pub async fn handle_due(&self) -> Result<Round, DbError> {
         if let Some(round) = self.postponed().await? {
             return Ok(round);

@@ -1,12 +1,12 @@
 //! Tenants' subscriptions: what access to paid plans they give, and how tenants pay.
 //!
-//! Stripe is the source of truth. The database contains only the result of the last read of a customer's subscriptions.
-//! Webhooks and timers only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they start. A read
-//! that started before the last applied one is discarded, so the result does not depend on the order in which events
-//! arrive or reads complete. [`subscription`] defines what access a tenant's subscriptions give.
+//! Stripe is the source of truth. Of a customer's subscriptions, the database contains only the result of the last
+//! read. Webhooks and timers only cause reads ([`events`], [`Billing::read`]). Reads are numbered before they start. A
+//! read that started before the last applied one is discarded, so the result does not depend on the order in which
+//! events arrive or reads complete. [`subscription`] defines what access a tenant's subscriptions give.
 //!
-//! If Stripe is unreachable, or the secret key belongs to [another account](account), tenants keep their access, but no
-//! tenant can subscribe.
+//! If Stripe is unreachable, or the secret key belongs to [another account](account), tenants keep their last known
+//! access, but no tenant can subscribe.
 
 pub mod account;
 pub mod events;

@@ -18,7 +18,7 @@ pub struct Offer {
     pub currency: stripe_types::Currency,
     /// The price per month.
     pub price: String,
-    /// The price per unit of usage (the cost of a request, 1 by default), in addition to the monthly price.
+    /// The price per unit of usage (a request with a cost of 1), in addition to the monthly price.
     pub usage_price: Option<String>,
 }
 
@@ -47,8 +47,8 @@ pub fn webhook_url(public_url: &str) -> String {
     format!("{public_url}/billing/stripe/webhook")
 }
 
-/// Creates the objects that do not exist. Returns a finding for each object. Also returns the webhook endpoint's secret
-/// if this call created the endpoint.
+/// Creates the objects that do not exist. Skips the meter and the usage price if `offer` has no usage price. Returns a
+/// finding for each object. Also returns the webhook endpoint's secret if this call created the endpoint.
 pub async fn set_up(
     stripe: &Stripe,
     offer: &Offer,
@@ -130,7 +130,7 @@ pub fn account_finding<E: std::fmt::Display>(account: Result<String, E>) -> Find
     }
 }
 
-/// Checks that all objects exist and are consistent.
+/// Checks the prices, the meter, and the webhook endpoint, and whether a webhook secret is set.
 pub async fn check(
     stripe: &Stripe,
     webhook_url: &str,

@@ -15,7 +15,7 @@ const TTL: Nanos = Nanos::from_secs(1);
 /// How long all entries are valid after the last poll. Polls are 150 ms apart.
 const POLL_FRESH: Nanos = Nanos::from_millis(750);
 
-/// Tracks polls for invalidations, changes to rows, and whether PostgreSQL responds. Shared by all caches.
+/// Shared by all caches.
 #[derive(Debug)]
 pub struct Freshness {
     clock: Arc<dyn Clock>,
@@ -100,7 +100,7 @@ impl Freshness {
         self.recorded.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Returns a number that is different after every call to [`changed`](Self::changed), as soon as
+    /// Returns the number of calls to [`changed`](Self::changed) so far. A call counts as soon as
     /// [`changes`](Self::changes) contains everything that the call adds.
     pub(super) fn recorded(&self) -> u64 {
         self.recorded.load(Ordering::Acquire)

@@ -50,7 +50,7 @@ pub async fn report(config: Config, hours: u16, top: u16) -> anyhow::Result<()> 
     .await
 }
 
-/// Deletes the report about a lost usage directory.
+/// Deletes the report about a lost usage directory, unless the report is recent.
 pub async fn forget(config: Config, directory: Uuid) -> anyhow::Result<()> {
     with_database(&config, async |url| {
         let db = Db::new(url, &config.database);

@@ -3,7 +3,7 @@
 //! If a misspelled setting were ignored, a server that is supposed to use an external database might start its private
 //! PostgreSQL. Therefore, the server does not start if a variable begins with `QUOTA_` but is not a setting, except for
 //! the variables that Kubernetes sets for a service (`QUOTA_SERVICE_HOST`, `QUOTA_PORT_8080_TCP`, …). The server also
-//! does not start if a variable is a setting's name followed by `_FILE`, and that setting cannot be read from a file.
+//! does not start if a variable is a setting's name followed by `_FILE` and that setting cannot be read from a file.
 
 use super::example::variables;
 

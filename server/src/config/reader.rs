@@ -206,7 +206,7 @@ const SECRET_FILE_MAX: u64 = 64 * 1024;
 
 /// Returns a file's content without surrounding whitespace, such as the line break that editors add.
 fn read_secret(path: &Path) -> Result<String, String> {
-    // The secret itself may have been given instead of a path, so it must not be part of the error.
+    // A URL may contain a password, so it must not be part of the error.
     if path.to_string_lossy().contains("://") {
         return Err("must be the path of a file, not a URL".to_owned());
     }

@@ -98,8 +98,8 @@ settings! {
     /// How long connecting to Redis may take: 10ms to 10s.
     redis_connect_timeout: "QUOTA_REDIS_CONNECT_TIMEOUT", "250ms", "DURATION";
 
-    /// How long a replica may spend tokens that it has taken from Redis: 0ms to 1s. With 0ms, every request is decided
-    /// in Redis, as with a strict plan.
+    /// How long a replica may spend tokens that it has taken from Redis: 0ms to 1s. With 0ms, replicas take no tokens
+    /// in advance, as with a strict plan.
     lease_ttl: "QUOTA_LEASE_TTL", "100ms", "DURATION";
 
     /// What happens to requests while Redis is unreachable, for plans without their own setting: share (each replica
@@ -107,8 +107,8 @@ settings! {
     /// 503).
     on_redis_failure: "QUOTA_ON_REDIS_FAILURE", "share", "MODE";
 
-    /// Whether to record the usage of API keys: on or off. Each decision is recorded on this machine, in the `usage`
-    /// directory in QUOTA_DATA_DIR, before the response is sent, and is written to PostgreSQL soon after.
+    /// Whether to record the usage of API keys: on or off. Decisions are recorded on this machine, in the `usage`
+    /// directory in QUOTA_DATA_DIR, before the responses are sent, and are written to PostgreSQL soon after.
     metering: "QUOTA_METERING", "on", "MODE";
 
     /// The failures that recorded usage survives: process (`kill -9` and crashes of the server) or machine (power
@@ -116,8 +116,8 @@ settings! {
     durability: "QUOTA_DURABILITY", "process", "MODE";
 
     /// The maximum disk space for recorded usage while PostgreSQL is unreachable, in bytes: 1048576 to 1000000000000.
-    /// When half of this space is used, the server logs a warning. When all of it is used, check requests get 503. 1
-    /// GiB is enough for about 6,000,000 requests.
+    /// When half of this space is used, the server logs a warning, and records only a limited number of each tenant's
+    /// denials. When all of it is used, check requests get 503. 1 GiB is enough for about 6,000,000 requests.
     usage_backlog_max: "QUOTA_USAGE_BACKLOG_MAX", "4294967296", "BYTES";
 
     /// How often recorded usage is written to PostgreSQL: 10ms to 60s.
@@ -197,13 +197,13 @@ settings! {
     /// The maximum number of requests per minute from one client address to /auth; 0 for no limit.
     auth_rpm: "QUOTA_AUTH_RPM", "60", "N";
 
-    /// The maximum number of requests per minute from one client address to /admin and /billing combined; 0 for no
-    /// limit.
+    /// The maximum number of requests per minute from one client address to /admin and /billing combined, not counting
+    /// webhooks from Stripe; 0 for no limit.
     admin_rpm: "QUOTA_ADMIN_RPM", "300", "N";
 
     /// The number of failed sign-ins to one account that are allowed from one network. After that, each further attempt
-    /// has to wait longer. Wider networks, and networks that try many accounts, have higher limits. Attempts from known
-    /// devices are counted separately. 0 for no limit.
+    /// has to wait longer. Wider networks have higher limits. A network's attempts are also limited across all
+    /// accounts. Attempts from known devices are counted separately. 0 for no limit.
     login_free_failures: "QUOTA_LOGIN_FREE_FAILURES", "10", "N";
 
     /// The number of accounts that one network can create in a burst, and on average per day. A network is an IPv4

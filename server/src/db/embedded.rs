@@ -1,4 +1,4 @@
-//! The embedded PostgreSQL: a private server in the data directory, used if `DATABASE_URL` is not set.
+//! The embedded PostgreSQL: a private server, used if `DATABASE_URL` is not set.
 //!
 //! This module manages the files of the database cluster, and starts, restarts and stops the server process. It
 //! provides a URL, and does not depend on tables, migrations or pools.
@@ -59,14 +59,14 @@ pub struct EmbeddedPostgres {
 }
 
 impl EmbeddedPostgres {
-    /// Starts the cluster in `data_dir`, creating it if necessary, and waits until it accepts connections. The task
+    /// Starts the cluster for `data_dir`, creating it if necessary, and waits until it accepts connections. The task
     /// that restarts PostgreSQL runs on the current runtime.
     pub async fn start(data_dir: &Path) -> Result<Self, EmbeddedError> {
         Self::start_with(data_dir, &[]).await
     }
 
-    /// Returns whether the cluster in `data_dir` has been created. Fails if it has not been created and PostgreSQL is not
-    /// installed.
+    /// Returns whether the cluster for `data_dir` has been created. Fails if it has not been created and PostgreSQL is
+    /// not installed.
     pub async fn is_created(data_dir: &Path) -> Result<bool, EmbeddedError> {
         let place = match fs::canonicalize(data_dir) {
             Ok(data_dir) => Place::find(&data_dir)?,

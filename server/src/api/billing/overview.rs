@@ -130,8 +130,9 @@ impl Subscription<'_> {
     }
 }
 
-/// Returns the limits and how much of each is used. If the number of requests is limited, the tokens that replicas have
-/// taken from the quota count as used. With metering, at most the cost of the allowed requests counts as used.
+/// Returns the limits and how much of each is used. If the number of requests per month is limited, its usage is the
+/// number of tokens that replicas have taken from the quota or, with metering, the cost of the allowed requests if that
+/// is lower.
 fn limits(config: &Config, counts: Counts, has_access: bool, is_counted: bool) -> BillingLimits {
     let free = config.free_tier;
     let monthly = free.requests_per_month.filter(|_| !has_access);

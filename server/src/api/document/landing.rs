@@ -39,7 +39,7 @@ const PICTURES: [(&str, &[u8]); 4] = [
     ),
 ];
 
-/// Returns the section with the screenshots, which follow the page's theme.
+/// Returns the section with the screenshots. Browsers show the light or dark version, depending on their color scheme.
 fn pictures() -> String {
     let figure = |name: &str, height: u32, caption: &str| {
         format!(

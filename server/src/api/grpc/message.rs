@@ -23,7 +23,7 @@ pub struct Descriptor {
     /// Overrides the cost in the request.
     #[prost(message, optional, tag = "3")]
     pub hits_addend: Option<u64>,
-    /// Whether the cost should be returned instead of consumed.
+    /// Whether to give tokens back instead of consuming them.
     #[prost(bool, tag = "4")]
     pub is_negative_hits: bool,
 }

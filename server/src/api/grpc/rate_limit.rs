@@ -5,7 +5,7 @@
 //! | entry | meaning |
 //! |---|---|
 //! | `api_key` | the key |
-//! | `authorization` | the consumer's `Authorization` header, if it may contain the key as a bearer token |
+//! | `authorization` | the consumer's `Authorization` header, if consumers may send the key as a bearer token |
 //! | `endpoint` | the endpoint to record in usage |
 //! | `method`, `path` | the endpoint, if there is no entry `endpoint` |
 //!

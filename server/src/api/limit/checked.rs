@@ -29,7 +29,6 @@ use crate::{
     limiter::Decision,
 };
 
-/// The outcome of a check.
 pub struct Checked(Result<(Arc<KeyRecord>, Decision), RejectedKey>);
 
 pub async fn check(

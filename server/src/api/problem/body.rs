@@ -14,7 +14,7 @@ pub fn wire_name(policy: Policy) -> PolicyName {
     }
 }
 
-/// A [`Problem`](quota_common::Problem) with borrowed fields, so that denying a request is as cheap as allowing it.
+/// A [`Problem`](quota_common::Problem) with borrowed fields, which makes denials cheaper.
 pub(super) struct Body<'a> {
     pub(super) kind: &'a str,
     pub(super) title: &'a str,

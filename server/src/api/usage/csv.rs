@@ -36,7 +36,7 @@ const COLUMNS: [&str; 12] = [
 ];
 
 /// Returns whether the client prefers CSV to JSON (RFC 9110, section 12.5.1). If the quality values are equal, the
-/// format that is listed first is preferred. If only ranges such as `*/*` are listed, JSON is preferred.
+/// format that is listed first is preferred, or JSON if neither format is listed by name.
 pub(super) fn is_preferred(headers: &HeaderMap) -> bool {
     let accepted: Vec<(Mime, f32)> = headers
         .get_all(header::ACCEPT)
@@ -91,7 +91,7 @@ fn cell(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Returns the content of the file: a header line, and one line for each bucket of each group.
+/// Returns the content of the file: a header line, and one line for each element of `usage.buckets`.
 pub(super) fn write(usage: &Usage, zone: &Zone) -> Result<String, ApiError> {
     let failed = |error: ::csv::Error| ApiError::internal(error);
     let mut writer = ::csv::WriterBuilder::new()

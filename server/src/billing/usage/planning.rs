@@ -1,4 +1,4 @@
-//! Converts the usage of hours, or of parts of hours, that have ended to reports.
+//! Converts the usage of completed hours, or of completed parts of hours, to reports.
 
 use std::{collections::HashMap, time::Duration};
 
@@ -16,10 +16,10 @@ use crate::{
 const HOURS: i64 = 200;
 /// The maximum number of hours planned for one tenant per run.
 const ROUNDS: u32 = 1000;
-/// The maximum number of times to scan an hour if usage arrives during the scan.
+/// The maximum number of attempts to plan an hour. An attempt fails if usage arrives during its scan.
 const SCANS: u32 = 3;
-/// The maximum time for planning an hour. It may take several scans of a part of the usage log, and each scan may take
-/// minutes.
+/// The maximum time for one attempt to plan an hour. An attempt may scan several parts of the usage log, and each scan
+/// may take minutes.
 const PLAN_MAX: Duration = Duration::from_mins(20);
 
 const fn hour() -> TimeDelta {
@@ -61,7 +61,8 @@ fn in_force<'a>(subscriptions: &'a [ChargedBy], span: &Span) -> Option<&'a Charg
 }
 
 impl Billing {
-    /// Plans reports for hours, and for parts of hours, that have ended. Returns how many were planned.
+    /// Plans reports for hours, and for parts of hours, that have ended. Returns the number of hours and parts that
+    /// were planned.
     pub async fn plan_usage(&self) -> Result<usize, BillingError> {
         let mut read = HashMap::new();
         let mut planned = 0;
@@ -76,7 +77,7 @@ impl Billing {
     }
 
     /// Plans one hour for each of up to [`HOURS`] tenants. `read` contains the tenants that this run has read from
-    /// Stripe, and whether their hours can be planned.
+    /// Stripe or failed to plan, and whether their hours can be planned.
     async fn plan_oldest_hours(
         &self,
         read: &mut HashMap<TenantId, bool>,

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The number of customers whose reports are sent concurrently. No more customers are claimed at a time, because the
-/// claims of waiting customers would expire.
+/// claims of waiting customers could expire.
 const CONCURRENT: usize = 8;
 /// How many times customers are claimed per round.
 const CLAIMS: usize = 4;
@@ -122,8 +122,8 @@ impl Billing {
             }
         }
         if let Some(too_late) = self.too_late(report).await? {
-            // If the report were sent now, Stripe would count its usage but not charge it. An earlier attempt may have
-            // arrived in time.
+            // If the report were sent now, Stripe would not charge its usage. An earlier attempt may have arrived in
+            // time.
             let may_have_arrived = is_recognized && report.sent_ago.is_some();
             let arrived = if may_have_arrived {
                 self.has_arrived(tenant, report).await?

@@ -17,7 +17,7 @@ use tokio::process::Command;
 
 use super::{address::PORT, error::EmbeddedError};
 
-/// The maximum length of a socket's path on all supported systems (Linux: 107 bytes, macOS and BSD: 103).
+/// The maximum length of a socket's path that all supported systems allow (Linux: 107 bytes, macOS and BSD: 103).
 const SOCKET_PATH_LIMIT: usize = 103;
 
 /// If this process runs as root and the cluster cannot be in the data directory, the cluster is in a subdirectory of
