@@ -25,8 +25,8 @@ impl std::fmt::Debug for Encryption {
 /// A decrypted secret.
 pub struct Decrypted {
     pub secret: Vec<u8>,
-    /// Whether the secret was encrypted with the key in use. If not, the secret must be re-encrypted before the old key
-    /// is removed.
+    /// Whether the secret was encrypted with the key in use. If not, the secret must be re-encrypted before the key
+    /// that it was encrypted with is removed.
     pub is_current: bool,
 }
 

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::config::DatabaseSettings;
 
-/// The number of connections left for other programs, such as an operator's session, a backup or a migration.
+/// The minimum number of connections left for other programs, such as an operator's session, a backup or a migration.
 const LEFT_TO_OTHERS: usize = 10;
 
 /// Properties of a PostgreSQL server and of Quota's database on it.

@@ -1,4 +1,4 @@
-//! Transactions, on behalf of a tenant or of the server itself.
+//! Transactions on behalf of a tenant or of the server itself.
 
 use std::{
     ops::{Deref, DerefMut},

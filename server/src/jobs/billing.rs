@@ -126,7 +126,7 @@ pub(super) async fn reconcile_usage(state: AppState) {
     }
 }
 
-/// Publishes and counts the results of a round. Returns whether there may be more work.
+/// Publishes the invalidations of a round, and counts its results. Returns whether there may be more work.
 fn handle_round(state: &AppState, round: Result<Round, DbError>, is_reported: &mut bool) -> bool {
     let round = match round {
         Ok(round) => round,

@@ -8,7 +8,7 @@
 //!
 //! The number of concurrent lookups of unknown secrets is limited. Beyond the limit, each caller still gets an equal
 //! share, and callers take turns in every batch. Therefore, a flood mostly affects the caller that causes the flood.
-//! Lookups of keys and lookups of service tokens are counted and batched separately, and take turns in using the
+//! Lookups of keys and lookups of service tokens are counted and batched separately, and take turns using the
 //! connections for unknown secrets.
 
 mod queue;
@@ -152,7 +152,7 @@ struct BatchState<V> {
     queue: Mutex<Queue<V>>,
 }
 
-/// A permitted lookup, which counts toward the limits until it is dropped.
+/// A permitted lookup. If the secret is not known, the lookup counts toward the limits until it is dropped.
 pub struct Lookup<V> {
     batches: Batches<V>,
     /// `None` if the secret is known.

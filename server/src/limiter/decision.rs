@@ -104,7 +104,7 @@ impl Decision {
         .flatten()
     }
 
-    /// Returns the policy closest to exhaustion. For a denial, returns one of the violated policies.
+    /// Returns the policy closest to exhaustion. If any policies are violated, returns one of these.
     pub fn nearest(&self) -> PolicyState {
         let violated = self.violated();
         let mut nearest = None::<PolicyState>;

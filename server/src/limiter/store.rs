@@ -81,7 +81,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
 
     /// Drops unreferenced keys whose state is equivalent to the state of a new key. If only a key's blocks prevent
     /// that, returns the blocks to the ledger, so that the next call can drop the key. If other replicas share the
-    /// quotas, also returns blocks of other keys that have not been used for ten seconds. For keys in use, fetches the
+    /// quotas, also returns other keys' blocks that have not been used for ten seconds. For keys in use, fetches the
     /// first block of the next day or month shortly before that day or month begins. Returns the number of remaining
     /// keys.
     fn prune(&self) -> usize;

@@ -244,8 +244,8 @@ impl LeaseFetch {
 
     /// Denies requests locally while the bucket has too few tokens. If the plan allows leases, requests are denied only
     /// for a short time, since other replicas may return tokens. If the bucket is empty, this replica makes no calls
-    /// during a part of the lease TTL, so that tokens accumulate and are not fetched one by one. That pause is too
-    /// short for the bucket to fill up.
+    /// for part of the lease TTL, so that tokens accumulate and are not fetched one by one. That pause is too short for
+    /// the bucket to fill up.
     ///
     /// The time for which requests are denied is measured from the start of the call. The counters decide a little
     /// later, but the next call takes just as long to reach the counters, so measuring from the response would count

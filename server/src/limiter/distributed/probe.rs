@@ -1,4 +1,4 @@
-//! Sends heartbeats to counters, and probes counters during an outage.
+//! Sends heartbeats to the shared counters, and probes the counters during an outage.
 
 use std::{
     sync::{Arc, Weak},
@@ -46,8 +46,8 @@ const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
 
-/// See [`StoreCore::max_detection_delay`]. Response times are omitted here, because they delay the second probe at
-/// least as much as the detection.
+/// See [`StoreCore::max_detection_delay`]. The check omits response times, because they delay the second probe at least
+/// as much as the detection.
 const _: () = assert!(
     5 * CALL_EVERY.as_millis()
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis() + PROBE_EVERY.as_millis()
@@ -140,8 +140,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
 }
 
 /// Sends heartbeats to a single Redis server, and to the partitions of a cluster that are in use, unless there has been
-/// a recent call. Heartbeats also confirm to the counters that this replica gets responses, so that recovering replicas
-/// do not cause a new epoch.
+/// a recent call or the breaker is open. Heartbeats also confirm to the counters that this replica gets responses, so
+/// that recovering replicas do not cause a new epoch.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);

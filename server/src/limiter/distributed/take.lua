@@ -44,7 +44,7 @@
 --   credit = min(debt, back * e, max(back * e - (now - taken), lowest debt since a mark no later than `taken`))
 --
 -- Then every stored minimum is lowered by the credit, so that the next return is credited as if these tokens had never
--- been taken. A change of `e` or `t`, a new epoch, or a clock that was set back starts a new generation, in which
+-- been taken. A change to `e` or `t`, a new epoch, or a clock that was set back starts a new generation, in which
 -- earlier tokens are not credited.
 --
 -- **Plans.** Callers may know different versions of a plan. The newest version is used, unless no caller has used it
@@ -58,9 +58,9 @@
 -- one unless the plan has been edited. The time beyond the refill covers a rate that was lowered since the bucket was
 -- last used.
 local OUTDATED = 10000000
--- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
--- counters yet. Callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
--- that take up to 500 ms are still confirmed often enough.
+-- If a caller received a response within the last `CONNECTED` microseconds, no caller has allowed requests from its
+-- share yet. Callers do so only after their second probe, at least 830 ms after they detect an outage. Responses that
+-- take up to 500 ms are still confirmed often enough.
 local CONNECTED = 800000
 -- A confirmation is stored only if it is newer than the stored confirmation by more than this many microseconds.
 local CONFIRMED = 50000

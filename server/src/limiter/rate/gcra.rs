@@ -296,7 +296,7 @@ mod tests {
         }
 
         /// An edit never leaves more tokens than the new burst minus the usage, and changing a plan back and forth
-        /// never fills the bucket.
+        /// never adds tokens.
         #[test]
         fn edit_carries_usage_over(
             (rpm_a, rpm_b) in (1..=60_000_000u32, 1..=60_000_000u32),
