@@ -60,7 +60,7 @@ pub struct Decision {
     pub monthly: Option<PolicyState>,
     /// The quota that all keys of the tenant share.
     pub tenant_monthly: Option<PolicyState>,
-    /// Whether this replica decided without the shared counters.
+    /// Whether this replica decided without the shared counters because they were unavailable.
     pub degraded: bool,
 }
 

@@ -68,7 +68,7 @@ pub struct Limiter {
     clock: Arc<dyn Clock>,
     /// Cached value of [`LimitStore::is_local`].
     is_local: bool,
-    /// `None` if tenants have no quotas.
+    /// `None` if there are no tenant quotas.
     tenants: Option<Arc<TenantQuotas>>,
 }
 

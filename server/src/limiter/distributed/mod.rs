@@ -37,8 +37,8 @@
 //! Until then, all replicas decide as during the outage. If other replicas got responses during the outage, there is no
 //! new epoch, and the replicas that had an outage resume their calls. A replica that has just started cannot know
 //! whether other replicas have an outage. If no replica has received a response for 0.8 s, the new replica also causes
-//! a new epoch, unless all other replicas have just started too. (In a cluster, a new replica never causes an epoch,
-//! because partitions may be idle for a long time.)
+//! a new epoch, unless all other replicas have just started too. (This does not apply to a cluster, because its
+//! partitions may be idle for a long time.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
 //! hold, the bucket is empty, and the excess is remembered. If the burst is raised later, the excess is missing too,

@@ -35,7 +35,8 @@ const EPOCH_DELAY: Duration = Duration::from_millis(600);
 /// The counters postpone an unconfirmed start of an epoch only if they set the start at least this long ago, or at
 /// least one deadline ago if that is longer.
 const POSTPONED_AFTER: Duration = Duration::from_millis(50);
-/// How long an unused partition of a cluster continues to get heartbeats. A single Redis server always gets heartbeats.
+/// How long an unused partition of a cluster continues to get heartbeats. A single Redis server gets heartbeats even if
+/// it is unused.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
 /// The maximum time between the starts of two consecutive calls by a replica that gets responses.

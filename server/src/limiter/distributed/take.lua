@@ -106,11 +106,12 @@ local function exchanged(number, e0, e)
   return whole_tokens * e + q, r
 end
 
--- A new epoch begins if Redis has no epoch, or if the current epoch began on another Redis process. A new epoch also
--- begins if the caller has decided requests without the counters, with two exceptions. One is that the caller was
--- promised this epoch and calls soon after its start. The other is that other callers have received responses since. A
--- caller that has just started cannot know whether other callers have decided requests without the counters. If no
--- caller has received a response for a while, the new caller assumes that other callers have done so.
+-- A new epoch begins if Redis has no epoch, if the current epoch began on another Redis process, or if the clock was
+-- set back and the current epoch starts later than `delay` from now. A new epoch also begins if the caller has decided
+-- requests without the counters, with two exceptions. One is that the caller was promised this epoch and calls soon
+-- after its start. The other is that other callers have received responses since. A caller that has just started cannot
+-- know whether other callers have decided requests without the counters. If no caller has received a response for a
+-- while, the new caller assumes that other callers have done so.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0
