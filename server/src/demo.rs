@@ -1,4 +1,4 @@
-//! `--demo`: a tenant with a plan, a key and a service token to try.
+//! `--demo`: creates a tenant with a plan, a key and a service token, for trying out the server.
 //!
 //! The demo is created once for each database. Its secrets are stored in the data directory, in a file that only its
 //! owner can read, so that later startups can show the secrets again. The database contains only their hashes. The file

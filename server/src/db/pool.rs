@@ -148,7 +148,7 @@ impl Db {
     }
 
     /// Cancels `work` if it takes longer than the statement timeout plus the time limit for the first response
-    /// (`FIRST_ANSWER`). Without this limit, it could take a minute or more until the server detects that a connection
+    /// (`FIRST_ANSWER`). Without this limit, it could take a minute or more before the server detects that a connection
     /// has stopped responding in the middle of a transaction. Meant for background work; requests have a separate
     /// limit.
     pub async fn within_limit<T>(

@@ -1,8 +1,8 @@
 //! The recent changes that this replica knows of. They determine whether a copy of a record, which another replica has
 //! read from PostgreSQL earlier, is still current.
 //!
-//! Changes are numbered in commit order. A copy records the highest number at the time it was read. Therefore, only
-//! changes with higher numbers can make the copy outdated.
+//! Changes are numbered in commit order. A copy contains the highest number that had been assigned when the copy was
+//! read. Therefore, only changes with higher numbers can make the copy outdated.
 //!
 //! There are two sources of changes, with different levels of trust:
 //! - **Polled** changes come from PostgreSQL, in order and without gaps. Only polled changes raise the numbers `floor`

@@ -1,5 +1,5 @@
-//! Processes Stripe webhooks, and regularly reads customers in case a webhook was lost. Also reads prices, and reports
-//! usage.
+//! Processes Stripe webhooks, and regularly reads customers from Stripe in case a webhook was lost. Also reads prices,
+//! and reports usage.
 //!
 //! A replica immediately processes the webhooks that it has stored itself. Every second, each replica also looks for
 //! webhooks that other replicas have stored but not processed. Failures are retried later; see

@@ -111,14 +111,15 @@ fn slices(hashes: &[Hash]) -> Vec<&[u8]> {
 
 struct Settings {
     /// The number of concurrent lookups of unknown secrets beyond which each caller is limited to its share. At most
-    /// twice as many are permitted.
+    /// twice this number are permitted in total.
     limit: usize,
     /// How long a lookup waits for its batch to start.
     wait: Duration,
-    /// The maximum number of concurrent batches. All batches but one may contain unknown secrets. If the maximum is
-    /// one, the batch may contain unknown secrets.
+    /// The maximum number of concurrent batches. All but one of these batches may contain unknown secrets. If the
+    /// maximum is one, that batch may contain them.
     workers: usize,
-    /// The database connections that unknown secrets of all kinds may use. Waiting workers get them in turn.
+    /// The database connections that unknown secrets of all kinds may use. Workers get them in the order in which they
+    /// request them.
     for_unknown: Arc<Semaphore>,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,

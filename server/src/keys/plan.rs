@@ -77,7 +77,7 @@ pub struct PlanRecords {
 
 #[derive(Debug, Default)]
 struct Records {
-    /// Records by the hash of their plan's ID and rate.
+    /// The records, by the hash of the plan's ID and of the rate.
     all: HashMap<u64, Weak<PlanRecord>>,
     /// The number of records after the last search for unused ones.
     used: usize,

@@ -180,7 +180,7 @@ impl LeaseFetch {
         let now = self.inner.clock.monotonic();
         let lease = state.lease();
         lease.expire(now);
-        // A newer call may have ended already, and its response is more recent.
+        // A newer call may already have ended. Its response must not be overwritten with an older one.
         if lease.seen_at() <= self.asked_at {
             lease.record_debt(debt, self.asked_at);
         }
@@ -282,8 +282,8 @@ impl LeaseFetch {
         let longest = if self.terms.leased {
             ttl.saturating_mul(DENIED_FOR_LEASES)
         } else {
-            // If a request is canceled on another replica, its tokens are returned earlier. Even then, no request is
-            // denied for longer than the wait that its client was told.
+            // If a request is canceled on another replica, the bucket may have enough tokens earlier. Even then, no
+            // request is denied for longer than the wait that its client was told.
             Nanos::MAX
         };
         let until = missing.max(gather).min(longest);

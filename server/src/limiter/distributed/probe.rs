@@ -65,8 +65,8 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
 }
 
 /// Returns the time from a loss of state to the new epoch. All replicas that can reach the counters must learn of the
-/// epoch before it starts. A replica that has not learned of it would begin another epoch when it returns, which would
-/// empty all buckets again.
+/// epoch before it starts. A replica that has not learned of the epoch would begin another one when it recovers, which
+/// would empty all buckets again.
 ///
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
 /// after [`first_probe`], and arrives within another `deadline`. A replica that is already probing waits for
