@@ -76,7 +76,7 @@ local heard, outage = tonumber(ARGV[8]), tonumber(ARGV[9])
 local promised, delay, lease = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
 local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
 -- To use an epoch that it was promised, a caller must call within this many microseconds after the epoch's start. This
--- is longer than the call may take to arrive.
+-- time is longer than the call may take to arrive.
 local PROMISED = delay - 100000
 -- An unconfirmed start is postponed only after this many microseconds of the delay have passed. By then, a caller that
 -- received the start in time has confirmed it. If starts were postponed earlier, callers could postpone the start of

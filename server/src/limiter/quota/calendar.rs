@@ -199,8 +199,8 @@ pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     }
 }
 
-/// Returns the end of the clock hour that contains `now`: the next full hour of local time, or an earlier change of the
-/// UTC offset. So a repeated hour counts twice, and a skipped hour does not count.
+/// Returns the end of the clock hour that contains `now`: the next full hour of local time, or the next change in the
+/// UTC offset if that is earlier. So a repeated hour counts twice, and a skipped hour does not count.
 pub fn hour_end(zone: &Zone, now: UnixNanos) -> UnixNanos {
     const HOUR: i128 = 3_600_000_000_000;
     let nanos = i128::from(now.0);
