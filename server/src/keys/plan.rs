@@ -1,5 +1,5 @@
-//! The part of a key's record that is the same for many keys: the plan, with its limits, and the tenant's access to paid
-//! plans.
+//! The part of a key's record that is the same for many keys: the plan, with its limits, and the tenant's access to
+//! paid plans.
 //!
 //! Keys on the same plan share one [`PlanRecord`], as long as they were loaded with the same values. Keys with a rate
 //! of their own share a record with the other keys on the plan that have the same rate.
