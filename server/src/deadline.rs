@@ -1,6 +1,6 @@
 //! Deadlines that account for pauses of this process.
 //!
-//! After a process has not been scheduled for a while, its timers have expired and responses are waiting in its
+//! After a process has not been scheduled for a while, its timers have expired, and responses may be waiting in its
 //! sockets. Whether its tasks see the timer or the response first is random. Therefore, if the timer itself fires late,
 //! the wait continues for as long as the timer was late, but only once, and for at most [`AT_MOST`]. If the response
 //! has still not arrived after that, the other side is considered late.
@@ -34,7 +34,7 @@ pub async fn by<F: Future>(deadline: Instant, future: F) -> Result<F::Output, La
         .map_err(|_| Late)
 }
 
-/// Waits for `future` like [`by`], until `limit` has passed.
+/// Works like [`by`], with a deadline of `limit` from now.
 pub async fn within<F: Future>(limit: Duration, future: F) -> Result<F::Output, Late> {
     by(Instant::now() + limit, future).await
 }

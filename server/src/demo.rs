@@ -1,8 +1,9 @@
-//! `--demo`: a tenant with a plan, a key and a service token to try.
+//! `--demo`: creates a tenant with a plan, a key and a service token, for trying out the server.
 //!
 //! The demo is created once for each database. Its secrets are stored in the data directory, in a file that only its
 //! owner can read, so that later startups can show the secrets again. The database contains only their hashes. The file
-//! is written first: if creating the demo then fails, the next startup completes it instead of creating another one.
+//! is written first. If an error then occurs after the account has been created, the next startup completes this demo
+//! instead of creating another one.
 
 use std::{
     fs,
@@ -56,7 +57,6 @@ struct Demo {
     service_token: String,
 }
 
-/// A description of the demo.
 pub struct Description {
     /// Contains the secrets.
     pub text: String,
@@ -173,9 +173,9 @@ fn write(file: &Path, demo: &Demo) -> io::Result<()> {
     fs::rename(new, file)
 }
 
-/// Completes a demo that has an account but no plan, because its creation was interrupted. Returns `None` if there is no
-/// such demo. The key and the token get new secrets, because the stored key has just been looked up: replicas may
-/// remember that it does not exist.
+/// Completes a demo that has an account but no plan, because its creation was interrupted. Returns `None` if there is
+/// no such demo. The key and the token get new secrets, because the stored key has just been looked up: replicas may
+/// remember that this key does not exist.
 async fn complete(
     state: &AppState,
     file: &Path,

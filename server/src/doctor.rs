@@ -18,7 +18,8 @@ use crate::{
     redis::inspect::{self, Node},
 };
 
-/// The maximum number of seconds for which a partitioned master should keep accepting writes.
+/// The maximum number of seconds for which a Redis master that is cut off from its Redis replicas should keep accepting
+/// writes.
 const LAG_MAX: u32 = 1;
 
 /// The findings so far.
@@ -290,7 +291,7 @@ impl Report {
         }
     }
 
-    /// Checks that a partitioned master stops accepting writes soon.
+    /// Checks that a Redis master that is cut off from its Redis replicas soon stops accepting writes.
     fn failover(&mut self, node: &Node) {
         let addr = &node.addr;
         if node.min_replicas_to_write == Some(0) {

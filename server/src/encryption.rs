@@ -1,9 +1,9 @@
 //! Encrypts stored secrets that Quota must be able to read again, such as the signing secrets of webhooks.
 //!
 //! Uses AES-256-GCM with a random nonce. The key is derived from the server's secret and from a secret in the database
-//! ([`crate::auth::secret::Seals`]). If the operator sets `QUOTA_SECRET`, a dump of the database does not reveal the
-//! stored secrets. A context, such as a row's ID, is authenticated too: a ciphertext that is copied to another row
-//! cannot be decrypted there.
+//! ([`crate::auth::secret::Seals`]). If the operator has set `QUOTA_SECRET`, a dump of the database does not reveal the
+//! secrets that have been stored or re-encrypted since. A context, such as a row's ID, is authenticated too: a
+//! ciphertext that is copied to another row cannot be decrypted there.
 
 use aws_lc_rs::{
     aead::{AES_256_GCM, Aad, NONCE_LEN, Nonce, RandomizedNonceKey},
@@ -25,8 +25,8 @@ impl std::fmt::Debug for Encryption {
 /// A decrypted secret.
 pub struct Decrypted {
     pub secret: Vec<u8>,
-    /// Whether the secret was encrypted with the key in use. If not, the secret must be re-encrypted before the old key
-    /// is removed.
+    /// Whether the secret was encrypted with the key in use. If not, the secret must be re-encrypted before the key
+    /// that it was encrypted with is removed.
     pub is_current: bool,
 }
 

@@ -42,8 +42,9 @@ impl Probe {
     /// Checks the server that listens on `listen`.
     ///
     /// # Errors
-    /// Returns an error if the server cannot be reached in time or its response is not 200. The error contains the
-    /// response's body.
+    ///
+    /// Returns an error if the server does not respond in time, or if the status of its response is not 200. In the
+    /// second case, the error contains the body of the response.
     pub async fn check(self, listen: SocketAddr) -> anyhow::Result<()> {
         let addr = reachable(listen);
         timeout(TIMEOUT, self.ask(addr))

@@ -1,4 +1,4 @@
-//! Sends email to an SMTP server. If no server is configured, writes emails to files in the data directory.
+//! Sends email through an SMTP server. If no server is configured, writes emails to files in the data directory.
 
 use std::{
     fs, io,

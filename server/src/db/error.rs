@@ -19,7 +19,7 @@ pub enum DbError {
     Query(#[source] DieselError),
 }
 
-/// Substrings of the messages of temporary errors.
+/// Substrings by which the messages of temporary errors are recognized.
 const TRANSIENT: [&str; 7] = [
     "statement timeout",
     "lock timeout",

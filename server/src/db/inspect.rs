@@ -1,4 +1,4 @@
-//! Reads the properties of a database that `quota doctor` reports.
+//! Reads the properties of a database for `quota doctor` and for a check at startup.
 
 use diesel_async::{AsyncPgConnection, RunQueryDsl};
 use secrecy::{ExposeSecret, SecretString};
@@ -9,7 +9,7 @@ use super::{
 };
 use crate::config::DatabaseSettings;
 
-/// The number of connections left for other programs, such as an operator's session, a backup or a migration.
+/// The minimum number of connections left for other programs, such as an operator's session, a backup or a migration.
 const LEFT_TO_OTHERS: usize = 10;
 
 /// Properties of a PostgreSQL server and of Quota's database on it.
@@ -48,7 +48,7 @@ async fn texts(conn: &mut AsyncPgConnection, query: &str) -> Result<Vec<String>,
     Ok(rows.into_iter().map(|row| row.text).collect())
 }
 
-/// Reads the server's version and limits, and the applied migrations.
+/// Reads the server's version and limits, and counts the migrations that have been applied.
 pub async fn inspect(url: &SecretString) -> Result<ServerInfo, MigrateError> {
     let settings = DatabaseSettings::default();
     let mut conn = connect(

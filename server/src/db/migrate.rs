@@ -9,7 +9,7 @@ use crate::config::DatabaseSettings;
 
 const MIGRATIONS: EmbeddedMigrations = embed_migrations!("../migrations");
 
-/// The advisory lock that allows only one replica to migrate at a time. Other replicas wait for the lock.
+/// The ID of the advisory lock that allows only one replica to migrate at a time. Other replicas wait for the lock.
 const LOCK: i64 = 7_226_420;
 
 /// A migration may take a long time, so there is no statement timeout. But a migration must not wait long for a lock,

@@ -1,9 +1,9 @@
-//! PostgreSQL: connection pools, transactions with their roles, and migrations.
+//! PostgreSQL: connection pools, transactions with their roles, migrations, and the private PostgreSQL.
 //!
 //! A replica's connections are divided into lanes ([`Lane`]), each with its own pool, so that a flood of one kind of
 //! work does not take the connections that another kind needs.
 //!
-//! The server signs in with the role in `DATABASE_URL`. Each transaction then uses one of two other roles: `quota_app`,
+//! The server connects as the role in `DATABASE_URL`. Each transaction then uses one of two other roles: `quota_app`,
 //! which row-level security restricts to the transaction's tenant, or `quota_system`, for work that is not on behalf of
 //! a tenant (sign-in, lookups by secret, sweeps). A transaction that is dropped, even in the middle of a query, is
 //! rolled back before its connection is used again.

@@ -99,7 +99,7 @@ impl Pools {
     }
 }
 
-/// A handle to the pools that uses one lane's pool. Cloning is cheap.
+/// A handle that takes connections from one lane's pool. Cloning is cheap.
 #[derive(Clone)]
 pub struct Db {
     pools: Arc<Pools>,
@@ -135,7 +135,7 @@ impl Db {
         }
     }
 
-    /// Returns a handle that uses another lane's pool.
+    /// Returns a handle that takes connections from the pool of `lane`.
     pub fn on(&self, lane: Lane) -> Self {
         Self {
             lane,
@@ -148,7 +148,7 @@ impl Db {
     }
 
     /// Cancels `work` if it takes longer than the statement timeout plus the time limit for the first response
-    /// (`FIRST_ANSWER`). Without this limit, it could take a minute or more until the server detects that a connection
+    /// (`FIRST_ANSWER`). Without this limit, it could take a minute or more before the server detects that a connection
     /// has stopped responding in the middle of a transaction. Meant for background work; requests have a separate
     /// limit.
     pub async fn within_limit<T>(
@@ -169,7 +169,7 @@ impl Db {
             .unwrap_or_else(|_| Err(DbError::Unavailable("PostgreSQL does not respond".into())))
     }
 
-    /// Runs a transaction on behalf of the server itself, [as background work](Self::within_limit).
+    /// Runs a transaction on behalf of the server itself, with the time limit of [`within_limit`](Self::within_limit).
     pub async fn in_system<T>(
         &self,
         work: impl AsyncFnOnce(&mut SystemTx) -> Result<T, DbError>,

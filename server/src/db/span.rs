@@ -24,7 +24,7 @@ pub(super) fn of_transaction() -> Option<Span> {
     Some(span)
 }
 
-/// Starts a child of the transaction's span for each of its statements.
+/// Records each statement of the transaction as a child of the transaction's span.
 pub(super) fn trace_statements(conn: &mut AsyncPgConnection, transaction: &Span) {
     conn.set_instrumentation(Statements {
         transaction: transaction.as_parent().clone(),

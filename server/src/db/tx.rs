@@ -1,4 +1,4 @@
-//! Transactions, on behalf of a tenant or of the server itself.
+//! Transactions on behalf of a tenant or of the server itself.
 
 use std::{
     ops::{Deref, DerefMut},
@@ -12,8 +12,8 @@ use tokio::{runtime::Handle, time::timeout};
 use super::{connect::ConnectionPool, error::DbError, span};
 use crate::spans::Span;
 
-/// How long the first response in a transaction may take. If PostgreSQL hangs, its machine still acknowledges every
-/// byte, so neither TCP timeouts nor PostgreSQL's own timeouts end the wait.
+/// How long the first response in a transaction may take. If PostgreSQL hangs, its host still acknowledges every byte,
+/// so neither TCP timeouts nor PostgreSQL's own timeouts end the wait.
 pub(super) const FIRST_ANSWER: Duration = Duration::from_secs(2);
 /// How long a rollback may take.
 const ROLLBACK: Duration = Duration::from_secs(2);

@@ -133,7 +133,7 @@ fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
     })
 }
 
-/// All resources that several changes invalidate. With this set, a cache has to be searched only once.
+/// All resources that a group of changes invalidates. With this set, a cache has to be searched only once.
 #[derive(Debug, Default)]
 pub struct InvalidationSet {
     tenants: HashSet<Uuid>,

@@ -1,8 +1,8 @@
 //! The recent changes that this replica knows of. They determine whether a copy of a record, which another replica has
 //! read from PostgreSQL earlier, is still current.
 //!
-//! Changes are numbered in commit order. A copy records the highest number at the time it was read. Therefore, only
-//! changes with higher numbers can make the copy outdated.
+//! Changes are numbered in commit order. A copy contains the highest number that had been assigned when the copy was
+//! read. Therefore, only changes with higher numbers can make the copy outdated.
 //!
 //! There are two sources of changes, with different levels of trust:
 //! - **Polled** changes come from PostgreSQL, in order and without gaps. Only polled changes raise the numbers `floor`
@@ -27,8 +27,8 @@ use crate::repo::invalidation::{Invalidation, Target};
 
 /// The maximum number of polled changes in memory. Each takes about 150 bytes.
 const REMEMBERED: usize = 20_000;
-/// The maximum number of announced changes in memory that the poll has not reached. Further announcements are dropped,
-/// because the poll will find these changes.
+/// The maximum number of announced changes in memory that the poll has not reached. Further announcements are not
+/// stored, because the poll will find these changes.
 const ANNOUNCED: usize = 4096;
 
 /// The recent changes that this replica knows of. See the module documentation.
@@ -37,15 +37,15 @@ pub struct Recent(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    /// `None` before the first poll. Before that, no copy can be confirmed.
+    /// `None` before the first poll. Until then, no copy can be confirmed.
     range: Option<PolledRange>,
-    /// Identifies the database history in which the numbers were assigned. Another history begins with a restore or
-    /// failover.
+    /// Identifies the database history in which the numbers were assigned. A restore or failover begins another
+    /// history.
     history: Option<Arc<str>>,
     polled: BTreeMap<i64, Uuid>,
     /// Announced changes with numbers above `range.up_to`.
     announced: BTreeMap<i64, Uuid>,
-    /// The highest number of a change to each ID, from either map. IDs are unique across all kinds of resources.
+    /// For each ID, the highest number of its changes in either map. IDs are unique across all kinds of resources.
     newest: HashMap<Uuid, i64>,
 }
 
@@ -148,8 +148,8 @@ impl Recent {
         is_new
     }
 
-    /// Records an announced change. Returns whether the change is new. A change that was already polled or announced is
-    /// not new, so a replayed message has no effect.
+    /// Records an announced change. Returns whether the change is new. A change that was already polled, or is already
+    /// stored as announced, is not new, so a replayed message has no effect.
     pub fn announced(&self, invalidation: &Invalidation) -> bool {
         let (seq, id) = (invalidation.seq, subject(invalidation));
         let mut state = self.0.lock();

@@ -1,4 +1,4 @@
-//! Checks quotas for alerts.
+//! Checks quotas, and creates alerts for the thresholds that have been reached.
 
 use std::time::Duration;
 

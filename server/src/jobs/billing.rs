@@ -1,5 +1,5 @@
-//! Processes Stripe webhooks, and regularly reads customers in case a webhook was lost. Also reads prices, and reports
-//! usage.
+//! Processes Stripe webhooks, and regularly reads customers from Stripe in case a webhook was lost. Also reads prices,
+//! and reports usage.
 //!
 //! A replica immediately processes the webhooks that it has stored itself. Every second, each replica also looks for
 //! webhooks that other replicas have stored but not processed. Failures are retried later; see
@@ -126,7 +126,7 @@ pub(super) async fn reconcile_usage(state: AppState) {
     }
 }
 
-/// Publishes and counts the results of a round. Returns whether there may be more work.
+/// Publishes the invalidations of a round, and counts its results. Returns whether there may be more work.
 fn handle_round(state: &AppState, round: Result<Round, DbError>, is_reported: &mut bool) -> bool {
     let round = match round {
         Ok(round) => round,

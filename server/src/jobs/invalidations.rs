@@ -1,4 +1,4 @@
-//! Learns of changes made on other replicas in two ways: by polling PostgreSQL, which finds every change, and from
+//! Finds out about other replicas' changes in two ways: by polling PostgreSQL, which finds every change, and from
 //! messages, which arrive earlier but may be lost.
 
 use std::{pin::pin, time::Duration};
@@ -16,15 +16,15 @@ use crate::{
 };
 
 /// The time between polls. A change must be noticed within 250 ms, including the duration of the poll on a busy
-/// machine. Cache entries are trusted for five times this interval.
+/// machine.
 const POLL_EVERY: Duration = Duration::from_millis(150);
 
-/// If a poll takes this long, PostgreSQL is suspected to be unreachable. A poll normally takes milliseconds, and cache
-/// entries are trusted for 750 ms after each poll.
+/// If a poll takes this long, PostgreSQL is suspected to be unreachable. A poll normally takes milliseconds. Each
+/// successful poll confirms the cache entries for 750 ms.
 const SUSPECT_AFTER: Duration = Duration::from_millis(750);
 
-/// Polls for changes, and drops the cache entries that the changes invalidate. Without a recent poll, entries are
-/// reloaded after a second, so a failed poll only causes a warning.
+/// Polls for changes, and drops the cache entries that the changes invalidate. A failed poll does not make the caches
+/// incorrect: without a recent poll, an entry is valid only for a second after it was loaded.
 pub(super) async fn poll(state: AppState, mut stopping: watch::Receiver<bool>) {
     let mut ticks = every(POLL_EVERY);
     let db = state.db.on(Lane::Health);
@@ -74,8 +74,8 @@ async fn poll_once(state: &AppState, db: &Db, last: &mut Option<Position>) -> Re
     let position = invalidation::position(&mut tx).await?;
     let Some(polled) = last else {
         // Earlier polls may have failed, so cached entries may be older than the changes that this poll reads. Drop the
-        // entries that these changes invalidate. Records that other replicas cached are compared with the changes
-        // recorded here.
+        // entries that these changes invalidate. Records that other replicas have cached in Redis are compared with the
+        // changes in `state.recent`.
         let newest = invalidation::newest(&mut tx).await?;
         tx.commit().await?;
         state.recent.begin(&newest, &position.history);

@@ -107,7 +107,7 @@ struct Outage {
 }
 
 impl Outage {
-    /// Returns whether shipping failed.
+    /// Logs and counts a failure. Returns whether shipping failed.
     fn note(&mut self, state: &AppState, shipped: Result<u64, ShipError>) -> bool {
         match shipped {
             Ok(_) => {

@@ -1,5 +1,5 @@
-//! Counts the replicas in PostgreSQL, so that each replica knows its share of the limits while the shared counters are
-//! unavailable. The first count is made at startup, before the first call to the counters.
+//! Counts the server's replicas by their rows in PostgreSQL, so that each replica knows its share of the limits while
+//! the shared counters are unavailable. The first count is made at startup, before the first call to the counters.
 //!
 //! While PostgreSQL is unreachable, the limiter trusts the last count for a few seconds. After that, this replica has
 //! no share.

@@ -22,8 +22,8 @@ const FIRST: i64 = 500;
 const LARGEST: i64 = 5000;
 /// If a batch takes less time than this, the next batch is larger.
 const SHORT: Duration = Duration::from_millis(100);
-/// If a batch takes more time than this, the next batch is smaller. This time is well below the statement timeout, and
-/// short enough for transactions that wait for the batch's locks.
+/// If a batch takes more time than this, the next batch is smaller. This time is well below the default statement
+/// timeout, and short enough for transactions that wait for the batch's locks.
 const LONG: Duration = Duration::from_millis(400);
 /// How long one kind of row is swept before the next kind gets its turn.
 const TURN: Duration = Duration::from_secs(1);

@@ -1,8 +1,8 @@
 //! Maintains the usage tables: creates partitions in advance, drops old partitions, and regularly compares all tables
 //! that count the same requests.
 //!
-//! A row whose partition is missing is stored in the default partition. So a failure here only causes a warning and a
-//! retry.
+//! A row whose partition is missing is stored in the default partition. So if creating a partition fails, the only
+//! consequences are a warning and a retry.
 
 use std::time::Duration;
 

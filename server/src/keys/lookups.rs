@@ -8,7 +8,7 @@
 //!
 //! The number of concurrent lookups of unknown secrets is limited. Beyond the limit, each caller still gets an equal
 //! share, and callers take turns in every batch. Therefore, a flood mostly affects the caller that causes the flood.
-//! Lookups of keys and lookups of service tokens are counted and batched separately, and take turns in using the
+//! Lookups of keys and lookups of service tokens are counted and batched separately, and take turns using the
 //! connections for unknown secrets.
 
 mod queue;
@@ -111,14 +111,15 @@ fn slices(hashes: &[Hash]) -> Vec<&[u8]> {
 
 struct Settings {
     /// The number of concurrent lookups of unknown secrets beyond which each caller is limited to its share. At most
-    /// twice as many are permitted.
+    /// twice this number are permitted in total.
     limit: usize,
     /// How long a lookup waits for its batch to start.
     wait: Duration,
-    /// The maximum number of concurrent batches. All batches but one may contain unknown secrets. If the maximum is
-    /// one, the batch may contain unknown secrets.
+    /// The maximum number of concurrent batches. All but one of these batches may contain unknown secrets. If the
+    /// maximum is one, that batch may contain them.
     workers: usize,
-    /// The database connections that unknown secrets of all kinds may use. Waiting workers get them in turn.
+    /// The database connections that unknown secrets of all kinds may use. Workers get them in the order in which they
+    /// request them.
     for_unknown: Arc<Semaphore>,
     freshness: Arc<Freshness>,
     metrics: Arc<Metrics>,
@@ -152,7 +153,7 @@ struct BatchState<V> {
     queue: Mutex<Queue<V>>,
 }
 
-/// A permitted lookup, which counts toward the limits until it is dropped.
+/// A permitted lookup. If the secret is not known, the lookup counts toward the limits until it is dropped.
 pub struct Lookup<V> {
     batches: Batches<V>,
     /// `None` if the secret is known.

@@ -1,5 +1,5 @@
-//! The part of a key's record that is the same for many keys: the plan, with its limits, and the tenant's access to paid
-//! plans.
+//! The part of a key's record that is the same for many keys: the plan, with its limits, and the tenant's access to
+//! paid plans.
 //!
 //! Keys on the same plan share one [`PlanRecord`], as long as they were loaded with the same values. Keys with a rate
 //! of their own share a record with the other keys on the plan that have the same rate.
@@ -77,7 +77,7 @@ pub struct PlanRecords {
 
 #[derive(Debug, Default)]
 struct Records {
-    /// Records by the hash of their plan's ID and rate.
+    /// The records, by the hash of the plan's ID and of the rate.
     all: HashMap<u64, Weak<PlanRecord>>,
     /// The number of records after the last search for unused ones.
     used: usize,

@@ -301,8 +301,8 @@ impl KeyStore {
         }
     }
 
-    /// Converts a key that was found by its ID to a record. The record uses the same limiter state as requests with the
-    /// key.
+    /// Converts a key that was found by its ID into a record. The record uses the same limiter state as requests with
+    /// the key.
     pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
         record(found.facts, found.as_of, &self.limiter, &self.plans)
     }

@@ -10,7 +10,7 @@
 //! - If a load starts before a change but writes its entry after the change, the entry has a lower number than the
 //!   change. Replicas that know of the change reject the entry. Other replicas learn of the change with their next
 //!   poll, as they do for records in memory.
-//! - Losing an invalidation or the connection to Redis is safe.
+//! - Losing an invalidation message or the connection to Redis is safe.
 //! - A change to a plan invalidates the entries of all its keys without listing them.
 //!
 //! Negative results are also cached: an invalid secret is remembered for a few seconds. These entries do not need a

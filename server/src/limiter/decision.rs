@@ -60,7 +60,7 @@ pub struct Decision {
     pub monthly: Option<PolicyState>,
     /// The quota that all keys of the tenant share.
     pub tenant_monthly: Option<PolicyState>,
-    /// Whether this replica decided without the shared counters.
+    /// Whether this replica decided without the shared counters because they were unavailable.
     pub degraded: bool,
 }
 
@@ -104,7 +104,7 @@ impl Decision {
         .flatten()
     }
 
-    /// Returns the policy closest to exhaustion. For a denial, returns one of the violated policies.
+    /// Returns the policy closest to exhaustion. If any policies are violated, returns one of these.
     pub fn nearest(&self) -> PolicyState {
         let violated = self.violated();
         let mut nearest = None::<PolicyState>;

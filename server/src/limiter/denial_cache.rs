@@ -1,12 +1,12 @@
 //! A cache of denials in front of a remote store, so that repeating a denial does not need a round trip.
 //!
-//! Two mechanisms deny requests here: a local bucket with the key's rate, and the store's last denial, which is
-//! repeated until the limits, or the state behind the denial, may have changed. Both mechanisms only repeat what the
-//! store would decide. A denial by the cache does not consume tokens, and neither does a denial by the store. So the
-//! local bucket is charged only for requests that the store has allowed. (Charging first and refunding denied requests
-//! is not equivalent: the bucket may have been full between the two steps, and the refund would then credit tokens that
-//! were never taken.) Degraded decisions must not be recorded, because they do not show what the shared counters would
-//! decide: a request that the counters would allow must not be denied.
+//! The cache denies requests by two mechanisms: a local bucket with the key's rate, and the store's last denial, which
+//! is repeated until the limits, or the state behind the denial, may have changed. Both mechanisms deny only requests
+//! that the store would deny. A denial by the cache does not consume tokens, and neither does a denial by the store. So
+//! the local bucket is charged only for requests that the store has allowed. (Charging first and refunding denied
+//! requests is not equivalent: the bucket may have been full between the two steps, and the refund would then credit
+//! tokens that were never taken.) Degraded decisions must not be recorded, because they do not show what the shared
+//! counters would decide: a request that the counters would allow must not be denied.
 //!
 //! The local store decides without a round trip, so a cache in front of it would only add cost. The limiter skips the
 //! cache if [`LimitStore::is_local`].
@@ -31,10 +31,10 @@ pub(super) struct DenialCache {
     /// The fingerprint of the policies that the store's last decision applied. `None` before the first decision.
     /// Decisions under other policies are neither used nor kept.
     fingerprint: Option<u64>,
-    /// The TAT of the local bucket. This bucket never allows a request, since the store decides every request that is
-    /// not denied here. After an edit, the local bucket starts full. The store keeps the earlier usage, but the cache
-    /// does not know when the store learned of the edit, and therefore not how much the store's bucket has refilled. A
-    /// request that the store would allow must not be denied here.
+    /// The TAT of the local bucket. This bucket never allows a request, since the store decides every request that the
+    /// cache does not deny. After an edit, the local bucket starts full. The store keeps the earlier usage, but the
+    /// cache does not know when the store learned of the edit, and therefore does not know how much the store's bucket
+    /// has refilled. The cache must not deny a request that the store would allow.
     tat: Monotonic,
     /// When the store's bucket is full, according to its last decision, which includes other replicas' usage.
     full_at: Monotonic,
@@ -125,8 +125,8 @@ impl DenialCache {
 
     /// Records a decision by the store, which must not be degraded. A denial is cached for at most [`DENIAL`], and a
     /// denial by the rate limit also for at most `rate_memory`. The store may have decided at any time after the call
-    /// started, so the bucket is assumed to have been refilling since then. Otherwise, a request that the store would
-    /// allow could be denied here.
+    /// started, so the bucket is assumed to have been refilling since then. Otherwise, the cache could deny a request
+    /// that the store would allow.
     pub(super) fn record(
         &mut self,
         policies: &Policies,

@@ -24,7 +24,7 @@ pub struct Policies {
     version: u64,
 }
 
-/// The limits of policies. Keys on the same plan can share them.
+/// The part of [`Policies`] that several keys on a plan can share.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Limits {
     rate: RatePolicy,

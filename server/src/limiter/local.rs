@@ -45,7 +45,7 @@ impl LocalStore {
         self.len() == 0
     }
 
-    /// Decides on a request with the tokens available locally, and starts to fetch or return tokens if necessary.
+    /// Decides on a request with the tokens available locally. Starts to fetch or return tokens if necessary.
     #[inline]
     fn attempt(
         &self,

@@ -1,7 +1,7 @@
 //! The number of replicas, and this replica's slot among them.
 //!
-//! A job counts the replicas in PostgreSQL, so that a count is available when the shared counters are not. This module
-//! keeps the last count and decides how long to trust it.
+//! A job counts the replicas by their rows in PostgreSQL, so that a count is available when the shared counters are
+//! not. This module keeps the last count and decides how long to trust it.
 //!
 //! **The shares of all replicas together never exceed the limit**, although each replica uses its own count, which may
 //! be outdated. A replica uses a count for only [`BELIEVED`] after the count began, and only if the replica itself has

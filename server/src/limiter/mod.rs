@@ -68,7 +68,7 @@ pub struct Limiter {
     clock: Arc<dyn Clock>,
     /// Cached value of [`LimitStore::is_local`].
     is_local: bool,
-    /// `None` if tenants have no quotas.
+    /// `None` if there are no tenant quotas.
     tenants: Option<Arc<TenantQuotas>>,
 }
 
@@ -82,7 +82,7 @@ impl Limiter {
         }
     }
 
-    /// Adds a monthly quota that all keys of a tenant share.
+    /// Adds a monthly quota for each tenant, which all of the tenant's keys share.
     #[must_use]
     pub fn with_tenant_quotas(self, quotas: TenantQuotas) -> Self {
         Self {

@@ -24,11 +24,12 @@ use crate::clock::Nanos;
 ///
 /// - *Atomic.* The cost is taken from every policy or from none. A denial consumes nothing.
 /// - *Rate.* In any window of `T` seconds on the store's clock, at most `burst + rpm/60 * T` tokens are granted. With
-///   leases, the lease TTL is added to `T`. No request is denied if the bucket has enough tokens, with one exception.
-///   With leases, a replica that has found too few tokens may deny requests for up to two lease TTLs before it calls
-///   the counters again. While the clock stands still, buckets do not refill. If the clock is set back, a request waits
-///   at most as long as its cost takes to refill. While the shared counters are unavailable, the fallback setting
-///   determines what is allowed instead.
+///   leases, the lease TTL is added to `T`. The rate limit denies a request only if the bucket has too few tokens, with
+///   one exception. After a replica has found too few tokens, it may deny requests for a while without calling the
+///   counters again, although other replicas may have returned tokens. With leases, this lasts for up to two lease
+///   TTLs; without leases, for at most the wait that was reported. While the clock stands still, buckets do not refill.
+///   If the clock is set back, a request waits at most as long as its cost takes to refill. While the shared counters
+///   are unavailable, the fallback setting determines what is allowed instead.
 /// - *Quotas.* In any calendar window, at most `daily` and `monthly` tokens are granted, across restarts and crashes. A
 ///   crash loses at most one block, the tokens that requests were waiting for, and tokens that were being returned. A
 ///   block is at most a hundredth of the quota and at most 10,000 tokens, but at least one token. Draining returns all
@@ -81,7 +82,7 @@ pub trait LimitStore: std::fmt::Debug + Send + Sync + 'static {
 
     /// Drops unreferenced keys whose state is equivalent to the state of a new key. If only a key's blocks prevent
     /// that, returns the blocks to the ledger, so that the next call can drop the key. If other replicas share the
-    /// quotas, also returns blocks of other keys that have not been used for ten seconds. For keys in use, fetches the
+    /// quotas, also returns other keys' blocks that have not been used for ten seconds. For keys in use, fetches the
     /// first block of the next day or month shortly before that day or month begins. Returns the number of remaining
     /// keys.
     fn prune(&self) -> usize;

@@ -5,8 +5,8 @@
 //! both the tenant and the key, or from neither. Each replica holds a block of the quota, as for a key's own quotas, in
 //! a [`KeyTable`] with one entry per tenant, with the same guarantees.
 //!
-//! A request counts in the month in which its tokens were reserved, even if the request is decided at the beginning of
-//! the next month.
+//! A request counts toward the quota of the month in which its tokens were reserved, even if the request is decided at
+//! the beginning of the next month.
 //!
 //! A request that waits for the store may have reserved the last token. Other requests then wait for the outcome of
 //! that request instead of being denied, since the token may be released.

@@ -1,7 +1,7 @@
 //! Logs denials, and limits how many denials of a tenant are recorded while the backlog is long.
 //!
 //! A client that is denied a thousand times per second must not cause a thousand log lines per second, so only a few
-//! lines per second are written. Each line contains the number of lines omitted before that line.
+//! lines per second are written. Each line contains the number of lines omitted since the previous line.
 
 use std::{
     collections::HashMap,

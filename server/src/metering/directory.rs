@@ -98,7 +98,7 @@ impl Directory {
         }))
     }
 
-    /// Deletes unfinished files. Only this process, the owner, creates files here.
+    /// Deletes unfinished files. Only the owner of the directory, which is this process, creates files in it.
     pub fn delete_unfinished(&self) -> io::Result<()> {
         for entry in fs::read_dir(&self.path)? {
             let path = entry?.path();

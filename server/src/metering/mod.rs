@@ -27,8 +27,8 @@
 //! | `denials.rs` | the log line of a denial, and how many denials of a tenant are recorded while the backlog is long |
 //!
 //! This module does not depend on HTTP. While PostgreSQL is unreachable, the backlog grows up to
-//! `QUOTA_USAGE_BACKLOG_MAX`. While the disk is full or read-only, decisions cannot be recorded, so no decisions are
-//! made.
+//! `QUOTA_USAGE_BACKLOG_MAX`. While the disk is full or read-only, no segments can be created. Once the existing
+//! segments are full, no decisions are made.
 //!
 //! Denied requests do not cost their sender anything. Therefore, from the time when the backlog is half full until it
 //! is less than a quarter full, only a limited number of each tenant's denials per second are recorded. Otherwise, one

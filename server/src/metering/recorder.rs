@@ -321,7 +321,7 @@ impl Recorder {
                 return;
             }
             if self.current.load().is_none() {
-                // Create the first segment here, so that the first decision does not have to create it.
+                // Create the first segment now, so that the first decision does not have to create it.
                 if let Ok(first) = self.create_now(&mut files) {
                     self.current.store(Some(first));
                 }
@@ -382,7 +382,7 @@ impl Recorder {
         self.files.lock().directory.clone()
     }
 
-    /// Removes the file of a segment with `remove`, unless the segment is still in use. Returns whether the file was
+    /// Removes a segment's file by calling `remove`, unless the segment is still in use. Returns whether the file was
     /// removed.
     pub fn remove(
         &self,
@@ -413,7 +413,6 @@ impl Recorder {
         }
     }
 
-    /// Returns whether a spare segment is being created.
     pub fn is_creating(&self) -> bool {
         self.files.lock().is_creating_spare
     }

@@ -208,7 +208,7 @@ impl Segment {
     fn after(&self, index: usize, word: u64) -> usize {
         match Header::parse(word) {
             Some(header) if header.state != RecordState::Sealed => index + header.words,
-            // The word is a seal, since only valid headers are ever written here.
+            // The word is a seal, since only valid headers are ever written at this position.
             _ => self.words().len(),
         }
     }

@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use crate::{cache::Unconfirmed, client_guard::ClientNetwork, secret_text::Hash, spans::Parent};
 
 /// The caller to whom a lookup is attributed. Without a tenant and an address, the caller is the server itself or a
-/// client without an address, such as on a Unix socket.
+/// client without an address, such as one on a Unix socket.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct LookupCaller {
     /// The owner of the service token in the request.

@@ -6,7 +6,8 @@ use tokio::sync::Semaphore;
 use super::*;
 use crate::{client_guard::ClientNetwork, clock::SystemClock};
 
-/// A database that processes one batch per permit. It records the number of hashes in each statement.
+/// Lookups in a simulated database, which processes one batch per permit. `statements` contains the number of hashes in
+/// each statement.
 struct Fixture {
     batches: Batches<u8>,
     permits: Arc<Semaphore>,

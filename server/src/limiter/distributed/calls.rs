@@ -79,7 +79,8 @@ impl StoreCore {
         &self.breakers[usize::from(self.partition_of(handle.name.key))]
     }
 
-    /// Builds a call for a key. The call returns `back`, and takes no tokens unless the caller sets how many.
+    /// Builds a call for a key. The call returns `back`. It takes no tokens unless the caller sets `need`, `waiting`
+    /// and `want`.
     pub(super) fn build_call(
         &self,
         handle: &KeyHandle,

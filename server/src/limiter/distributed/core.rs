@@ -23,8 +23,7 @@ use crate::{
 pub struct DistributedSettings {
     /// The lease TTL. If zero, the counters decide every request.
     pub lease_ttl: Duration,
-    /// How long a call to the counters may take before it counts as failed. A request waits for at most twice this
-    /// time.
+    /// How long a call to the counters may take before it counts as late. A request waits for at most twice this time.
     pub deadline: Duration,
     /// The fallback setting for plans without their own.
     pub on_failure: OnRedisFailure,

@@ -173,9 +173,8 @@ impl StoreCore {
         Some(decision)
     }
 
-    /// Denies a request based on the state on this replica. If `wait` is set, the rate limit denies the request, and a
-    /// retry cannot succeed before `wait` has passed. Returns `None` if neither the rate limit nor a quota denies the
-    /// request.
+    /// Denies a request based on the state on this replica. If `wait` is set, the rate limit denies the request, and
+    /// the reported wait is at least `wait`. Returns `None` if neither the rate limit nor a quota denies the request.
     fn denial(
         &self,
         handle: &Arc<KeyHandle>,

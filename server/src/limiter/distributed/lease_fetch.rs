@@ -180,7 +180,7 @@ impl LeaseFetch {
         let now = self.inner.clock.monotonic();
         let lease = state.lease();
         lease.expire(now);
-        // A newer call may have ended already, and its response is more recent.
+        // A newer call may already have ended. Its response must not be overwritten with an older one.
         if lease.seen_at() <= self.asked_at {
             lease.record_debt(debt, self.asked_at);
         }
@@ -244,8 +244,8 @@ impl LeaseFetch {
 
     /// Denies requests locally while the bucket has too few tokens. If the plan allows leases, requests are denied only
     /// for a short time, since other replicas may return tokens. If the bucket is empty, this replica makes no calls
-    /// during a part of the lease TTL, so that tokens accumulate and are not fetched one by one. That pause is too
-    /// short for the bucket to fill up.
+    /// for part of the lease TTL, so that tokens accumulate and are not fetched one by one. That pause is too short for
+    /// the bucket to fill up.
     ///
     /// The time for which requests are denied is measured from the start of the call. The counters decide a little
     /// later, but the next call takes just as long to reach the counters, so measuring from the response would count
@@ -282,8 +282,8 @@ impl LeaseFetch {
         let longest = if self.terms.leased {
             ttl.saturating_mul(DENIED_FOR_LEASES)
         } else {
-            // If a request is canceled on another replica, its tokens are returned earlier. Even then, no request is
-            // denied for longer than the wait that its client was told.
+            // If a request is canceled on another replica, the bucket may have enough tokens earlier. Even then, no
+            // request is denied for longer than the wait that its client was told.
             Nanos::MAX
         };
         let until = missing.max(gather).min(longest);

@@ -17,12 +17,12 @@
 //! why.) Calendar quotas are exact: the ledger counts a token before it is spent. If a client sends the entire burst of
 //! an idle key to one replica at the same time, the requests are allowed after at most two round trips to the counters.
 //!
-//! **Deadlines.** A call whose response is late counts as failed. A request waits for at most twice the deadline: for
-//! the call that is in flight when the request arrives and then for the next call, or for a late response. After that,
-//! the request is decided without the counters. A request also waits for at most two calls to the ledger. Its quota
-//! tokens are reserved before its rate tokens are taken, so that no rate tokens are taken for a request that the quota
-//! then denies. If the quota's window ends before the rate tokens arrive, the request starts over, unless the new
-//! window's tokens are available locally.
+//! **Deadlines.** For the circuit breaker, a late response is a failure. A request waits for at most twice
+//! the deadline: for the call that is in flight when the request arrives and then for the next call, or for a late
+//! response. After that, the request is decided without the counters. A request also waits for at most two calls to the
+//! ledger. Its quota tokens are reserved before its rate tokens are taken, so that no rate tokens are taken for a
+//! request that the quota then denies. If the quota's window ends before the rate tokens arrive, the request starts
+//! over, unless the new window's tokens are available locally.
 //!
 //! **While the counters are unavailable** ([`breaker`] decides when), a replica follows the plan's fallback setting.
 //! With `Share`, the replica uses a separate bucket of `burst / replicas` and `rate / replicas`, which starts *empty*
@@ -34,10 +34,11 @@
 //! **When the counters are available again**, they do not know which requests were allowed without them, and may have
 //! lost their state. So after a loss of state, or an outage in which no replica got a response, the counters start a
 //! *new epoch* with every bucket empty. The epoch starts at one moment on the counters' clock, slightly in the future.
-//! Until then, all replicas decide as during the outage. If only one replica had an outage, that replica resumes its
-//! calls. A replica that has just started cannot know whether other replicas have an outage. If no replica has received
-//! a response for 0.8 s, the new replica also causes a new epoch, unless all other replicas have just started too. (In
-//! a cluster, a new replica never causes an epoch, because partitions may be idle for a long time.)
+//! Until then, all replicas decide as during the outage. If other replicas got responses during the outage, there is no
+//! new epoch, and the replicas that had an outage resume their calls. A replica that has just started cannot know
+//! whether other replicas have an outage. If no replica has received a response for 0.8 s, the new replica also causes
+//! a new epoch, unless all other replicas have just started too. (This does not apply to a cluster, because its
+//! partitions may be idle for a long time.)
 //!
 //! **Edits.** An edit does not change the number of missing tokens. If more tokens are missing than a smaller burst can
 //! hold, the bucket is empty, and the excess is remembered. If the burst is raised later, the excess is missing too,

@@ -1,4 +1,4 @@
-//! Sends heartbeats to counters, and probes counters during an outage.
+//! Sends heartbeats to the shared counters, and probes the counters during an outage.
 
 use std::{
     sync::{Arc, Weak},
@@ -35,7 +35,8 @@ const EPOCH_DELAY: Duration = Duration::from_millis(600);
 /// The counters postpone an unconfirmed start of an epoch only if they set the start at least this long ago, or at
 /// least one deadline ago if that is longer.
 const POSTPONED_AFTER: Duration = Duration::from_millis(50);
-/// How long an unused partition of a cluster continues to get heartbeats. A single Redis server always gets heartbeats.
+/// How long an unused partition of a cluster continues to get heartbeats. A single Redis server gets heartbeats even if
+/// it is unused.
 const IN_USE: Nanos = Nanos::from_secs(10);
 
 /// The maximum time between the starts of two consecutive calls by a replica that gets responses.
@@ -46,8 +47,8 @@ const FIRST_PROBE: Duration = CONFIRMED_EVERY
     .saturating_add(CALL_EVERY.saturating_mul(2))
     .saturating_add(TICK);
 
-/// See [`StoreCore::max_detection_delay`]. Response times are omitted here, because they delay the second probe at
-/// least as much as the detection.
+/// See [`StoreCore::max_detection_delay`]. The check omits response times, because they delay the second probe at least
+/// as much as the detection.
 const _: () = assert!(
     5 * CALL_EVERY.as_millis()
         <= FIRST_PROBE.as_millis() + PROBE_DEADLINE.as_millis() + PROBE_EVERY.as_millis()
@@ -64,8 +65,8 @@ pub(super) fn first_probe(deadline: Duration) -> Duration {
 }
 
 /// Returns the time from a loss of state to the new epoch. All replicas that can reach the counters must learn of the
-/// epoch before it starts. A replica that has not learned of it would begin another epoch when it returns, which would
-/// empty all buckets again.
+/// epoch before it starts. A replica that has not learned of the epoch would begin another one when it recovers, which
+/// would empty all buckets again.
 ///
 /// A replica whose call failed just before the loss detects the outage within one `deadline`. Its first probe follows
 /// after [`first_probe`], and arrives within another `deadline`. A replica that is already probing waits for
@@ -140,8 +141,8 @@ async fn send_heartbeat(inner: Arc<StoreCore>, number: u16) {
 }
 
 /// Sends heartbeats to a single Redis server, and to the partitions of a cluster that are in use, unless there has been
-/// a recent call. Heartbeats also confirm to the counters that this replica gets responses, so that recovering replicas
-/// do not cause a new epoch.
+/// a recent call or the breaker is open. Heartbeats also confirm to the counters that this replica gets responses, so
+/// that recovering replicas do not cause a new epoch.
 pub(super) async fn send_heartbeats(inner: Weak<StoreCore>) {
     let mut ticks = time::interval(TICK);
     ticks.set_missed_tick_behavior(time::MissedTickBehavior::Delay);

@@ -2,7 +2,7 @@
 //!
 //! This module contains the script (`take.lua`, which documents its arguments), the names of the Redis keys, and the
 //! initial state of a new deployment. If Redis is not connected, every call fails immediately; if Redis does not
-//! respond, calls of the script fail after [`CALL_DEADLINE`], or after `QUOTA_REDIS_TIMEOUT` if that is longer.
+//! respond, calls to the script fail after [`CALL_DEADLINE`], or after `QUOTA_REDIS_TIMEOUT` if that is longer.
 //!
 //! | key | value |
 //! |---|---|

@@ -44,7 +44,7 @@
 --   credit = min(debt, back * e, max(back * e - (now - taken), lowest debt since a mark no later than `taken`))
 --
 -- Then every stored minimum is lowered by the credit, so that the next return is credited as if these tokens had never
--- been taken. A change of `e` or `t`, a new epoch, or a clock that was set back starts a new generation, in which
+-- been taken. A change to `e` or `t`, a new epoch, or a clock that was set back starts a new generation, in which
 -- earlier tokens are not credited.
 --
 -- **Plans.** Callers may know different versions of a plan. The newest version is used, unless no caller has used it
@@ -58,9 +58,9 @@
 -- one unless the plan has been edited. The time beyond the refill covers a rate that was lowered since the bucket was
 -- last used.
 local OUTDATED = 10000000
--- If a caller received a response within the last `CONNECTED` microseconds, no caller has decided requests without the
--- counters yet. Callers do so only after their second probe, at least 830 ms after they detect an outage. Responses
--- that take up to 500 ms are still confirmed often enough.
+-- If a caller received a response within the last `CONNECTED` microseconds, no caller has allowed requests from its
+-- share yet. Callers do so only after their second probe, at least 830 ms after they detect an outage. Responses that
+-- take up to 500 ms are still confirmed often enough.
 local CONNECTED = 800000
 -- A confirmation is stored only if it is newer than the stored confirmation by more than this many microseconds.
 local CONFIRMED = 50000
@@ -76,7 +76,7 @@ local heard, outage = tonumber(ARGV[8]), tonumber(ARGV[9])
 local promised, delay, lease = tonumber(ARGV[10]), tonumber(ARGV[11]), tonumber(ARGV[12])
 local back_generation, waiting = tonumber(ARGV[13]), tonumber(ARGV[14])
 -- To use an epoch that it was promised, a caller must call within this many microseconds after the epoch's start. This
--- is longer than the call may take to arrive.
+-- time is longer than the call may take to arrive.
 local PROMISED = delay - 100000
 -- An unconfirmed start is postponed only after this many microseconds of the delay have passed. By then, a caller that
 -- received the start in time has confirmed it. If starts were postponed earlier, callers could postpone the start of
@@ -106,11 +106,12 @@ local function exchanged(number, e0, e)
   return whole_tokens * e + q, r
 end
 
--- A new epoch begins if Redis has no epoch, or if the current epoch began on another Redis process. A new epoch also
--- begins if the caller has decided requests without the counters, with two exceptions. One is that the caller was
--- promised this epoch and calls soon after its start. The other is that other callers have received responses since. A
--- caller that has just started cannot know whether other callers have decided requests without the counters. If no
--- caller has received a response for a while, the new caller assumes that other callers have done so.
+-- A new epoch begins if Redis has no epoch, if the current epoch began on another Redis process, or if the clock was
+-- set back and the current epoch starts later than `delay` from now. A new epoch also begins if the caller has decided
+-- requests without the counters, with two exceptions. One is that the caller was promised this epoch and calls soon
+-- after its start. The other is that other callers have received responses since. A caller that has just started cannot
+-- know whether other callers have decided requests without the counters. If no caller has received a response for a
+-- while, the new caller assumes that other callers have done so.
 local run = string.match(redis.call('INFO', 'server'), 'run_id:(%x+)')
 local epoch = redis.call('HMGET', KEYS[2], 'run', 's', 'ok', 'c')
 local start, ok = tonumber(epoch[2]), tonumber(epoch[3]) or 0

@@ -67,7 +67,6 @@ impl<'a> DemandGuard<'a> {
         is_spent
     }
 
-    /// Spends the reserved tokens, even if their window has ended.
     pub(in crate::limiter) fn spend_in_any_window(&mut self, state: &mut KeyState) {
         if let Some(reserved) = self.reserved.take() {
             state.begin_wait(self.cost);

@@ -66,7 +66,7 @@ pub(super) fn row(handle: &KeyHandle, policy: Policy, window_start: UnixNanos) -
     }
 }
 
-/// Waiting calls, and the number of workers. Lock the queue after a key's state, never before.
+/// Waiting calls, and the number of workers. If both are needed, lock a key's state before the queue.
 #[derive(Debug, Default)]
 pub(super) struct Queue {
     pub(super) urgent: VecDeque<Call>,

@@ -135,7 +135,8 @@ impl Worker {
         has_work
     }
 
-    /// Removes the next batch of takes from the queue. Returns `None` if other workers have already removed all takes.
+    /// Removes the next batch of takes from the queue. Returns `None` if other workers have left no batch for this
+    /// worker.
     fn next_takes(&self) -> Option<Takes> {
         let mut queue = self.calls.queue.lock();
         let is_ahead =

@@ -49,7 +49,7 @@ pub(in crate::limiter) struct KeyState {
     remote: Option<Box<RemoteState>>,
     /// The total cost of requests that wait for quota tokens, except requests that have reserved these tokens.
     pub(in crate::limiter) waited_for: u64,
-    /// An upper bound for the largest cost among the requests in `waited_for`.
+    /// An upper bound on the largest cost among the requests in `waited_for`.
     largest_wait: u32,
     /// See [`Lease::new`].
     is_plan_confirmed: bool,
@@ -186,7 +186,6 @@ impl KeyState {
         &mut self.remote().lease
     }
 
-    /// Returns the lease, if there is one.
     pub(in crate::limiter) fn existing_lease(&mut self) -> Option<&mut Lease> {
         self.remote.as_mut().map(|remote| &mut remote.lease)
     }
@@ -195,7 +194,6 @@ impl KeyState {
         &mut self.remote().denials
     }
 
-    /// Returns the cached denials, if there are any.
     pub(in crate::limiter) fn existing_denials(&self) -> Option<&DenialCache> {
         self.remote.as_ref().map(|remote| &remote.denials)
     }
@@ -291,7 +289,7 @@ impl KeyState {
         self.used_at = now;
     }
 
-    /// Returns whether the blocks of all calendar quotas contain `tokens` tokens.
+    /// Returns whether the block of every calendar quota has at least `tokens` tokens.
     #[inline]
     pub(in crate::limiter) fn quotas_fit(&self, tokens: u64) -> bool {
         self.blocks().all(|(_, block)| {
@@ -338,7 +336,6 @@ impl KeyState {
         is_current
     }
 
-    /// Spends reserved tokens, even if their window has ended.
     pub(in crate::limiter) fn spend_reserved_in_any_window(
         &mut self,
         reserved: [ReservedTokens; 2],

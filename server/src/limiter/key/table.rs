@@ -7,7 +7,7 @@
 //! Each handle has one lock, which is held only briefly. Atomics would not be enough, because all policies are decided
 //! together: with atomics, a request could be denied because of tokens that another denied request is about to return.
 //!
-//! Workers call the ledger, at most one call at a time for each block. A request waits only if too few tokens are
+//! Workers call the ledger, with at most one call at a time for each block. A request waits only if too few tokens are
 //! available locally. If the request is canceled while it waits, no tokens are lost.
 
 use std::{
@@ -50,8 +50,9 @@ const CROWDED_PRUNE: Nanos = Nanos::from_secs(1);
 /// Limits of the table, and timeouts for the ledger.
 #[derive(Debug, Clone)]
 pub struct KeyTableSettings {
-    /// The maximum number of keys, divided evenly among the shards. Requests with additional keys of a full shard get
-    /// [`LimiterError::TooManyKeys`]: making room by dropping another key would refill that key's bucket.
+    /// The maximum number of keys, divided evenly among the shards. If a shard is full, requests with a new key of the
+    /// shard get [`LimiterError::TooManyKeys`], because dropping another key to make room would refill the dropped
+    /// key's bucket.
     pub max_keys: usize,
     /// How long a request waits for one ledger call. A decision waits for at most two calls.
     pub ledger_deadline: Duration,
@@ -224,8 +225,8 @@ impl KeyTable {
         (state, now)
     }
 
-    /// Does the follow-up work after a decision, or after an attempt that could not make one: returns surplus tokens
-    /// and starts to fetch missing tokens.
+    /// Does the follow-up work after a decision, or after an attempt that could not make one: marks surplus tokens to
+    /// be returned. After a decision, also starts the ledger calls that are needed.
     #[inline]
     pub(in crate::limiter) fn follow_up(
         &self,

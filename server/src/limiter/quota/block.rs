@@ -273,7 +273,7 @@ impl Block {
 
     /// Switches to the window that contains `now`. `calendar` is the day or month that contains `now`. Tokens of the
     /// old window are returned to it, for two reasons. If the clock was set back, the old window has not ended, and the
-    /// tokens may still be needed. If it has ended, its row then shows the actual usage.
+    /// tokens may still be needed. If the old window has ended, its row then shows the actual usage.
     pub(in crate::limiter) fn enter(&mut self, calendar: Window, now: UnixNanos) {
         let before = (self.known && self.used > self.held).then_some(self.window);
         self.surrender();

@@ -199,8 +199,8 @@ pub fn window(policy: Policy, zone: &Zone, now: UnixNanos) -> Window {
     }
 }
 
-/// Returns the end of the clock hour that contains `now`: the next full hour of local time, or an earlier change of the
-/// UTC offset. So a repeated hour counts twice, and a skipped hour does not count.
+/// Returns the end of the clock hour that contains `now`: the next full hour of local time, or the next change in the
+/// UTC offset if that is earlier. So a repeated hour counts twice, and a skipped hour does not count.
 pub fn hour_end(zone: &Zone, now: UnixNanos) -> UnixNanos {
     const HOUR: i128 = 3_600_000_000_000;
     let nanos = i128::from(now.0);
@@ -313,7 +313,7 @@ mod tests {
         assert_eq!(autumn[1..4], ["01:00:00", "02:00:00", "02:00:00"]);
         assert_eq!(hours("Asia/Kolkata", "2026-11-26T12:00:00Z").len(), 24);
         assert_eq!(hours("Asia/Kathmandu", "2026-11-26T12:00:00Z").len(), 24);
-        // Here, clocks change by half an hour, which is repeated or skipped.
+        // On Lord Howe Island, clocks change by half an hour, so half an hour is repeated or skipped.
         let autumn = hours("Australia/Lord_Howe", "2026-04-05T02:00:00Z");
         assert_eq!(autumn[1..4], ["01:00:00", "01:30:00", "02:00:00"]);
         let spring = hours("Australia/Lord_Howe", "2026-10-04T02:00:00Z");
@@ -442,8 +442,9 @@ mod tests {
                     let window = window(policy, &zone, now);
                     assert_eq!(window.start, now, "{name}: a gap or an overlap");
                     assert!(window.end > window.start && window.end.0 - window.start.0 <= longest);
-                    // The window's first instant has the window's date, and the nanosecond before has an earlier date.
-                    // Later instants cannot be checked: if midnight occurs twice, the old date applies again.
+                    // A window's first instant is on a later day (or in a later month) than the nanosecond before it,
+                    // and than the first instant of the previous window. Later instants cannot be checked: if midnight
+                    // occurs twice, the old date applies again.
                     let unit = |at: DateTime| match policy {
                         Policy::Monthly => at.date().first_of_month(),
                         _ => at.date(),

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::calendar::{QuotaWindow, Window};
 use crate::{clock::UnixNanos, limiter::policy::Policy};
 
-/// Identifies a row of the ledger, which contains the usage of one key and policy in one window. For the quota that all
+/// Identifies a row of the ledger. A row contains the usage of one key and policy in one window. For the quota that all
 /// keys of a tenant share, `key` is the tenant's ID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LedgerRow {
@@ -42,7 +42,7 @@ pub struct Taken {
     /// The window to which the tokens belong. The window contains the request's `at`.
     pub window: QuotaWindow,
     pub granted: u64,
-    /// Total usage of the window, including this grant.
+    /// The total usage in the window, including this grant.
     pub used: u64,
 }
 

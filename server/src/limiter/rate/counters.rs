@@ -68,9 +68,9 @@ pub struct TakeCall {
     pub deadline: u64,
     /// The counters' time in the latest timely reply from this partition.
     pub last_heard: CounterMicros,
-    /// When the caller began to decide without the counters, or zero if the caller has no outage. Since that time, the
-    /// caller may have allowed requests that the counters do not know of. [`NEVER_HEARD`] if the caller has never
-    /// received a reply and other replicas may have allowed such requests.
+    /// When the caller began to decide without the counters, or zero if the call does not report an outage. Since that
+    /// time, the caller may have allowed requests that the counters do not know of. [`NEVER_HEARD`] if the caller has
+    /// never received a reply and other replicas may have allowed such requests.
     pub outage_since: CounterMicros,
     /// Start of the epoch that the previous reply promised, if the caller has not allowed any request since that start;
     /// zero otherwise. A call that arrives before the start confirms that the caller knows the start. The counters

@@ -105,8 +105,8 @@ impl Gcra {
     /// Carries usage over from `old` to `self`: as many tokens are missing from the new bucket as from the old bucket.
     /// If more tokens are missing than the new bucket can hold, the new bucket is empty. The excess is kept in
     /// [`Level::beyond`], so that these tokens are still missing if the bucket is enlarged soon afterward. `level` is
-    /// as of `used_at`, when tokens were last taken. Since the time of the edit is unknown, the bucket counts as having
-    /// refilled at the lower of the two rates since `used_at`.
+    /// as of `used_at`, when tokens were last taken or the limits were last edited. Since the time of the edit is
+    /// unknown, the bucket counts as having refilled at the lower of the two rates since `used_at`.
     ///
     /// So when the burst is raised, the added tokens are available immediately, minus any usage that did not fit in the
     /// old bucket. When the burst is lowered, no request waits longer than the new bucket takes to fill. Lowering the
@@ -296,7 +296,7 @@ mod tests {
         }
 
         /// An edit never leaves more tokens than the new burst minus the usage, and changing a plan back and forth
-        /// never fills the bucket.
+        /// never adds tokens.
         #[test]
         fn edit_carries_usage_over(
             (rpm_a, rpm_b) in (1..=60_000_000u32, 1..=60_000_000u32),

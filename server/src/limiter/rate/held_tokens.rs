@@ -1,5 +1,5 @@
-//! Tokens that have been granted but not spent. Tokens of the next grant can arrive before those of the last one are
-//! used up, so tokens of up to two grants are held.
+//! Tokens that have been granted but not spent. Tokens of the next grant can arrive before those of the previous one
+//! are used up, so tokens of up to two grants are held.
 
 use super::waiter::Unspent;
 use crate::clock::Monotonic;
@@ -55,7 +55,6 @@ impl HeldTokens {
         older.unspent.and(newer.unspent)
     }
 
-    /// Takes the tokens that have expired.
     pub(super) fn take_expired(&mut self, now: Monotonic) -> Unspent {
         let mut expired = Unspent::default();
         for slot in &mut self.slots {

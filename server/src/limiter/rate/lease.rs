@@ -64,7 +64,7 @@ pub(in crate::limiter) struct Lease {
     calls: u32,
     /// Requests waiting for the next call.
     waiting: Vec<Waiter>,
-    /// The terms of the last request that needed a call.
+    /// The terms of the last request that waited for a call or started one.
     terms: Option<Terms>,
     /// Unspent tokens to return.
     back: Unspent,
@@ -90,7 +90,7 @@ pub(in crate::limiter) struct FetchTimes {
     pub(in crate::limiter) now: Monotonic,
     /// The lease TTL.
     pub(in crate::limiter) ttl: Nanos,
-    /// How long requests wait for the response.
+    /// How long a call may take before it is late.
     pub(in crate::limiter) patience: Nanos,
 }
 
@@ -150,7 +150,8 @@ impl Lease {
         self.owe(held);
     }
 
-    /// Returns whether the lease can be dropped because a new one would behave the same way.
+    /// Returns whether the lease can be dropped if its key is no longer in use: it has no tokens, its share is full,
+    /// and no calls are in flight except late ones.
     pub(in crate::limiter) fn is_forgettable(&self, now: Monotonic) -> bool {
         self.share.as_ref().is_none_or(|share| share.tat <= now)
             && self.fetching == 0
@@ -279,7 +280,6 @@ impl Lease {
         }
     }
 
-    /// Uses these terms for all later calls.
     pub(in crate::limiter) fn set_terms(&mut self, terms: Terms) {
         self.terms = Some(terms);
     }

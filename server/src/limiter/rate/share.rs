@@ -28,8 +28,8 @@ pub(in crate::limiter) struct Share {
 }
 
 impl Share {
-    /// Creates a share that has not been used. `is_edited` is whether the plan may have been edited since the counters'
-    /// last response.
+    /// Creates a share that has not been used. `is_edited` says whether the plan may have been edited since the
+    /// counters' last response.
     pub(super) fn new(is_edited: bool) -> Self {
         Self {
             since: Monotonic::default(),
@@ -72,9 +72,9 @@ impl Share {
     }
 
     /// Applies the current plan and slot. An edit keeps the tokens in the share, up to its new size, and never adds
-    /// any. A larger burst has to refill first, so that no sequence of edits can fill a share. Since the time of the
-    /// edit is unknown, the share counts as having refilled at the lower of the two rates since its last use. The share
-    /// does not refill before `since`.
+    /// any. If the burst is raised, the added tokens have to refill first, so that no sequence of edits can fill a
+    /// share. Since the time of the edit is unknown, the share counts as having refilled at the lower of the two rates
+    /// since its last use. The share does not refill before `since`.
     fn apply_plan(&mut self, price: Nanos, tau: Nanos, since: Monotonic, now: Monotonic) {
         if self.since != since {
             // If the plan may have been edited, it is unknown how much has refilled, so the share is empty now.

@@ -59,7 +59,7 @@ impl Waiter {
         (Self { tokens, outcome }, receiver)
     }
 
-    /// Returns whether the request was canceled.
+    /// Returns whether the request has stopped waiting.
     pub(in crate::limiter) fn is_gone(&self) -> bool {
         self.outcome.is_closed()
     }

@@ -259,8 +259,8 @@ async fn draining_returns_the_rest() {
     assert_eq!(world.ledger.used(), [5]);
 }
 
-/// Two requests have reserved the last tokens, and a third request waits for both. When the first request spends its
-/// tokens, the third request is denied without waiting for the second.
+/// Two requests have each reserved one of the last two tokens, and a third request waits for both. When the first
+/// request spends its token, the third request is denied without waiting for the second.
 #[tokio::test]
 async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     let world = World::new(2);
@@ -301,8 +301,8 @@ async fn request_that_can_no_longer_get_enough_tokens_stops_waiting() {
     );
 }
 
-/// A request arrives in one month and is decided in the next month, whose quota may already be exhausted. The request's
-/// tokens are taken from the quota of the first month.
+/// A month ends while a request is in progress, and the quota of the next month may already be exhausted. The request's
+/// tokens are taken from the quota of the month in which the request arrived.
 #[tokio::test]
 async fn request_at_the_end_of_a_month_is_charged_if_and_only_if_it_is_allowed() {
     for is_next_exhausted in [false, true] {
