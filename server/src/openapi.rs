@@ -172,7 +172,7 @@ fn set_servers(document: &mut Value) {
     document["servers"] = json!([{"url": "/"}]);
 }
 
-/// Restores the order of tags, which poem-openapi sorts by name.
+/// Sorts tags as in [`TAGS`]. poem-openapi sorts them by name.
 fn order_tags(document: &mut Value) {
     if let Some(tags) = document["tags"].as_array_mut() {
         tags.sort_by_key(|tag| TAGS.iter().position(|name| tag["name"] == *name));
@@ -219,7 +219,7 @@ fn add_problem_schemas(document: &mut Value) {
     }
 }
 
-/// Documents that request bodies reject unknown fields, which poem-openapi does not document.
+/// Documents that unknown fields in request bodies are rejected. poem-openapi does not document this.
 fn close_request_bodies(document: &mut Value) {
     let mut bodies = Vec::new();
     for_each_operation(document, |operation| {

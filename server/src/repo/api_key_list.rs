@@ -60,7 +60,7 @@ fn filtered<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, P
     query
 }
 
-/// Applies all conditions, including the search. Each condition of a search has an index.
+/// Applies all conditions, including the search. There is an index for each condition of the search.
 fn searched<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, Pg> {
     let query = filtered(tenant, filter);
     let Some(search) = filter.search else {

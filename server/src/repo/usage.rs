@@ -92,7 +92,6 @@ impl Counts {
 pub struct Row {
     /// The key's or plan's ID, the endpoint, or the policy. `None` if the counts are not grouped.
     pub group: Option<String>,
-    /// The index of the bucket.
     pub bucket: usize,
     pub counts: Counts,
 }
@@ -176,7 +175,7 @@ impl Filter {
     }
 }
 
-/// Returns the value that rows are grouped by, as text.
+/// Returns the SQL expression that rows are grouped by, with the type `text`.
 const fn group_value(group: Option<GroupBy>) -> &'static str {
     match group {
         None => "NULL::text",
@@ -223,7 +222,7 @@ impl CountsRow {
     }
 }
 
-/// Returns the statement of [`series`].
+/// Returns the SQL statement for [`series`].
 fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     let chosen = match group {
         None => "",

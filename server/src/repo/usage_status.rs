@@ -143,7 +143,7 @@ pub async fn quotas(tx: &mut TenantTx, is_metered: bool) -> Result<Vec<QuotaRow>
         .await?)
 }
 
-/// Returns the current windows of a key's quotas.
+/// Returns the current windows of a key's quotas. Omits windows without usage.
 pub async fn quotas_of(tx: &mut TenantTx, key: Uuid) -> Result<Vec<QuotaRow>, DbError> {
     let tenant = tx.tenant().0;
     Ok(diesel::sql_query(format!("{QUOTAS} AND k.id = $2"))

@@ -7,8 +7,9 @@
 
 /// The first bytes that an HTTP/2 client sends.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How many bytes of a response count as progress. Fewer bytes count only if the response ends with them. This rule
-/// prevents a client from keeping many responses in memory by occasionally reading a byte.
+/// How many bytes of a response count as progress. Fewer bytes count only if the response ends with them, or while the
+/// connection has an endless response. This rule prevents a client from keeping many responses in memory by
+/// occasionally reading a byte.
 pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of concurrent requests per connection. Each request uses some memory until the client has
 /// received its response.
@@ -136,7 +137,7 @@ struct Request {
 pub(super) struct Waiting {
     /// The start of the wait for the rest of a request head.
     pub(super) head: Option<u64>,
-    /// The start of the wait for the oldest response that the client has not read, or that was reset.
+    /// The start of the wait for the oldest response that the client has not read or whose stream was reset.
     pub(super) response: Option<u64>,
     /// Whether any request is open.
     pub(super) has_open: bool,

@@ -1,10 +1,10 @@
 //! Accepts connections, enforces their deadlines and closes them.
 //!
 //! poem's server has no timeout for header fields. hyper has no timeout for the first bytes of a connection (which
-//! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
-//! Here, each connection has one timer, and [`connection`] computes the connection's current deadline. For HTTP/2, the
-//! deadline depends on the frames on the wire ([`http2`]). [`table`] limits the number of connections. [`direct`]
-//! responds to plain requests without hyper. This module does not depend on what the endpoint does.
+//! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response. In
+//! this module, each connection has one timer, and [`connection`] computes the connection's current deadline. For
+//! HTTP/2, the deadline depends on the frames on the wire ([`http2`]). [`table`] limits the number of connections.
+//! [`direct`] responds to plain requests without hyper. This module does not depend on what the endpoint does.
 
 mod body;
 mod connection;
@@ -57,7 +57,7 @@ use crate::{
     tenant_places::HeldUntilSent,
 };
 
-/// The maximum size of a request line with its header fields.
+/// The maximum total size of a request line and its header fields.
 const HEADER_BYTES: usize = 32 * 1024;
 /// The maximum number of header fields of an HTTP/1 request.
 const HEADER_FIELDS: usize = 100;
@@ -128,7 +128,7 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
 }
 
 /// Serves connections until `stop` completes, and then waits up to `timeouts.drain` for requests in flight. `direct`
-/// responds to the plain requests that it accepts, and `endpoint` to all others.
+/// responds to the complete plain requests that it accepts, and `endpoint` to all other requests.
 pub async fn serve<E, D>(
     listener: TcpListener,
     endpoint: E,
@@ -238,7 +238,8 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // Doubled, because each part of a request keeps its whole frame in memory, and the frame is larger than the part.
+    // Doubled, because each part of a request head keeps its whole frame in memory, and the frame is larger than the
+    // part.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 

@@ -399,7 +399,6 @@ async fn client_that_reads_slowly_gets_its_whole_response(way: Way) {
     assert!(began.elapsed() > WRITE, "{:?}", began.elapsed());
 }
 
-/// The time allowed for the next request starts with its first byte, even if responses are still being sent.
 async fn slow_request_after_a_pipelined_one_closes_the_connection(way: Way) {
     let mut stream = connect_by(way).await;
     ask(&mut stream).await;
