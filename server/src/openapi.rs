@@ -2,8 +2,8 @@
 //!
 //! Extractors and middleware return errors too, so error responses are derived from an operation's path and arguments.
 //! For example, a required credential adds 401, a body adds 400, 408, 413, 415 and 422, an ID in the path adds 404, and
-//! paths under `/admin` add 403 and 429. Tests validate every response they receive against the document, so an
-//! undocumented status fails a test.
+//! paths under `/admin` add 403 and 429. Tests validate responses against the document, so an undocumented status fails
+//! a test.
 
 mod errors;
 mod headers;

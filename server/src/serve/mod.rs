@@ -275,8 +275,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                 if is_first {
                     slot.has_requested();
                 }
-                // Handlers use `marks` to record that the connection has authenticated. Over HTTP/2, they also use it
-                // to announce endless responses.
+                // Handlers use `marks` to record that the connection has authenticated. Over HTTP/2, handlers also use
+                // `marks` to announce endless responses.
                 if connection.is_http2() || !connection.marks.is_authenticated() {
                     request.extensions_mut().insert(connection.marks.clone());
                 }

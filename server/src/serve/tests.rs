@@ -58,7 +58,7 @@ enum Way {
     Hyper,
 }
 
-/// Responds like [`endpoint`].
+/// Responds to most targets like [`endpoint`], and to some targets that only individual tests use.
 struct Plain;
 
 impl DirectEndpoint for Plain {
