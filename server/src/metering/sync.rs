@@ -55,8 +55,8 @@ impl Syncer {
         Ok(syncer)
     }
 
-    /// Waits until everything written to the segment so far is on disk. Returns `false` if this segment, or another
-    /// segment of the same group, has ever failed to be written to disk.
+    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing this segment, or
+    /// another segment of the same group, to disk has ever failed.
     pub async fn sync(&self, segment: Arc<Segment>) -> bool {
         let mut done = {
             let mut next = self.0.next.lock();

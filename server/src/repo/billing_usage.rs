@@ -79,7 +79,7 @@ pub struct ChargedBy {
     pub period_end: Option<DateTime<Utc>>,
 }
 
-/// The usage of one hour.
+/// The usage in one hour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct HourSums {
     #[diesel(sql_type = BigInt)]
@@ -89,7 +89,7 @@ pub struct HourSums {
     pub planned: i64,
 }
 
-/// Returns the usage of an hour. If `is_locked` is set, no usage can be added to the hour until the transaction ends.
+/// Returns the usage in an hour. If `is_locked` is set, no usage can be added to the hour until the transaction ends.
 pub async fn hour(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -110,7 +110,7 @@ pub async fn hour(
     Ok(sums)
 }
 
-/// Records that the usage of an hour has been planned up to `edge`, the boundary of a billing period.
+/// Records that the usage in an hour has been planned up to `edge`, the boundary of a billing period.
 pub async fn set_divided(
     tx: &mut SystemTx,
     tenant: TenantId,

@@ -58,7 +58,7 @@ pub struct Taken {
     pub period_seconds: i64,
     #[diesel(sql_type = BigInt)]
     pub granted: i64,
-    /// The usage of the window, including `granted`.
+    /// The usage in the window, including `granted`.
     #[diesel(sql_type = BigInt)]
     pub used: i64,
 }

@@ -27,7 +27,7 @@ pub struct Ask {
 pub struct Taken {
     #[diesel(sql_type = BigInt)]
     pub granted: i64,
-    /// The usage of the month, including `granted`.
+    /// The usage in the month, including `granted`.
     #[diesel(sql_type = BigInt)]
     pub used: i64,
 }

@@ -1,9 +1,10 @@
 //! Reads the usage rollups.
 //!
-//! A row of a rollup is for one key or all keys, one endpoint or all endpoints, and one plan or all plans. The
-//! migration that creates the rollups lists the combinations that exist. A query selects only the rows for the
-//! combination it needs, so it does not have to sum rows of other combinations. To rank groups over a long range, a
-//! query reads the daily rollup for whole UTC days and the 15-minute rollup for the rest of the range.
+//! A row of a rollup is for one key or all keys, and for one plan or all plans. It is for one endpoint, all endpoints,
+//! or all endpoints that are not counted separately. The migration that creates the rollups describes the rows. A query
+//! selects only the rows for the combination it needs, so it does not have to sum rows of other combinations. To rank
+//! groups over a long range, a query reads the daily rollup for whole UTC days and the 15-minute rollup for the rest of
+//! the range.
 //!
 //! All SQL is assembled from constant parts. Values from callers are always bound as parameters.
 

@@ -48,7 +48,8 @@ const TAKE_NUMBERS: &str = "\
     ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
     RETURNING tenant_id, last_seq";
 
-/// Inserts rows of the log. Each row gets the columns of its group, and its place among the rows determines its number.
+/// Inserts rows into the log. Each row gets the columns of its group, and its place among the rows determines its
+/// number.
 const ADD_ROWS: &str = "\
     INSERT INTO usage_log (tenant_id, seq, \"timestamp\", event_id, key_id, plan_id, cost, retry_after_seconds, \
         was_rejected, billing, policy, endpoint, request_id) \

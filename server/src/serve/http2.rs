@@ -1,4 +1,4 @@
-//! Tracks the requests of an HTTP/2 connection: which are open, how much memory they use, and which responses make
+//! Tracks the requests on an HTTP/2 connection: which are open, how much memory they use, and which responses make
 //! progress. The connection's deadlines and memory limits depend on this.
 //!
 //! h2 immediately copies a small body into its own buffer, and does not report when the client reads the body or
@@ -101,7 +101,7 @@ impl Frames {
     }
 }
 
-/// The requests of one connection. Times are measured as in [`Connection`](super::connection::Connection).
+/// The requests on one connection. Times are measured as in [`Connection`](super::connection::Connection).
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     last_stream: u32,
@@ -112,9 +112,9 @@ pub(super) struct Requests {
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// The time of the last progress of the oldest response that was reset while it was being sent. Cleared when
-    /// another response makes progress. Without this value, a client that resets responses instead of reading them
-    /// would get a new deadline with each request.
+    /// When the oldest response that was reset while it was being sent last made progress. Cleared when another
+    /// response makes progress. Without this value, a client that resets responses instead of reading them would get a
+    /// new deadline with each request.
     unread: Option<u64>,
     /// The arrival time of the oldest request that was reset before its response began. Cleared when another response
     /// is complete.

@@ -64,7 +64,7 @@ const HEADER_FIELDS: usize = 100;
 /// The overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
 /// HTTP/2: how many bytes of a request body a client may send before the server has read any of them. The window is
-/// large enough for a body of the default size limit.
+/// large enough for a body of the default maximum size.
 const STREAM_WINDOW: u32 = 64 * 1024;
 /// HTTP/2: how many bytes of request bodies a client may send on a connection before the server has read any of them.
 /// hyper's default would buffer 1 MiB.
@@ -76,8 +76,8 @@ const SEND_BUFFER: usize = 64 * 1024;
 const BACKLOG: u32 = 4096;
 /// The kernel accepts no more of a response while this many bytes have not been sent. Otherwise, it would buffer
 /// megabytes for a client that does not read, and copying them would keep other clients waiting. Bytes in transit do
-/// not count, so the connection of a client that reads is not slower. When this limit has been reached, the kernel
-/// accepts more only after half as many bytes have been sent.
+/// not count, so the limit does not slow down clients that read. When this limit has been reached, the kernel accepts
+/// more only after half as many bytes have been sent.
 const UNSENT: u32 = 64 * 1024;
 /// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -243,7 +243,7 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 
-/// The state shared by all connections of a listener.
+/// The state shared by all connections to a listener.
 struct Server<E, D> {
     table: Arc<Table>,
     endpoint: E,

@@ -35,7 +35,7 @@ pub struct Timeouts {
     pub drain: Duration,
 }
 
-/// Limits of a listener's connections.
+/// Limits on a listener's connections.
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub connections: usize,

@@ -1,4 +1,4 @@
-//! The open connections of one listener: how many are allowed, in total and per address, and which connections are
+//! The open connections to one listener: how many are allowed, in total and per address, and which connections are
 //! closed to make room.
 //!
 //! When the total is reached, a new connection replaces another connection, in this order:
@@ -355,7 +355,7 @@ impl Table {
     }
 
     /// Finds a connection that is idle, or whose client has stopped reading its response. If the address `newcomer` is
-    /// light compared with another address, a connection of that heavy address can be closed as soon as its client
+    /// light compared with another address, a connection from that heavy address can be closed as soon as its client
     /// stops reading. Without this rule, the heavy address would take every slot that becomes free, because its clients
     /// reconnect immediately.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {

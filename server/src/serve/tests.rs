@@ -485,7 +485,7 @@ async fn request_in_flight_is_answered_when_the_server_stops(way: Way) {
     server.await.unwrap();
 }
 
-/// The server does not respond to all requests of a client that sends requests and never reads.
+/// The server does not respond to all requests from a client that sends requests and never reads.
 #[tokio::test]
 async fn direct_responses_that_are_not_read_are_bounded() {
     let mut stream = connect_by(Way::Direct).await;

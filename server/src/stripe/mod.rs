@@ -201,7 +201,7 @@ impl Stripe {
         }
     }
 
-    /// Returns up to 100 unpaid invoices of a subscription.
+    /// Returns up to 100 unpaid invoices for a subscription.
     pub async fn open_invoices(&self, subscription: &str) -> Result<Vec<Invoice>> {
         let request = ListInvoice::new()
             .subscription(subscription)
