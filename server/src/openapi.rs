@@ -2,8 +2,8 @@
 //!
 //! Extractors and middleware return errors too, so error responses are derived from an operation's path and arguments.
 //! For example, a required credential adds 401, a body adds 400, 408, 413, 415 and 422, an ID in the path adds 404, and
-//! paths under `/admin` add 403 and 429. Tests validate every response they receive against the document, so an
-//! undocumented status fails a test.
+//! paths under `/admin` add 403 and 429. Tests validate responses against the document, so an undocumented status fails
+//! a test.
 
 mod errors;
 mod headers;
@@ -172,7 +172,7 @@ fn set_servers(document: &mut Value) {
     document["servers"] = json!([{"url": "/"}]);
 }
 
-/// Restores the order of tags, which poem-openapi sorts by name.
+/// Sorts tags as in [`TAGS`]. poem-openapi sorts them by name.
 fn order_tags(document: &mut Value) {
     if let Some(tags) = document["tags"].as_array_mut() {
         tags.sort_by_key(|tag| TAGS.iter().position(|name| tag["name"] == *name));
@@ -219,7 +219,7 @@ fn add_problem_schemas(document: &mut Value) {
     }
 }
 
-/// Documents that request bodies reject unknown fields, which poem-openapi does not document.
+/// Documents that unknown fields in request bodies are rejected. poem-openapi does not document this.
 fn close_request_bodies(document: &mut Value) {
     let mut bodies = Vec::new();
     for_each_operation(document, |operation| {

@@ -170,7 +170,7 @@ pub fn parse(bytes: &[u8]) -> Parsed<'_> {
 }
 
 /// Returns whether a head consists of visible ASCII characters and spaces, in lines that end with CRLF. httparse
-/// accepts more. The first byte is not checked here, because the caller has checked it.
+/// accepts more. Does not check the first byte, which the caller has checked.
 #[expect(
     clippy::needless_bitwise_bool,
     reason = "without branches, the compiler can vectorize the check"

@@ -116,7 +116,8 @@ impl<E: Endpoint, F: Endpoint<Output = Response>> Endpoint for CrossOrigin<E, F>
     }
 }
 
-/// Lets pages of the configured origins call the API and read the rate-limit headers. These pages cannot send cookies.
+/// Lets pages from the configured origins call the API and read the rate-limit headers. These pages cannot send
+/// cookies.
 fn cors(state: &AppState) -> Option<Cors> {
     let origins = &state.config.allowed_origins;
     if origins.is_empty() {

@@ -2,8 +2,8 @@
 //!
 //! A change holds a database connection while it waits for a lock, and a tenant's changes mostly wait for each other. A
 //! burst of one tenant's changes, or of its large reads, could take all of this replica's connections. Therefore,
-//! changes and large reads wait here before they take a connection. Each tenant has its own bounded queue, so that
-//! tenants do not delay each other. Each replica has its own queues. Across replicas, database locks determine the
+//! changes and large reads wait in a queue before they take a connection. Each tenant has its own bounded queue, so
+//! that tenants do not delay each other. Each replica has its own queues. Across replicas, database locks determine the
 //! order.
 
 use std::{collections::HashMap, sync::Arc, time::Duration};

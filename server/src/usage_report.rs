@@ -30,7 +30,7 @@ pub enum Forgotten {
     Removed(ShipperReport),
 }
 
-/// Removes the report about a lost usage directory, so that usage counts as complete without this directory.
+/// Removes the report about a lost usage directory, so that usage is considered complete without this directory.
 pub async fn forget(db: &Db, directory: Uuid) -> Result<Forgotten, DbError> {
     let mut tx = db.system().await?;
     let Some(report) = usage_shipper::report_of(&mut tx, directory).await? else {

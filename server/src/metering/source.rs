@@ -52,7 +52,7 @@ pub(super) struct Source {
     pub(super) head: SegmentHead,
     pub(super) file: Arc<File>,
     pub(super) writer: Writer,
-    /// Where the next batch begins. If `None`, it begins at the cursor, which must be read from PostgreSQL again.
+    /// Where the next batch begins. If `None`, it begins at the cursor, which must first be read from PostgreSQL.
     pub(super) position: Option<u64>,
     /// The cursor when it was last read or moved. There are no records between the cursor and `position`.
     pub(super) cursor: u64,
@@ -317,7 +317,7 @@ pub(super) async fn ship(
             // The cursor has moved, because another process ships this segment too.
             Ok(false) => source.position = None,
             Err(error) => {
-                // It is unknown whether the batch was committed.
+                // The batch may have been committed.
                 source.position = None;
                 size.failed();
                 return Err(error.into());

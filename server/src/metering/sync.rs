@@ -36,7 +36,7 @@ struct Next {
     is_stopping: bool,
 }
 
-/// A thread that calls `fdatasync` while records wait to be made durable.
+/// A thread that calls `fdatasync` when records are waiting to be made durable.
 #[derive(Debug)]
 pub(super) struct Syncer(Arc<Shared>);
 
@@ -55,8 +55,8 @@ impl Syncer {
         Ok(syncer)
     }
 
-    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing the segment, or
-    /// another segment of the same group, has ever failed.
+    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing this segment, or
+    /// another segment of the same group, to disk has ever failed.
     pub async fn sync(&self, segment: Arc<Segment>) -> bool {
         let mut done = {
             let mut next = self.0.next.lock();

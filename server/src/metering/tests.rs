@@ -267,7 +267,7 @@ fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
         ends.push(usize::try_from(segment.tail()).unwrap());
     }
     let whole = bytes_of(&segment);
-    // Flips each bit of the second record, including its header.
+    // Flips each bit of the second record, including its header, one at a time.
     for at in ends[0]..ends[1] {
         for bit in 0..8 {
             let mut torn = whole.clone();
@@ -351,14 +351,14 @@ fn a_copy_of_the_file_at_any_moment_has_every_record_that_was_finished_before() 
                 assert!(unique.contains(id.as_str()), "seed {seed}: {id} is lost");
             }
         }
-        // The result contains exactly the finished records.
+        // After all writers have exited, exactly the finished records are read.
         let batch = read(&segment.file, Writer::Ended);
         let found = request_ids(&batch).into_iter().map(str::to_owned);
         assert_eq!(found.collect::<BTreeSet<_>>(), all);
     }
 }
 
-/// What happened to the latest changes of a page when the machine failed. Writes that the disk has confirmed are never
+/// What happened to the latest changes to a page when the machine failed. Writes that the disk has confirmed are never
 /// lost. The disk may have kept all, none, or only some sectors of later writes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate {
@@ -385,8 +385,8 @@ fn crashed(synced: &[u8], current: &[u8], random: &mut Rng) -> Vec<u8> {
     bytes
 }
 
-/// Returns the number of crash images to check: files as they may be after a crash. Set `CRASH_IMAGES=10000` to check
-/// more.
+/// Returns the number of crash images (files as they may look after a crash) to check. Set `CRASH_IMAGES=10000` to
+/// check more.
 #[expect(
     clippy::disallowed_methods,
     reason = "this variable is not a setting of the server"
@@ -571,7 +571,7 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     let syncer = Syncer::start(write, on_failure).unwrap();
     assert!(syncer.sync(intact.clone()).await);
     assert!(!syncer.sync(broken.clone()).await);
-    // A record whose space was reserved before the failure may be synced only after the failure.
+    // A record can be reserved before the failure and synced after it.
     assert!(!syncer.sync(broken.clone()).await);
     assert!(syncer.sync(intact).await);
     assert!(!syncer.sync(broken).await);

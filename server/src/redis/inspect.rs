@@ -16,7 +16,7 @@ use crate::{
 /// trips.
 const STEPS: u32 = 9;
 
-/// Information that a server reports about itself. Strings that the server hides are empty.
+/// Information that a server reports about itself. Most strings are empty if the server hides the information.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
@@ -29,15 +29,15 @@ pub struct Node {
     /// The `maxmemory-policy` setting.
     pub eviction: String,
     pub persistence: String,
-    /// `None` if an ACL forbids reading the setting.
+    /// `None` if the setting cannot be read.
     pub min_replicas_to_write: Option<u32>,
-    /// The maximum lag in seconds. `None` if an ACL forbids reading the setting.
+    /// The maximum lag in seconds. `None` if the setting cannot be read.
     pub min_replicas_max_lag: Option<u32>,
     /// The maximum number of connections. `None` if the server hides this number.
     pub max_clients: Option<usize>,
     /// The server's error message, if the server rejects a command that the counters' script uses.
     pub script_error: Option<String>,
-    /// The number of subscribers to the invalidation channel.
+    /// The number of subscribers to the invalidation channel. 0 if the server hides this number.
     pub subscribers: usize,
     pub round_trip: Duration,
 }

@@ -120,8 +120,8 @@ impl Link {
         }
     }
 
-    /// Causes the supervisor to replace this connection. A cluster connection is used until it is replaced. Other
-    /// connections are not used for further calls.
+    /// Causes the supervisor to replace this connection. A connection to a cluster remains in use until it has been
+    /// replaced. A connection to a single server is not used for further calls.
     fn discard(&self) {
         let slot = &self.shared.slots[self.at];
         let mut live = slot.live.write();

@@ -17,8 +17,8 @@ use crate::config::{RedisServers, RedisSettings, redis::tcp_settings};
 const CONCURRENT: usize = 1024;
 /// How long a cluster node may take to respond, unless one of the configured timeouts is longer.
 const UNANSWERED: Duration = Duration::from_secs(2);
-/// The time limit for querying Sentinel, as a multiple of the connect timeout. A query takes several round trips,
-/// including a check of the master that Sentinel reports.
+/// The time limit for querying Sentinel or connecting to a cluster, as a multiple of the connect timeout. A query takes
+/// several round trips, including a check of the master that Sentinel reports.
 const SENTINEL_STEPS: u32 = 4;
 
 /// Why connecting failed.
@@ -95,7 +95,7 @@ impl ServerSource {
         }
     }
 
-    /// Returns a connection on which the server has responded, and the server's run ID.
+    /// Returns a connection on which the server has responded, and the server's run ID if it is known.
     pub(super) async fn connect(
         &mut self,
         settings: &RedisSettings,

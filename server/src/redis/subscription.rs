@@ -1,7 +1,8 @@
 //! Subscribes to a channel on a separate connection.
 //!
 //! Redis does not store messages. Messages are lost if they are published while the connection is down, or if they
-//! arrive faster than they are consumed. [`Event::Lost`] means that messages may have been lost, but not which ones.
+//! arrive faster than they are consumed. [`Event::Lost`] says that messages may have been lost, but does not say which
+//! ones.
 
 use std::time::Duration;
 

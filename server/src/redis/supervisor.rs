@@ -1,8 +1,8 @@
 //! Establishes, probes, and replaces one connection.
 //!
 //! The redis crate's `ConnectionManager` keeps reconnecting to one address and makes calls wait for the new connection.
-//! Here, Sentinel is asked for the master before each attempt, and calls never wait. Probes detect connections that no
-//! longer respond. A single late call does not prove that a connection is dead.
+//! With this module, Sentinel is asked for the master before each attempt to connect, and calls never wait. Probes
+//! detect connections that no longer respond. A single late call does not prove that a connection is dead.
 //!
 //! The crate itself maintains a cluster's connections to each node. The cluster connection as a whole is replaced only
 //! if a call finds it broken or a probe fails. The old connection is used until the new connection is ready.

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// Returns tenants with usage that has not been checked yet, in random order.
+/// Returns up to `limit` tenants with usage that has not been checked yet, in random order.
 pub async fn unchecked_tenants(tx: &mut SystemTx, limit: i64) -> Result<Vec<Uuid>, DbError> {
     #[derive(QueryableByName)]
     struct Unchecked {

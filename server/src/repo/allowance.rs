@@ -17,7 +17,7 @@ pub enum Resource {
     Webhooks,
 }
 
-/// Blocks the tenant's other transactions that call this function until this transaction ends.
+/// Makes the tenant's other transactions wait when they call this function, until this transaction has ended.
 pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
     // This is an advisory lock, because locking the tenant's row could cause a deadlock with a change to the tenant.
     sql_query("SELECT pg_advisory_xact_lock(hashtextextended($1::text, 7226422))")
@@ -28,8 +28,7 @@ pub async fn lock(tx: &mut TenantTx) -> Result<(), DbError> {
 }
 
 /// Returns the number of the tenant's resources of this type. Must be called in the transaction that inserts a
-/// resource, before the insert. Blocks the tenant's other transactions that call this function until this transaction
-/// ends.
+/// resource, before the insert. Calls [`lock`].
 pub async fn count(tx: &mut TenantTx, what: Resource) -> Result<u64, DbError> {
     lock(tx).await?;
     let tenant = tx.tenant().0;

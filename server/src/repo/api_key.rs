@@ -75,7 +75,7 @@ pub struct ApiKeyChange<'a> {
     pub metadata: Option<Value>,
 }
 
-/// The part of a key's data that decisions depend on.
+/// The data about a key, its plan, and its tenant that decisions depend on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyFacts {
@@ -121,7 +121,7 @@ pub async fn highest_rate(tx: &mut TenantTx, plan: Uuid) -> Result<Option<i64>, 
     Ok(highest.map(Into::into))
 }
 
-/// Returns the lowest rate override of a key on the plan.
+/// Returns the lowest rate override among the plan's keys.
 pub async fn lowest_rate(tx: &mut TenantTx, plan: Uuid) -> Result<Option<u32>, DbError> {
     let lowest: Option<i32> = api_keys::table
         .filter(api_keys::tenant_id.eq(tx.tenant().0))
@@ -189,7 +189,7 @@ pub async fn rotate(
     Ok(row.optional()?)
 }
 
-/// A key found by the hash of one of its secrets.
+/// The data of a key, and the hash of one of its secrets.
 #[derive(Debug)]
 pub struct FoundKey {
     pub hash: Vec<u8>,
@@ -311,8 +311,8 @@ fn with_facts() -> _ {
         .left_join(billing_accounts::table.on(access))
 }
 
-/// Finds the keys whose current or previous secret has one of these hashes. Searches all tenants, and includes inactive
-/// keys. The order of the results is unspecified.
+/// Finds the keys with a secret that has one of these hashes. Previous secrets are found only during their grace
+/// period. Searches all tenants, and includes inactive keys. The order of the results is unspecified.
 pub async fn facts(tx: &mut SystemTx, hashes: &[&[u8]]) -> Result<Vec<FoundKey>, DbError> {
     // The number of the newest invalidation is selected in the same statement, so that the number and the data come
     // from the same snapshot.

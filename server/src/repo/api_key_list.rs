@@ -60,7 +60,8 @@ fn filtered<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, P
     query
 }
 
-/// Applies all conditions, including the search. Each condition of a search has an index.
+/// Applies all conditions, including the search. If the `pg_trgm` extension is available, there is an index for each
+/// condition of the search.
 fn searched<'a>(tenant: Uuid, filter: &Filter<'a>) -> api_keys::BoxedQuery<'a, Pg> {
     let query = filtered(tenant, filter);
     let Some(search) = filter.search else {

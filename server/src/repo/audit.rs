@@ -100,7 +100,6 @@ pub async fn insert(tx: &mut TenantTx, event: &NewAuditEvent<'_>) -> Result<(), 
     insert_on(tx, event).await
 }
 
-/// Inserts an event in a system transaction.
 pub async fn insert_system(tx: &mut SystemTx, event: &NewAuditEvent<'_>) -> Result<(), DbError> {
     insert_on(tx, event).await
 }

@@ -196,7 +196,7 @@ pub async fn next_checkout_attempt(
     Ok(next.get_result(&mut **tx).await?)
 }
 
-/// A read of a tenant's subscriptions that has started.
+/// A started read of a tenant's subscriptions.
 #[derive(Debug, Clone, QueryableByName)]
 pub struct BegunRead {
     #[diesel(sql_type = sql_types::BigInt)]
@@ -349,10 +349,10 @@ struct Due {
     tenant_id: Uuid,
 }
 
-/// Returns the tenants whose next read is due, and schedules another read of each tenant in about `seconds`. Until
-/// then, other replicas do not claim the same tenants. The interval varies randomly by up to 10% in either direction,
-/// so that reads are spread out. If a tenant has no subscription that can still change, the interval is twice the time
-/// since the last read, but at least `seconds` and at most a day.
+/// Returns up to `limit` tenants whose next read is due, and schedules another read for each of these tenants in about
+/// `seconds`. Until then, other replicas do not claim the same tenants. The interval varies randomly by up to 10% in
+/// either direction, so that reads are spread out. If a tenant has no subscription that can still change, the interval
+/// is twice the time since the last read, but at least `seconds` and at most a day.
 pub async fn claim_due_reads(
     tx: &mut SystemTx,
     seconds: f64,

@@ -1,5 +1,5 @@
-//! Billing information for tenants: their limits, how much of each is used, and the usage in the current billing
-//! period.
+//! Billing information for tenants: how many resources they have, and their usage in the current month and in the
+//! current billing period.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -72,8 +72,8 @@ pub struct PeriodUsage {
     /// The part of the usage that should have been charged but cannot be.
     #[diesel(sql_type = BigInt)]
     pub not_charged: i64,
-    /// The start of the oldest usage, in any period, that Stripe has not received. `None` if Stripe has received
-    /// everything.
+    /// The start of the oldest usage, in any period, that has yet to be reported to Stripe. `None` if there is no such
+    /// usage.
     #[diesel(sql_type = Nullable<Timestamptz>)]
     pub unreported_from: Option<DateTime<Utc>>,
     /// The latest problem that Stripe has reported in this period.
@@ -83,8 +83,8 @@ pub struct PeriodUsage {
     pub error_at: Option<DateTime<Utc>>,
 }
 
-/// Returns the usage since the start of a billing period. If the period started in the middle of an hour, all usage of
-/// that hour is included until the hour has been divided into reports.
+/// Returns the usage since the start of a billing period. If the period started in the middle of an hour, all usage
+/// from that hour is included until the hour has been divided into reports.
 pub async fn usage_since(
     tx: &mut TenantTx,
     period_start: DateTime<Utc>,
@@ -122,7 +122,7 @@ struct Access {
     has_access: bool,
 }
 
-/// Returns whether keys on the tenant's paid plans currently work, as of the last read from Stripe.
+/// Returns whether keys on the tenant's paid plans work now, according to the last read from Stripe.
 pub async fn has_access(tx: &mut TenantTx) -> Result<bool, DbError> {
     let tenant = tx.tenant().0;
     let access: Access = sql_query(

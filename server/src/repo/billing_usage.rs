@@ -79,7 +79,7 @@ pub struct ChargedBy {
     pub period_end: Option<DateTime<Utc>>,
 }
 
-/// The usage of one hour.
+/// The usage in one hour.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, QueryableByName)]
 pub struct HourSums {
     #[diesel(sql_type = BigInt)]
@@ -89,7 +89,7 @@ pub struct HourSums {
     pub planned: i64,
 }
 
-/// Returns the usage of an hour. If `is_locked` is set, no usage can be added to the hour until the transaction ends.
+/// Returns the usage in an hour. If `is_locked` is set, no usage can be added to the hour until the transaction ends.
 pub async fn hour(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -110,7 +110,7 @@ pub async fn hour(
     Ok(sums)
 }
 
-/// Records that the usage of an hour has been planned up to `edge`, the boundary of a billing period.
+/// Records that the usage in an hour has been planned up to `edge`, the boundary of a billing period.
 pub async fn set_divided(
     tx: &mut SystemTx,
     tenant: TenantId,
@@ -207,8 +207,8 @@ pub struct NewReport<'a> {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unbilled {
-    /// The tenant had no subscription at that time, or its subscription belonged to an account that has been
-    /// [replaced](super::stripe_account::switch).
+    /// The tenant had no subscription at the time of the usage, or its subscription belonged to a Stripe account that
+    /// has been [replaced](super::stripe_account::switch).
     NoSubscription,
     /// The subscription has no price for usage.
     NotMetered,
@@ -444,16 +444,16 @@ pub struct Uncharged {
     /// The cost that should have been charged but will not be.
     #[diesel(sql_type = BigInt)]
     pub lost: i64,
-    /// The age in seconds of the oldest usage that Stripe has not received. The age counts from the creation of the
-    /// usage's report or, without a report, from the end of its hour. 0 if Stripe has received everything.
+    /// The age in seconds of the oldest usage that has yet to be reported to Stripe: the time since its report was
+    /// created or, if it has no report, since its hour ended. 0 if there is no such usage.
     #[diesel(sql_type = BigInt)]
     pub oldest_pending: i64,
     #[diesel(sql_type = Timestamptz)]
     pub now: DateTime<Utc>,
 }
 
-/// Returns the cost in reports from the last 40 days that will not be charged, and the age of the oldest usage that
-/// Stripe has not received.
+/// Returns the cost that should have been charged but will not be, in reports from the last 40 days. Also returns the
+/// age of the oldest usage that has yet to be reported to Stripe.
 pub async fn uncharged(tx: &mut SystemTx) -> Result<Uncharged, DbError> {
     let uncharged = sql_query(
         "SELECT coalesce(sum(value) FILTER (WHERE reason IN ('too_old', 'finalized', 'rejected', 'unclear')), 0)::bigint \

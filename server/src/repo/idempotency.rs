@@ -51,8 +51,8 @@ pub async fn claim(tx: &mut TenantTx, operation: &str, key: &str) -> Result<Prio
     if !matches!(known, PriorRequest::Nothing) {
         return Ok(known);
     }
-    // The lock is on a 64-bit hash of `name`. If two names have the same hash, the only effect is that their requests
-    // exclude each other for a short time.
+    // The lock is on a 64-bit hash of `name`. If two names have the same hash, the only effect is that a request with
+    // one of them may be rejected while a request with the other is being processed.
     let name = format!("{} {operation} {key}", tx.tenant());
     let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, name.as_bytes());
     let number = digest

@@ -137,7 +137,7 @@ fn invalidation((seq, tenant, name, id, at): Row) -> Invalidation {
 /// The maximum number of rows per read.
 pub const BATCH: u16 = 10_000;
 
-/// Returns up to [`BATCH`] of the newest rows, in ascending order. Rows are deleted after a day.
+/// Returns up to [`BATCH`] of the newest rows, in ascending order. All rows except the newest are deleted after a day.
 pub async fn newest(tx: &mut SystemTx) -> Result<Vec<Invalidation>, DbError> {
     let rows = revocations::table
         .order(revocations::seq.desc())

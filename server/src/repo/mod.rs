@@ -1,4 +1,4 @@
-//! All SQL. Each kind of resource has its own file.
+//! The SQL for the server's data. Each kind of resource has its own file.
 //!
 //! Every function takes the transaction that it runs in. A [`TenantTx`](crate::db::TenantTx) belongs to one tenant, and
 //! row-level security restricts it to that tenant's rows. A [`SystemTx`] is for the server's own work. Rows have their
@@ -269,8 +269,8 @@ impl Slice {
     }
 }
 
-/// Sorts the results of a statement with `WITH ORDINALITY` by the order of its parameters. A parameter without a result
-/// gets `None`.
+/// Sorts the numbered results of a statement by their numbers, which start at 1 (`WITH ORDINALITY`). A number without a
+/// result gets `None`.
 fn in_order<T: Clone>(len: usize, numbered: impl Iterator<Item = (i64, T)>) -> Vec<Option<T>> {
     let mut results = vec![None; len];
     for (number, result) in numbered {

@@ -159,7 +159,7 @@ update_by_id!(
     pub fn update in plans, PlanChange -> PlanRow
 );
 
-/// Returns whether the tenant has a plan.
+/// Returns whether the tenant has any plans.
 pub async fn any(tx: &mut TenantTx) -> Result<bool, DbError> {
     let own = plans::table.filter(plans::tenant_id.eq(tx.tenant().0));
     Ok(select(exists(own)).get_result(&mut **tx).await?)

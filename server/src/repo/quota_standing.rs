@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use crate::db::{DbError, SystemTx};
 
-/// How long reading the usage of windows may take.
+/// The time limit for reading the usage in windows.
 pub const USAGE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The usage of a quota in one window.

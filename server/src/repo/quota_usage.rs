@@ -1,7 +1,7 @@
 //! The ledger of calendar quotas.
 //!
-//! A row is a window of one key and policy. Windows with usage never overlap: before opening a window, callers acquire
-//! [`lock`] and check [`used_windows`]. Windows without usage are ignored.
+//! A row contains one window of one key and policy. Windows with usage never overlap: before opening a window, callers
+//! acquire [`lock`] and check [`used_windows`]. Windows without usage are ignored.
 //!
 //! **Lock order.** Locks are always acquired in this order: first [`lock`], then keys (`api_keys`, `FOR KEY SHARE`),
 //! then rows. Deleting a key locks the key first and then its rows, in no particular order, so a row must never be
@@ -58,7 +58,7 @@ pub struct Taken {
     pub period_seconds: i64,
     #[diesel(sql_type = BigInt)]
     pub granted: i64,
-    /// The usage of the window, including `granted`.
+    /// The usage in the window, including `granted`.
     #[diesel(sql_type = BigInt)]
     pub used: i64,
 }
@@ -222,7 +222,7 @@ pub async fn used_windows(
 }
 
 /// Opens windows. Inserts a row for each window. If a row with the same start exists, updates its end, but only if the
-/// row has no usage or no end. Skips keys that do not exist. Existing keys cannot be deleted until the transaction
+/// row has no usage or no end. Skips keys that do not exist. The other keys cannot be deleted until the transaction
 /// ends.
 pub async fn open(
     tx: &mut SystemTx,

@@ -16,8 +16,9 @@ use crate::{
     schema::{refresh_tokens, sessions},
 };
 
-/// For this many seconds after its first use, a refresh token can be used again and yields the same successor. This
-/// helps two tabs that refresh at the same time, and clients that have lost a response.
+/// For this many seconds after its first use, but only until its successor is used, a refresh token can be used again
+/// and yields the same successor. This helps two tabs that refresh at the same time, and clients that have lost a
+/// response.
 pub const GRACE_SECS: i32 = 10;
 
 #[derive(Debug, Clone, Queryable, Selectable)]
@@ -158,8 +159,8 @@ pub async fn rotate(
             refresh_tokens::used_at
                 .assume_not_null()
                 .gt(now.into_sql::<Timestamptz>() - GRACE_SECS.seconds())
-                // Null if the token has not been used. An unused token is looked up here only if its session belongs to
-                // a secret that is not accepted.
+                // Null if the token has not been used. In this case, its session belongs to a secret that is not
+                // accepted.
                 .nullable(),
             is_accepted(),
         ))

@@ -53,7 +53,7 @@ pub async fn record(tx: &mut SystemTx, account: &StripeAccount) -> Result<(), Db
     Ok(())
 }
 
-/// Replaces the stored account, unless it has customers.
+/// Replaces the stored account, unless any tenant has a customer.
 pub async fn replace_unused(tx: &mut SystemTx, account: &StripeAccount) -> Result<(), DbError> {
     sql_query(
         "UPDATE billing_stripe_account SET account_id = $1, livemode = $2, recorded_at = now() \
@@ -89,8 +89,8 @@ pub struct EndedAccess {
 /// A tenant's access before [`switch`].
 type Before = (Uuid, String, Option<DateTime<Utc>>, bool);
 
-/// Replaces the account, and deletes all customers and subscriptions. Usage that has not been reported will not be
-/// charged. Returns the tenants whose access was not `free` before.
+/// Replaces the account, and deletes all customers and subscriptions from the database. Usage that has not been
+/// reported will not be charged. Returns the tenants whose access was not `free` before.
 pub async fn switch(
     tx: &mut SystemTx,
     account: &StripeAccount,

@@ -19,9 +19,9 @@ pub enum Expired {
     IdempotencyKeys,
     /// Rows that are more than a day old. The newest row is kept, because its number is needed for comparisons.
     Invalidations,
-    /// Windows of quotas that began more than 40 days ago. By then, they have ended in every time zone.
+    /// Quota windows that began more than 40 days ago. By then, they have ended in every time zone.
     QuotaUsage,
-    /// Tenant quotas of months that began more than 40 days ago.
+    /// Usage of tenant quotas in months that began more than 40 days ago.
     TenantQuotaUsage,
     /// IDs of batches of returned tokens that are too old to be retried.
     QuotaReturns,

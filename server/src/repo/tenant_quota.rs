@@ -1,7 +1,7 @@
 //! The ledger of monthly quotas that all keys of a tenant share.
 //!
-//! A row is a calendar month (UTC) of one tenant. Each transaction locks its rows in ascending order, in a single
-//! statement.
+//! A row is for one tenant and one calendar month (UTC). Each transaction locks its rows in ascending order, in a
+//! single statement.
 
 use chrono::{DateTime, Utc};
 use diesel::{
@@ -27,7 +27,7 @@ pub struct Ask {
 pub struct Taken {
     #[diesel(sql_type = BigInt)]
     pub granted: i64,
-    /// The usage of the month, including `granted`.
+    /// The usage in the month, including `granted`.
     #[diesel(sql_type = BigInt)]
     pub used: i64,
 }

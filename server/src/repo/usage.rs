@@ -1,9 +1,10 @@
 //! Reads the usage rollups.
 //!
-//! A row of a rollup is for one key or all keys, one endpoint or all endpoints, and one plan or all plans. The
-//! migration that creates the rollups lists the combinations that exist. A query selects only the rows for the
-//! combination it needs, so it does not have to sum rows of other combinations. To rank groups over a long range, a
-//! query reads the daily rollup for whole UTC days and the 15-minute rollup for the rest of the range.
+//! A row of a rollup is for one key or all keys, and for one plan or all plans. It is for one endpoint, all endpoints,
+//! or all endpoints that are not counted separately. The migration that creates the rollups describes the rows. A query
+//! selects only the rows for the combination it needs, so it does not have to sum rows of other combinations. To rank
+//! groups over a long range, a query reads the daily rollup for whole UTC days and the 15-minute rollup for the rest of
+//! the range.
 //!
 //! All SQL is assembled from constant parts. Values from callers are always bound as parameters.
 
@@ -92,7 +93,6 @@ impl Counts {
 pub struct Row {
     /// The key's or plan's ID, the endpoint, or the policy. `None` if the counts are not grouped.
     pub group: Option<String>,
-    /// The index of the bucket.
     pub bucket: usize,
     pub counts: Counts,
 }
@@ -176,7 +176,7 @@ impl Filter {
     }
 }
 
-/// Returns the value that rows are grouped by, as text.
+/// Returns the SQL expression that rows are grouped by, with the type `text`.
 const fn group_value(group: Option<GroupBy>) -> &'static str {
     match group {
         None => "NULL::text",
@@ -223,7 +223,7 @@ impl CountsRow {
     }
 }
 
-/// Returns the statement of [`series`].
+/// Returns the SQL statement for [`series`].
 fn series_sql(filter: &Filter, group: Option<GroupBy>) -> String {
     let chosen = match group {
         None => "",

@@ -34,7 +34,7 @@ pub struct Appended {
 }
 
 /// Longer than the timeouts of requests: a batch may be large, and has to wait for other batches of the same tenants.
-/// With shorter timeouts, it would only have to start over.
+/// With shorter timeouts, the batch would only have to start over.
 const TIMEOUTS: &str = "SET LOCAL statement_timeout = '30s'; SET LOCAL lock_timeout = '10s'";
 
 /// The maximum number of rows per statement, except for the log. Encoding more rows would block a request-serving
@@ -48,7 +48,8 @@ const TAKE_NUMBERS: &str = "\
     ON CONFLICT (tenant_id) DO UPDATE SET last_seq = t.last_seq + excluded.last_seq \
     RETURNING tenant_id, last_seq";
 
-/// Inserts rows of the log. Each row gets the columns of its group, and its place among the rows determines its number.
+/// Inserts rows into the log. Each row gets the columns of its group, and its place among the rows determines its
+/// number.
 const ADD_ROWS: &str = "\
     INSERT INTO usage_log (tenant_id, seq, \"timestamp\", event_id, key_id, plan_id, cost, retry_after_seconds, \
         was_rejected, billing, policy, endpoint, request_id) \
@@ -105,9 +106,9 @@ struct Seq {
     last_seq: i64,
 }
 
-/// Appends a batch. Call this only once per transaction, and commit soon, because it locks the tenants. Large batches
-/// take less time per record. Sets the transaction's statement timeout to 30 seconds and its lock timeout to 10
-/// seconds.
+/// Appends a batch. Call this only once per transaction, and commit soon, because this function locks the tenants.
+/// Large batches take less time per record. Sets the transaction's statement timeout to 30 seconds and its lock timeout
+/// to 10 seconds.
 pub async fn append(tx: &mut SystemTx, batch: &UsageBatch) -> Result<Appended, DbError> {
     if batch.is_empty() {
         return Ok(Appended::default());

@@ -1,8 +1,8 @@
-//! PostgreSQL arrays that are encoded while their elements arrive.
+//! PostgreSQL arrays whose elements are encoded as they are added.
 //!
-//! Diesel encodes an array from a `Vec`, element by element, only when the statement is executed. A batch of usage has
-//! hundreds of thousands of elements, so they are encoded when the batch is prepared, straight into the bytes that are
-//! sent.
+//! Diesel encodes an array from a `Vec`, element by element, only when the statement is executed. A batch of usage can
+//! have hundreds of thousands of elements, so they are encoded when the batch is prepared, straight into the bytes that
+//! are sent.
 
 use std::{io::Write as _, marker::PhantomData};
 

@@ -2,8 +2,8 @@
 //!
 //! The log and the rollups are written in one transaction, so any difference between them is an error. The ledger
 //! counts the tokens that replicas have taken. If the ledger exceeds recorded usage after a window has ended, crashes
-//! have stranded tokens: each crash strands at most one block per quota. If recorded usage exceeds the ledger, requests
-//! were allowed without being counted.
+//! have stranded tokens: each crash strands at most one block per quota. If recorded usage exceeds the ledger although
+//! the quota did not change, requests were allowed without being counted.
 
 use chrono::NaiveDate;
 use diesel::{

@@ -2,7 +2,7 @@
 //!
 //! **Order.** A tenant's rows are numbered without gaps, in the order in which they become visible.
 //! [`append`](super::usage_append::append) assigns the numbers after locking the tenant's row in `usage_tenants`, and
-//! the lock lasts until the commit. So on every replica, a reader that has seen a row has seen all rows with lower
+//! the lock lasts until the commit. So on every replica, a reader that sees a row also sees all rows with lower
 //! numbers. No other code may insert into the log.
 
 use chrono::{DateTime, Utc};
@@ -24,7 +24,7 @@ pub struct Filter {
 }
 
 impl Filter {
-    /// Returns whether matching rows can only be found by scanning, because no index covers the filter.
+    /// Returns whether rows have to be scanned to find matching rows, because no index covers the whole filter.
     fn is_searched(&self) -> bool {
         self.endpoint.is_some() || self.was_rejected.is_some()
     }
@@ -122,7 +122,7 @@ pub async fn list(
         "SELECT l.* FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{} ORDER BY l.seq DESC",
         conditions(filter, true),
     );
-    // Even if a query is materialized, PostgreSQL reads only as many of its rows as are needed.
+    // PostgreSQL reads only as many rows of a materialized query as are needed.
     let sql = format!(
         "WITH searched AS MATERIALIZED ({rows} LIMIT $8) \
          SELECT {COLUMNS} FROM (SELECT * FROM searched l WHERE true{} ORDER BY l.seq DESC LIMIT $7) l \
@@ -162,9 +162,9 @@ pub async fn list(
     })
 }
 
-/// Returns the number of matching decisions in the log. Returns `None` if the rollups do not count the endpoint
-/// separately. Also returns `None` if more than [`SEARCHED_ROWS`] rows have the same request ID, which is possible
-/// because callers can choose request IDs.
+/// Returns the number of matching decisions in the log. Returns `None` if the filter contains an endpoint, but no
+/// request ID, and the rollups do not count the endpoint separately. Also returns `None` if more than [`SEARCHED_ROWS`]
+/// rows have the same request ID, which is possible because callers can choose request IDs.
 ///
 /// The log and the rollups are written together, and the log is deleted by whole days. Therefore, the rollups of the
 /// remaining days count exactly the rows in the log.

@@ -1,8 +1,8 @@
-//! Creates partitions of the usage tables in advance, drops them after the retention period, and deletes old rows that
-//! have no partition.
+//! Creates partitions of the usage tables in advance, drops them after the retention period, and deletes old rows from
+//! the default partitions.
 //!
-//! Database functions do all of this, because only the tables' owner has the necessary rights. The migrations define
-//! these functions. Rows for a day without a partition are in the default partition until a partition for that day is
+//! Database functions do this, because only the tables' owner has the necessary rights. The migrations define these
+//! functions. Rows for a day without a partition are in the default partition until a partition for that day is
 //! created.
 
 use std::time::Duration;
@@ -86,7 +86,8 @@ pub async fn drop_oldest(
     Ok(dropped.number > 0)
 }
 
-/// Deletes some of the default partition's rows from days before `before`. Returns whether there may be more such rows.
+/// Deletes a batch of the default partition's rows for days before `before`. Returns whether there may be more such
+/// rows.
 pub async fn delete_unpartitioned(
     tx: &mut SystemTx,
     table: Partitioned,
@@ -101,10 +102,10 @@ pub async fn delete_unpartitioned(
     Ok(deleted.number >= DELETED_ROWS)
 }
 
-/// Deletes the cursors of segments whose records are too old to be accepted, unless a cursor has moved in the last two
-/// days. These segments remain rejected even if the retention period is extended later. Also deletes replicas' reports
-/// about unshipped usage that are at least two days older than the retention period. `days` is the retention period of
-/// the log.
+/// Deletes the cursors of segments whose records are too old to be accepted, except cursors that have moved in the last
+/// two days. These segments remain rejected even if the retention period is extended later. Also deletes replicas'
+/// reports about unshipped usage that are at least two days older than the retention period. `days` is the retention
+/// period of the log.
 pub async fn forget_segments(tx: &mut SystemTx, days: i64) -> Result<(), DbError> {
     diesel::sql_query(
         "WITH deleted AS ( \

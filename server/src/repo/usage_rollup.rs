@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 /// The endpoint of rows that cover all endpoints.
 pub(super) const ALL_ENDPOINTS: &str = "\u{1}";
-/// The endpoint of rows that cover all endpoints beyond the limit.
+/// The endpoint of rows that cover all endpoints that are not counted separately.
 pub(super) const FURTHER_ENDPOINTS: &str = "\u{2}";
 const DAY: i64 = 24 * 60 * 60;
 
@@ -81,7 +81,7 @@ pub(super) struct Rollups {
 }
 
 impl Rollups {
-    /// Returns the rollup rows of these counts, assuming that the `folded` endpoints do not have rows of their own.
+    /// Returns the rollup rows for these counts, assuming that the `folded` endpoints do not have rows of their own.
     /// `endpoints` contains the names of endpoints, sorted.
     pub fn new(
         counts: &[(RowKey, Sums)],

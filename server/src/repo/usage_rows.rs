@@ -21,7 +21,7 @@ pub(super) struct LogRow {
     pub event_id: Uuid,
     pub cost: i64,
     pub retry_after_seconds: Option<i32>,
-    /// The position of the request ID in the text of all request IDs.
+    /// The position of the request ID in the concatenated request IDs.
     pub request_id: Range<usize>,
     /// The index of the row's group.
     pub group: usize,

@@ -56,8 +56,8 @@ pub async fn open_cursor(
     Ok(found.map(|it| it.position))
 }
 
-/// Advances a segment's cursor. Returns `false` if the cursor was not at `from`. Call this before inserting the records
-/// in the same transaction.
+/// Advances a segment's cursor. Returns `false` if the cursor was not at `from`. Call this first, and then insert the
+/// records in the same transaction.
 pub async fn move_cursor(
     tx: &mut SystemTx,
     segment: Uuid,
@@ -85,7 +85,7 @@ pub struct Pending {
     pub oldest: Option<DateTime<Utc>>,
 }
 
-/// Stores a replica's report about a directory's records that had not been shipped at the time `at`.
+/// Stores a replica's report about the unshipped records in a directory, as of `at`.
 pub async fn report(
     tx: &mut SystemTx,
     directory: Uuid,

@@ -87,8 +87,8 @@ pub struct QuotaRow {
     pub window_end: DateTime<Utc>,
 }
 
-/// Selects the current windows of keys' quotas that have usage. A shortened window has the same proportional quota as
-/// in [`quota_usage::take`](super::quota_usage::take).
+/// Selects the current windows of keys' quotas. Omits windows without usage. A shortened window has the same
+/// proportional quota as in [`quota_usage::take`](super::quota_usage::take).
 const QUOTAS: &str = "\
     SELECT k.id AS key_id, k.name AS key_name, v.policy, least(w.used, w.quota) AS used, w.quota, w.window_start, \
         w.window_end \
@@ -143,7 +143,7 @@ pub async fn quotas(tx: &mut TenantTx, is_metered: bool) -> Result<Vec<QuotaRow>
         .await?)
 }
 
-/// Returns the current windows of a key's quotas.
+/// Returns the current windows of a key's quotas. Omits windows without usage.
 pub async fn quotas_of(tx: &mut TenantTx, key: Uuid) -> Result<Vec<QuotaRow>, DbError> {
     let tenant = tx.tenant().0;
     Ok(diesel::sql_query(format!("{QUOTAS} AND k.id = $2"))

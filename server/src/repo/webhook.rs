@@ -84,8 +84,8 @@ update_by_id!(
     pub fn update in webhooks, WebhookChange -> WebhookRow
 );
 delete_by_id!(
-    /// Deletes a webhook. Returns the webhook's last state. Its deliveries may be numerous, so they are deleted
-    /// [later](super::sweep::Expired::DeletedWebhooks).
+    /// Deletes a webhook. Returns the webhook's last state. The webhook's deliveries may be numerous, so they are
+    /// deleted [later](super::sweep::Expired::DeletedWebhooks).
     pub fn delete in webhooks -> WebhookRow
 );
 
@@ -157,7 +157,7 @@ pub struct Failing {
     /// Whether the attempt used the webhook's current URL.
     #[diesel(sql_type = Bool)]
     pub is_current: bool,
-    /// How long all attempts to send to the current URL have failed, in seconds.
+    /// For how many seconds every attempt to send to the current URL has failed.
     #[diesel(sql_type = BigInt)]
     pub seconds: i64,
 }

@@ -58,8 +58,8 @@ pub const PENDING_MAX: i64 = 1000;
 /// Why a delivery was not sent.
 const NO_ROOM: &str = "Not sent, because the webhook had 1,000 pending deliveries.";
 
-/// Returns the number of pending deliveries of each webhook. If the caller has locked a webhook, the webhook's number
-/// cannot increase until the transaction ends.
+/// Returns the number of pending deliveries of each webhook. If the caller has locked a webhook, the number for this
+/// webhook cannot increase until the transaction ends.
 async fn pending(
     conn: &mut AsyncPgConnection,
     tenant: Uuid,

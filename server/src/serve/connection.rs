@@ -258,7 +258,7 @@ impl Connection {
         resumes
     }
 
-    /// Returns the time at which the first byte of the request head that is arriving was read.
+    /// Returns when the first byte of the arriving request head was read.
     pub(super) fn head_began(&self) -> u64 {
         self.head_began.load(Ordering::Relaxed)
     }

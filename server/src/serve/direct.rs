@@ -1,9 +1,10 @@
 //! Serves plain requests directly from the bytes of a connection, without hyper.
 //!
-//! Requests that the endpoint accepts are served here, in order. For a plain request that the endpoint does not accept,
-//! the stream is lent to hyper. hyper can read only the bytes of that request, whose end is known. So by the time
-//! hyper's response has been sent, hyper has not read any later bytes. The first request that is not plain, or that
-//! arrives in too many parts, ends the direct service: hyper takes over the connection, starting with that request.
+//! Requests that the endpoint accepts are served directly, in order. For a plain request that the endpoint does not
+//! accept, or whose body has not arrived completely, the stream is lent to hyper. hyper can read only the bytes of that
+//! request, whose end is known. So by the time hyper's response has been sent, hyper has not read any later bytes. The
+//! first request that is not plain, or that arrives in too many parts, ends the direct service: hyper takes over the
+//! connection, starting with that request.
 //!
 //! The stream and the connection's deadlines work as they do with hyper; see [`super::connection`]. If a panic occurs
 //! while the endpoint responds to a request, only that request gets an error.
@@ -69,9 +70,9 @@ enum Next {
 }
 
 impl<D: DirectEndpoint> DirectService<'_, D> {
-    /// Serves requests until hyper must take over the connection. Meanwhile, `http` (hyper) serves the requests that
-    /// the endpoint does not accept, on `lent`. Returns the stream, beginning with the first request that has not
-    /// received a response, or `None` if the connection has ended.
+    /// Serves requests until hyper must take over the connection. Meanwhile, `http` (hyper) serves individual plain
+    /// requests that cannot be served directly, on `lent`. Returns the stream, beginning with the first request that
+    /// has not received a response, or `None` if the connection has ended.
     pub(super) async fn serve<H>(
         &self,
         mut stream: WatchedStream,
@@ -215,7 +216,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                 Parsed::Other => break Next::Other,
             };
             let length = head + request.body_length;
-            // Requests with incomplete bodies are left to hyper, which may respond before the rest arrives.
+            // Requests with incomplete bodies are left to hyper, which may respond before the rest of the body arrives.
             let is_complete = request.body.len() == request.body_length;
             let route = is_complete.then(|| self.endpoint.route(&request)).flatten();
             let Some(route) = route.filter(|_| !self.is_stopping()) else {

@@ -1,4 +1,4 @@
-//! Tracks the requests of an HTTP/2 connection: which are open, how much memory they use, and which responses make
+//! Tracks the requests on an HTTP/2 connection: which are open, how much memory they use, and which responses make
 //! progress. The connection's deadlines and memory limits depend on this.
 //!
 //! h2 immediately copies a small body into its own buffer, and does not report when the client reads the body or
@@ -7,8 +7,9 @@
 
 /// The first bytes that an HTTP/2 client sends.
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How many bytes of a response count as progress. Fewer bytes count only if the response ends with them. This rule
-/// prevents a client from keeping many responses in memory by occasionally reading a byte.
+/// How many bytes of a response count as progress. Fewer bytes count only if the response ends with them, or while the
+/// connection has an endless response. This rule prevents a client from keeping many responses in memory by
+/// occasionally reading a byte.
 pub(super) const PROGRESS: u32 = 1024;
 /// The maximum number of concurrent requests per connection. Each request uses some memory until the client has
 /// received its response.
@@ -100,7 +101,7 @@ impl Frames {
     }
 }
 
-/// The requests of one connection. Times are measured as in [`Connection`](super::connection::Connection).
+/// The requests on one connection. Times are measured as in [`Connection`](super::connection::Connection).
 #[derive(Debug, Default)]
 pub(super) struct Requests {
     last_stream: u32,
@@ -111,9 +112,9 @@ pub(super) struct Requests {
     head_length: usize,
     /// When a response last ended or made progress.
     progressed: u64,
-    /// The time of the last progress of the oldest response that was reset while it was being sent. Cleared when
-    /// another response makes progress. Without this value, a client that resets responses instead of reading them
-    /// would get a new deadline with each request.
+    /// When the oldest response that was reset while it was being sent last made progress. Cleared when another
+    /// response makes progress. Without this value, a client that resets responses instead of reading them would get a
+    /// new deadline with each request.
     unread: Option<u64>,
     /// The arrival time of the oldest request that was reset before its response began. Cleared when another response
     /// is complete.
@@ -136,7 +137,7 @@ struct Request {
 pub(super) struct Waiting {
     /// The start of the wait for the rest of a request head.
     pub(super) head: Option<u64>,
-    /// The start of the wait for the oldest response that the client has not read, or that was reset.
+    /// The start of the wait for the oldest response that the client has not read or whose stream was reset.
     pub(super) response: Option<u64>,
     /// Whether any request is open.
     pub(super) has_open: bool,

@@ -1,10 +1,10 @@
 //! Accepts connections, enforces their deadlines and closes them.
 //!
 //! poem's server has no timeout for header fields. hyper has no timeout for the first bytes of a connection (which
-//! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response.
-//! Here, each connection has one timer, and [`connection`] computes the connection's current deadline. For HTTP/2, the
-//! deadline depends on the frames on the wire ([`http2`]). [`table`] limits the number of connections. [`direct`]
-//! responds to plain requests without hyper. This module does not depend on what the endpoint does.
+//! distinguish HTTP/1 from HTTP/2), for an idle HTTP/2 connection, or for a client that does not read its response. In
+//! this module, each connection has one timer, and [`connection`] computes the connection's current deadline. For
+//! HTTP/2, the deadline depends on the frames on the wire ([`http2`]). [`table`] limits the number of connections.
+//! [`direct`] responds to plain requests without hyper. This module does not depend on what the endpoint does.
 
 mod body;
 mod connection;
@@ -57,14 +57,14 @@ use crate::{
     tenant_places::HeldUntilSent,
 };
 
-/// The maximum size of a request line with its header fields.
+/// The maximum total size of a request line and its header fields.
 const HEADER_BYTES: usize = 32 * 1024;
 /// The maximum number of header fields of an HTTP/1 request.
 const HEADER_FIELDS: usize = 100;
 /// The overhead per header field, as counted by HTTP/2 (RFC 9113, section 6.5.2).
 const FIELD: usize = 32;
 /// HTTP/2: how many bytes of a request body a client may send before the server has read any of them. The window is
-/// large enough for a body of the default size limit.
+/// large enough for a body of the default maximum size.
 const STREAM_WINDOW: u32 = 64 * 1024;
 /// HTTP/2: how many bytes of request bodies a client may send on a connection before the server has read any of them.
 /// hyper's default would buffer 1 MiB.
@@ -76,8 +76,8 @@ const SEND_BUFFER: usize = 64 * 1024;
 const BACKLOG: u32 = 4096;
 /// The kernel accepts no more of a response while this many bytes have not been sent. Otherwise, it would buffer
 /// megabytes for a client that does not read, and copying them would keep other clients waiting. Bytes in transit do
-/// not count, so the connection of a client that reads is not slower. When this limit has been reached, the kernel
-/// accepts more only after half as many bytes have been sent.
+/// not count, so the limit does not slow down clients that read. When this limit has been reached, the kernel accepts
+/// more only after half as many bytes have been sent.
 const UNSENT: u32 = 64 * 1024;
 /// How long to pause after failing to accept a connection, for example because there are no free file descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -128,7 +128,7 @@ pub fn bind(addr: SocketAddr) -> io::Result<BoundSocket> {
 }
 
 /// Serves connections until `stop` completes, and then waits up to `timeouts.drain` for requests in flight. `direct`
-/// responds to the plain requests that it accepts, and `endpoint` to all others.
+/// responds to the complete plain requests that it accepts, and `endpoint` to all other requests.
 pub async fn serve<E, D>(
     listener: TcpListener,
     endpoint: E,
@@ -238,11 +238,12 @@ fn head_length<B>(connection: &Connection, request: &hyper::Request<B>) -> usize
     let fields = request.headers().iter();
     let fields = fields.map(|(name, value)| name.as_str().len() + value.len() + FIELD);
     let target = request.uri().path_and_query();
-    // Doubled, because each part of a request keeps its whole frame in memory, and the frame is larger than the part.
+    // Doubled, because each part of a request head keeps its whole frame in memory, and the frame is larger than the
+    // part.
     2 * (fields.sum::<usize>() + target.map_or(0, |target| target.as_str().len()))
 }
 
-/// The state shared by all connections of a listener.
+/// The state shared by all connections to a listener.
 struct Server<E, D> {
     table: Arc<Table>,
     endpoint: E,
@@ -274,8 +275,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                 if is_first {
                     slot.has_requested();
                 }
-                // Handlers use `marks` to record that the connection has authenticated. Over HTTP/2, they also use it
-                // to announce endless responses.
+                // Handlers use `marks` to record that the connection has authenticated. Over HTTP/2, handlers also use
+                // `marks` to announce endless responses.
                 if connection.is_http2() || !connection.marks.is_authenticated() {
                     request.extensions_mut().insert(connection.marks.clone());
                 }

@@ -10,13 +10,14 @@ use crate::{file_limit, state::AppState, telemetry::metrics::ConnectionMetrics};
 const METRICS_CONNECTIONS: usize = 64;
 /// The maximum number of connections to the gRPC listener: enough for a hundred gateways with a few threads each.
 const GRPC_CONNECTIONS: usize = 512;
-/// How many bytes requests may use on all connections that have not authenticated: enough for more than a hundred of
-/// the largest request heads, or thousands of typical ones. More bytes are allowed if `QUOTA_BODY_LIMIT` is large.
+/// The maximum memory, in bytes, for requests on all connections that have not authenticated: enough for more than a
+/// hundred of the largest request heads, or thousands of typical ones. More memory is allowed if `QUOTA_BODY_LIMIT` is
+/// large.
 const MEMORY: usize = 8 * 1024 * 1024;
-/// How many bytes requests may use on one connection that has not authenticated: enough for 32 concurrent typical
-/// requests over HTTP/2. More bytes are allowed if `QUOTA_BODY_LIMIT` is large.
+/// The maximum memory, in bytes, for requests on one connection that has not authenticated: enough for 32 concurrent
+/// typical requests over HTTP/2. More memory is allowed if `QUOTA_BODY_LIMIT` is large.
 const MEMORY_PER_CONNECTION: usize = 256 * 1024;
-/// How many bytes requests may use on all connections to the metrics listener.
+/// The maximum memory, in bytes, for requests on all connections to the metrics listener.
 const METRICS_MEMORY: usize = 1024 * 1024;
 
 #[derive(Debug, Clone, Copy)]
@@ -24,8 +25,8 @@ pub struct Timeouts {
     /// How long a request head may take to arrive. For the first request, the timer starts when the connection is
     /// accepted. For later requests, it starts when the first byte of the head arrives.
     pub header: Duration,
-    /// How long a connection may be idle between two requests. Must be longer than the idle timeout of proxies, so that
-    /// the proxy closes an idle connection before the server does. If the server closed a connection while a request
+    /// How long a connection may be idle between two requests. Must be longer than the idle timeouts of proxies, so
+    /// that a proxy closes an idle connection before the server does. If the server closed a connection while a request
     /// was in transit, that request would fail.
     pub idle: Duration,
     /// How long a client may go without reading any of its response.
@@ -34,7 +35,7 @@ pub struct Timeouts {
     pub drain: Duration,
 }
 
-/// Limits of a listener's connections.
+/// Limits on a listener's connections.
 #[derive(Debug, Clone)]
 pub struct Limits {
     pub connections: usize,
@@ -45,12 +46,12 @@ pub struct Limits {
     /// The maximum number of connections per IPv4 /24 or IPv6 /56, counted in the same way. An IPv6 /48 can have twice
     /// as many.
     pub per_network: usize,
-    /// Networks that are exempt from the limits per address and per network, because many clients share each of their
-    /// addresses.
+    /// Networks that are exempt from the limits per address and per network, and from the memory limits, because many
+    /// clients share each of their addresses.
     pub trusted_proxies: Vec<IpNet>,
-    /// How many bytes requests may use on all connections that have not authenticated.
+    /// The maximum memory, in bytes, for requests on all connections that have not authenticated.
     pub memory: usize,
-    /// How many bytes requests may use on one connection that has not authenticated.
+    /// The maximum memory, in bytes, for requests on one connection that has not authenticated.
     pub memory_per_connection: usize,
 }
 

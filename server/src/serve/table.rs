@@ -1,4 +1,4 @@
-//! The open connections of one listener: how many are allowed, in total and per address, and which connections are
+//! The open connections to one listener: how many are allowed, in total and per address, and which connections are
 //! closed to make room.
 //!
 //! When the total is reached, a new connection replaces another connection, in this order:
@@ -15,13 +15,13 @@
 //! make room. So clients that do not send or read anything cannot lock out other clients, no matter how many such
 //! clients there are.
 //!
-//! A connection counts toward the limit for its address, and toward a higher limit for its network, until a valid API
-//! key or service token is received on the connection. A gateway, or many clients behind one address, may therefore
-//! have as many connections as the total allows. At the limit for an address or network, a new connection replaces the
-//! oldest connection on which nothing has been received. If there is none, it replaces the connection that has been
-//! idle the longest or, as a last choice, the oldest connection without a complete request. During its first second, a
-//! connection is not replaced in this way, because its request may be in transit. Instead, an address can have up to
-//! twice as many connections during that second.
+//! A connection that is not from a trusted proxy counts toward the limit for its address, and toward a higher limit for
+//! its network, until a valid API key or service token is received on the connection. A gateway, or many clients behind
+//! one address, may therefore have as many connections as the total allows. At the limit for an address or network, a
+//! new connection replaces the oldest connection on which nothing has been received. If there is none, it replaces the
+//! connection that has been idle the longest or, as a last choice, the oldest connection without a complete request.
+//! During its first second, a connection is not replaced in this way, because its request may be in transit. Instead,
+//! an address can have up to twice as many connections during that second.
 //!
 //! The total memory used by requests on connections that have not authenticated is limited, except for connections from
 //! trusted proxies. Above that limit, the table closes the connections that use the most memory, starting with the
@@ -97,7 +97,7 @@ struct Open {
 #[derive(Debug)]
 struct Entry {
     connection: Arc<Connection>,
-    /// `None` if the connection does not count toward a limit.
+    /// `None` if the connection does not count toward the limits per address and per network.
     counted_at: Option<IpAddr>,
     is_proxy: bool,
 }
@@ -355,8 +355,8 @@ impl Table {
     }
 
     /// Finds a connection that is idle, or whose client has stopped reading its response. If the address `newcomer` is
-    /// light compared with another address, a connection of that heavy address can be closed as soon as its client
-    /// stops reading. Otherwise, the heavy address would take every slot that becomes free, because its clients
+    /// light compared with another address, a connection from that heavy address can be closed as soon as its client
+    /// stops reading. Without this rule, the heavy address would take every slot that becomes free, because its clients
     /// reconnect immediately.
     fn spare(&self, open: &mut Open, now: Instant, newcomer: Option<IpAddr>) -> Option<u64> {
         let is_searched = open
@@ -390,7 +390,7 @@ impl Table {
     }
 
     /// Closes connections that exceed the memory limit per connection. While more than three quarters of the total
-    /// limit is used, also closes connections whose addresses use the most memory.
+    /// limit is used, also closes connections from the addresses that use the most memory.
     pub(super) fn free_memory(&self) {
         let mut open = self.open.lock();
         let mut of_address = HashMap::<IpNet, usize>::new();
@@ -421,7 +421,8 @@ impl Table {
         }
     }
 
-    /// Returns whether all connections, including those that are being closed, use much more memory than the limit.
+    /// Returns whether all connections together, including those that are being closed, use much more memory than the
+    /// limit.
     pub(super) fn is_backlogged(&self) -> bool {
         self.memory.is_backlogged()
     }

@@ -58,7 +58,7 @@ enum Way {
     Hyper,
 }
 
-/// Responds like [`endpoint`].
+/// Responds to most targets like [`endpoint`], and to some targets that only individual tests use.
 struct Plain;
 
 impl DirectEndpoint for Plain {
@@ -399,7 +399,6 @@ async fn client_that_reads_slowly_gets_its_whole_response(way: Way) {
     assert!(began.elapsed() > WRITE, "{:?}", began.elapsed());
 }
 
-/// The time allowed for the next request starts with its first byte, even if responses are still being sent.
 async fn slow_request_after_a_pipelined_one_closes_the_connection(way: Way) {
     let mut stream = connect_by(way).await;
     ask(&mut stream).await;
@@ -486,7 +485,7 @@ async fn request_in_flight_is_answered_when_the_server_stops(way: Way) {
     server.await.unwrap();
 }
 
-/// The server does not respond to all requests of a client that sends requests and never reads.
+/// The server does not respond to all requests from a client that sends requests and never reads.
 #[tokio::test]
 async fn direct_responses_that_are_not_read_are_bounded() {
     let mut stream = connect_by(Way::Direct).await;

@@ -1,5 +1,5 @@
-//! The metadata of an event from Stripe. The event's contents are not read: they may be outdated, and their format
-//! depends on the API version of the webhook endpoint.
+//! The metadata of an event from Stripe. Apart from IDs, the event's contents are not read: they may be outdated, and
+//! their format depends on the API version of the webhook endpoint.
 
 use serde_json::Value;
 

@@ -201,7 +201,7 @@ impl Stripe {
         }
     }
 
-    /// Returns up to 100 unpaid invoices of a subscription.
+    /// Returns up to 100 unpaid invoices for a subscription.
     pub async fn open_invoices(&self, subscription: &str) -> Result<Vec<Invoice>> {
         let request = ListInvoice::new()
             .subscription(subscription)
@@ -211,8 +211,8 @@ impl Stripe {
         Ok(page.data)
     }
 
-    /// Returns the customer of the object that an event is about. Returns `None` if the object does not exist or if
-    /// objects of its type have no customer.
+    /// Returns the customer of the object that an event is about. Returns `None` if the object does not exist, has no
+    /// customer, or is not a subscription, Checkout Session, or invoice.
     pub async fn customer_of(&self, object: &str) -> Result<Option<String>> {
         let found: Result<response::Owned> = async {
             Ok(match object.split('_').next() {

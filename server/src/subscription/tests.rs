@@ -238,8 +238,8 @@ fn each_order<T: Copy>(items: &mut [T], fixed: usize, visit: &mut impl FnMut(&[T
     }
 }
 
-/// Seven events arrive in every possible order, each several times, while the subscription keeps changing. Every order
-/// must end with the access for the subscription's last status.
+/// Seven events arrive in every possible order while the subscription keeps changing. Each event causes one to three
+/// reads. Every order must end with the access for the subscription's last status.
 #[test]
 fn every_order_of_events_ends_in_the_same_state() {
     const STATUSES: [&str; 7] = [
@@ -252,7 +252,7 @@ fn every_order_of_events_ends_in_the_same_state() {
         "canceled",
     ];
     let mut rng = fastrand::Rng::with_seed(7);
-    // Each iteration tests a history that ends with a different status.
+    // Each iteration tests a history that is one status longer.
     for last in 1..=STATUSES.len() {
         let mut orders = 0;
         let mut finals = Vec::new();

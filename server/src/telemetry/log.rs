@@ -256,7 +256,7 @@ impl Log {
         &self.state.dropped
     }
 
-    /// Queues the access log line of a request. Does not wait for output.
+    /// Queues the access log line for a request. Does not wait for output.
     pub fn access(&self, line: &AccessLine<'_>) {
         LINE.with_borrow_mut(|Line { bytes, second }| {
             bytes.clear();

@@ -42,7 +42,6 @@ impl Default for RequestIds {
 }
 
 impl RequestIds {
-    /// Returns the next ID.
     pub fn next(&self, now: UnixNanos) -> GeneratedId {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
         let mut chance = [0; 10];

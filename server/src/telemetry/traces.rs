@@ -174,7 +174,7 @@ enum Sampling {
     Undecided,
 }
 
-/// The length of a version 00 header. Its last digit contains the sampled flag.
+/// The length of a `traceparent` header with version 00. The header's last digit contains the sampled flag.
 const TRACEPARENT: usize = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01".len();
 
 impl Sampling {

@@ -155,7 +155,7 @@ impl Webhooks {
         self.0.sender.send(url, scheme, &attempt).await
     }
 
-    /// Returns how many seconds the oldest due delivery has been waiting.
+    /// Returns how many seconds ago the oldest due delivery became due, or 0 if none is due.
     pub async fn overdue_seconds(&self) -> Result<i64, DbError> {
         let seconds = self
             .0

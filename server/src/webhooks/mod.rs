@@ -1,8 +1,8 @@
 //! Webhooks: sends events to tenants' endpoints.
 //!
-//! The transaction that causes an event stores one delivery of the event per endpoint. Deliveries are sent after that
-//! transaction ([`deliver`]). Each delivery is sent at least once, and receivers recognize duplicates by the event's
-//! ID. The deliveries to an endpoint are not ordered.
+//! The transaction that causes an event stores a delivery for each webhook that gets the event. Deliveries are sent
+//! after that transaction has been committed ([`deliver`]). An endpoint may receive an event more than once, and can
+//! recognize duplicates by the event's ID. The deliveries to an endpoint are not ordered.
 //!
 //! While PostgreSQL is unreachable, nothing is sent. Deliveries that are already stored are sent later.
 
@@ -133,7 +133,7 @@ impl Webhooks {
     }
 
     /// Re-encrypts all stored secrets with the current key, so that the previous `QUOTA_SECRET` can be removed. Returns
-    /// the number of webhooks with secrets that cannot be decrypted.
+    /// the number of webhooks whose current secret could not be re-encrypted.
     pub async fn reencrypt(&self) -> Result<usize, DbError> {
         let mut after = (Uuid::nil(), Uuid::nil());
         let mut unreadable = 0;

@@ -1,4 +1,4 @@
-//! The connections of one address or network. Chooses which of them to close to make room for another.
+//! The connections from one address or network. Chooses which of them to close to make room for another.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -217,7 +217,7 @@ async fn authenticated_connections_do_not_count_against_their_address() {
         tokio::time::advance(2 * IDLE_ENOUGH).await;
     }
     assert!(!gateway.iter().any(is_told_to_close));
-    // The other connections of the address share the limit.
+    // The other connections from the address share the limit.
     let strangers = [(), ()].map(|()| admit(&table, "203.0.113.1").unwrap());
     tokio::time::advance(YOUNG).await;
     let _newcomer = admit(&table, "203.0.113.1").unwrap();
@@ -403,7 +403,7 @@ async fn address_with_few_connections_is_not_displaced_by_one_with_many() {
         );
     }
     assert!(!is_told_to_close(&light));
-    // An address without connections counts as light too.
+    // An address without connections displaces an address with one connection.
     let _lighter = admit(&table, "203.0.113.1").unwrap();
     assert!(is_told_to_close(&light));
 }

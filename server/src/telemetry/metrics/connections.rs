@@ -23,7 +23,7 @@ pub struct ConnectionMetrics {
     rejected_address: Counter,
     rejected_network: Counter,
     rejected_full: Counter,
-    /// Connections closed to make room for another connection.
+    /// Connections closed to make room for another connection or to free memory.
     pub dropped: Counter,
     pub timed_out_head: Counter,
     pub timed_out_write: Counter,
@@ -81,7 +81,7 @@ const FAMILIES: [Family; 6] = [
     Family {
         name: "quota_connections_dropped",
         kind: "counter",
-        help: "Client connections that were closed to make room for others",
+        help: "Client connections that were closed to make room for others or to free memory",
         series: &[("", |it| it.dropped.get().to_string())],
     },
     Family {
