@@ -19,7 +19,7 @@ fn times() -> Option<u64> {
     Some(times.expect("a number after `--instructions`"))
 }
 
-/// Runs an operation `times` times. Valgrind counts only the instructions in this function.
+/// Runs an operation `times` times. Valgrind counts instructions only while this function runs.
 #[inline(never)]
 fn measured(operation: &mut Operation, times: u64) {
     (operation.run)(times);

@@ -309,7 +309,7 @@ async fn random_schedules_charge_exactly_what_was_used() {
     assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
 }
 
-/// The number of runs with random seeds. Set `BILLING_SEEDS=1000` for a long run.
+/// The number of runs, each with its own seed. Set `BILLING_SEEDS=1000` for a long run.
 #[expect(
     clippy::disallowed_methods,
     reason = "the length of a test is not a setting of the server"
@@ -837,7 +837,7 @@ async fn error_that_the_meter_reports_later_is_shown() {
     );
 }
 
-/// Usage that is not in a report yet counts as pending.
+/// If an hour has ended, its usage counts as pending until the usage is in a report.
 #[tokio::test(flavor = "multi_thread")]
 async fn hours_that_cannot_be_planned_are_counted_as_pending() {
     let world = World::subscribed(3 * DAY).await;

@@ -1439,7 +1439,7 @@ async fn registration_can_be_closed() {
     assert_eq!(login(&app, email, PASSWORD).await.status, 200);
 }
 
-/// When requests race to create the last resource that a limit allows, only one succeeds.
+/// When requests race to create resources, only as many succeed as the limit allows.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
     let app = TestApp::setup()

@@ -1,7 +1,7 @@
 //! A server in the test's process, with its own database, used over HTTP.
 //!
-//! The response to each [`Call`] is validated against the OpenAPI document: if the document contains the operation, it
-//! must list the status, and a JSON body must match the schema.
+//! The response to each [`Call`] is validated against the OpenAPI document: if the document contains the operation, the
+//! operation must list the status, and a JSON body must match the schema.
 
 use std::{
     collections::HashMap,
