@@ -69,8 +69,8 @@ impl World {
         world
     }
 
-    /// Creates a tenant that subscribed 40 days ago, and whose invoice for the last period could not be finalized. Also
-    /// returns the invoice's ID.
+    /// Creates a tenant that subscribed 40 days ago, and whose invoice for the previous period could not be finalized.
+    /// Also returns the invoice's ID.
     async fn with_a_draft_invoice() -> (Self, String) {
         let world = Self::unsubscribed(40 * DAY).await;
         world.pay().await;
@@ -473,7 +473,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
     }
 }
 
-/// While the invoice of the last period is a draft, usage of that period is still charged.
+/// While the invoice of the previous period is a draft, usage of that period is still charged.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
     let (world, draft) = World::with_a_draft_invoice().await;

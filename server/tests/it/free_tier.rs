@@ -92,7 +92,7 @@ async fn too_many_plans_or_keys_are_refused_until_the_tenant_subscribes() {
     let shown = limits(&app, &account).await;
     assert_eq!(shown["plans"], json!({"used": 2, "maximum": 2}));
     assert_eq!(shown["api_keys"], json!({"used": 3, "maximum": 3}));
-    // Other tenants have separate limits, and service tokens are not limited.
+    // Other tenants have separate limits, and these limits do not apply to service tokens.
     let other = app.register().await;
     app.plan(&other, json!({})).await;
     app.service_token(&account).await;

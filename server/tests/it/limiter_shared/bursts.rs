@@ -91,7 +91,7 @@ impl Far {
         self.state.lock().take(1, START.0 / 1000 + elapsed, call)
     }
 
-    /// Returns the number of calls for keys so far.
+    /// Returns the number of calls so far, not including heartbeats.
     pub(super) fn calls(&self) -> usize {
         let calls = self.calls.lock();
         calls

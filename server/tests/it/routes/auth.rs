@@ -1024,7 +1024,7 @@ async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task:
 }
 
 /// Signs in with `old` while the password threads are busy, and changes the password to `new` in the meantime. Returns
-/// the response and whether it came after the change.
+/// the status and the body of the response, and whether the response came after the change.
 async fn sign_in_during_reset(
     app: &TestApp,
     other: &TestApp,

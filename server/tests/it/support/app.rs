@@ -124,8 +124,8 @@ impl Setup {
                 .await,
             ),
         };
-        // All requests of a test come from the same address, so limits per address would apply to all of them together.
-        // Therefore, these limits are off.
+        // Most tests send all requests from one address, so limits per address would apply to all of these requests
+        // together. Therefore, these limits are off by default.
         let mut flags = vec![
             "test".to_owned(),
             "--auth-rpm=0".into(),

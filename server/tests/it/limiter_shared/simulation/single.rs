@@ -400,8 +400,8 @@ fn an_edit_denies_nothing_that_the_counters_would_grant() {
     });
 }
 
-/// During an outage, a replica gets the first request for a key, whose rate was raised. The replica's share of the
-/// bucket has not refilled at the new rate since the start of the outage.
+/// During an outage, a replica gets its first request for a key whose rate has been raised. The replica's share of the
+/// bucket must not have refilled at the new rate since the start of the outage.
 #[test]
 fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
     for strict in [true, false] {
