@@ -1,7 +1,7 @@
 //! Measures the operations that a decision consists of.
 //!
-//! `cargo bench --package quota-operations` measures the time of each operation. `cargo xtask bench instructions` counts
-//! instructions under Valgrind, and compares the counts with `server/benches/instructions.toml`.
+//! `cargo bench --package quota-operations` measures the time of each operation. `cargo xtask bench instructions`
+//! counts instructions under Valgrind, and compares the counts with `server/benches/instructions.toml`.
 
 use std::{
     hint::black_box,
