@@ -1,7 +1,7 @@
 //! Measures the operations that a decision consists of.
 //!
-//! `cargo bench --package quota-operations` measures the time of each operation. `cargo xtask bench instructions` counts
-//! instructions under Valgrind, and compares the counts with `server/benches/instructions.toml`.
+//! `cargo bench --package quota-operations` measures the time of each operation. `cargo xtask bench instructions`
+//! counts instructions under Valgrind, and compares the counts with `server/benches/instructions.toml`.
 
 use std::{
     hint::black_box,
@@ -19,7 +19,7 @@ fn times() -> Option<u64> {
     Some(times.expect("a number after `--instructions`"))
 }
 
-/// Runs an operation `times` times. Valgrind counts only the instructions in this function.
+/// Runs an operation `times` times. Valgrind counts instructions only while this function runs.
 #[inline(never)]
 fn measured(operation: &mut Operation, times: u64) {
     (operation.run)(times);

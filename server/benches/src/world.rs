@@ -20,7 +20,7 @@ use serde_json::json;
 use crate::support::app::{Account, Setup, TestApp};
 
 const ONE: NonZeroU32 = NonZeroU32::MIN;
-/// More requests than any run makes.
+/// More requests than any run sends.
 const UNLIMITED: u32 = 60_000_000;
 /// Before the measurement with Redis, requests are sent at this interval. At this pace, a lease is large enough for all
 /// measured requests.

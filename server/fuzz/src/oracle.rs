@@ -22,7 +22,7 @@ use hyper::{
 
 use super::plain_request::{Parsed, PlainRequest, parse};
 
-/// The header fields that endpoints can read.
+/// The header fields of plain requests that endpoints can read.
 const FIELDS: [&str; 10] = [
     "x-api-key",
     "authorization",
@@ -70,8 +70,8 @@ impl<'a> Input<'a> {
     }
 }
 
-/// Panics if the parser accepts a request that hyper reads differently, or if the parser finds different requests when
-/// the bytes arrive in several parts. Returns the number of requests that the parser accepts.
+/// Panics if the parser accepts a request that is invalid or that hyper reads differently, or if the parser finds
+/// different requests when the bytes arrive in several parts. Returns the number of requests that the parser accepts.
 pub fn check(data: &[u8]) -> usize {
     let Some(input) = Input::new(data) else {
         return 0;

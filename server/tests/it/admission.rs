@@ -131,7 +131,7 @@ async fn keys_in_use_keep_working_when_their_plan_is_renamed() {
     assert_eq!(count(&statuses, 200), KEYS, "{statuses:?}");
     assert!(app.metric("quota_key_loads_total").await >= 2.0 * 60.0);
 
-    // Deleting a key still takes effect immediately.
+    // Deleting or deactivating a key still takes effect immediately.
     let gone = app.request(Method::DELETE, &deleted).bearer(token);
     assert_eq!(gone.send().await.status, 204);
     let statuses = echo_all(&app, &world.keys).await;
@@ -152,7 +152,7 @@ async fn starting_replica_serves_many_keys_at_once() {
     let statuses = echo_all(&app, &world.keys).await;
     println!("{KEYS} keys in {:?}", began.elapsed());
     assert_eq!(count(&statuses, 200), KEYS, "{statuses:?}");
-    // If keys are looked up together, each request still gets the result for its own key.
+    // An unknown key is still rejected.
     let made_up = SecretText::generate(Kind::ApiKey).expect("random bytes");
     assert_eq!(echo(&app, &app.http, &made_up.reveal()).await, 401);
 }

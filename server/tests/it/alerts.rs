@@ -1,4 +1,5 @@
-//! Tests quota alerts: across all replicas, each threshold causes exactly one alert, and every alert is delivered.
+//! Tests quota alerts: in each window of a quota, each threshold causes only one alert, even if several replicas check
+//! the quota, and no alert is lost.
 
 use std::time::{Duration, Instant};
 

@@ -471,7 +471,7 @@ fn switch_can_be_repeated_after_an_interruption() {
         fs::write(secrets.path().join(name), text).expect("written");
     };
     let read = |name: &str| fs::read_to_string(secrets.path().join(name)).expect("a secret");
-    // The possible contents of the two secret files when the script is interrupted between two of its steps.
+    // The possible contents of the two secret files if the switch is interrupted.
     for files in [("old", "new"), ("new", "new"), ("new", "old")] {
         write("quota_secret", files.0);
         write("quota_secret_previous", files.1);

@@ -97,7 +97,7 @@ async fn paid_plan_needs_a_subscription_on_every_way_in() {
         .send()
         .await;
     assert_eq!(unknown.body["code"], "unknown_key");
-    // No decision was made, so no request counted against a limit.
+    // No decision was made on requests with the paid key, so none of them was denied by a limit.
     let denied = app.metric("quota_decisions_denied_total").await;
     assert!(denied.abs() < f64::EPSILON, "{denied}");
     assert!(app.metric("quota_payment_required_total").await >= 5.0);
@@ -196,8 +196,8 @@ async fn access_follows_the_subscription_on_every_replica() {
     reaches_both("active", 200).await;
 }
 
-/// When the grace period after a failed payment ends, access ends without another event. Here, the grace period is zero
-/// days.
+/// When the grace period after a failed payment ends, access ends without another event. In this test, the grace period
+/// is zero days.
 #[tokio::test(flavor = "multi_thread")]
 async fn grace_period_ends_on_its_date() {
     let stripe = TestStripe::start().await;
@@ -238,8 +238,8 @@ async fn grace_period_ends_on_its_date() {
     assert_eq!(state["paid_plans_work"], false);
 }
 
-/// Events arrive in random order, some of them several times. Some have another ID, an old version or an unknown type.
-/// By then, the subscription has ended.
+/// After the subscription has ended, its events arrive in random order, and some of them several times. Some deliveries
+/// have a new event ID, an old API version or an unknown event type.
 #[tokio::test(flavor = "multi_thread")]
 async fn events_in_any_order_lead_to_the_present_state() {
     let stripe = TestStripe::start().await;
@@ -395,7 +395,7 @@ async fn webhook_secret_can_be_rotated() {
     assert_eq!(stripe.deliver(&event, &only_new).await, 204);
 }
 
-/// Events of unknown types are stored, and processed by reading the subscriptions of their customer.
+/// Events that do not concern this server are stored and ignored. A thin event is applied.
 #[tokio::test(flavor = "multi_thread")]
 async fn unknown_thin_and_foreign_events_are_stored_and_end() {
     let stripe = TestStripe::start().await;

@@ -1,5 +1,5 @@
-//! Tests a server with a secret key of another Stripe account or mode: tenants keep their access, nothing is sold, and
-//! no usage is reported.
+//! Tests a server with a secret key of another Stripe account or mode: tenants keep their access but cannot subscribe,
+//! and no usage is reported.
 
 use std::{
     sync::Arc,

@@ -1,4 +1,4 @@
-//! Tests of `quota billing`, which sets up and checks the objects in Stripe.
+//! Tests of `quota billing`, which creates and checks the objects that billing needs in Stripe.
 
 use quota_fake_stripe::FakeStripe;
 use quota_server::db;

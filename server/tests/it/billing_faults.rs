@@ -31,7 +31,7 @@ use crate::{
 };
 
 const AT_MOST: Duration = Duration::from_secs(60);
-/// How long a tenant's subscription has existed when its usage is reported.
+/// How long a tenant's subscription has existed when the tenant's usage is reported.
 const AGO: Duration = Duration::from_hours(10 * 24);
 
 /// The kinds of requests that failed, and how often.

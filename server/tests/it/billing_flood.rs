@@ -38,7 +38,7 @@ enum Kind {
 
 impl Kind {
     /// Returns the kind of the webhook with the number `n`. Only one webhook in a hundred is large, because a large
-    /// webhook is as long as thousands of small ones.
+    /// webhook has as many bytes as thousands of small ones.
     fn nth(n: u64) -> Self {
         match n % 100 {
             0..50 => Self::Valid,

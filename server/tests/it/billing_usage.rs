@@ -69,8 +69,8 @@ impl World {
         world
     }
 
-    /// Creates a tenant that subscribed 40 days ago, and whose invoice for the last period could not be finalized. Also
-    /// returns the invoice's ID.
+    /// Creates a tenant that subscribed 40 days ago, and whose invoice for the previous period could not be finalized.
+    /// Also returns the invoice's ID.
     async fn with_a_draft_invoice() -> (Self, String) {
         let world = Self::unsubscribed(40 * DAY).await;
         world.pay().await;
@@ -309,7 +309,7 @@ async fn random_schedules_charge_exactly_what_was_used() {
     assert!(world.reports().await.iter().all(|it| it.0 == "sent"));
 }
 
-/// The number of runs with random seeds. Set `BILLING_SEEDS=1000` for a long run.
+/// The number of runs, each with its own seed. Set `BILLING_SEEDS=1000` for a long run.
 #[expect(
     clippy::disallowed_methods,
     reason = "the length of a test is not a setting of the server"
@@ -473,7 +473,7 @@ async fn hour_with_the_edge_of_a_period_is_divided() {
     }
 }
 
-/// While the invoice of the last period is a draft, usage of that period is still charged.
+/// While the invoice of the previous period is a draft, usage of that period is still charged.
 #[tokio::test(flavor = "multi_thread")]
 async fn usage_of_the_last_period_is_sent_while_its_invoice_is_a_draft() {
     let (world, draft) = World::with_a_draft_invoice().await;
@@ -837,7 +837,7 @@ async fn error_that_the_meter_reports_later_is_shown() {
     );
 }
 
-/// Usage that is not in a report yet counts as pending.
+/// If an hour has ended, its usage counts as pending until the usage is in a report.
 #[tokio::test(flavor = "multi_thread")]
 async fn hours_that_cannot_be_planned_are_counted_as_pending() {
     let world = World::subscribed(3 * DAY).await;

@@ -88,7 +88,7 @@ async fn incomplete_demo_is_completed_at_the_next_startup() {
     let shown = demo::create_once(&app.state).await.unwrap();
     assert!(shown.is_new);
     assert_eq!(users(&app).await, 1);
-    // Other replicas may remember that the stored key does not exist.
+    // Other replicas may remember that the stored key does not exist, so another key was created.
     assert!(!stored.contains(key(&shown.text)));
     let echo = app.get("/v1/echo").header("X-API-Key", key(&shown.text));
     assert_eq!(echo.send().await.status, 200);

@@ -1,5 +1,5 @@
-//! Tests of the private PostgreSQL: it starts in an empty directory, keeps its data, recovers from crashes, and never
-//! outlives the server.
+//! Tests of the private PostgreSQL: it starts in an empty directory, keeps its data, recovers from crashes, and stops
+//! when the server exits or is killed.
 
 use std::{
     fs,

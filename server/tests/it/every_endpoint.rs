@@ -322,8 +322,8 @@ fn every_operation_with_an_access_token_has_a_right() {
     assert_eq!(found, listed);
 }
 
-/// Each role calls each operation. Without the permission, the response is 403 and no row in any table changes,
-/// regardless of the ID and the body. With the permission, the operation succeeds.
+/// A user with each role calls each operation that requires an access token. Without the permission, the response is
+/// 403 and no row in any table changes, regardless of the ID and the body. With the permission, the operation succeeds.
 #[tokio::test(flavor = "multi_thread")]
 async fn role_without_the_right_is_403_and_changes_nothing() {
     let stripe = TestStripe::start().await;
@@ -589,8 +589,8 @@ async fn every_example_body_is_accepted() {
             .json(schema["example"].clone())
             .send()
             .await;
-        // The plan, password and tokens of the example are not valid here, but the server detects this only after it
-        // has accepted the body.
+        // The plan, password and tokens in the examples are not valid on this server, but the server detects this only
+        // after it has accepted the body.
         let expected: &[u16] = match operation.id {
             "create_api_key" => &[404],
             "login" | "refresh" | "logout" | "change_password" => &[204, 401, 422],

@@ -487,8 +487,8 @@ async fn download_slowly(source: Ipv4Addr, server: SocketAddr) -> Result<usize, 
     }
 }
 
-/// Clients that read slowly wait in the same buffers as clients that do not read. Only the connections of clients that
-/// do not read are closed.
+/// Some clients read slowly, and others do not read at all. Only the connections of clients that do not read are
+/// closed.
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_downloads_complete_beside_clients_that_do_not_read() {
     use tokio::io::AsyncWriteExt as _;

@@ -13,7 +13,7 @@ use crate::support::{
     stripe::{TestStripe, wait_for_access, wait_for_status},
 };
 
-/// A time limit that holds on a busy machine.
+/// A time limit that is long enough for a busy machine.
 const AT_MOST: Duration = Duration::from_secs(45);
 
 /// Returns a plan whose bucket does not refill noticeably during a test.
@@ -92,7 +92,7 @@ async fn too_many_plans_or_keys_are_refused_until_the_tenant_subscribes() {
     let shown = limits(&app, &account).await;
     assert_eq!(shown["plans"], json!({"used": 2, "maximum": 2}));
     assert_eq!(shown["api_keys"], json!({"used": 3, "maximum": 3}));
-    // Other tenants have separate limits, and other resources are not limited.
+    // Other tenants have separate limits, and these limits do not apply to service tokens.
     let other = app.register().await;
     app.plan(&other, json!({})).await;
     app.service_token(&account).await;

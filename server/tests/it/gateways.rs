@@ -37,7 +37,7 @@ fn adds_limits(program: Program) -> bool {
     program != Program::Traefik
 }
 
-/// Returns the status of the gateway's own response if Quota does not respond, or if the response is not from Quota.
+/// Returns the status of the gateway's own response if Quota cannot be reached or responds with status 500.
 fn failed(program: Program) -> u16 {
     if program == Program::Traefik {
         500
@@ -320,8 +320,8 @@ async fn keeps_connections(program: Program) {
     );
 }
 
-/// Without Redis, requests on an `open` plan are admitted, and requests on a `closed` plan get 503. Both responses have
-/// the degraded header, unless the gateway cannot add Quota's headers to the API's responses.
+/// Without Redis, requests on an `open` plan are admitted, and requests on a `closed` plan get 503. The 503 response
+/// has the degraded header, and so does the API's response, if the gateway can add Quota's headers to it.
 async fn reports_degraded_decisions(program: Program) {
     let app = TestApp::setup()
         .flag(format!("--redis-url=redis://127.0.0.1:{}", free_port()))
@@ -334,7 +334,7 @@ async fn reports_degraded_decisions(program: Program) {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let plan = app.plan(&account, plan).await;
         let key = app.key(&account, &plan).await.text;
-        // The first calls fail until the circuit breaker opens.
+        // Until the circuit breaker opens, calls to Redis fail.
         let mut response = setting.forged(&key).await;
         for _ in 0..50 {
             if response.status() == status {
@@ -431,7 +431,7 @@ async fn admits_only_what_quota_admits(program: Program) {
         assert_eq!(setting.api.requests().len(), 0, "{name} was admitted");
         assert_eq!(response.status(), status, "{name}: {response:?}");
     }
-    // With Quota's header in the response, the same setup admits the request.
+    // The same setup admits the request if Quota responds with 200 and `x-quota-decision: allowed`.
     let setting = Setting::new(program, "qs_gateway", Behind::Other(allowed_200)).await;
     assert_eq!(setting.forged("qk_any").await.status(), 200);
     assert_eq!(setting.api.requests().len(), 1);

@@ -480,7 +480,7 @@ async fn without_redis_the_plan_decides() {
     for (mode, status) in [("open", Some(0)), ("closed", UNAVAILABLE)] {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let key = world.key(plan).await;
-        // The first calls fail until the circuit breaker opens.
+        // Until the circuit breaker opens, calls to Redis fail.
         let mut reply = world.check(&key.text).await;
         for _ in 0..50 {
             let is_denied = reply.status == Some(0) && reply.code() == Code::OverLimit;

@@ -28,7 +28,7 @@ use crate::support::{
     quota::{Quota, data_dir},
 };
 
-/// A time limit that holds on a busy machine.
+/// A time limit that is long enough for a busy machine.
 const AT_MOST: Duration = Duration::from_secs(5);
 const CHANGES: usize = 120;
 /// The number of concurrent changes.
@@ -190,8 +190,8 @@ impl World {
     }
 }
 
-/// Polls read the rows after the highest number so far. If a row with a lower number could be committed later, they
-/// would miss it.
+/// A poll reads only rows with numbers above the highest one so far. If a row with a lower number could be committed
+/// later, the poll would miss this row.
 #[tokio::test(flavor = "multi_thread")]
 async fn changes_are_committed_in_the_order_of_their_numbers() {
     let app = TestApp::setup().without_jobs().start().await;

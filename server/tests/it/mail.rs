@@ -1,4 +1,4 @@
-//! Tests that emails about alerts reach the right members exactly once, despite failures of the mail server.
+//! Tests which members get emails about alerts, and how emails are sent despite failures of the mail server.
 
 use std::time::Duration;
 

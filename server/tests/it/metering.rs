@@ -332,7 +332,8 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
         allowed += 1;
         assert!(allowed < 20_000, "the backlog is never full");
     };
-    // A record takes 240 bytes, so the backlog of 1 MiB holds more than 3,000 records.
+    // With these long request IDs, a record takes about 220 bytes, so the backlog of 1 MiB holds more than 3,000
+    // records.
     assert!(allowed > 3_000, "{allowed}");
     assert_eq!(
         (refused.status, refused.problem()),
@@ -357,7 +358,7 @@ async fn a_full_backlog_stops_decisions_and_consumes_nothing() {
     let again = app.echo(&key.text).await;
     assert_eq!(again.status, 200, "{}", again.text);
     let remaining = again.number("x-ratelimit-remaining");
-    // Only allowed requests counted against the quota.
+    // Only allowed requests have taken tokens.
     assert!(remaining >= 40_000 - allowed - 1, "{remaining}");
     app.ship_usage().await;
     assert_eq!(world.logged().await.len() as u64, allowed + 1);

@@ -1,5 +1,5 @@
-//! Tests that make PostgreSQL unreachable for a while: keys in memory are served during the grace period, no
-//! unconfirmed key is admitted, no request hangs, and there are no internal errors.
+//! Tests that make PostgreSQL unreachable for a while: keys in memory are accepted during the grace period, no other
+//! key is accepted, no request hangs, and there are no internal errors.
 
 use std::{
     path::PathBuf,

@@ -17,10 +17,10 @@ use quota_server::{
 
 use crate::support::app::TestApp;
 
-/// How long a held call waits to be released before the test fails.
+/// How long a blocked call waits to be released before the test fails.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A clock that can hold the thread of the next call.
+/// A clock that can block the thread of the next call.
 #[derive(Debug)]
 struct HoldingClock {
     clock: SystemClock,

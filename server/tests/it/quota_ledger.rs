@@ -347,8 +347,8 @@ async fn previous_version_counts_in_the_same_windows() {
     let ledger = world.ledger();
     let now = at("2026-11-24T10:00:00Z");
     let midnight = "2026-11-24T00:00:00Z";
-    // The previous version has created the row, so the current version takes from that row, regardless of the current
-    // time zone.
+    // For the first key, the previous version creates the row, so the current version takes tokens from that row,
+    // regardless of the time zone.
     take_as_before(&world, 0, midnight, 30).await;
     for zone in ["UTC", "Asia/Tokyo", "Pacific/Honolulu"] {
         let taken = take(&ledger, world.request(0, Policy::Daily, zone, now)).await;
@@ -356,7 +356,7 @@ async fn previous_version_counts_in_the_same_windows() {
         assert_eq!(taken.window.span.end, at("2026-11-25T00:00:00Z"), "{zone}");
     }
     assert_eq!(world.used().await, 45);
-    // The current version has created the row, so the previous version takes from that row.
+    // For the second key, the current version creates the row, so the previous version takes tokens from that row.
     take(&ledger, world.request(1, Policy::Daily, "UTC", now)).await;
     take_as_before(&world, 1, midnight, 40).await;
     let taken = take(&ledger, world.request(1, Policy::Daily, "UTC", now)).await;

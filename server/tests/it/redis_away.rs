@@ -71,7 +71,7 @@ async fn each_plan_is_served_as_configured_and_every_response_says_so() {
         if share.status == 200 {
             break;
         }
-        // It is unknown whether the limit is reached, so the response does not say so.
+        // It is unknown whether the limit is reached, so the response does not say that it is.
         assert_eq!(share.problem(), "temporary-reduced-capacity");
         assert!(!share.text.contains("violated-policies"), "{}", share.text);
         assert!(share.header("retry-after").is_some());

@@ -401,7 +401,8 @@ async fn change_is_published_to_other_replicas() {
     let second = world.another().await;
     assert_eq!(second.echo(&world.key.text).await.status, 200);
     let path = format!("/admin/api-keys/{}", world.key.id);
-    // A message that is published before the subscription is lost, so repeat the changes until a message is received.
+    // If a message is published before the replica has subscribed, the replica misses the message. Therefore, repeat
+    // the changes until a message is received.
     let began = Instant::now();
     while second.metric("quota_invalidations_received_total").await < 1.0 {
         assert!(began.elapsed() < PATIENCE);

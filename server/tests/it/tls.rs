@@ -38,8 +38,8 @@ fn connect(port: u16, options: &[&str]) -> Result<Session, String> {
     }
 }
 
-/// Starts a server that accepts every version and cipher suite that OpenSSL implements. Returns the process and its
-/// port.
+/// Starts a server that accepts every version that OpenSSL implements, and the cipher suites in [`ALL`]. Returns the
+/// process and its port.
 async fn lax_server(dir: &std::path::Path) -> (Process, u16) {
     let (key, certificate) = (dir.join("key.pem"), dir.join("certificate.pem"));
     let made = Command::new("openssl")

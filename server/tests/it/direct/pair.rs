@@ -175,7 +175,7 @@ impl Side {
         rows
     }
 
-    /// Returns the metrics that requests change.
+    /// Returns the metrics that both servers must change by the same amounts.
     fn metrics(&self) -> BTreeMap<String, i64> {
         let text = self.app.state.metrics.text();
         let names = [

@@ -215,7 +215,7 @@ async fn reports_degraded_decisions() {
     for (mode, status) in [("open", 200), ("closed", 503)] {
         let plan = json!({"default_rpm": 600, "on_redis_failure": mode});
         let key = setting.key(plan).await;
-        // The first calls fail until the circuit breaker opens.
+        // Until the circuit breaker opens, calls to Redis fail.
         let mut response = setting.forged(&key).await;
         for _ in 0..50 {
             if response.status() == status {

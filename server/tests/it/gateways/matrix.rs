@@ -177,7 +177,7 @@ async fn cases(program: Program, with_redis: &Tenant, without_redis: &Tenant) ->
     let mode = |mode| json!({"default_rpm": 600, "on_redis_failure": mode});
     let open = without_redis.key(mode("open")).await;
     let closed = without_redis.key(mode("closed")).await;
-    // The first calls to Redis fail until the circuit breaker opens.
+    // Until the circuit breaker opens, calls to Redis fail.
     for (key, status) in [(&open, 200), (&closed, 503)] {
         for _ in 0..50 {
             if degraded.get(key, false).await.response.status() == status {
@@ -256,7 +256,7 @@ fn tables(seen: &[Vec<Seen>]) -> String {
     for (name, is_in) in HEADERS {
         let _ = write!(text, "| {name} |");
         for cases in seen {
-            // Consider only the cases in which Quota responds and the response is not forged.
+            // Consider only the cases in which Quota responds and the consumer forges nothing.
             let mut statuses: Vec<String> = cases[..6]
                 .iter()
                 .filter(|it| is_in(&it.response))

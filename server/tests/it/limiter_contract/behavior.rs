@@ -110,7 +110,6 @@ pub(super) async fn cost_above_a_limit_is_denied_and_consumes_nothing(world: &Wo
         assert_eq!(denied.daily.unwrap().remaining, 50);
     }
     settle().await;
-    // Nothing was consumed.
     assert!(key.ask(&plan, 50).await.is_allowed());
 }
 

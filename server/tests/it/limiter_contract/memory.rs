@@ -68,7 +68,8 @@ async fn request_canceled_while_it_waits_loses_no_tokens() {
     }
     world.ledger.set_delay(Duration::ZERO);
     tokio::time::sleep(DEADLINE).await;
-    // Tokens that were fetched for these requests in excess of a block are returned with the next decision.
+    // Of the tokens that were fetched for these requests, those in excess of a block are returned with the next
+    // decision.
     assert!(key.ask(&plan, 1).await.is_allowed());
     settle().await;
     assert!(world.ledger.used() <= 11, "{}", world.ledger.used());

@@ -88,8 +88,8 @@ impl Model {
                 }
                 Event::Plan(interval, burst) => {
                     // The number of missing tokens remains the same, although a smaller bucket cannot show all of them.
-                    // The time of the edit is unknown: for the time since tokens were last taken, the lower rate
-                    // applies.
+                    // The time of the edit is unknown: for the time since tokens were last taken or the plan was last
+                    // edited, the lower rate applies.
                     if bucket.interval > 0 {
                         let passed = i128::from(bucket.clock - bucket.since);
                         bucket.missing += passed;

@@ -91,7 +91,7 @@ impl Far {
         self.state.lock().take(1, START.0 / 1000 + elapsed, call)
     }
 
-    /// Returns the number of calls for keys so far.
+    /// Returns the number of calls so far, not including heartbeats.
     pub(super) fn calls(&self) -> usize {
         let calls = self.calls.lock();
         calls
@@ -273,7 +273,6 @@ async fn a_burst_of_different_costs_is_admitted_up_to_the_limit() {
     }
 }
 
-/// A limit that was not reached is not reported as exceeded.
 #[tokio::test(start_paused = true)]
 async fn a_slow_response_is_not_reported_as_an_exceeded_limit() {
     for strict in [false, true] {
@@ -289,8 +288,8 @@ async fn a_slow_response_is_not_reported_as_an_exceeded_limit() {
             assert!(decision.violated().is_empty(), "{decision:?}");
             assert!(decision.retry_after_secs().is_some());
         }
-        // Tokens that arrived too late were returned. They are available once the counters are fast again. Here, that
-        // happens before the circuit breaker opens.
+        // Tokens that arrived too late were returned. They are available once the counters are fast again. In this
+        // test, that happens before the circuit breaker opens.
         tokio::time::sleep_until(began + Duration::from_millis(100)).await;
         *far.round_trip.lock() = Duration::from_millis(2);
         sleep(Duration::from_secs(1)).await;
@@ -301,7 +300,7 @@ async fn a_slow_response_is_not_reported_as_an_exceeded_limit() {
     }
 }
 
-/// Without the counters, a request on a `closed` plan fails, and a request on an `open` plan is admitted.
+/// If the counters respond too late, a request on a `closed` plan fails, and a request on an `open` plan is admitted.
 #[tokio::test(start_paused = true)]
 async fn a_slow_response_is_decided_by_the_fallback_setting() {
     let far = Far::new(Duration::from_millis(80));
@@ -453,8 +452,8 @@ async fn a_denial_is_forgotten_when_a_canceled_request_has_returned_its_token() 
     assert!(replica.admit(&policies, 1).await.is_allowed());
 }
 
-/// The client of the first request disconnects during the call for the request, which is late and takes the last token.
-/// The call for the second request begins before the token is returned.
+/// The client of the first request disconnects. The call for this request is late, and takes the last token. The call
+/// for the second request begins before this token is returned.
 #[tokio::test(start_paused = true)]
 async fn a_denial_is_forgotten_when_a_late_call_has_returned_its_token() {
     for second_trip in [15, 25].map(Duration::from_millis) {

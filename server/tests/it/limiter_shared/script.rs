@@ -610,7 +610,7 @@ async fn a_clock_that_was_set_back_hides_no_connected_caller() {
         let reply = counters.take(call).await.expect("Redis responds");
         matches!(reply.state, BucketState::Active { .. }).then_some(reply.at.0)
     };
-    // Calls like a connected replica, which learns from the first response that the clock was set back.
+    // Makes the calls of a connected replica, which learns from the first response that the clock was set back.
     let connected = async || {
         let mut heard = 0;
         for _ in 0..10 {

@@ -436,7 +436,6 @@ async fn log_can_be_filtered_by_action_type_and_target() {
     }
 }
 
-/// The filter accepts every action that the server records.
 #[tokio::test(flavor = "multi_thread")]
 async fn every_recorded_action_is_a_valid_filter() {
     let app = TestApp::start().await;

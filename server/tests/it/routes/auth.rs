@@ -1024,7 +1024,7 @@ async fn occupy_password_threads(app: &TestApp, passes: u32) -> Vec<tokio::task:
 }
 
 /// Signs in with `old` while the password threads are busy, and changes the password to `new` in the meantime. Returns
-/// the response and whether it came after the change.
+/// the status and the body of the response, and whether the response came after the change.
 async fn sign_in_during_reset(
     app: &TestApp,
     other: &TestApp,
@@ -1439,7 +1439,7 @@ async fn registration_can_be_closed() {
     assert_eq!(login(&app, email, PASSWORD).await.status, 200);
 }
 
-/// When requests race to create the last resource that a limit allows, only one succeeds.
+/// When requests race to create resources, only as many succeed as the limit allows.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_creates_as_much_as_the_operator_allows_and_no_more() {
     let app = TestApp::setup()

@@ -575,7 +575,7 @@ async fn proxy_that_sends_localhost_does_not_weaken_cookies() {
             );
         }
     }
-    // A browser on the same machine without TLS would reject these cookies, so it gets cookies without `Secure`.
+    // A browser on the same machine without TLS would reject cookies with `Secure`, so it gets cookies without it.
     let local: [&[(&str, &str)]; 3] = [
         &[
             ("host", "localhost:8080"),

@@ -1380,7 +1380,7 @@ async fn cross_origin_rules_do_not_apply_to_forward_auth() {
             "{origin}"
         );
     }
-    // The CORS rules apply to all other endpoints.
+    // The CORS rules still apply to other endpoints.
     let elsewhere = app
         .http
         .get(app.url("/v1/echo"))

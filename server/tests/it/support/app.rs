@@ -1,7 +1,7 @@
 //! A server in the test's process, with its own database, used over HTTP.
 //!
-//! The response to each [`Call`] is validated against the OpenAPI document: if the document contains the operation, it
-//! must list the status, and a JSON body must match the schema.
+//! The response to each [`Call`] is validated against the OpenAPI document: if the document contains the operation, the
+//! operation must list the status, and a JSON body must match the schema.
 
 use std::{
     collections::HashMap,
@@ -124,8 +124,8 @@ impl Setup {
                 .await,
             ),
         };
-        // All requests of a test come from the same address, so limits per address would apply to all of them together.
-        // Therefore, these limits are off.
+        // Most tests send all requests from one address, so limits per address would apply to all of these requests
+        // together. Therefore, these limits are off by default.
         let mut flags = vec![
             "test".to_owned(),
             "--auth-rpm=0".into(),

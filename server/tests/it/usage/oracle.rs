@@ -32,8 +32,8 @@ fn add(to: &mut Counts, record: &UsageRecord) {
     to[first + 2] += cost;
 }
 
-/// Returns the local time, truncated to the hour or day. The label of an hour includes the offset from UTC, which
-/// differs if the hour occurs twice.
+/// Returns a label for a bucket: the local time, truncated to the hour or day. The label of an hour includes the offset
+/// from UTC, which differs if the hour occurs twice.
 fn label(zone: &TimeZone, at: DateTime<Utc>, bucket: &str) -> String {
     let at = Timestamp::from_microsecond(at.timestamp_micros()).expect("a time");
     let (local, offset) = (zone.to_datetime(at), zone.to_offset(at));
@@ -127,7 +127,7 @@ fn group(record: &UsageRecord, by: &str) -> Option<String> {
     }
 }
 
-/// Returns the group of a bucket or group in a response, or `None` for `other`.
+/// Returns the group that an entry of a response is about, or `None` for `other`.
 fn group_of(value: &Value, by: &str) -> Option<String> {
     let field = match by {
         "key" => "key_id",

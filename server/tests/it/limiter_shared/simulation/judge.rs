@@ -1,8 +1,8 @@
 //! Checks the limiter's guarantees by recounting the requests in the log.
 //!
 //! The checks are derived from the documented guarantees, not from how the limiter implements them. The numbers of
-//! tokens that replicas and Redis report are used for only two checks. A denial is wrong if Redis had never granted
-//! enough tokens to empty the bucket. The totals must match.
+//! tokens that replicas and Redis report are used for only two checks: a denial is wrong if Redis had never granted
+//! enough tokens to empty the bucket, and the totals must match.
 //!
 //! **Upper bound.** In any window of `T`, all replicas together admit at most `burst + rate·(T + ttl)` tokens, or
 //! `burst + rate·T` for a strict plan. In the second after a plan is edited, replicas may follow either version of the
@@ -20,22 +20,22 @@
 //! every fallback setting.
 //!
 //! **Lower bound.** In any period of 2 s that contains no fault and starts at least [`RECOVERED`] after the last fault,
-//! the replicas admit at least 99% of the tokens that an exact bucket would admit for the same requests, give or take
-//! one token more than the highest cost of a request. At the start of the period, the exact bucket contains what
-//! earlier admissions have left in it. If a replica crashes, the tokens that may have been granted for requests to
-//! which it had not responded are lost. For a leased key, two kinds of tokens are not counted as available. The first
-//! are tokens that another replica may hold for at most [`HELD`]: at most a tenth of the burst, and at most twice the
-//! cost of the requests that the replica got just before. The second are the last tokens of a bucket, because replicas
-//! let them accumulate and then take them together. Once the bucket contains fewer tokens than refill in [`GATHER`],
-//! that many tokens are not counted until the bucket contains twice as many. Requests that arrive during a call to
-//! Redis are decided together by the next call, for every plan. So at the end of a window, the tokens that refilled
-//! during the last round trip may be unspent. Also, a request that is sent after the window may be admitted while a
-//! request of the window is still waiting. If the waiting request is then denied, the later request counts as part of
-//! the window. In addition, Redis learns of an edit with the first request that it decides after the edit. Tokens that
-//! refill before this request count at the lower of the two rates, unless a restarted Redis has lost the earlier plan.
-//! After a fault, a bucket is empty only if Redis lost its state, or if no replica that uses the bucket received a
-//! response during the fault. Otherwise, the bucket has lost only the tokens that Redis granted in responses that
-//! arrived late or never, and those that were returned by calls that never arrived.
+//! the replicas admit at least 99% of the tokens that an exact bucket would admit for the same requests, minus the
+//! highest cost of a request and one token. At the start of the period, the exact bucket contains what earlier
+//! admissions have left in it. If a replica crashes, the tokens that may have been granted for requests to which it had
+//! not responded are lost. For a leased key, two kinds of tokens are not counted as available. The first are tokens
+//! that another replica may hold for at most [`HELD`]: at most a tenth of the burst, and at most twice the cost of the
+//! requests that the replica got just before. The second are the last tokens of a bucket, because replicas let them
+//! accumulate and then take them together. Once the bucket contains fewer tokens than refill in [`GATHER`] plus a round
+//! trip to Redis, that many tokens are not counted until the bucket contains twice as many. Requests that arrive during
+//! a call to Redis are decided together by the next call, for every plan. So at the end of a window, the tokens that
+//! refilled during the last round trip may be unspent. Also, a request that is sent after the window may be admitted
+//! while a request of the window is still waiting. If the waiting request is then denied, the later request counts as
+//! part of the window. In addition, Redis learns of an edit with the first request that it decides after the edit.
+//! Tokens that refill before this request count at the lower of the two rates, unless a restarted Redis has lost the
+//! earlier plan. After a fault, a bucket is empty only if Redis lost its state, or if no replica that uses the bucket
+//! received a response during the fault. Otherwise, the bucket has lost only the tokens that Redis granted in responses
+//! that arrived late or never, and those that were returned by calls that never arrived.
 //!
 //! **Outages.** A replica that gets no timely response from Redis for a while still admits at least 99% of the tokens
 //! that a separate bucket would admit for the requests that the replica gets. With `open`, this applies from half a
@@ -87,8 +87,8 @@ const STEP: u64 = 250 * MS;
 /// The lifetime of a lease and the time that returning it takes, plus two more lifetimes for denials that other
 /// replicas remember.
 const HELD: u64 = 350 * MS;
-/// How long tokens of an empty bucket may accumulate before they are taken: half the lifetime of a lease, plus the
-/// round trip to Redis.
+/// How long tokens of an empty bucket may accumulate before they are taken, not including the round trip to Redis: half
+/// the lifetime of a lease, plus a margin.
 const GATHER: u64 = 60 * MS;
 /// The maximum duration of a decision, which waits for Redis at most twice.
 const PATIENCE: u64 = 2 * DEADLINE.as_nanos() as u64 + 5 * MS;
@@ -856,7 +856,8 @@ fn under(scene: &Scene, key: &Key, entries: &[Entry], facts: &Facts<'_>) -> Opti
                 }
                 if cost <= there {
                     exact.take(cost);
-                    // A request that got no response because its replica crashed is not due: its tokens may be lost.
+                    // If a request got no response because its replica crashed, its tokens may be lost, so do not add
+                    // its cost.
                     if it.answer != Answer::None {
                         due += cost;
                         if it.answer != Answer::Admitted {

@@ -305,8 +305,8 @@ impl Scene {
         }
     }
 
-    /// For 2 to 20 seconds, Redis responds too late to every replica. Then Redis recovers. The key's bucket is emptied
-    /// before this period. After it, the key gets more requests than its limit allows.
+    /// The key's bucket is emptied. Then, Redis responds too late to every replica for 2 to 20 seconds. After Redis has
+    /// recovered, the key gets more requests than its limit allows.
     fn slow_for_all(&mut self, rng: &mut Rng) {
         self.replicas = rng.usize(2..=4);
         let rpm = [600, 2000, 6000][rng.usize(..3)];

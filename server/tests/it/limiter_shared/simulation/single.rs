@@ -400,8 +400,8 @@ fn an_edit_denies_nothing_that_the_counters_would_grant() {
     });
 }
 
-/// If a replica has not used a key under the plan before an edit, the replica's share of the bucket starts at the edit,
-/// not at the outage.
+/// During an outage, a replica gets its first request for a key whose rate has been raised. The replica's share of the
+/// bucket must not have refilled at the new rate since the start of the outage.
 #[test]
 fn a_share_does_not_refill_at_a_rate_before_the_edit_to_it() {
     for strict in [true, false] {
@@ -465,9 +465,9 @@ fn open_admits_the_whole_limit_on_each_replica_and_no_more() {
     assert!(wrong.is_empty(), "{wrong}");
 }
 
-/// Redis may stall, and respond again before an idle replica has detected the stall. Another replica has detected it,
-/// and has spent tokens that Redis does not know of. This replica uses Redis again without the idle replica's
-/// knowledge.
+/// Redis may stall, and respond again before an idle replica detects the stall. In the meantime, another replica has
+/// detected the stall and spent tokens that Redis does not know of. The other replica then uses Redis again without the
+/// idle replica's knowledge.
 #[test]
 fn an_outage_that_some_replicas_miss_grants_nothing_twice() {
     let (rpm, burst) = (6000, 100);
