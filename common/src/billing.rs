@@ -42,7 +42,7 @@ response! {
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
-        /// When the subscription will be canceled or was canceled. `null` if the subscription renews.
+        /// The scheduled time of the subscription's cancellation, in the future or the past. `null` if there is none.
         pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,
@@ -103,7 +103,8 @@ response! {
         /// The sum of the monthly price and the charge for `projected`, before taxes and discounts. `null` if the
         /// monthly price, or the price per unit of usage, is not a fixed amount.
         pub projected_total: Option<u64>,
-        /// Stripe has received all usage before this time. `null` if usage is not charged.
+        /// Stripe has received all usage before this time, except usage that will not be charged. `null` if usage is
+        /// not charged.
         pub reported_until: Option<Timestamp>,
         /// Usage in this period that will not be charged, because it could not be reported to Stripe.
         pub not_charged: u64,

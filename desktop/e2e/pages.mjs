@@ -112,7 +112,7 @@ async function changes(world) {
   await page.reload();
   await events(2);
   assert.equal(await action.inputValue(), "api_key.update");
-  // Filters by name, actor and dates.
+  // The events can be filtered by name, actor and dates.
   await my.field("Resource name").fill("partner");
   await events(1);
   await my.field("Resource name").fill("");

@@ -206,7 +206,7 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
 }
 
 /// Returns the date of the subscription's end or next change, with a label. Returns `None` if this date is not known,
-/// such as when the next change requires a payment.
+/// for example because the next change requires a payment.
 fn next_date(it: &BillingState, now: i64) -> Option<(&'static str, Timestamp)> {
     if let Some(at) = it.cancels_at {
         let label = if millis(at) > now { "Ends" } else { "Ended" };

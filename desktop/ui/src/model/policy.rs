@@ -88,7 +88,7 @@ pub fn policy_states(headers: LimitHeaders<'_>, violated: &[PolicyName]) -> Vec<
             };
             Some(PolicyState {
                 limit: limit?,
-                // A quota that denied a request with a cost of 1 must be used up.
+                // A policy that denied a request with a cost of 1 has no requests left.
                 remaining: if denied { Some(0) } else { remaining },
                 policy,
                 denied,

@@ -1,7 +1,7 @@
 //! The desktop app's additions to the console.
 //!
-//! While the server is unreachable, the app shows previously loaded data. A banner shows when the data was loaded, and
-//! has a button to retry. Another banner appears if no keychain is available to store sessions.
+//! While the server is unreachable, the app shows previously loaded data. A banner contains the time at which the data
+//! was loaded and a button to retry. Another banner appears if no keychain is available to store sessions.
 
 use std::cell::RefCell;
 
