@@ -19,12 +19,12 @@ text_enum! {
 }
 
 impl Role {
-    /// Returns whether the role may read plans, API keys, service tokens, webhooks, and the audit log.
+    /// Returns whether the role may read plans, API keys, service tokens, webhooks, alert settings, and the audit log.
     pub const fn may_read(self) -> bool {
         !matches!(self, Self::Billing)
     }
 
-    /// Returns whether the role may read usage: requests, denials, and decisions.
+    /// Returns whether the role may read usage, decisions, and quota alerts.
     pub const fn may_read_usage(self) -> bool {
         matches!(
             self,

@@ -49,12 +49,11 @@ response! {
         /// End of the current billing period. The next payment is due then, unless the subscription is scheduled to be
         /// canceled.
         pub period_end: Option<Timestamp>,
-        /// Whether the customer portal is available. The portal becomes available when the tenant first starts a
-        /// subscription.
+        /// Whether the customer portal is available. The portal becomes available when the tenant first opens Checkout.
         pub has_customer: bool,
         /// When this information was last retrieved from Stripe. While the tenant has a subscription, the information
-        /// is retrieved about every 10 minutes. If this time is more than half an hour ago, Stripe could not be
-        /// reached, and the status may be outdated.
+        /// is retrieved about every 10 minutes. If Stripe cannot be reached, this time is older, and the status may be
+        /// outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is
         /// unknown.

@@ -190,7 +190,7 @@ async function running(world) {
   await denied.getByText("3 of 3 used").waitFor();
   assert.match(await denied.innerText(), /Daily quota[\s\S]*Denied this request/);
   assert.equal(await denied.getByRole("meter").getAttribute("aria-valuenow"), "100");
-  // The wait until midnight is shown in hours, except in the last two hours.
+  // The wait until midnight is shown in hours and minutes, except in the last two hours.
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
   await my.inspect("key-daily");
 

@@ -72,7 +72,7 @@ export async function trouble(world) {
   await my.context.close();
 }
 
-/** The live list does not claim that there are no decisions while it is filtered or cannot be loaded. */
+/** While the live list is filtered or cannot be loaded, it does not claim that there are no decisions. */
 async function liveTail(my, fail) {
   const { page, base } = my;
   await page.route("**/admin/decisions*", fail);

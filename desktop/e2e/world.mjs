@@ -97,7 +97,7 @@ export class Visitor {
     return text && JSON.parse(text);
   }
 
-  /** Registers through the API and signs in in the browser. */
+  /** Registers through the API, and signs in with the browser. */
   async registered(tenant_name) {
     const account = await this.api("POST", "/auth/register", { email: this.email, password, tenant_name });
     this.token = account.access_token;

@@ -67,7 +67,7 @@ pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     }
 }
 
-/// Returns whether the user needs to act: whether the first button is something other than *Manage in Stripe*.
+/// Returns whether the first button is something other than *Manage in Stripe*.
 pub fn is_action_needed(it: &BillingState) -> bool {
     buttons(it).first() != Some(&MANAGE)
 }

@@ -36,7 +36,7 @@ pub fn denial(policies: &[PolicyState]) -> &'static str {
     }
 }
 
-/// Fills in the remaining requests of quotas that the headers do not report. `limits` was loaded before the last
+/// Fills in the numbers of remaining requests that the headers do not report. `limits` was loaded before the last
 /// `spent` allowed requests.
 pub fn complete(states: &mut [PolicyState], limits: &[LimitState], spent: u64) {
     for state in states.iter_mut().filter(|it| it.remaining.is_none()) {

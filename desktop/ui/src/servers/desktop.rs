@@ -63,8 +63,8 @@ pub fn Banners() -> impl IntoView {
     }
 }
 
-/// Shows the server in use and lets users choose another server. Shown while no user is signed in, including when the
-/// console could not be loaded.
+/// Shows the server in use, and lets users choose another server. Part of the sign-in pages, and of the error page that
+/// appears if the console could not be loaded.
 #[component]
 pub fn ServerPicker() -> impl IntoView {
     view! {
