@@ -97,7 +97,7 @@ export async function many(world) {
   await page.getByText("4 keys activated").waitFor();
   await page.waitForFunction(() => document.querySelectorAll("tbody .badge.on").length === 4);
 
-  // The result says that a key that was already deleted could not be deleted again.
+  // If one of the keys was already deleted, the result says that one failed.
   await my.field("Select Partner").check();
   await my.field("Select Web shop").check();
   await my.api("DELETE", `/admin/api-keys/${created[3].api_key.id}`);

@@ -55,7 +55,7 @@ export class World {
     page.on("pageerror", (error) => this.pageErrors.push(`error: ${error.message}`));
     page.on("console", (message) => {
       // Browsers log the rejected requests and failed connections that the journey provokes on purpose. They also log
-      // downloads of code for other pages that are aborted when the user leaves the page.
+      // aborted downloads: when the user leaves a page, the code for other pages may still be loading.
       const expected = /status of (401|422|429)|ERR_FAILED|Failed to fetch\s+at .*\/loader-|Response body loading was aborted/;
       const text = message.text();
       if (message.type() === "error" && !expected.test(text) && !this.expected?.test(text)) this.pageErrors.push(text);
