@@ -18,7 +18,7 @@ response! {
     #[cfg_attr(feature = "openapi", oai(example))]
     pub struct QuotaAlert {
         pub id: QuotaAlertId,
-        /// The percentage of the quota that was reached: 50, 80 or 100.
+        /// The threshold that was reached: 50, 80 or 100% of the quota.
         pub threshold: u32,
         /// The quota: `daily`, `monthly` or `tenant_monthly`.
         pub policy: PolicyName,

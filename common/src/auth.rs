@@ -19,12 +19,12 @@ text_enum! {
 }
 
 impl Role {
-    /// Returns whether the role may read plans, API keys, service tokens, webhooks, and the audit log.
+    /// Returns whether the role may read plans, API keys, service tokens, webhooks, alert settings, and the audit log.
     pub const fn may_read(self) -> bool {
         !matches!(self, Self::Billing)
     }
 
-    /// Returns whether the role may read usage: requests, denials, and decisions.
+    /// Returns whether the role may read usage, decisions, and quota alerts.
     pub const fn may_read_usage(self) -> bool {
         matches!(
             self,
@@ -118,8 +118,8 @@ response! {
     pub struct Tokens {
         /// A JWT (EdDSA). Send it as `Authorization: Bearer <token>`. Absent if cookies were requested.
         pub access_token: Omittable<String>,
-        /// An opaque token that can be used once. Exchange this token at `POST /auth/refresh` for a new pair of tokens.
-        /// Absent if cookies were requested.
+        /// An opaque token. Exchange it once at `POST /auth/refresh` for a new pair of tokens. Absent if cookies were
+        /// requested.
         pub refresh_token: Omittable<String>,
         /// Seconds until the access token expires.
         pub expires_in: u32,
@@ -133,8 +133,8 @@ response! {
     pub struct SignedIn {
         /// A JWT (EdDSA). Send it as `Authorization: Bearer <token>`. Absent if cookies were requested.
         pub access_token: Omittable<String>,
-        /// An opaque token that can be used once. Exchange this token at `POST /auth/refresh` for a new pair of tokens.
-        /// Absent if cookies were requested.
+        /// An opaque token. Exchange it once at `POST /auth/refresh` for a new pair of tokens. Absent if cookies were
+        /// requested.
         pub refresh_token: Omittable<String>,
         /// Identifies this device. Send this token with the next sign-in, so that failed sign-ins from other devices do
         /// not delay your sign-in. The token is not a credential. Absent if cookies were requested.
@@ -167,7 +167,8 @@ update! {
         /// The tenant's name, 1 to 200 characters. Only owners and admins can change it.
         #[garde(dive)]
         pub tenant_name: Option<Name>,
-        /// IANA time zone in which quotas reset, such as `Europe/Berlin`. Only owners and admins can change it.
+        /// IANA time zone in which daily and monthly quotas reset, such as `Europe/Berlin`. Only owners and admins can
+        /// change it.
         #[garde(dive)]
         pub time_zone: Option<TimeZoneName>,
     }

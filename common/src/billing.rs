@@ -42,19 +42,18 @@ response! {
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
-        /// When the subscription will be canceled or was canceled. `null` if the subscription renews.
+        /// The scheduled time of the subscription's cancellation, in the future or the past. `null` if there is none.
         pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,
         /// End of the current billing period. The next payment is due then, unless the subscription is scheduled to be
         /// canceled.
         pub period_end: Option<Timestamp>,
-        /// Whether the customer portal is available. The portal becomes available when the tenant first starts a
-        /// subscription.
+        /// Whether the customer portal is available. The portal becomes available when the tenant first opens Checkout.
         pub has_customer: bool,
         /// When this information was last retrieved from Stripe. While the tenant has a subscription, the information
-        /// is retrieved about every 10 minutes. If this time is more than half an hour ago, Stripe could not be
-        /// reached, and the status may be outdated.
+        /// is retrieved about every 10 minutes. If Stripe cannot be reached, this time is older, and the status may be
+        /// outdated.
         pub refreshed_at: Option<Timestamp>,
         /// The price of the current subscription or, without a subscription, of a new one. `null` if the price is
         /// unknown.
@@ -103,7 +102,8 @@ response! {
         /// The sum of the monthly price and the charge for `projected`, before taxes and discounts. `null` if the
         /// monthly price, or the price per unit of usage, is not a fixed amount.
         pub projected_total: Option<u64>,
-        /// Stripe has received all usage before this time. `null` if usage is not charged.
+        /// Stripe has received all usage before this time, except usage that will not be charged. `null` if usage is
+        /// not charged.
         pub reported_until: Option<Timestamp>,
         /// Usage in this period that will not be charged, because it could not be reported to Stripe.
         pub not_charged: u64,

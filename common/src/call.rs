@@ -51,7 +51,7 @@ pub struct AuditFilter {
     pub to: Option<Timestamp>,
 }
 
-/// Selects the usage to count and how to group it.
+/// Selects which usage to count and how to group it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageFilter {
     pub from: Option<Timestamp>,

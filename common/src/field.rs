@@ -286,7 +286,7 @@ impl<'de> Deserialize<'de> for Metadata {
 impl FromJson for Metadata {
     fn from_json(json: Json) -> Result<Self, Invalid> {
         match json {
-            // Servers of earlier versions do not send this field.
+            // Earlier versions of the server do not send this field.
             Json::Null => Ok(Self::default()),
             json => json.entries().map(Self),
         }

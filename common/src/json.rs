@@ -1,8 +1,8 @@
 //! Parses the server's responses in the console.
 //!
-//! With serde, the parsers for all types would be a tenth of the console's download. Instead, this module parses text
-//! into [`Json`], from which each type takes its fields. Errors contain no message, because the console would not show
-//! it. Unknown fields are ignored, and missing fields are `null`.
+//! With serde, the parsers for all types would make up a tenth of the console's download. Instead, this module parses
+//! text into [`Json`], from which each type takes its fields. Errors contain no message, because the console would not
+//! show it. Unknown fields are ignored, and missing fields are treated as `null`.
 
 use std::collections::BTreeMap;
 
@@ -202,7 +202,8 @@ impl FromJson for Value {
     }
 }
 
-/// Exponents beyond this limit are clamped to it. The result is zero or infinity in either case.
+/// Larger exponents, positive or negative, are clamped to this limit. Clamping makes no difference, because the number
+/// is zero or infinity with either exponent.
 const MAX_EXPONENT: i32 = 1_000_000_000;
 
 /// Parses a floating-point number. The last bits can differ from the exact result: the standard library's exact

@@ -41,7 +41,7 @@ impl From<Timestamp> for DateTime<Utc> {
 }
 
 impl Timestamp {
-    /// Formats the timestamp without allocating memory, because every check result contains timestamps.
+    /// Formats the timestamp without allocating memory, because most check results contain timestamps.
     fn text(self) -> [u8; 24] {
         let mut text = *b"0000-00-00T00:00:00.000Z";
         let mut write = |end: usize, digits: usize, mut number: u32| {

@@ -271,8 +271,8 @@ response! {
         pub resets_at: Timestamp,
         /// Evenly spaced points starting at `starts_at`, and a final point at `complete_until`.
         pub points: Vec<BurnDownPoint>,
-        /// The current pace: the average cost per hour over the last quarter of the time since `starts_at`, or over the
-        /// last hour if that is longer.
+        /// The current pace: the average cost per hour over the last quarter of the time since `starts_at` or over the
+        /// last hour, whichever is longer.
         pub pace_per_hour: f64,
         /// When the quota will be used up at the current pace. `null` if the quota won't be used up before it resets.
         /// If the quota is already used up, this equals `complete_until`.

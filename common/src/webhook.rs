@@ -115,8 +115,7 @@ response! {
     pub struct WebhookDelivery {
         pub id: WebhookDeliveryId,
         pub webhook_id: WebhookId,
-        /// The event's ID, which is sent in the `webhook-id` header. It is the same on every attempt and for every
-        /// endpoint.
+        /// The event's ID, which is sent in the `webhook-id` header. It is the same for all attempts and all webhooks.
         pub event_id: String,
         /// The event's type, such as `quota.threshold_reached`.
         pub event_type: String,

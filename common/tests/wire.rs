@@ -1,4 +1,4 @@
-//! Checks every API type against golden JSON and, with the `openapi` feature, checks that the OpenAPI document
+//! Checks the API's types against golden JSON and, with the `openapi` feature, checks that the OpenAPI document
 //! describes the same JSON. serde and poem-openapi read separate attributes, which can drift apart silently.
 
 use quota_common::{
@@ -39,7 +39,7 @@ macro_rules! golden {
     }};
 }
 
-/// Checks a response like `golden`, and also checks that the console can parse it.
+/// Like `golden`, and also checks that the console can parse the response.
 macro_rules! golden_response {
     ($value:expr, $json:expr) => {{
         let (value, golden) = ($value, $json);

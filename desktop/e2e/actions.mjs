@@ -78,7 +78,7 @@ export async function actions(world) {
   await my.heading("Create plan").waitFor();
   assert.equal(await dialog.locator("#name").inputValue(), "", "a new plan does not start with the last duplicate");
   assert.equal(await dialog.locator(".toast").count(), 1, "the message is in the dialog, not behind it");
-  // The message does not cover the dialog's buttons at any window size.
+  // The message does not cover the dialog's buttons at these window sizes.
   for (const [width, height] of [[320, 568], [390, 844], [768, 600], [1280, 800]]) {
     await page.setViewportSize({ width, height });
     const box = await toast.boundingBox();

@@ -90,7 +90,7 @@ export async function billing(world) {
     assert.equal(renews, name === "active" || name === "stale" ? 1 : 0, name);
     await my.inspect(`billing-${name}`);
   }
-  // Each state has its own buttons.
+  // The buttons depend on the state.
   const buttons = async () => page.locator("main .actions button").allTextContents();
   for (const [name, labels] of [
     ["free", ["Upgrade"]],

@@ -53,7 +53,7 @@ export async function errors(world) {
   await my.button("Create plan").click();
   await page.getByText(`Plan ${quoted("Starter")} created`).waitFor();
 
-  // If there are several plans, none is preselected, except the plan by which the list is filtered.
+  // If there are several plans, none is preselected unless the list is filtered by a plan.
   const pro = await my.api("POST", "/admin/plans", { name: "Pro", default_rpm: 6000, daily_quota: 50_000 });
   await page.goto(`${base}/console/api-keys?new=1`);
   await my.field("Name").fill("App");
@@ -72,7 +72,7 @@ export async function errors(world) {
   await page.getByLabel("I've saved this key").check();
   await my.button("Done").click();
 
-  // The list shows when the key was last used. The page does not have to be reloaded.
+  // The list shows when the key was last used, without a reload of the page.
   await page.getByRole("row", { name: /App .*just now/ }).waitFor();
 
   // The key's page shows the key's limits, and says whether they come from the plan.
@@ -101,7 +101,7 @@ export async function errors(world) {
   await page.locator(".page-header .badge").getByText("Inactive").waitFor();
   assert.equal((await my.api("GET", "/admin/api-keys")).items[0].is_active, false);
 
-  // For internal errors, dialogs, toasts and pages show the request ID to quote.
+  // If an internal error occurs, dialogs, toasts and pages show the request ID.
   const id = "019ab4e1-7c00-7000-8000-00000000abcd";
   const fail = (route) =>
     route.fulfill({
@@ -131,7 +131,8 @@ export async function errors(world) {
   await my.button("Retry").click();
   await page.getByRole("row", { name: /Starter/ }).waitFor();
 
-  // If a key can't be loaded, the page shows one error. If a part can't be loaded, the error says which part.
+  // If a key can't be loaded, the page shows a single error. If only parts of the page can't be loaded, each part shows
+  // its own error.
   const key = (await my.api("GET", "/admin/api-keys")).items[0];
   const failures = page.getByRole("alert").filter({ hasText: "Couldn't load" });
   await page.route(calls, fail);

@@ -65,7 +65,7 @@ export async function keyboard(world) {
   await to("Create plan");
   assert.equal(await page.evaluate(() => document.activeElement.closest("main")?.id), "content");
 
-  // Shortcuts are listed, and can be turned off.
+  // A dialog lists the shortcuts. Single-key shortcuts can be turned off.
   await press("?");
   await my.heading("Keyboard shortcuts").waitFor();
   await keys("gp");
@@ -92,7 +92,7 @@ export async function keyboard(world) {
   await keys("np");
   await my.heading("Create plan").waitFor();
   await hasFocus("Name");
-  // Single-key shortcuts are off while typing in a field.
+  // While the user types in a field, single-key shortcuts are off.
   await type("gk n? Keyboard");
   await press("Tab");
   await press("Control+a");

@@ -23,7 +23,7 @@ export async function lists(world) {
     keys.push((await my.api("POST", "/admin/api-keys", { name, plan_id: last.id })).api_key);
   }
 
-  // All plans are listed, even if the server returns them in several pages.
+  // All plans are listed, even if the server returns them on several pages.
   await my.navigate("API keys").click();
   await rows(20);
   await page.getByRole("row", { name: /Key 40 .*Plan 100/ }).waitFor();

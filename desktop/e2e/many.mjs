@@ -63,7 +63,7 @@ export async function many(world) {
   await my.field("Sort").selectOption({ label: "Name, A to Z" });
   await waitForRows(["app, iOS", "Batch jobs", "Partner", "Web shop"]);
 
-  // Disruptive bulk actions require typed confirmation, and state their consequences.
+  // The dialog for a disruptive bulk action states the consequences and requires typed confirmation.
   await my.field("Select Batch jobs").check();
   await my.field("Select Partner").check();
   await page.getByText("2 of 4 selected").waitFor();
@@ -97,7 +97,7 @@ export async function many(world) {
   await page.getByText("4 keys activated").waitFor();
   await page.waitForFunction(() => document.querySelectorAll("tbody .badge.on").length === 4);
 
-  // A key that was already deleted is reported as failed.
+  // If one of the keys was already deleted, the result says that one failed.
   await my.field("Select Partner").check();
   await my.field("Select Web shop").check();
   await my.api("DELETE", `/admin/api-keys/${created[3].api_key.id}`);
@@ -108,7 +108,7 @@ export async function many(world) {
   await page.getByText("1 key deleted, 1 failed: ").waitFor();
   await waitForRows(["app, iOS", "Batch jobs"]);
   await page.locator(".bulk").getByText(/selected/).waitFor({ state: "detached" });
-  // Errors remain until dismissed.
+  // Errors remain until the user dismisses them.
   await page.waitForTimeout(6500);
   await my.inspect("keys-failed");
   await my.button("Dismiss").click();

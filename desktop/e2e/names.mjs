@@ -1,4 +1,4 @@
-// Tests that names can contain anything: they are displayed verbatim, are never executed, and do not break the layout.
+// Tests unusual names: they are displayed verbatim, are never executed, and do not break the layout.
 
 import assert from "node:assert/strict";
 

@@ -1,5 +1,4 @@
-// Tests that users cannot lose a secret that is shown only once: neither by leaving the page while the secret is being
-// created, nor by leaving the page that shows it.
+// Tests that users cannot accidentally leave a page while it creates or shows a secret. Secrets are shown only once.
 
 import assert from "node:assert/strict";
 import { quoted } from "./world.mjs";

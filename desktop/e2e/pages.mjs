@@ -112,7 +112,7 @@ async function changes(world) {
   await page.reload();
   await events(2);
   assert.equal(await action.inputValue(), "api_key.update");
-  // Filters by name, actor and dates.
+  // The events can be filtered by name, actor and dates.
   await my.field("Resource name").fill("partner");
   await events(1);
   await my.field("Resource name").fill("");
@@ -190,7 +190,7 @@ async function running(world) {
   await denied.getByText("3 of 3 used").waitFor();
   assert.match(await denied.innerText(), /Daily quota[\s\S]*Denied this request/);
   assert.equal(await denied.getByRole("meter").getAttribute("aria-valuenow"), "100");
-  // The wait until midnight is shown in hours, except in the last two hours.
+  // The wait until midnight is shown in hours and minutes, except in the last two hours.
   assert.match(await page.locator(".countdown strong").textContent(), /^\d+ (h \d+ min|min \d+ s|s)$/);
   await my.inspect("key-daily");
 

@@ -74,7 +74,7 @@ export async function pictures(world) {
       usage.buckets = Array.from({ length: 24 }, (_, hour) => ({ ...other, start: start(hour), ...total(by((it) => it.start === start(hour))) }));
     }
     usage.total = total(buckets);
-    // The previous period had less traffic.
+    // The console requests the previous period by day. That period has less traffic.
     if (usage.bucket === "day") usage.total = counts(Math.round(usage.total.allowed * 0.93), Math.round(usage.total.rejected * 0.62));
     return route.fulfill({ json: usage });
   });

@@ -1,4 +1,4 @@
-// Tests that members see only pages and commands that their role may use.
+// Tests that members see only the pages and commands that their role allows.
 
 import assert from "node:assert/strict";
 

@@ -1,4 +1,4 @@
-// Tests the main journey with a mouse, from registering to using up a key's limit. Inspects the pages on the way.
+// Tests the main journey with a mouse, from registering to deleting a key and its plan. Inspects the pages on the way.
 
 import assert from "node:assert/strict";
 import { password, quoted } from "./world.mjs";
@@ -38,7 +38,8 @@ export async function tour(world) {
   await my.heading("No plans yet").waitFor();
   await my.inspect("plans-empty");
 
-  // Scripts cannot read any token. The CSRF token is random, so it may contain the tokens' prefixes.
+  // Scripts can read the CSRF token but not the session's tokens. The CSRF token is random, so by chance it may contain
+  // the prefixes of the other tokens.
   const readable = await page.evaluate(() => JSON.stringify([document.cookie, { ...localStorage }, { ...sessionStorage }]));
   assert.ok(!/eyJ[\w-]+\.|qr_[0-9A-Za-z]{38}/.test(readable), readable);
   const cookies = await my.context.cookies();

@@ -28,7 +28,7 @@ export async function trouble(world) {
   await leavesWhileSending(my, created);
   await nothingResponds(my);
 
-  // If the whole console cannot be loaded, the page also shows the request ID to quote.
+  // If the whole console cannot be loaded, the page also shows the request ID.
   await page.route("**/auth/me", fail);
   await page.reload();
   await my.heading("Couldn't load the console").waitFor();
@@ -72,7 +72,7 @@ export async function trouble(world) {
   await my.context.close();
 }
 
-/** The live list does not claim that there are no decisions while it is filtered or cannot be loaded. */
+/** While the live list is filtered or cannot be loaded, it does not claim that there are no decisions. */
 async function liveTail(my, fail) {
   const { page, base } = my;
   await page.route("**/admin/decisions*", fail);
@@ -110,7 +110,7 @@ async function leavesWhileSending(my, { api_key, key }) {
   await page.locator("#pasted_key").fill(key);
   await my.button("Send 10").click();
   await my.status(200);
-  // Entering another key also stops the requests.
+  // Removing the key from the field also stops the requests.
   await page.locator("#pasted_key").fill("");
   await my.button("Stop").waitFor({ state: "detached" });
   assert.equal(await page.locator(".status").count(), 0);

@@ -1,5 +1,5 @@
-// Tests Home, Usage, the page of a key and the live tail with real traffic. The numbers on these pages are compared
-// with the test's own count of the responses that it received.
+// Tests Home, Usage, a key's page and the live tail with real traffic. Compares the numbers on these pages with the
+// test's own counts of responses.
 
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
@@ -107,7 +107,7 @@ async function traffic(my, replicas, scale) {
   await log.check(app, "POST /orders", 3, 15 * scale);
   await log.echo(slow, 14 * scale);
   await log.echo(counted, quota - 7);
-  // 7 tokens are left, which is enough for two requests with a cost of 3.
+  // The 7 tokens that are left are enough for two requests with a cost of 3.
   await log.check(counted, "POST /orders", 3, 4);
   await untilCounted(my, log);
   const all = log.count();
@@ -147,7 +147,7 @@ async function home(my, log, quota) {
   const attention = page.locator("section", { has: page.getByRole("heading", { name: "Needs attention" }) });
   assert.ok(used >= quota * 0.8, `${used}`);
   await attention.getByRole("link", { name: "Counted" }).waitFor();
-  // At least 5% of the requests were rejected, so the page also lists rejected requests under *Needs attention*.
+  // At least 5% of the requests were rejected, so *Needs attention* also shows the rejection rate.
   assert.ok(all.rejected * 20 >= all.total, JSON.stringify(all));
   await attention.getByText(`${percent(all.rejected, all.total)} (${number(all.rejected)} of ${number(all.total)}) in the last 24 hours`).waitFor();
   const top = page.locator("section", { has: page.getByRole("heading", { name: "Top keys, last 24 hours" }) });
@@ -157,7 +157,7 @@ async function home(my, log, quota) {
     await top.locator("li", { hasText: key }).getByText(note, { exact: true }).waitFor();
   }
   await my.inspect("home-traffic");
-  // A gateway has checked requests, so all four of the first steps are done.
+  // Requests have been checked with a service token, so all four of the first steps are done.
   await page.getByText("4 of 4 done").waitFor();
 }
 
@@ -222,7 +222,7 @@ async function usagePage(my, log, app) {
   await page.locator("#count").selectOption({ label: "Requests" });
   await matches(log.count());
 
-  // A click on a row filters the page, and the URL keeps all choices.
+  // A click on a row filters the page, and the URL contains all choices.
   await page.locator("table.groups").getByRole("link", { name: "Mobile app" }).click();
   await page.waitForFunction((id) => location.search.includes(id), app.api_key.id);
   await page.waitForFunction(
@@ -363,7 +363,7 @@ async function liveTail(my, log, app, slow) {
   await drawer.getByLabel("Request ID").press("Tab");
   await drawer.getByLabel("Outcome").selectOption("rejected");
   await page.waitForFunction((count) => document.querySelectorAll("dialog[open] tbody tr").length === count, log.count().rejected);
-  // While the server is unreachable, the list says that it is reconnecting. It continues afterward.
+  // While the server is unreachable, the list says that it is reconnecting. Afterward, the list is live again.
   const calls = /\/admin\/decisions/;
   await page.route(calls, (route) => route.abort());
   await drawer.getByText("Reconnecting…").waitFor();

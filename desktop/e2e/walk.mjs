@@ -1,7 +1,7 @@
 // Takes screenshots of every page and form for review: node journey.mjs CHROMIUM ADDRESS FOLDER walk
 //
-// The screenshots are taken at six widths, in light and dark mode, with and without data, with a slow network and with
-// a failing server. Content that is wider than the window is reported.
+// The screenshots show the pages with and without data, with a slow network, and with a failing or unreachable server.
+// Most are taken at six widths, in light and dark mode. Content that is wider than the window is reported.
 
 import { join } from "node:path";
 import { isBilling, states } from "./billing.mjs";

@@ -418,7 +418,7 @@ async function alerts(world, receiver) {
   await page.getByText("Emails aren't sent because no mail server is configured.").waitFor();
   await my.inspect("alerts-none");
 
-  // Tests the setting for who receives emails.
+  // Tests the settings that determine who receives emails.
   await press(my, "Edit email notifications");
   await my.heading("Email notifications").waitFor();
   for (const name of ["Owners", "Admins"]) {

@@ -51,7 +51,7 @@ export async function widths(world) {
     await my.api("POST", "/admin/service-tokens", { name });
   }
   const hook = await my.api("POST", "/admin/webhooks", { name: names[1], url: `https://hooks.example.com/${"quota-alerts-".repeat(12)}` });
-  // Every delivery to this webhook has an error to show. The server must allow webhooks to this machine.
+  // Deliveries to this webhook fail, so that its page shows errors. The server must allow webhooks to this machine.
   const failing = (await my.api("POST", "/admin/webhooks", { name: names[0], url: "http://127.0.0.1:9/quota" })).webhook.id;
   await my.api("POST", `/admin/webhooks/${failing}/test`);
   while (!(await my.api("GET", `/admin/webhooks/${failing}/deliveries`)).items[0].error) await page.waitForTimeout(200);
@@ -86,7 +86,7 @@ export async function widths(world) {
     await my.button("Filters (1)").click();
     await filter.waitFor({ state: "hidden" });
   }
-  // The limits are the key page's first card. The buttons that stop the key from working come last.
+  // The first card on a key's page contains the limits. The buttons that stop the key from working come last.
   await page.goto(`${base}/console/api-keys/${keys[1].id}`);
   await my.button("Delete").waitFor();
   const cards = await page.locator("main .card h2").allTextContents();

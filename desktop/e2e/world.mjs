@@ -54,8 +54,8 @@ export class World {
     page.setDefaultTimeout(15_000);
     page.on("pageerror", (error) => this.pageErrors.push(`error: ${error.message}`));
     page.on("console", (message) => {
-      // Browsers log the rejected requests and failed connections that the journey provokes on purpose. Leaving a page
-      // also aborts downloads of parts of the console that the page loads in advance.
+      // Browsers log the rejected requests and failed connections that the journey provokes on purpose. They also log
+      // aborted downloads: when the user leaves a page, the code for other pages may still be loading.
       const expected = /status of (401|422|429)|ERR_FAILED|Failed to fetch\s+at .*\/loader-|Response body loading was aborted/;
       const text = message.text();
       if (message.type() === "error" && !expected.test(text) && !this.expected?.test(text)) this.pageErrors.push(text);
@@ -97,7 +97,7 @@ export class Visitor {
     return text && JSON.parse(text);
   }
 
-  /** Registers through the API and signs in in the browser. */
+  /** Registers through the API, and signs in with the browser. */
   async registered(tenant_name) {
     const account = await this.api("POST", "/auth/register", { email: this.email, password, tenant_name });
     this.token = account.access_token;

@@ -2,7 +2,7 @@
 
 use tauri::{WebviewUrl, WebviewWindowBuilder, http::Response};
 
-/// A page that reports when it has been painted, like the console's first page.
+/// Like the console's first page, this page reports when it has been painted.
 const PAGE: &str = "<!doctype html><title>blank</title><script>
 requestAnimationFrame(() => requestAnimationFrame(() => { document.title = 'painted'; }));
 </script>";

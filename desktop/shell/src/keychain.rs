@@ -1,5 +1,5 @@
 //! Stores a refresh token and a device token for each server in the system keychain, and nowhere else. Without a
-//! keychain, sessions end when the app exits, and every sign-in counts as a sign-in from a new device.
+//! keychain, users have to sign in again after each restart, and every sign-in counts as a sign-in from a new device.
 
 use std::time::Duration;
 

@@ -144,7 +144,8 @@ impl Profiles {
     }
 }
 
-/// Removes invalid addresses, and ensures that the list contains the server in use.
+/// Removes invalid addresses and excess servers. If the server in use is not in the list, uses the first server.
+/// Returns `None` if no servers are left.
 fn sanitize(mut content: ProfileFile) -> Option<ProfileFile> {
     content.servers.retain(|it| {
         Server::parse(&it.address).is_ok_and(|server| server.to_string() == it.address)

@@ -8,7 +8,8 @@
 //! Several processes of the same user share the keychain entry. A file lock ensures that only one process refreshes at
 //! a time, so that each process finds the token that the previous process stored.
 //!
-//! While the server is unreachable, `GET` calls return their last response and the time at which it was received.
+//! While the server is unreachable, a `GET` call returns its last response, if that is stored, with the time at which
+//! the response was received.
 
 #[cfg(test)]
 mod tests;
@@ -35,7 +36,7 @@ use crate::{
     keychain::{self, Keychain},
 };
 
-/// An access token is refreshed this long before it expires.
+/// How long before its expiration an access token is no longer used.
 const REFRESH_AHEAD: Duration = Duration::from_secs(30);
 /// How long to wait for another process to finish a refresh. This is longer than a refresh takes, unless the user has
 /// to unlock the keychain.

@@ -100,7 +100,6 @@ pub fn reveal(app: &AppHandle, path: &'static str, token: Option<String>) {
     if_unlocked(app, move |window| show(window.app_handle(), path));
 }
 
-/// Runs a script in the page.
 pub fn run(app: &AppHandle, script: &str) {
     if let Some(window) = app.get_webview_window(LABEL) {
         run_in(&window, script);
@@ -178,8 +177,8 @@ fn evaluate(
         .is_ok()
 }
 
-/// Handles a second launch of the app: focuses the window, and selects the server given on the command line, unless a
-/// locked dialog is open.
+/// Handles a second launch of the app: focuses the window and, unless a locked dialog is open, selects the server given
+/// on the command line.
 pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;

@@ -12,7 +12,7 @@ fn boxed_effect(run: Box<dyn Fn()>) {
     Effect::new(move |_| run());
 }
 
-/// Returns a string that notifies its readers only when it changes.
+/// Returns a memo that notifies its readers only when the string changes.
 pub fn text_memo(of: impl Fn() -> String + Send + Sync + 'static) -> Memo<String> {
     boxed_text_memo(Box::new(of))
 }
@@ -21,7 +21,7 @@ fn boxed_text_memo(of: Box<dyn Fn() -> String + Send + Sync>) -> Memo<String> {
     Memo::new(move |_| of())
 }
 
-/// Returns a condition that notifies its readers only when it changes.
+/// Returns a memo that notifies its readers only when the condition changes.
 pub fn flag_memo(of: impl Fn() -> bool + Send + Sync + 'static) -> Memo<bool> {
     boxed_flag_memo(Box::new(of))
 }

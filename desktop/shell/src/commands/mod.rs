@@ -1,4 +1,4 @@
-//! The commands that the console may call. `build.rs` declares them, and `capabilities/main.json` grants them.
+//! The commands that the console may call. `build.rs` declares them, and `capabilities/main.json` allows them.
 
 pub mod notification;
 pub mod profile;

@@ -43,8 +43,7 @@ struct Notifications {
 /// `None` until the first notification, and after the session bus has closed the connection.
 static NOTIFICATIONS: Mutex<Option<Notifications>> = Mutex::const_new(None);
 
-/// Shows a notification about alerts, unless the user is looking at the window. A click on the notification opens the
-/// alerts page.
+/// Shows a notification about alerts, unless the window has focus. A click on the notification opens the alerts page.
 #[tauri::command]
 pub async fn notify(app: AppHandle, text: String) -> Result<(), CallError> {
     if text.is_empty() || text.len() > MAX_TEXT {

@@ -35,11 +35,11 @@ pub async fn copy(text: String) -> Result<(), CallError> {
     })
 }
 
-/// The maximum size of a file, far larger than any export.
+/// The maximum size of a saved file, far larger than any export.
 const MAX_FILE: usize = 16 * 1024 * 1024;
 
-/// Saves an export in the user's downloads folder, or in the home folder if the downloads folder is unknown. The name
-/// is one that is not in use. Returns the file's path.
+/// Saves an export in the user's downloads folder, or in the home folder if the downloads folder is unknown. If a file
+/// with this name exists, adds a number to the name. Returns the file's path.
 #[tauri::command]
 pub async fn save_file(app: AppHandle, name: String, text: String) -> Result<String, CallError> {
     let folder = app.path().download_dir().or_else(|_| app.path().home_dir());

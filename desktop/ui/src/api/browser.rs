@@ -60,8 +60,8 @@ thread_local! {
     static PAGE_OWNER: RefCell<Option<PageOwner>> = const { RefCell::new(None) };
 }
 
-/// Returns the account whose data the page shows if another session has replaced the session with which the page was
-/// loaded. The other session may belong to the same account. Returns `None` if the browser has no session at all,
+/// If another session has replaced the session with which the page was loaded, returns the account whose data the page
+/// shows. The other session may belong to the same account. Returns `None` if the browser has no session at all,
 /// because the server then responds with 401.
 fn account_before_replacement() -> Option<(UserId, TenantId)> {
     let now = csrf_token()?;
@@ -233,7 +233,7 @@ pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     })
 }
 
-/// Returns whether the browser allowed copying.
+/// Copies text to the clipboard. Returns whether the browser allowed this.
 pub async fn copy(text: &str) -> bool {
     let Some(window) = window() else { return false };
     JsFuture::from(window.navigator().clipboard().write_text(text))
@@ -260,7 +260,7 @@ fn start_download(name: &str, text: &str) -> Option<()> {
     Url::revoke_object_url(&address).ok()
 }
 
-/// Does nothing: a browser asks the user before it closes the page.
+/// Does nothing: a web page cannot close its window.
 pub async fn quit() {}
 
 /// Does nothing: in a browser, only toasts announce alerts.

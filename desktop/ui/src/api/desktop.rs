@@ -19,7 +19,7 @@ extern "C" {
 
 fn parse<T: DeserializeOwned>(value: &JsValue) -> Option<T> {
     let json = js_sys::JSON::stringify(value).ok()?.as_string();
-    // `JSON.stringify(undefined)` returns `undefined`, which means that the response has no body.
+    // `JSON.stringify(undefined)` returns `undefined`. In that case, the command returned no value.
     serde_json::from_str(json.as_deref().unwrap_or("null")).ok()
 }
 
@@ -50,7 +50,7 @@ pub async fn send(call: &Call) -> CallResult<String> {
         Err(_) => host::set_loaded_at(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
-        // The app finds out whether the keychain can store a session only when the user signs in.
+        // At sign-in, the app finds out whether the keychain can store the session.
         if let Ok(status) = host_status().await {
             host::set_status(status);
         }
@@ -85,7 +85,7 @@ pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     })
 }
 
-/// Returns whether copying succeeded.
+/// Copies text to the clipboard. Returns whether this succeeded.
 pub async fn copy(text: &str) -> bool {
     invoke::<()>("copy", &json!({ "text": text })).await.is_ok()
 }

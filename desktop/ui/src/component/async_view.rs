@@ -216,8 +216,8 @@ fn load_data(fetch: Box<dyn Fn() -> LocalFuture<CallResult<Data>>>) -> Core {
     core
 }
 
-/// Loads the page of a list selected by the URL query. If that page has become empty, for example because its last item
-/// was deleted, goes to the first page.
+/// Loads one page of a list: the page that the URL query selects. If that page has become empty, for example because
+/// its last item was deleted, goes to the first page.
 pub fn load_page<T>(fetch: impl Fn(PageOf) -> PendingCall<Page<T>> + 'static) -> Loader<Page<T>>
 where
     T: Clone + Send + Sync + 'static,

@@ -42,7 +42,7 @@ pub struct Commands {
     palette: RwSignal<bool>,
     help: RwSignal<bool>,
     sign_out: Callback<()>,
-    /// Returns whether the user has a right. Commands that require other rights are hidden.
+    /// Returns whether the user has a right. Commands for which the user lacks the right are hidden.
     has: Callback<Right, bool>,
     route: Route,
     preferences: Preferences,

@@ -1,4 +1,4 @@
-//! Shows a new secret, which cannot be shown again later.
+//! Shows a new secret, which the server returns only once.
 
 use leptos::{prelude::*, task::spawn_local};
 

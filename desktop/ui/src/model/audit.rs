@@ -35,9 +35,9 @@ pub fn action_label(action: &str) -> String {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FieldChange {
     pub label: String,
-    /// `None` if the resource was created.
+    /// `None` if the event contains no old value, for example because the resource was created.
     pub before: Option<String>,
-    /// `None` if the resource was deleted.
+    /// `None` if the event contains no new value, for example because the resource was deleted.
     pub after: Option<String>,
 }
 
@@ -211,8 +211,8 @@ fn value_text(name: &str, value: &Value, plan_name: &dyn Fn(&str) -> Option<Stri
     }
 }
 
-/// Formats a value on one line, like JSON but without escaping control characters. Does not use serde_json, whose tables
-/// for formatting floating-point numbers would make the download larger.
+/// Formats a value on one line, like JSON but without escaping control characters. Does not use serde_json, whose
+/// tables for formatting floating-point numbers would make the download larger.
 pub fn compact(value: &Value) -> String {
     match value {
         Value::Null => "null".to_owned(),

@@ -67,7 +67,7 @@ pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
     }
 }
 
-/// Returns whether the user needs to act: whether the first button is something other than *Manage in Stripe*.
+/// Returns whether the first button is something other than *Manage in Stripe*.
 pub fn is_action_needed(it: &BillingState) -> bool {
     buttons(it).first() != Some(&MANAGE)
 }
@@ -206,7 +206,7 @@ pub fn subscription(it: &BillingState, now: i64) -> Markup {
 }
 
 /// Returns the date of the subscription's end or next change, with a label. Returns `None` if this date is not known,
-/// such as when the next change requires a payment.
+/// for example because the next change requires a payment.
 fn next_date(it: &BillingState, now: i64) -> Option<(&'static str, Timestamp)> {
     if let Some(at) = it.cancels_at {
         let label = if millis(at) > now { "Ends" } else { "Ended" };

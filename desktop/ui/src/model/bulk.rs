@@ -83,7 +83,7 @@ impl BulkAction {
         }
     }
 
-    /// Describes the result, with the last error if some keys failed.
+    /// Describes the result. If the action failed for some keys, includes the last error.
     pub fn outcome(self, done: usize, failed: usize, error: &str) -> String {
         let done = format!("{} {}", count_keys(done), self.past_participle());
         match failed {

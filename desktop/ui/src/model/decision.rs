@@ -10,7 +10,7 @@ use super::{
     text::countdown,
 };
 
-/// The newest decisions. Each list contains at most [`Live::MAX`] of them.
+/// The newest decisions, in two lists of at most [`Live::MAX`] decisions each.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Live {
     pub rows: VecDeque<Decision>,

@@ -85,7 +85,7 @@ pub fn plan_changes(was: &CreatePlan, now: CreatePlan) -> UpdatePlan {
     UpdatePlan {
         name: changed(&was.name, now.name),
         default_rpm: changed(&was.default_rpm, now.default_rpm),
-        // If the field is blank, send the rate: a burst that is equal to the rate changes with the rate.
+        // If the field is blank, send the rate as the burst: if both are equal, the burst follows changes to the rate.
         burst: changed(&was.burst, now.burst)
             .map(|burst| burst.unwrap_or_else(|| u32::from(now.default_rpm).into())),
         daily_quota: changed(&was.daily_quota, now.daily_quota),

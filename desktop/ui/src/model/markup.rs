@@ -5,7 +5,7 @@
 
 use std::fmt::{self, Write as _};
 
-/// HTML with everything escaped.
+/// HTML in which all text and attribute values are escaped.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Markup(String);
 

@@ -36,7 +36,7 @@ pub fn denial(policies: &[PolicyState]) -> &'static str {
     }
 }
 
-/// Fills in the remaining requests of quotas that the headers do not report. `limits` was loaded before the last
+/// Fills in the numbers of remaining requests that the headers do not report. `limits` was loaded before the last
 /// `spent` allowed requests.
 pub fn complete(states: &mut [PolicyState], limits: &[LimitState], spent: u64) {
     for state in states.iter_mut().filter(|it| it.remaining.is_none()) {
@@ -88,7 +88,7 @@ pub fn policy_states(headers: LimitHeaders<'_>, violated: &[PolicyName]) -> Vec<
             };
             Some(PolicyState {
                 limit: limit?,
-                // A quota that denied a request with a cost of 1 must be used up.
+                // A policy that denied a request with a cost of 1 has no requests left.
                 remaining: if denied { Some(0) } else { remaining },
                 policy,
                 denied,

@@ -138,7 +138,8 @@ const fn group_pair(group: &UsageGroup, by_cost: bool) -> Pair {
 }
 
 /// Returns the requests since midnight. Uses the larger of two counts. The count in `day` may be newer than the count
-/// in `stats`. However, `day` contains the last 24 hours, which start after midnight if the clocks were set back today.
+/// in `stats`. However, `day` contains only the last 24 hours, which start after midnight if the clocks were set back
+/// today.
 pub fn today(stats: &Stats, day: &Usage) -> Pair {
     let buckets = day.buckets.iter().filter(|it| it.start >= stats.today);
     let (allowed, rejected) = buckets.fold((0, 0), |(allowed, rejected), it| {

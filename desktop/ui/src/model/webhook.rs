@@ -358,7 +358,7 @@ pub const fn has_result(it: &WebhookDelivery) -> bool {
     it.error.is_some() || !matches!(it.status, WebhookDeliveryStatus::Pending)
 }
 
-/// Returns whether an attempt is in progress or imminent, so that the result should be loaded soon.
+/// Returns whether an attempt is in progress or imminent. If so, its result should be loaded soon.
 pub fn is_changing(deliveries: &[WebhookDelivery], now: i64) -> bool {
     const SOON_MS: i64 = 10_000;
     /// A time that is longer than any attempt, in milliseconds.

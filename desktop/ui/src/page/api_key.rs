@@ -130,7 +130,7 @@ pub fn ApiKeyPage(id: ApiKeyId) -> impl IntoView {
             loader
             plans
             open=dialogs.editing
-            // Replicas apply the new limits within a second, so the usage is loaded several times.
+            // Replicas may apply the new limits up to a second later, so the usage is loaded several times.
             on_saved=Callback::new(move |()| usage.reload_after_requests())
         />
         <RotateDialog id loader open=dialogs.rotating rotated/>
@@ -174,7 +174,8 @@ fn open_dialog_from_query(dialogs: Dialogs, loader: Loader<ApiKey>) {
     });
 }
 
-/// Reports errors and successful activation in a toast. Returns whether the call succeeded.
+/// Activates or deactivates the key. Reports errors and successful activation in a toast. Returns whether the call
+/// succeeded.
 async fn change_status(
     id: ApiKeyId,
     name: &str,

@@ -180,7 +180,7 @@ fn Limits(limits: String) -> impl IntoView {
     })
 }
 
-/// Shown after Checkout until Stripe reports the payment, which usually takes a few seconds.
+/// Shown until Stripe reports the payment, usually within a few seconds after Checkout.
 #[component]
 fn Confirming(visit: Visit) -> impl IntoView {
     let is_slow = move || visit.polls.get() >= SLOW_AFTER;

@@ -39,7 +39,7 @@ const POLL: Duration = Duration::from_secs(3);
 
 pub type Log = Loader<Page<WebhookDelivery>>;
 
-/// Loads the page of deliveries selected by the URL query, and keeps it up to date.
+/// Loads the page of deliveries that the URL query selects, and keeps it up to date.
 pub fn load_log(id: WebhookId) -> Log {
     let query = route().query;
     let log = load_page(move |page| {

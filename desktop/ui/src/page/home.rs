@@ -153,7 +153,7 @@ fn Dashboard(it: Overview, state: ChartState, is_open: RwSignal<Option<bool>>) -
     }
 }
 
-/// Compares the number of requests since midnight with the number up to the same time yesterday.
+/// Compares the number of requests since midnight with yesterday's number up to the same time of day.
 fn since_yesterday(now: u64, before: u64) -> String {
     if now == before && now > 0 {
         return "Same as this time yesterday".to_owned();

@@ -114,7 +114,7 @@ pub fn TryIt(
     /// The key that `secret` should belong to.
     #[prop(optional, into)]
     key: MaybeProp<ApiKey>,
-    /// Called after requests were sent.
+    /// Called after requests have been sent.
     #[prop(optional)]
     on_sent: Option<Callback<()>>,
 ) -> impl IntoView {

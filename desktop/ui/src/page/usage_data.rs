@@ -24,8 +24,8 @@ const DAY_MS: i64 = 24 * HOUR_MS;
 #[derive(Clone, PartialEq)]
 pub struct UsageData {
     pub usage: Usage,
-    /// The totals of the previous period. This period is as long as the part of the current period that had passed when
-    /// the data was loaded.
+    /// The totals of the previous period. The previous period is as long as the part of the current period that had
+    /// passed when the data was loaded.
     pub before: UsageCounts,
     /// Usage grouped by key, endpoint, or policy.
     pub groups: Usage,

@@ -1,7 +1,7 @@
 //! The desktop app's additions to the console.
 //!
-//! While the server is unreachable, the app shows previously loaded data. A banner shows when the data was loaded, and
-//! has a button to retry. Another banner appears if no keychain is available to store sessions.
+//! While the server is unreachable, the app shows previously loaded data. A banner contains the time at which the data
+//! was loaded and a button to retry. Another banner appears if no keychain is available to store sessions.
 
 use std::cell::RefCell;
 
@@ -63,8 +63,8 @@ pub fn Banners() -> impl IntoView {
     }
 }
 
-/// Shows the server in use and lets users choose another server. Shown while no user is signed in, including when the
-/// console could not be loaded.
+/// Shows the server in use, and lets users choose another server. Part of the sign-in pages, and of the error page that
+/// appears if the console could not be loaded.
 #[component]
 pub fn ServerPicker() -> impl IntoView {
     view! {

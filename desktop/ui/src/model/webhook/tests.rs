@@ -217,7 +217,7 @@ fn log_is_reloaded_while_an_attempt_is_expected() {
     let later = "2026-08-03T07:00:00.000Z";
     let at = |seconds: i64| NOW + seconds * 1000;
     assert!(!is_changing(&[], NOW));
-    // The first delivery is due; the second one is due in 8 seconds.
+    // One delivery is due, and another one is due in 8 seconds.
     assert!(is_changing(&[delivery(json!({}))], NOW));
     let soon = delivery(json!({"next_attempt_at": "2026-08-03T06:27:08.000Z"}));
     assert!(is_changing(&[failed(), soon], NOW));
