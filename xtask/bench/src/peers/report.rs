@@ -54,8 +54,8 @@ impl Report<'_> {
              responds with 200 and a short JSON body if the request is allowed, and with 429 if it is denied. *Bare \
              poem* is a handler in poem, the HTTP framework that Quota uses; it responds with 200 to every request. \
              Counts, such as requests above a limit, are exact. Times depend on the machine, so compare only figures \
-             from the same run. The [glossary](../GLOSSARY.md) defines Quota's terms, such as *direct response*, *lease* \
-             and *strict*.\n\n\
+             from the same run. The [glossary](../GLOSSARY.md) defines Quota's terms, such as *direct response*, \
+             *lease* and *strict*.\n\n\
              Machine: {}\n\n\
              Versions: {}.\n\n",
             self.machine,
