@@ -77,9 +77,9 @@ metrics! {
     billing_usage_difference: Gauge, "billing_usage_difference",
         "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
     billing_usage_lost: Gauge, "billing_usage_lost",
-        "Usage in reports from the last 40 days that should have been charged but will not be";
+        "Usage from the last 40 days that should have been charged but will not be";
     billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
-        "Age of the oldest usage waiting to be reported to Stripe; 0 if none is waiting";
+        "Age of the oldest usage that has yet to be reported to Stripe; 0 if there is none";
     billing_meter_errors: Counter, "billing_meter_errors",
         "Usage reports that Stripe accepted but could not bill";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
