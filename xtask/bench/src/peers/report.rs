@@ -54,7 +54,8 @@ impl Report<'_> {
              responds with 200 and a short JSON body if the request is allowed, and with 429 if it is denied. *Bare \
              poem* is a handler in poem, the HTTP framework that Quota uses; it responds with 200 to every request. \
              Counts, such as requests above a limit, are exact. Times depend on the machine, so compare only figures \
-             from the same run.\n\n\
+             from the same run. The [glossary](../GLOSSARY.md) defines Quota's terms, such as *direct response*, \
+             *lease* and *strict*.\n\n\
              Machine: {}\n\n\
              Versions: {}.\n\n",
             self.machine,
@@ -103,8 +104,8 @@ impl Report<'_> {
              another. The load uses {CONNECTIONS} keep-alive connections on loopback, each of which sends a request \
              after each response. {} Latency is measured while the server is saturated. CPU time is the user and \
              system time of the server's process, without Redis and PostgreSQL. Memory is the resident memory of this \
-             process after the last round. Redis calls are script calls, as counted by `INFO commandstats`: except for \
-             limitador, the servers call Redis only through scripts.\n\n",
+             process after the last round. Redis calls are script calls, as counted by `INFO commandstats`. The \
+             servers use no other calls, except for limitador; see [What differs](#what-differs).\n\n",
             self.options.rounds,
             self.options.millis,
             match self.cores {
