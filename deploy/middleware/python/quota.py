@@ -7,7 +7,8 @@ Copy this file into your project, and `pip install httpx`. Then:
 
 A request that Quota allows reaches the application with the decision in `request.state.quota`, and its response gets
 the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API
-key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
+key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time
+(unless `allow_if_unavailable` is set).
 
 WebSocket connections are not checked. If you use CORSMiddleware, add it after this middleware. CORSMiddleware then
 responds to preflight requests, which have no API key, before they are checked.

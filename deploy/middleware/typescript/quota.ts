@@ -6,7 +6,8 @@
  *
  * A request that Quota allows reaches your handlers with the decision in `response.locals.quota`, and its response gets
  * the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API
- * key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
+ * key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time
+ * (unless `allowIfUnavailable` is set).
  *
  * To record usage by route, pass the middleware to each route, as in `app.get("/orders/:id", limited, handler)`,
  * instead of to `app.use`.

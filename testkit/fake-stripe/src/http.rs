@@ -110,7 +110,7 @@ pub struct Shared {
     /// Called with the method and path of every request without a fault in `faults`.
     pub choose: Mutex<Option<Choose>>,
     kept: Mutex<HashMap<String, Kept>>,
-    /// Customers and meters with a meter event in progress.
+    /// The meter and the customer of each meter event in progress.
     metering: Mutex<Vec<(String, String)>>,
     pub base: String,
 }

@@ -43,7 +43,7 @@ const NOTICED: Duration = Duration::from_millis(1500);
 pub(super) const KILLED: Duration = Duration::from_millis(3000);
 pub(super) const RESTARTED: Duration = Duration::from_millis(6500);
 pub(super) const ENDED: Duration = Duration::from_millis(10_500);
-/// Requests count as part of the outage if they were sent at least this long after the kill.
+/// Only requests that were sent at least this long after the kill count as part of the outage.
 const AFTER_KILL: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Clone, Copy)]
@@ -318,7 +318,7 @@ mod tests {
     fn the_mode_during_an_outage_is_recognized() {
         let mode = |during| evaluate_outage(&log(during), Rule::Window).mode;
         assert_eq!(mode([500, 500]), Mode::Closed);
-        // Keys over their limit are denied from memory.
+        // A server may still deny keys over their limit from memory, while other requests fail.
         assert_eq!(mode([429, 500]), Mode::Closed);
         assert_eq!(mode([200, 200]), Mode::Open);
         assert_eq!(mode([429, 200]), Mode::Limits);

@@ -23,7 +23,7 @@ fn builder(quota: &FakeQuota) -> QuotaLayerBuilder {
     QuotaLayer::builder(&quota.url, TOKEN)
 }
 
-/// An application that reports the decision that its handlers see.
+/// An application whose handlers respond with the decision that they receive.
 fn app(layer: QuotaLayerBuilder) -> Router {
     let handler = async |Extension(decision): Extension<Decision>| {
         format!("{:?} {:?}", decision.code, decision.plan)
@@ -244,7 +244,7 @@ async fn requests_without_a_possible_key_are_not_checked() {
     assert_eq!(send(&app, bearer).await.status, 200);
 }
 
-/// Sends a request that Quota does not decide, once with each [`OnUnavailable`] setting. Returns the statuses.
+/// Sends a request for which Quota makes no decision, once with each [`OnUnavailable`] setting. Returns the statuses.
 async fn undecided(quota: &FakeQuota) -> [u16; 2] {
     let mut statuses = [0; 2];
     let settings = [OnUnavailable::Deny, OnUnavailable::Allow];
