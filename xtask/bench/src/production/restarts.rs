@@ -144,7 +144,7 @@ async fn restarts(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Creates the keys.
+/// Creates the keys and the service token.
 async fn target(production: &Production) -> Result<Target> {
     let server = production.replicas[0].addr;
     let tenant = Tenant::register(server).await?;
