@@ -120,8 +120,6 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                     &format!("late-{}-{round}-{key}", delay.as_millis()),
                     &log,
                 )?;
-                // If only one replica has lost Redis, this replica allows its share in addition to what the others
-                // allow.
                 let promised = with_share_of_one(plan, REPLICAS);
                 let slack = slack(plan, options.lease_ttl());
                 let recount = Recount::of(key, &promised, slack, &log);
@@ -130,7 +128,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 }
                 found[key].add(&recount);
                 all.extend(log);
-                // Wait, so that the replica uses Redis again.
+                // Wait until the replica uses Redis again.
                 sleep(Duration::from_millis(1500)).await;
             }
         }
