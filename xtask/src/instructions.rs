@@ -65,7 +65,7 @@ struct Report {
 ///
 /// # Errors
 ///
-/// Fails if an operation takes over 5% more instructions than the count in the repository.
+/// Without `--write`, fails if an operation takes over 5% more instructions than the count in the repository.
 pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     machine::install(&NEEDS)?;
     if let Some(unknown) = arguments.iter().find(|it| *it != "--write") {

@@ -90,7 +90,7 @@ impl Alerts {
         send(server, &self.key, 2)
     }
 
-    /// Checks that the navigation counts the last alert, and that there was no notification of this alert.
+    /// Checks that the navigation counts the last alert, and that there was no notification for this alert.
     pub async fn is_only_counted(&self, page: &App) -> Result<()> {
         until("the number of new alerts", ALERT_TIMEOUT, async || {
             page.text("1 new").await.map(Some)
