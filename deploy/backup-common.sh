@@ -78,7 +78,7 @@ first_replica() {
   echo "${replicas%%$'\n'*}"
 }
 
-# Runs a PostgreSQL program on the database.
+# Runs a client program of PostgreSQL, connected to the database.
 postgres() {
   if [ -n "$database" ]; then
     "$@" --dbname "$database"

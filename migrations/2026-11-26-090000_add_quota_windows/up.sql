@@ -3,7 +3,8 @@
 ALTER TABLE quota_usage
     ADD COLUMN window_end timestamptz,
     ADD COLUMN period_seconds bigint;
--- NOT VALID: existing rows have no end, and checking them would read the whole table under an exclusive lock.
+-- NOT VALID: the columns are NULL in every existing row, and checking the rows would read the table under an exclusive
+-- lock.
 ALTER TABLE quota_usage
     ADD CONSTRAINT quota_usage_window_order CHECK (window_end > window_start) NOT VALID,
     ADD CONSTRAINT quota_usage_period_positive CHECK (period_seconds > 0) NOT VALID,

@@ -1,4 +1,4 @@
-//! What Stripe does without a request: subscriptions, their invoices and payments, and the passage of time.
+//! How subscriptions, invoices and payments behave, including what happens as time passes.
 
 use serde_json::{Value, json};
 

@@ -303,8 +303,9 @@ async fn trials_end() {
     assert_eq!(shop.status(paused).await, "active");
 }
 
-/// Renewals move the periods of items. After a failed payment, a subscription is past due. A later payment makes it
-/// active again. If the last attempt fails, the subscription is marked unpaid, is canceled, or remains past due.
+/// A renewal moves the billing periods of the subscription's items. After a failed payment, a subscription is past due.
+/// A later payment makes it active again. If the last attempt fails, the subscription is marked unpaid, is canceled, or
+/// remains past due.
 #[tokio::test]
 async fn failed_renewals_run_their_course() {
     for (outcome, last) in [
@@ -340,7 +341,7 @@ async fn failed_renewals_run_their_course() {
         shop.fake.set_card(&shop.customer, Card::Good);
         shop.fake.advance(3 * DAY);
         assert_eq!(shop.status(&id).await, "active");
-        // The next renewal fails permanently.
+        // Every attempt to collect the payment for the next renewal fails.
         shop.fake.set_card(&shop.customer, Card::RequiresAction);
         shop.fake.advance(MONTH);
         assert_eq!(shop.status(&id).await, "past_due");

@@ -36,7 +36,7 @@ pub(crate) struct Postgres {
     cluster: PathBuf,
     log: PathBuf,
     port: u16,
-    /// Without a password, every local user may connect.
+    /// The password of the user `quota`. If `None`, every local user may connect.
     password: Option<String>,
     settings: &'static [&'static str],
     running: Option<Process>,

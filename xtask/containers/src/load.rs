@@ -140,8 +140,8 @@ impl Results {
         allowed.filter(|it| counts(it)).count()
     }
 
-    /// Prints the results. Checks that no request failed, and that the limited key's rate was enforced without denying
-    /// more requests than necessary.
+    /// Prints the results. Checks that no request failed, that the limited key's rate was enforced, and that at least
+    /// [`SERVED`] percent of what one exact bucket would have allowed was allowed.
     pub fn check(&self) -> Result<()> {
         let count = |outcome: &Outcome| {
             let attempts = self.attempts.iter();

@@ -89,7 +89,7 @@ impl QuotaLayerBuilder {
         self.key(move |parts| request::single(&parts.headers, &name).map(str::to_owned))
     }
 
-    /// Reads the API key with a function. A request for which the function returns `None` gets 401.
+    /// Sets the function that reads the API key. A request for which the function returns `None` gets 401.
     pub fn key(mut self, key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         self.settings.key = Arc::new(key);
         self

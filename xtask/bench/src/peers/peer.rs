@@ -21,8 +21,9 @@ const STARTED_WITHIN: Duration = Duration::from_secs(30);
 /// The response of every server, which is as long as that of `GET /v1/echo`.
 const ANSWER: &str = r#"{"key_id":"019ab4e1-7c00-7000-8000-0000000000a1","plan":"ample","time":"2026-08-03T09:46:00Z"}"#;
 
-/// A path whose limit is never reached, and a path with the limit to test.
+/// A path whose limit is never reached.
 pub(crate) const AMPLE: &str = "/ample";
+/// A path with the limit to test.
 pub(crate) const LIMITED: &str = "/limited";
 
 #[derive(Debug, Clone, Copy, PartialEq)]

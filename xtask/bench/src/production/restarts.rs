@@ -231,7 +231,7 @@ impl Events {
 #[derive(Debug, Default)]
 struct Usage {
     rows: u64,
-    /// Decisions that are missing.
+    /// The IDs of requests whose decisions are missing from the log.
     lost: Vec<String>,
     /// Records that are in the log more than once.
     doubled: u64,

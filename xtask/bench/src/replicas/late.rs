@@ -92,7 +92,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 let first = CONNECTED + BEFORE;
                 let load = together([
                     at_once(key, first, 0, 150),
-                    // These requests come after the late responses have arrived and the first returns have been sent.
+                    // These requests come after the late responses have arrived and the replica has begun to return
+                    // tokens.
                     at_once(
                         key,
                         first + delay + Duration::from_millis(50),

@@ -321,7 +321,7 @@ async fn check_whose_outcome_is_unknown_is_not_repeated() {
     let app = app(builder(&quota));
     assert_eq!(send(&app, request("/orders/7")).await.status, 503);
     assert_eq!(quota.checks().len(), 1);
-    // The check is also not repeated if its connection has been used before.
+    // A check is not repeated on a reused connection either.
     let quota = FakeQuota::answering(|n| if n == 0 { allowed() } else { Value::Null }).await;
     let app = self::app(builder(&quota));
     assert_eq!(send(&app, request("/orders/7")).await.status, 200);
