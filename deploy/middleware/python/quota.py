@@ -82,9 +82,9 @@ class QuotaMiddleware:
     `X-Quota-Degraded: unchecked`.
 
     `timeout` is the time that a check may take, in seconds. `key`, `cost` and `endpoint` are functions of a request's
-    ASGI scope. `key` returns the request's API key. `cost` returns the number of requests that the request counts as,
-    1 to 1,000,000. `endpoint` returns the name under which the request is recorded in usage. Return names from a small
-    set, not paths with IDs.
+    ASGI scope. `key` returns the request's API key. `cost` returns the request's cost, 1 to 1,000,000: Quota counts a
+    request with a cost of 5 as five requests. `endpoint` returns the name under which the request is recorded in usage.
+    Return names from a small set, not paths with IDs.
     """
 
     def __init__(

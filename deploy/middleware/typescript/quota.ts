@@ -28,7 +28,7 @@ export interface QuotaOptions {
   allowIfUnavailable?: boolean;
   /** The API key of a request. Default: `X-API-Key` or `Authorization: Bearer qk_…`. */
   key?: (request: Request) => string | undefined;
-  /** The number of requests that a request counts as, 1 to 1,000,000. Default: 1. */
+  /** The cost of a request, 1 to 1,000,000. Quota counts a request with a cost of 5 as five requests. Default: 1. */
   cost?: (request: Request) => number;
   /**
    * The endpoint under which a request is recorded in usage. Return names from a small set, not paths with IDs.

@@ -140,8 +140,8 @@ impl Results {
         allowed.filter(|it| counts(it)).count()
     }
 
-    /// Prints the results. Checks that no request failed, that the limited key's rate was enforced, and that at least
-    /// [`SERVED`] percent of what one exact bucket would have allowed was allowed.
+    /// Prints the results. Checks that no request failed, that the limited key's rate was enforced, and that at
+    /// least [`SERVED`] percent of the requests that one exact bucket would have allowed were allowed.
     pub fn check(&self) -> Result<()> {
         let count = |outcome: &Outcome| {
             let attempts = self.attempts.iter();

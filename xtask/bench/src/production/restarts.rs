@@ -62,8 +62,8 @@ pub(crate) struct Options {
     /// Requests per second
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=5000))]
     rate: u32,
-    /// `QUOTA_REDIS_TIMEOUT`, such as `500ms`. On a busy machine, Redis may exceed the default, which counts as an
-    /// outage
+    /// `QUOTA_REDIS_TIMEOUT`, such as `500ms`. On a busy machine, Redis may not respond within the default time, which
+    /// counts as an outage
     #[arg(long)]
     redis_timeout: Option<String>,
 }
