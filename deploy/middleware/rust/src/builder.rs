@@ -95,8 +95,8 @@ impl QuotaLayerBuilder {
         self
     }
 
-    /// Sets the cost of a request, up to 1,000,000. Quota counts a request with a cost of 5 as five requests. Default:
-    /// 1. A cost of 0 is treated as 1. A request with a cost above 1,000,000 gets 429.
+    /// Sets the cost of a request, by default 1. Quota counts a request with a cost of 5 as five requests. A cost of 0
+    /// is treated as 1. A request with a cost above 1,000,000 gets 429.
     pub fn cost(mut self, cost: impl Fn(&Parts) -> u32 + Send + Sync + 'static) -> Self {
         self.settings.cost = Arc::new(cost);
         self
