@@ -84,7 +84,6 @@ impl RedisServer {
         self.running.as_ref().map(Process::pid)
     }
 
-    /// Returns whether the server is running.
     pub fn is_running(&mut self) -> bool {
         match &mut self.running {
             Some(process) => process.ended().expect("a child process").is_none(),

@@ -73,7 +73,6 @@ impl Fault {
     }
 }
 
-/// A request that arrived.
 #[derive(Debug, Clone)]
 pub struct Received {
     pub method: String,

@@ -195,7 +195,6 @@ impl Postgres {
         Ok(())
     }
 
-    /// Returns whether the server is running.
     pub(crate) fn is_running(&mut self) -> Result<bool> {
         Ok(match &mut self.running {
             Some(process) => process.ended()?.is_none(),

@@ -48,7 +48,6 @@ pub enum Outcome {
     Failed(String),
 }
 
-/// One request.
 #[derive(Debug)]
 pub struct Attempt {
     number: u64,

@@ -103,7 +103,7 @@ impl Alerts {
     }
 }
 
-/// Deletes the key and its plan. After that, the list of keys must contain the key `other`.
+/// Deletes the key and its plan. After the key is deleted, the list of keys must still contain the key `other`.
 pub async fn delete_key(page: &App, other: &str) -> Result<()> {
     page.follow("API keys").await?;
     page.follow(KEY).await?;

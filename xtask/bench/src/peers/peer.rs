@@ -109,7 +109,6 @@ impl Peer {
 }
 
 impl Program {
-    /// Returns a request with a key.
     pub(crate) fn request(self, path: &str, key: &str) -> Vec<u8> {
         let Self::Limitador(_) = self else {
             return get(path, key);
@@ -183,7 +182,6 @@ impl Program {
     }
 }
 
-/// Returns a request with a key.
 pub(crate) fn get(path: &str, key: &str) -> Vec<u8> {
     format!(
         "GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: quota-bench\r\nAccept: */*\r\n\

@@ -264,7 +264,6 @@ async fn undecided(quota: &FakeQuota) -> [u16; 2] {
             assert_eq!(response.json()["status"], 503);
         }
         assert_eq!(response.header("x-ratelimit-remaining"), None);
-        // A request without a key is never passed on.
         assert_eq!(send(&app, Request::get("/orders/7")).await.status, 401);
     }
     statuses
