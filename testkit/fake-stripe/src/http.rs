@@ -106,7 +106,7 @@ pub struct Shared {
     pub invalid: Mutex<Vec<String>>,
     /// Faults of upcoming requests, each with a prefix of the request's path.
     pub faults: Mutex<Vec<(String, Fault)>>,
-    /// Called with the method and path of every request without a fault in `faults`.
+    /// Called with the method and path of every valid `/v1` request without a fault in `faults`.
     pub choose: Mutex<Option<Choose>>,
     kept: Mutex<HashMap<String, Kept>>,
     /// The meter and the customer of each meter event in progress.

@@ -193,7 +193,7 @@ impl FakeStripe {
 
     // Faults --------------------------------------------------------------------------------------------
 
-    /// Makes the next request to a path with this prefix fail.
+    /// Applies `fault` to the next request to a path with this prefix.
     pub fn fail_next(&self, path: &str, fault: Fault) {
         self.shared.faults.lock().push((path.to_owned(), fault));
     }

@@ -18,7 +18,7 @@ use super::{Options, packages};
 use crate::{http1, replica::tail};
 
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
-/// The response of every server, which is as long as that of `GET /v1/echo`.
+/// The response that nginx serves, which is as long as that of `GET /v1/echo`.
 const ANSWER: &str = r#"{"key_id":"019ab4e1-7c00-7000-8000-0000000000a1","plan":"ample","time":"2026-08-03T09:46:00Z"}"#;
 
 /// A path whose limit is never reached.
