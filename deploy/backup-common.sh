@@ -78,7 +78,7 @@ first_replica() {
   echo "${replicas%%$'\n'*}"
 }
 
-# Runs a PostgreSQL program on the database.
+# Runs a client program of PostgreSQL, connected to the database.
 postgres() {
   if [ -n "$database" ]; then
     "$@" --dbname "$database"
@@ -91,7 +91,7 @@ query() {
   postgres psql --no-psqlrc --quiet --tuples-only --no-align --set ON_ERROR_STOP=1 --command "$1"
 }
 
-# Writes an archive of the directory `usage`, or an empty archive if there is no such directory.
+# Writes an archive of the directory `usage`. Without Compose, the archive is empty if there is no such directory.
 archive_usage() {
   if [ -z "$database" ]; then
     local replica
@@ -108,8 +108,8 @@ archive_usage() {
   fi
 }
 
-# Runs a command as the owner of the data directory. The server's user can replace files in this directory with links at
-# any time. Therefore, commands that write there must have only the rights of this user.
+# Runs a command as the owner of the data directory if the script runs as root. The server's user can replace files in
+# this directory with links at any time. Therefore, commands that write there must have only the rights of this user.
 as_owner() {
   local user group
   read -r user group < <(stat --format '%u %g' "$QUOTA_DATA_DIR")

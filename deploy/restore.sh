@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Restores a backup from backup.sh to an empty database.
+# Restores a backup, which backup.sh has written, to an empty database.
 #
 #   deploy/restore.sh /var/backups/quota-2026-11-26T03-00-00          the installation of compose.prod.yml
 #

@@ -31,8 +31,8 @@ if [ "$replicas" = 0 ]; then
   exit 1
 fi
 
-# The file that contains the number of replicas and the IDs of the old replicas, in case this run is interrupted.
-# Without it, the next run would mistake this run's new replicas for old ones.
+# This file contains the number of replicas and the IDs of the old replicas, in case this run is interrupted. Without
+# it, the next run would mistake this run's new replicas for old ones.
 progress=.upgrade.${project:-quota}
 if [ -f "$progress" ] && grep -qFf <(tail -n +2 "$progress") <<< "$old"; then
   replicas=$(head -1 "$progress")

@@ -27,7 +27,8 @@ core.register_action("quota", { "http-req" }, function(txn)
   end
   local decision = field("x-quota-decision")
   if answer and answer.status == 200 and decision == "allowed" then
-    -- HAProxy continues after an error in this script, so haproxy.cfg denies requests that were not allowed here.
+    -- If this script fails, HAProxy continues to process the request. Therefore, haproxy.cfg denies requests for which
+    -- this variable is not set.
     txn:set_var("txn.quota_allowed", true)
     for _, name in ipairs(LIMITS) do
       if field(name) then txn:set_var("txn." .. name:gsub("-", "_"), field(name)) end

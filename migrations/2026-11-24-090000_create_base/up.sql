@@ -1,5 +1,5 @@
 -- The roles that the server uses. They own nothing, so row-level security applies to them, regardless of the role that
--- the server signs in as. Roles belong to the cluster, not to the database, so migrations of two databases may create
+-- the server connects as. Roles belong to the cluster, not to the database, so migrations of two databases may create
 -- them at the same time. If the migrating role may not create roles, create these two beforehand.
 DO $$
 DECLARE
@@ -289,8 +289,8 @@ CREATE TABLE server_secrets (
 COMMENT ON TABLE server_secrets IS 'The secret that signs tokens if QUOTA_SECRET is not set: generated once, shared by all replicas';
 
 -- Rights ---------------------------------------------------------------------------------------------
--- quota_app acts for one tenant. quota_system acts for the server itself: sign-in, lookups by secret, and deletion of
--- old rows.
+-- quota_app acts for one tenant. quota_system acts for the server itself, for example for sign-in, lookups by secret,
+-- and deletion of old rows.
 
 GRANT SELECT, UPDATE ON tenants TO quota_app;
 GRANT SELECT ON users, memberships TO quota_app;

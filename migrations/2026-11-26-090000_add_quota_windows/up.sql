@@ -1,10 +1,10 @@
 -- Each row has its own window, so that replicas that briefly disagree about the tenant's time zone still count in the
--- same window. Servers of the previous version insert rows without these columns. Servers of this version fill in the
--- columns of these rows.
+-- same window. The previous version inserts rows without these columns. This version fills them in later.
 ALTER TABLE quota_usage
     ADD COLUMN window_end timestamptz,
     ADD COLUMN period_seconds bigint;
--- NOT VALID: existing rows have no end, and checking them would read the whole table under an exclusive lock.
+-- NOT VALID: the columns are NULL in every existing row, and checking the rows would read the table under an exclusive
+-- lock.
 ALTER TABLE quota_usage
     ADD CONSTRAINT quota_usage_window_order CHECK (window_end > window_start) NOT VALID,
     ADD CONSTRAINT quota_usage_period_positive CHECK (period_seconds > 0) NOT VALID,
@@ -13,7 +13,7 @@ ALTER TABLE quota_usage
 COMMENT ON COLUMN quota_usage.window_end IS
     'End of the window, exclusive; NULL in rows of earlier versions, whose window is the calendar day or month';
 COMMENT ON COLUMN quota_usage.period_seconds IS
-    'Length of the calendar day or month that the window belongs to. A window that was shortened by a change of time zone is shorter, and its quota is proportional';
+    'Length of the calendar day or month that the window belongs to. A window that was shortened by a time zone change is shorter than that, and its quota is reduced in proportion';
 
 CREATE TABLE quota_returns (
     id uuid NOT NULL,

@@ -3,7 +3,7 @@
 ALTER TABLE api_keys
     ADD COLUMN external_id text,
     ADD COLUMN metadata jsonb NOT NULL DEFAULT '{}';
--- NOT VALID: every existing row passes, and checking them would read the table under an exclusive lock.
+-- NOT VALID: all existing rows pass, and checking them would read the table under an exclusive lock.
 ALTER TABLE api_keys
     ADD CONSTRAINT api_keys_external_id_length CHECK (char_length(external_id) BETWEEN 1 AND 200) NOT VALID,
     ADD CONSTRAINT api_keys_metadata_object CHECK (jsonb_typeof(metadata) = 'object') NOT VALID;

@@ -1,4 +1,4 @@
--- Bounds the work for alerts, webhooks and email, so that one tenant cannot delay those of others.
+-- Bounds the work for alerts, webhooks and email, so that one tenant cannot delay the work for other tenants.
 --
 -- When a server of the previous version deletes a webhook, it does not delete the webhook's deliveries. This version
 -- deletes them later.

@@ -8,7 +8,7 @@ use std::{
 
 use crate::wheel;
 
-/// The minimum version. Earlier versions return 502 to a POST request while a replica restarts.
+/// The minimum version. Earlier versions may return 502 to a POST request while a replica restarts.
 const REQUIRED: [u32; 3] = [2, 11, 2];
 
 /// Returns the Caddy in `PATH` if it is recent enough, or otherwise the Caddy in `dir`, which is downloaded if it is

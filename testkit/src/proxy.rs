@@ -131,7 +131,7 @@ impl FaultProxy {
         self.control.fault.send_replace(fault);
     }
 
-    /// Resets every open connection once. New connections are affected by the fault from [`set`](Self::set).
+    /// Resets every open connection. New connections are not affected.
     pub fn cut(&self) {
         self.control.cuts.send_modify(|cuts| *cuts += 1);
     }

@@ -84,7 +84,6 @@ impl RedisServer {
         self.running.as_ref().map(Process::pid)
     }
 
-    /// Returns whether the server is running.
     pub fn is_running(&mut self) -> bool {
         match &mut self.running {
             Some(process) => process.ended().expect("a child process").is_none(),
@@ -181,7 +180,7 @@ async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option
         let login = password.map(|it| format!("AUTH {it}\r\n"));
         let lines = format!("{}{line}\r\n", login.unwrap_or_default());
         stream.write_all(lines.as_bytes()).await.ok()?;
-        // A sentinel does not know QUIT, but every server closes the connection at the end of the stream.
+        // A sentinel does not support QUIT, but every server closes a connection after the client has closed its side.
         stream.shutdown().await.ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.ok()?;

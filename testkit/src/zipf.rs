@@ -15,7 +15,7 @@ impl Zipf {
         Self(sums.collect())
     }
 
-    /// Converts a uniformly distributed number from 0 to 1 to a number of this distribution.
+    /// Converts a number that is uniformly distributed between 0 and 1 to a number with this distribution.
     pub fn draw(&self, random: f64) -> usize {
         let at = random * self.0.last().expect("at least one number");
         self.0

@@ -123,7 +123,7 @@ impl Accepted {
         found.map(|accepted| accepted.used = true).is_some()
     }
 
-    /// Describes the entries that have expired or match no advisory.
+    /// Describes the entries that have expired, have an invalid date, or match no advisory.
     fn faults(&self) -> Vec<String> {
         self.0
             .iter()
@@ -200,10 +200,10 @@ impl Advisory {
     }
 }
 
-/// Returns whether a version matches a requirement, similar to RustSec's rule. In `semver`, a pre-release matches only
-/// requirements that contain a pre-release. RustSec compares versions only by their order. Therefore, a pre-release
-/// that does not match otherwise is treated like the patch release before it: 2.0.1-rc.1 is treated like 2.0.0. If
-/// there is no such release, the version does not match.
+/// Returns whether a version matches a requirement, by a rule similar to RustSec's. In `semver`, a pre-release matches
+/// only requirements that contain a pre-release. RustSec compares versions only by their order. Therefore, a
+/// pre-release that does not match otherwise is treated like the patch release before it: 2.0.1-rc.1 is treated like
+/// 2.0.0. If there is no such release, the version does not match.
 fn matches(req: &VersionReq, version: &Version) -> bool {
     if version.pre.is_empty() || req.matches(version) {
         return req.matches(version);

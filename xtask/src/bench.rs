@@ -1,5 +1,5 @@
 //! `cargo xtask bench`: the measurements and long tests. CONTRIBUTING.md lists them. Most of them are in `xtask/bench`;
-//! the others are tests of the server or part of `xtask/desktop`.
+//! the others are tests or benchmarks of the server, or part of `xtask/desktop`.
 
 use std::{
     ffi::OsString,

@@ -49,7 +49,8 @@ fn compile(features: &[&str], out: &Path, shape: &[&str]) -> Result<()> {
     )
 }
 
-/// Adds Rust's standard library for WebAssembly if it is missing. Fails if Rust was installed without rustup.
+/// Adds Rust's standard library for WebAssembly if it is missing. Fails if it is missing and Rust was installed without
+/// rustup.
 pub(crate) fn add_target() -> Result<()> {
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let library = read(Command::new(rustc).current_dir(root()).args([

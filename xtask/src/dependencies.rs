@@ -50,7 +50,8 @@ fn manifest(folder: &Path) -> Result<Table> {
     toml::from_str(&text).with_context(|| format!("cannot parse {}", path.display()))
 }
 
-/// Returns the dependencies of all kinds and targets, except dependencies declared for their features.
+/// Returns the dependencies of all kinds and targets, except those that are declared only to enable one of their
+/// features.
 fn declared(manifest: &Table) -> Vec<String> {
     let features_only: Vec<&str> = manifest
         .get("package")
@@ -77,8 +78,8 @@ fn declared(manifest: &Table) -> Vec<String> {
     names
 }
 
-/// Appends all Rust files in a folder, except files of nested crates. Also appends files in other folders that are
-/// included with a `path` attribute.
+/// Appends the contents of all Rust files in a folder to `source`, except those of nested crates. Includes files in
+/// other folders that are named in a `path` attribute.
 fn read_sources(folder: &Path, source: &mut String) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();

@@ -117,7 +117,7 @@ pub(crate) fn bundle(test: bool, debug: bool) -> Result<()> {
 const PACKAGE: &str = "quota-desktop";
 const PROGRAM: &str = "usr/bin/quota-desktop";
 
-/// Returns the newest file with an extension.
+/// Returns the newest file with the given extension.
 fn newest(folder: &Path, extension: &str) -> Result<PathBuf> {
     let files = fs::read_dir(folder)?.filter_map(Result::ok);
     files

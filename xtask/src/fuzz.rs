@@ -11,7 +11,7 @@ const TARGET: &str = "plain_request";
 
 /// # Errors
 ///
-/// Fails if an input is found for which a check in the fuzz target fails. The input is saved in
+/// Fails if the fuzzer finds an input that violates a check in the fuzz target. The input is saved in
 /// `server/fuzz/artifacts`.
 pub(crate) fn run(seconds: u64) -> Result<()> {
     machine::install(&[machine::CPP])?;
@@ -34,7 +34,7 @@ pub(crate) fn run(seconds: u64) -> Result<()> {
     )
 }
 
-/// Returns the path of cargo-fuzz, which is installed in the target directory if it is missing.
+/// Returns the path of cargo-fuzz, which is installed in the target directory if it is missing or has another version.
 fn program() -> Result<PathBuf> {
     let tools = target().join("tools");
     let program = tools.join("bin/cargo-fuzz");

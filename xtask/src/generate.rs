@@ -40,7 +40,7 @@ fn printed_by_server(command: &str) -> Result<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
-/// Writes every generated file.
+/// Writes the generated files that are out of date.
 pub(crate) fn write() -> Result<()> {
     machine::install(&[machine::POSTGRES])?;
     for file in GENERATED {

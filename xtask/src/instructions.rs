@@ -1,8 +1,8 @@
 //! `cargo xtask bench instructions`: counts the instructions of a decision's parts, and compares the counts with those
 //! in the repository. `cargo xtask check` does the same.
 //!
-//! Unlike times, counts do not depend on the machine's speed or on what else it is running. They do depend on the compiler,
-//! on Valgrind, and on the processor.
+//! Unlike times, counts do not depend on the machine's speed or on what else the machine is running. They do depend on
+//! the compiler, on Valgrind, and on the processor.
 
 use std::{collections::BTreeMap, env, ffi::OsString, fs, path::Path, process::Command};
 
@@ -65,7 +65,8 @@ struct Report {
 ///
 /// # Errors
 ///
-/// Fails if an operation takes over 5% more instructions than the count in the repository.
+/// Without `--write`, fails if an operation takes over 5% more instructions than the count in the repository, or if the
+/// operations differ from those in the repository.
 pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
     machine::install(&NEEDS)?;
     if let Some(unknown) = arguments.iter().find(|it| *it != "--write") {
@@ -90,7 +91,8 @@ pub(crate) fn run(arguments: &[OsString]) -> Result<()> {
 ///
 /// # Errors
 ///
-/// Fails if an operation takes over 5% more instructions than the count in the repository.
+/// Fails if an operation takes over 5% more instructions than the count in the repository, or if the operations differ
+/// from those in the repository.
 pub(crate) fn check() -> Result<()> {
     let text = fs::read_to_string(root().join(STORED));
     let before = stored(&text.with_context(|| format!("cannot read {STORED}"))?)?;

@@ -1,7 +1,7 @@
 //! Generates `server/src/schema.rs`: the tables as Diesel sees them, read from a database with all migrations applied.
 //!
-//! Diesel's own tool writes the same file, but needs libpq and takes minutes to build. Types that no migration uses yet
-//! are rejected rather than guessed.
+//! Diesel's own tool writes the same file, but needs libpq and takes minutes to build. Unknown types are rejected
+//! rather than guessed.
 
 use std::{
     collections::BTreeMap,

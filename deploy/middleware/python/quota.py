@@ -7,7 +7,8 @@ Copy this file into your project, and `pip install httpx`. Then:
 
 A request that Quota allows reaches the application with the decision in `request.state.quota`, and its response gets
 the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API
-key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
+key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time
+(unless `allow_if_unavailable` is set).
 
 WebSocket connections are not checked. If you use CORSMiddleware, add it after this middleware. CORSMiddleware then
 responds to preflight requests, which have no API key, before they are checked.
@@ -81,9 +82,9 @@ class QuotaMiddleware:
     `X-Quota-Degraded: unchecked`.
 
     `timeout` is the time that a check may take, in seconds. `key`, `cost` and `endpoint` are functions of a request's
-    ASGI scope. `key` returns the request's API key. `cost` returns the number of requests that the request counts as,
-    1 to 1,000,000. `endpoint` returns the name under which the request is recorded in usage. Return names from a small
-    set, not paths with IDs.
+    ASGI scope. `key` returns the request's API key. `cost` returns the request's cost, 1 to 1,000,000: Quota counts a
+    request with a cost of 5 as five requests. `endpoint` returns the name under which the request is recorded in usage.
+    Return names from a small set, not paths with IDs.
     """
 
     def __init__(

@@ -6,7 +6,8 @@
  *
  * A request that Quota allows reaches your handlers with the decision in `response.locals.quota`, and its response gets
  * the rate-limit headers. Any other request gets a response with problem details (RFC 9457): 401 if it has no valid API
- * key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time.
+ * key, 402 if the key's tenant has to subscribe, 429 if a limit is reached, and 503 if Quota cannot be reached in time
+ * (unless `allowIfUnavailable` is set).
  *
  * To record usage by route, pass the middleware to each route, as in `app.get("/orders/:id", limited, handler)`,
  * instead of to `app.use`.
@@ -27,7 +28,7 @@ export interface QuotaOptions {
   allowIfUnavailable?: boolean;
   /** The API key of a request. Default: `X-API-Key` or `Authorization: Bearer qk_…`. */
   key?: (request: Request) => string | undefined;
-  /** The number of requests that a request counts as, 1 to 1,000,000. Default: 1. */
+  /** The cost of a request, 1 to 1,000,000. Quota counts a request with a cost of 5 as five requests. Default: 1. */
   cost?: (request: Request) => number;
   /**
    * The endpoint under which a request is recorded in usage. Return names from a small set, not paths with IDs.

@@ -8,7 +8,7 @@ use crate::{
     state::{Failure, State, Timer, number, required, text},
 };
 
-/// Objects that can be created, and the required parameters.
+/// The objects that [`State::collection`] can create: the path, the type, and the required parameters.
 const CREATED: [(&str, &str, &[&str]); 5] = [
     ("customers", "customer", &[]),
     ("products", "product", &["name"]),
@@ -112,7 +112,7 @@ impl State {
         }
     }
 
-    /// Checks that the customer named by a parameter exists and was not deleted.
+    /// Checks that the customer in the parameters, if any, exists and has not been deleted.
     fn active_customer(&self, params: &Value) -> Result<(), Failure> {
         let Some(customer) = params["customer"].as_str() else {
             return Ok(());
@@ -140,7 +140,7 @@ impl State {
         Ok(json!({"id": id, "object": "customer", "deleted": true}))
     }
 
-    /// Creates, updates, retrieves, or lists objects of any kind that has no special rules.
+    /// Creates, updates, retrieves or lists objects, if no special rules apply.
     fn collection(&mut self, call: &Call<'_>, path: &[&str]) -> Result<Value, Failure> {
         let (name, id) = match path {
             [name] => (*name, None),

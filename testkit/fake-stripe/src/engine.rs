@@ -1,4 +1,4 @@
-//! What Stripe does without a request: subscriptions, their invoices and payments, and the passage of time.
+//! How subscriptions, invoices and payments behave, including what happens as time passes.
 
 use serde_json::{Value, json};
 
@@ -151,8 +151,8 @@ impl State {
         id
     }
 
-    /// Charges the usage, finalizes the invoice and, unless its `auto_advance` is false, tries to collect it. Fails if
-    /// `failing_finalizations` is not 0.
+    /// Charges the usage, finalizes the invoice and, unless its `auto_advance` is false, tries to collect it. If
+    /// `failing_finalizations` is not 0, only records that the finalization failed.
     pub fn finalize(&mut self, id: &str) {
         if self.failing_finalizations > 0 {
             self.failing_finalizations -= 1;
@@ -288,8 +288,8 @@ impl State {
         }
     }
 
-    /// Records the payment of an invoice. If the invoice is the latest of its subscription, the payment activates a
-    /// subscription that was past due, unpaid or incomplete.
+    /// Records the payment of an invoice. If the invoice is the subscription's latest, and the subscription is past
+    /// due, unpaid or incomplete, also activates the subscription.
     pub fn mark_paid(&mut self, id: &str) {
         let invoice = self.find("invoice", id).expect("an invoice").clone();
         let mut transitions = invoice["status_transitions"].clone();

@@ -73,7 +73,6 @@ impl Fault {
     }
 }
 
-/// A request that arrived.
 #[derive(Debug, Clone)]
 pub struct Received {
     pub method: String,
@@ -107,10 +106,10 @@ pub struct Shared {
     pub invalid: Mutex<Vec<String>>,
     /// Faults of upcoming requests, each with a prefix of the request's path.
     pub faults: Mutex<Vec<(String, Fault)>>,
-    /// Called with the method and path of every request without a fault in `faults`.
+    /// Called with the method and path of every valid `/v1` request without a fault in `faults`.
     pub choose: Mutex<Option<Choose>>,
     kept: Mutex<HashMap<String, Kept>>,
-    /// Customers and meters with a meter event in progress.
+    /// The meter and the customer of each meter event in progress.
     metering: Mutex<Vec<(String, String)>>,
     pub base: String,
 }

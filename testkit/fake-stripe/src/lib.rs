@@ -2,7 +2,7 @@
 //!
 //! The fake has the endpoints that Quota uses, and returns complete objects of the API version that the `async-stripe`
 //! crates pin. It supports idempotency keys, signed webhooks with redelivery, renewals, failed payments and their
-//! retries, and usage that arrives late. Its clock can be moved forward. Requests can fail before or after their
+//! retries, and usage that arrives late. Its clock can be moved forward. Requests can fail before or after they take
 //! effect. The fake also serves its own Checkout page and customer portal.
 //!
 //! Every API request that is received over HTTP is validated against Stripe's own description of its parameters.
@@ -193,7 +193,7 @@ impl FakeStripe {
 
     // Faults --------------------------------------------------------------------------------------------
 
-    /// Makes the next request to a path with this prefix fail.
+    /// Applies `fault` to the next request to a path with this prefix.
     pub fn fail_next(&self, path: &str, fault: Fault) {
         self.shared.faults.lock().push((path.to_owned(), fault));
     }
@@ -238,7 +238,7 @@ impl FakeStripe {
         self.with(|state| state.rotate_secret(endpoint))
     }
 
-    /// Removes and returns the queued events, with their endpoints, oldest first.
+    /// Removes the queued events. Returns the IDs of each event and its endpoint, oldest event first.
     pub fn take_queued(&self) -> Vec<(String, String)> {
         self.with(|state| state.outbox.drain(..).collect())
     }

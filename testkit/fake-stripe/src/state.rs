@@ -66,7 +66,7 @@ impl Failure {
         failure
     }
 
-    /// Returns the error for a parameter that names an object that does not exist.
+    /// Returns the error for a parameter that names an unknown object.
     pub fn no_such_param(param: &str, id: &str) -> Self {
         let mut failure = Self::no_such(param, id);
         failure.status = 400;
@@ -124,10 +124,10 @@ pub struct State {
     pub cards: HashMap<String, Card>,
     pub timers: Vec<(i64, u64, Timer)>,
     pub usage: Vec<Usage>,
-    /// Secrets of webhook endpoints, each with the time when it expires, or `None` if it does not expire. The newest
-    /// secret is last.
+    /// The secrets of each webhook endpoint, each with the time when it expires, or `None` if it does not expire. The
+    /// newest secret is last.
     pub secrets: HashMap<String, Vec<(String, Option<i64>)>>,
-    /// Events, each with the endpoint that it must be delivered to.
+    /// The IDs of events, each with the ID of the endpoint to which the event must be delivered.
     pub outbox: VecDeque<(String, String)>,
     pub after_retries: AfterRetries,
     /// How many of the next invoices cannot be finalized.
@@ -174,7 +174,7 @@ impl State {
         self.offset -= seconds;
     }
 
-    /// Processes everything due by the time `end`.
+    /// Processes everything that is due at `end` or earlier.
     pub fn run_timers(&mut self, end: i64) {
         loop {
             let due = self.timers.iter().enumerate();

@@ -1,6 +1,4 @@
 //! Tests the fake Stripe through async-stripe, which parses whole objects and fails if an object is invalid.
-//!
-//! Each test describes the Stripe behavior that it covers.
 
 use std::{
     sync::{Arc, Mutex},
@@ -179,7 +177,7 @@ fn status_of<T: std::fmt::Debug>(result: Result<T, StripeError>) -> (u16, String
     }
 }
 
-/// A declined card leaves the Checkout session open. A good card completes it and creates an active subscription.
+/// A declined card leaves the Checkout Session open. A good card completes it and creates an active subscription.
 #[tokio::test]
 async fn checkout_creates_an_active_subscription() {
     let shop = Shop::open().await;
@@ -217,7 +215,7 @@ async fn checkout_creates_an_active_subscription() {
     assert_eq!(again.expect_err("used").status, 400);
 }
 
-/// Checkout sessions expire, and delayed payments succeed or fail.
+/// Checkout Sessions expire, and delayed payments succeed or fail.
 #[tokio::test]
 async fn checkout_expires_and_settles_later() {
     let shop = Shop::open().await;
@@ -305,8 +303,9 @@ async fn trials_end() {
     assert_eq!(shop.status(paused).await, "active");
 }
 
-/// Renewals move the periods of items. After a failed payment, a subscription is past due. A later payment makes it
-/// active again. If the last attempt fails, the subscription is marked unpaid, is canceled, or remains past due.
+/// A renewal moves the billing periods of the subscription's items. After a failed payment, a subscription is past due.
+/// A later payment makes it active again. If the last attempt fails, the subscription is marked unpaid, is canceled, or
+/// remains past due.
 #[tokio::test]
 async fn failed_renewals_run_their_course() {
     for (outcome, last) in [
@@ -342,7 +341,7 @@ async fn failed_renewals_run_their_course() {
         shop.fake.set_card(&shop.customer, Card::Good);
         shop.fake.advance(3 * DAY);
         assert_eq!(shop.status(&id).await, "active");
-        // The next renewal fails permanently.
+        // Every attempt to collect the payment for the next renewal fails.
         shop.fake.set_card(&shop.customer, Card::RequiresAction);
         shop.fake.advance(MONTH);
         assert_eq!(shop.status(&id).await, "past_due");
@@ -439,7 +438,6 @@ async fn idempotency_keys_follow_the_rules() {
     assert_eq!(count(), before + 4);
 }
 
-/// Every fault occurs before or after the effect of the request.
 #[tokio::test]
 async fn faults_happen_before_or_after_the_effect() {
     let shop = Shop::open().await;
@@ -521,7 +519,7 @@ async fn meters_count_each_identifier_once_and_charge_what_arrives_in_time() {
     let total: f64 = summaries.data.iter().map(|it| it.aggregated_value).sum();
     assert!((total - 5.0).abs() < 0.1, "{total}");
 
-    // Late usage counts until the invoice is final, an hour after the period ends.
+    // Late usage is charged if it arrives before the invoice is finalized, an hour after the period ends.
     let subscription = shop.fake.get("subscription", &id);
     let end = subscription["items"]["data"][0]["current_period_end"].as_i64();
     let rest = end.expect("a time") - shop.fake.now();

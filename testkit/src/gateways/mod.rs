@@ -29,7 +29,7 @@ pub enum Program {
     Nginx,
     HaProxy,
     Envoy,
-    /// Envoy with its rate limit service. Calls the gRPC listener at [`Checked::quota_port`].
+    /// Envoy, which calls Quota's rate limit service at [`Checked::quota_port`].
     EnvoyRateLimit,
     Traefik,
 }

@@ -15,7 +15,7 @@ const WARM_UP: Duration = Duration::from_millis(500);
 pub(crate) struct Case {
     pub(crate) name: &'static str,
     pub(crate) server: Server,
-    /// A request to which the response is 200.
+    /// A request that gets a 200 response.
     pub(crate) request: Vec<u8>,
 }
 

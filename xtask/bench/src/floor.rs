@@ -15,7 +15,7 @@ use poem::{EndpointExt as _, Route, endpoint::make_sync, get, listener::TcpAccep
 use serde::Serialize;
 use tokio::net::TcpListener;
 
-/// A response of the same length as the response of `GET /v1/echo`.
+/// A response that is as long as that of `GET /v1/echo`.
 #[derive(Serialize)]
 struct Echo {
     key_id: &'static str,
@@ -29,7 +29,7 @@ const ECHO: Echo = Echo {
     time: "2026-08-03T09:46:00Z",
 };
 
-/// Serves on a free port, and prints the port. Uses the same runtime as `quota`.
+/// Serves on a free port, and prints the address. Uses the same kind of runtime as `quota`.
 pub(crate) fn serve<F: Future<Output = Result<()>>>(serve: fn(TcpListener) -> F) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

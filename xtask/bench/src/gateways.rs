@@ -79,8 +79,9 @@ struct Figures {
 struct Bench {
     load: Load,
     quota: Server,
-    /// A key whose limits are never reached, and a key whose limits are always reached.
+    /// A key whose limits are never reached.
     ample: String,
+    /// A key whose limits are always reached.
     scant: String,
 }
 

@@ -63,7 +63,7 @@ pub(crate) fn call(
     Ok((status, String::from_utf8(bytes[start..whole].to_vec())?))
 }
 
-/// Sends a request and returns the JSON of the response. Fails unless the response is a success.
+/// Sends a request and returns the JSON of the response. Fails unless the status is 2xx.
 pub(crate) fn json(
     server: SocketAddr,
     method: &str,

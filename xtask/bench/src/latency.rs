@@ -1,7 +1,7 @@
 //! Response times of all servers at the same constant rate: 70% of the rate at which the plain poem server is
 //! saturated.
 //!
-//! Each request has a time at which it is due. Response times count from that time, so they include the delay of
+//! Each request has a time at which it is due. Response times are measured from that time, so they include the delay of
 //! requests that had to wait for a connection because earlier responses were late.
 
 use std::{

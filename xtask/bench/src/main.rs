@@ -2,7 +2,7 @@
 //! Quota with other rate limiters, and test gateways, several replicas, and deployments with outages, crashes, restarts
 //! and slow clients.
 //!
-//! To measure the cost of a request, Quota is compared with a plain poem handler and a plain hyper handler in the same
+//! The cost of a request is measured by comparing Quota with a plain poem handler and a plain hyper handler in the same
 //! run. Each of these servers is a separate process with the same tokio runtime, pinned to one core. The benchmark's
 //! own process generates the load, pinned to another core. There are many short rounds in which the servers take turns,
 //! so that other load on the machine affects all of them equally. Compare ratios: absolute figures depend on the

@@ -17,7 +17,7 @@ use crate::{http1, load::echo};
 
 /// The number of keys per statement.
 const BATCH: usize = 10_000;
-/// The maximum number of times to send a request that is not allowed, and the pause before each repetition.
+/// The maximum number of attempts per request, and the pause before each retry.
 const ATTEMPTS: u32 = 20;
 const PAUSE: Duration = Duration::from_millis(500);
 

@@ -36,7 +36,7 @@ pub(crate) struct Postgres {
     cluster: PathBuf,
     log: PathBuf,
     port: u16,
-    /// Without a password, every local user may connect.
+    /// The password of the user `quota`. If `None`, every local user may connect.
     password: Option<String>,
     settings: &'static [&'static str],
     running: Option<Process>,
@@ -195,7 +195,6 @@ impl Postgres {
         Ok(())
     }
 
-    /// Returns whether the server is running.
     pub(crate) fn is_running(&mut self) -> Result<bool> {
         Ok(match &mut self.running {
             Some(process) => process.ended()?.is_none(),

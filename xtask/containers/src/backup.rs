@@ -24,7 +24,7 @@ impl Production<'_> {
     pub async fn restored_from_backup(self, account: &Account, target: Target) -> Result<()> {
         let daily = json!({"name": "Daily", "default_rpm": 60_000_000, "daily_quota": DAILY});
         let key = account.key(&target.client, daily).await?;
-        // Half of the requests use this key.
+        // Use this key for half of the requests.
         let target = Target {
             ample: key.clone(),
             ..target

@@ -105,7 +105,7 @@ impl Engine {
         self.with_host(&self.compose)
     }
 
-    /// Returns a command that runs a program that calls the client itself, such as a script.
+    /// Returns a command that runs a program, such as a script, that itself calls the client.
     pub fn script(&self, program: &Path) -> Command {
         self.with_host(program)
     }

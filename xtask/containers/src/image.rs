@@ -96,7 +96,6 @@ pub fn check(engine: &Engine, image: &Image<'_>) -> Result<()> {
         .stderr(Stdio::null())
         .status()?;
     ensure!(!shell.success(), "{tag} has a shell");
-    // Check that the program runs without a network and on a read-only file system.
     let run = ["run", "--rm", "--network", "none", "--read-only"];
     let limits = ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"];
     let mut program = engine.docker(&run);
@@ -113,7 +112,7 @@ pub struct Upgrade {
     pub is_skewed: bool,
 }
 
-/// Builds the second image that an upgrade requires. If `from` is a commit, this is an image of that earlier commit, to
+/// Builds the second image that an upgrade requires. If `from` is set, it is an image of that earlier commit, to
 /// upgrade from. Otherwise, it is an image of this version with a different label, to upgrade to.
 pub fn upgrade(
     engine: &Engine,

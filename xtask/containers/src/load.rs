@@ -48,7 +48,6 @@ pub enum Outcome {
     Failed(String),
 }
 
-/// One request.
 #[derive(Debug)]
 pub struct Attempt {
     number: u64,
@@ -140,8 +139,8 @@ impl Results {
         allowed.filter(|it| counts(it)).count()
     }
 
-    /// Prints the results. Checks that no request failed, and that the limited key's rate was enforced without denying
-    /// more requests than necessary.
+    /// Prints the results. Checks that no request failed, that the limited key's rate was enforced, and that at
+    /// least [`SERVED`] percent of the requests that one exact bucket would have allowed were allowed.
     pub fn check(&self) -> Result<()> {
         let count = |outcome: &Outcome| {
             let attempts = self.attempts.iter();

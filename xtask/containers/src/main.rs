@@ -40,8 +40,8 @@ struct Arguments {
     /// `migration` is the last commit before the newest migration
     #[arg(long)]
     from: Option<String>,
-    /// `QUOTA_REDIS_TIMEOUT`, such as `500ms`. On a busy machine, Redis may exceed the default, which counts as an
-    /// outage
+    /// `QUOTA_REDIS_TIMEOUT`, such as `500ms`. On a busy machine, Redis may not respond within the default time, which
+    /// counts as an outage
     #[arg(long)]
     redis_timeout: Option<String>,
     /// Where images and stand-ins are kept between runs, if no container engine is already running. The path must be

@@ -325,8 +325,8 @@ impl<'a> Production<'a> {
         Ok(())
     }
 
-    /// Sends three times as many requests to two replicas as a strict key's burst allows. Checks that the replicas
-    /// allow exactly the burst and the tokens that refill.
+    /// Sends 300 requests to two replicas, with a key on a strict plan whose burst is 100. Checks that the replicas
+    /// allow at least the burst, and at most the burst and the tokens that refill in the meantime.
     async fn is_exact(&self, client: &Client, account: &Account) -> Result<()> {
         let plan = json!({"name": "Exact", "default_rpm": 60, "burst": 100, "strict": true});
         let key = account.key(client, plan).await?;

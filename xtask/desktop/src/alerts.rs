@@ -90,7 +90,7 @@ impl Alerts {
         send(server, &self.key, 2)
     }
 
-    /// Checks that the navigation counts the last alert, and that there was no notification of this alert.
+    /// Checks that the navigation counts the last alert, and that there was no notification for this alert.
     pub async fn is_only_counted(&self, page: &App) -> Result<()> {
         until("the number of new alerts", ALERT_TIMEOUT, async || {
             page.text("1 new").await.map(Some)
@@ -103,7 +103,7 @@ impl Alerts {
     }
 }
 
-/// Deletes the key and its plan. After that, the list of keys must contain the key `other`.
+/// Deletes the key and its plan. After the key is deleted, the list of keys must still contain the key `other`.
 pub async fn delete_key(page: &App, other: &str) -> Result<()> {
     page.follow("API keys").await?;
     page.follow(KEY).await?;

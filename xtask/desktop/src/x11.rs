@@ -24,7 +24,7 @@ pub const CONTROL: u32 = 0xffe3;
 pub const Q: u32 = 0x71;
 pub const F1: u32 = 0xffbe;
 
-/// How long to wait after a change of focus. The toolkit learns about the change from an event.
+/// How long to wait after changing the focus. The toolkit learns about the change from an event.
 const EVENT_DELAY: Duration = Duration::from_millis(300);
 
 pub struct Display {

@@ -89,14 +89,14 @@ impl QuotaLayerBuilder {
         self.key(move |parts| request::single(&parts.headers, &name).map(str::to_owned))
     }
 
-    /// Reads the API key with a function. A request for which the function returns `None` gets 401.
+    /// Sets the function that reads the API key. A request for which the function returns `None` gets 401.
     pub fn key(mut self, key: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         self.settings.key = Arc::new(key);
         self
     }
 
-    /// Sets the cost of a request: how many requests it counts as, up to 1,000,000. Default: 1. A cost of 0 counts as
-    /// 1. A request with a cost above 1,000,000 gets 429.
+    /// Sets the cost of a request, by default 1. Quota counts a request with a cost of 5 as five requests. A cost of 0
+    /// is treated as 1. A request with a cost above 1,000,000 gets 429.
     pub fn cost(mut self, cost: impl Fn(&Parts) -> u32 + Send + Sync + 'static) -> Self {
         self.settings.cost = Arc::new(cost);
         self

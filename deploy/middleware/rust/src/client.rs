@@ -35,7 +35,7 @@ pub(crate) enum CheckError {
     Http(#[from] reqwest::Error),
     #[error("unexpected status {0} from Quota")]
     Status(StatusCode),
-    /// Quota rejects the check as invalid. The consumer may have caused this error, so the request must not be passed
+    /// Quota rejected the check as invalid. The consumer may have caused this error, so the request must not be passed
     /// on.
     #[error("Quota rejected the check with status {0}")]
     Invalid(StatusCode),

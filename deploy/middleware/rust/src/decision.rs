@@ -11,7 +11,7 @@ use serde::Deserialize;
 #[non_exhaustive]
 pub enum Code {
     Allowed,
-    /// A rate limit or quota is reached.
+    /// The request would exceed a rate limit or quota.
     QuotaExceeded,
     /// Quota cannot check the limits right now.
     ReducedCapacity,

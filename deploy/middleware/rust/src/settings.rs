@@ -8,7 +8,7 @@ use crate::denial_cache::DenialCache;
 
 /// What happens to a request if Quota cannot be reached in time.
 ///
-/// In both cases, the check may have consumed tokens: for example, if it timed out after Quota had received it.
+/// With either setting, the check may have consumed tokens: for example, if it timed out after Quota had received it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnUnavailable {
     /// The response is 503.

@@ -65,7 +65,6 @@ enum Victim {
     Postgres,
 }
 
-/// Creates a replica on a free port.
 fn replica(quota: &Path, data: &Path, database: &str, redis: &str) -> Replica {
     let addr = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let settings = vec![

@@ -23,7 +23,7 @@ use crate::process::Cores;
 /// Connections to each instance.
 const CONNECTIONS: usize = 8;
 
-/// How long to wait for full buckets. In a new Redis, Quota's first epoch starts a little in the future, with empty
+/// How long to wait at the start. In a new Redis, Quota's first epoch starts a little in the future, with empty
 /// buckets.
 const SETTLED: Duration = Duration::from_secs(7);
 
@@ -43,7 +43,7 @@ const NOTICED: Duration = Duration::from_millis(1500);
 pub(super) const KILLED: Duration = Duration::from_millis(3000);
 pub(super) const RESTARTED: Duration = Duration::from_millis(6500);
 pub(super) const ENDED: Duration = Duration::from_millis(10_500);
-/// Requests count as part of the outage if they were sent at least this long after the kill.
+/// Only requests that were sent at least this long after the kill count as part of the outage.
 const AFTER_KILL: Duration = Duration::from_millis(250);
 
 #[derive(Debug, Clone, Copy)]
@@ -75,8 +75,9 @@ pub(crate) struct Outage {
     /// The other requests failed.
     pub(crate) ample: [f64; 2],
     /// The number of requests that were allowed during the whole load, for a key whose limit is reached before the
-    /// outage, and the number that the server's rule allows.
+    /// outage.
     pub(crate) allowed: u64,
+    /// The number of these requests that the server's rule allows.
     pub(crate) bound: u64,
 }
 
@@ -149,8 +150,8 @@ pub(crate) fn run(options: &Options, runtime: &Runtime, cores: Option<Cores>) ->
             if !row.is_shared {
                 continue;
             }
-            // Measure the outage first. Late responses count as another outage for Quota, and after an outage, buckets
-            // start empty.
+            // Measure the outage first. Quota treats late responses as another outage, and buckets start empty after an
+            // outage.
             eprintln!("Redis killed, then late: {}", pair.name);
             row.outage = Some(outage(pair).await?);
             sleep(NOTICED).await;
@@ -318,7 +319,7 @@ mod tests {
     fn the_mode_during_an_outage_is_recognized() {
         let mode = |during| evaluate_outage(&log(during), Rule::Window).mode;
         assert_eq!(mode([500, 500]), Mode::Closed);
-        // Keys over their limit are denied from memory.
+        // A server may still deny keys over their limit from memory, while other requests fail.
         assert_eq!(mode([429, 500]), Mode::Closed);
         assert_eq!(mode([200, 200]), Mode::Open);
         assert_eq!(mode([429, 200]), Mode::Limits);

@@ -73,7 +73,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let load_before = load_average();
     fs::create_dir_all(&options.output)
         .with_context(|| format!("cannot create {}", options.output.display()))?;
-    // The load runs on this thread.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;

@@ -28,7 +28,7 @@ const INSTANCES: usize = 2;
 pub(super) const LEASE_TTL: Duration = Duration::from_millis(100);
 const ECHO: &str = "/v1/echo";
 
-/// A server, and how its limit is set.
+/// A kind of server, and its settings.
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {
     Quota { burst: u32, strict: bool },

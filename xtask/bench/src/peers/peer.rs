@@ -18,11 +18,12 @@ use super::{Options, packages};
 use crate::{http1, replica::tail};
 
 const STARTED_WITHIN: Duration = Duration::from_secs(30);
-/// The response of every server, which is as long as that of `GET /v1/echo`.
+/// The response that nginx serves, which is as long as that of `GET /v1/echo`.
 const ANSWER: &str = r#"{"key_id":"019ab4e1-7c00-7000-8000-0000000000a1","plan":"ample","time":"2026-08-03T09:46:00Z"}"#;
 
-/// A path whose limit is never reached, and a path with the limit to test.
+/// A path whose limit is never reached.
 pub(crate) const AMPLE: &str = "/ample";
+/// A path with the limit to test.
 pub(crate) const LIMITED: &str = "/limited";
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -108,7 +109,6 @@ impl Peer {
 }
 
 impl Program {
-    /// Returns a request with a key.
     pub(crate) fn request(self, path: &str, key: &str) -> Vec<u8> {
         let Self::Limitador(_) = self else {
             return get(path, key);
@@ -182,7 +182,6 @@ impl Program {
     }
 }
 
-/// Returns a request with a key.
 pub(crate) fn get(path: &str, key: &str) -> Vec<u8> {
     format!(
         "GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: quota-bench\r\nAccept: */*\r\n\

@@ -22,7 +22,6 @@ pub(super) struct Caddy {
     running: Option<Process>,
 }
 
-/// The settings for Caddy.
 pub(super) struct Settings<'a> {
     pub(super) program: &'a Path,
     /// The directory for Caddy's certificate authority and its log.

@@ -147,7 +147,7 @@ impl Load {
         nanos(self.origin)
     }
 
-    /// Waits for the last responses. Returns all requests by number.
+    /// Waits for the last responses. Returns all requests, sorted by number.
     pub(super) async fn stop(self) -> Result<Vec<Attempt>> {
         self.stopped.store(true, Ordering::Relaxed);
         let mut attempts = self.task.await?;

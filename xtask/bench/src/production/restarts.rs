@@ -62,8 +62,8 @@ pub(crate) struct Options {
     /// Requests per second
     #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u32).range(1..=5000))]
     rate: u32,
-    /// `QUOTA_REDIS_TIMEOUT`, such as `500ms`. On a busy machine, Redis may exceed the default, which counts as an
-    /// outage
+    /// `QUOTA_REDIS_TIMEOUT`, such as `500ms`. On a busy machine, Redis may not respond within the default time, which
+    /// counts as an outage
     #[arg(long)]
     redis_timeout: Option<String>,
 }
@@ -144,7 +144,7 @@ async fn restarts(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Creates the keys.
+/// Creates the keys and the service token.
 async fn target(production: &Production) -> Result<Target> {
     let server = production.replicas[0].addr;
     let tenant = Tenant::register(server).await?;
@@ -231,7 +231,7 @@ impl Events {
 #[derive(Debug, Default)]
 struct Usage {
     rows: u64,
-    /// Decisions that are missing.
+    /// The IDs of requests whose decisions are missing from the log.
     lost: Vec<String>,
     /// Records that are in the log more than once.
     doubled: u64,

@@ -40,7 +40,7 @@ use crate::{
 };
 
 const MOST: u32 = 60_000_000;
-/// How many times as high the 99th percentile of response times may be with slow clients as without them.
+/// The maximum ratio of the 99th percentile of response times with slow clients to that without them.
 const MOST_RATIO: f64 = 2.0;
 /// The maximum number of bytes by which a replica's memory may grow.
 const MOST_MEMORY: u64 = 64 << 20;
@@ -129,18 +129,18 @@ impl Attack {
     }
 }
 
-/// The server to which slow clients and other clients connect.
+/// The servers to which the slow clients and the other clients connect.
 struct Target {
     name: &'static str,
     base: String,
-    /// The server's URL for slowhttptest, which tries only the first address of a name.
+    /// The URL for slowhttptest, which tries only the first address of a name.
     attacked: String,
     certificate: Option<Certificate>,
     key: String,
     /// The processes whose memory must not grow much.
     processes: Processes,
-    /// Whether this is a control: the slow clients connect to another server, so ratios above 1 show only that the attack
-    /// and that server use the same processors.
+    /// Whether this is a control: the slow clients connect to another server, so a ratio above 1 shows only that the
+    /// slow clients and the measured server share processors.
     is_control: bool,
 }
 

@@ -42,7 +42,7 @@ const BURSTS: (u32, u32) = (100_000, 200_000);
 enum Channel {
     /// Everything works.
     Whole,
-    /// Redis keeps closing every subscription.
+    /// All subscriptions are closed every 20 ms.
     Cut,
     /// Redis does not respond.
     Frozen,

@@ -1,4 +1,4 @@
-//! The number of calls, from Redis's own statistics.
+//! The number of script calls, from Redis's own statistics.
 
 use anyhow::{Context as _, Result};
 use redis::aio::MultiplexedConnection;

@@ -304,8 +304,8 @@ fn number(headers: &HeaderMap, name: &header::HeaderName) -> Option<u32> {
     headers.get(name)?.to_str().ok()?.parse().ok()
 }
 
-/// Returns whether the request was decided without Redis. If it was, the response has the header, regardless of the
-/// header's value.
+/// Returns whether the request was decided without Redis. If so, the response has a header whose name ends with
+/// `degraded`, with any value.
 fn is_degraded(headers: &HeaderMap) -> bool {
     headers
         .keys()

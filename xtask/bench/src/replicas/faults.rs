@@ -304,8 +304,9 @@ fn promised(kind: Kind, plan: &Plan) -> Plan {
     }
 }
 
-/// Returns a plan whose envelope applies while one of several replicas has lost Redis and the others have not: the
-/// replica without Redis allows its share in addition to what the others allow together.
+/// Returns a plan whose envelope applies while one of several replicas has lost Redis and the others have not: unless
+/// its fallback setting is `closed`, the replica without Redis allows its share in addition to what the others allow
+/// together.
 pub(crate) fn with_share_of_one(plan: &Plan, replicas: usize) -> Plan {
     let mut plan = plan.clone();
     if plan.on_redis_failure != Some("closed") {

@@ -1,5 +1,5 @@
-//! Several replicas of `quota` with one database and one Redis. They listen on free loopback ports and are killed when
-//! their [`Fleet`] is dropped.
+//! Several replicas of `quota` with one database and, optionally, one Redis. They listen on free loopback ports and are
+//! killed when their [`Fleet`] is dropped.
 
 use std::{
     fs,

@@ -92,7 +92,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 let first = CONNECTED + BEFORE;
                 let load = together([
                     at_once(key, first, 0, 150),
-                    // These requests come after the late responses have arrived and the first returns have been sent.
+                    // These requests come after the late responses have arrived and the replica has begun to return
+                    // tokens.
                     at_once(
                         key,
                         first + delay + Duration::from_millis(50),
@@ -120,8 +121,6 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                     &format!("late-{}-{round}-{key}", delay.as_millis()),
                     &log,
                 )?;
-                // If only one replica has lost Redis, this replica allows its share in addition to what the others
-                // allow.
                 let promised = with_share_of_one(plan, REPLICAS);
                 let slack = slack(plan, options.lease_ttl());
                 let recount = Recount::of(key, &promised, slack, &log);
@@ -130,7 +129,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 }
                 found[key].add(&recount);
                 all.extend(log);
-                // Wait, so that the replica uses Redis again.
+                // Wait until the replica uses Redis again.
                 sleep(Duration::from_millis(1500)).await;
             }
         }

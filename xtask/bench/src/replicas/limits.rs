@@ -33,8 +33,8 @@ const COLUMNS: &[&str] = &[
     "CPU µs per request",
 ];
 const LOADS: [f64; 3] = [0.9, 1.0, 2.0];
-/// The requests per second that empty a bucket: as many as this machine can send to replicas that run on the same
-/// cores.
+/// The maximum rate of the burst that empties a bucket, in requests per second: as many as this machine can send to
+/// replicas that run on the same cores.
 const BLOW: f64 = 8000.0;
 
 pub(crate) async fn run(options: &Options) -> Result<Table> {

@@ -279,7 +279,7 @@ pub(crate) fn share(part: u64, whole: u64) -> f64 {
     part as f64 / whole as f64
 }
 
-/// Compares the tokens that the replicas report as granted with the requests that the client saw allowed.
+/// Checks that the replicas report at least as many granted tokens as the allowed requests in the log cost.
 pub(crate) fn check_book(
     table: &mut Table,
     what: &str,

@@ -116,7 +116,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             ]);
         }
         late.extend(log);
-        // Wait, so that one freeze does not affect the next.
+        // Wait, so that this freeze does not affect the next measurement.
         sleep(Duration::from_secs(3)).await;
     }
     stage.end().await?;

@@ -8,7 +8,7 @@ pub(crate) struct Table {
     pub(crate) title: &'static str,
     columns: &'static [&'static str],
     rows: Vec<Vec<String>>,
-    /// Explanations of the figures and of their limits.
+    /// Explanations of the figures.
     pub(crate) notes: Vec<String>,
     /// Violations of the limits and requirements that the table checks.
     pub(crate) faults: Vec<String>,

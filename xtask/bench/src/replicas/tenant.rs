@@ -80,7 +80,7 @@ impl Tenant {
         Ok(())
     }
 
-    /// Sends a request and returns the JSON of the response. Fails unless the response is a success.
+    /// Sends a request and returns the JSON of the response. Fails unless the status is 2xx.
     pub(crate) async fn call(
         &self,
         server: SocketAddr,

@@ -81,7 +81,6 @@ impl Table {
         self.rows[row].values[column] = Some(value);
     }
 
-    /// Returns the table in Markdown.
     pub(super) fn markdown(&self) -> String {
         let mut lines = vec![
             format!(

@@ -36,7 +36,8 @@ pub(crate) struct FakeQuota {
 }
 
 impl FakeQuota {
-    /// Responds to the nth check with a JSON body. `Null` closes the connection instead.
+    /// Responds to the nth check with the JSON that `answer` returns for n, counted from 0. If it is `Null`, closes the
+    /// connection instead.
     pub(crate) async fn answering(answer: impl Fn(usize) -> Value + Send + Sync + 'static) -> Self {
         Self::start(move |n| match answer(n) {
             Value::Null => Some(String::new()),

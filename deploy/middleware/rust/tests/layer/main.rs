@@ -23,7 +23,7 @@ fn builder(quota: &FakeQuota) -> QuotaLayerBuilder {
     QuotaLayer::builder(&quota.url, TOKEN)
 }
 
-/// An application that reports the decision that its handlers see.
+/// An application whose handlers respond with the decision that they receive.
 fn app(layer: QuotaLayerBuilder) -> Router {
     let handler = async |Extension(decision): Extension<Decision>| {
         format!("{:?} {:?}", decision.code, decision.plan)
@@ -244,7 +244,7 @@ async fn requests_without_a_possible_key_are_not_checked() {
     assert_eq!(send(&app, bearer).await.status, 200);
 }
 
-/// Sends a request that Quota does not decide, once with each [`OnUnavailable`] setting. Returns the statuses.
+/// Sends a request for which Quota makes no decision, once with each [`OnUnavailable`] setting. Returns the statuses.
 async fn undecided(quota: &FakeQuota) -> [u16; 2] {
     let mut statuses = [0; 2];
     let settings = [OnUnavailable::Deny, OnUnavailable::Allow];
@@ -264,7 +264,6 @@ async fn undecided(quota: &FakeQuota) -> [u16; 2] {
             assert_eq!(response.json()["status"], 503);
         }
         assert_eq!(response.header("x-ratelimit-remaining"), None);
-        // A request without a key is never passed on.
         assert_eq!(send(&app, Request::get("/orders/7")).await.status, 401);
     }
     statuses
@@ -321,7 +320,7 @@ async fn check_whose_outcome_is_unknown_is_not_repeated() {
     let app = app(builder(&quota));
     assert_eq!(send(&app, request("/orders/7")).await.status, 503);
     assert_eq!(quota.checks().len(), 1);
-    // The check is also not repeated if its connection has been used before.
+    // A check is not repeated on a reused connection either.
     let quota = FakeQuota::answering(|n| if n == 0 { allowed() } else { Value::Null }).await;
     let app = self::app(builder(&quota));
     assert_eq!(send(&app, request("/orders/7")).await.status, 200);
