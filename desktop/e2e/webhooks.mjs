@@ -475,7 +475,7 @@ async function alerts(world, receiver) {
   await table.getByText("80%").waitFor();
   assert.equal(await table.getByText("New", { exact: true }).count(), 0, "they are no longer new");
 
-  // An alert that appears on the page while the user is looking at it is not announced.
+  // An alert is not announced if it appears while the user is viewing the page.
   const partner = await my.api("POST", "/admin/api-keys", { name: "Partner", plan_id: plan.id });
   for (let n = 0; n < 10; n += 1) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": partner.key } });
   while ((await my.api("GET", "/admin/alerts")).total < 6) {

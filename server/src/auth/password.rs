@@ -154,9 +154,9 @@ fn without_repeats(text: &str) -> String {
     kept
 }
 
-/// Splits a string into parts whose strength can be estimated in limited time. Ignores characters beyond a maximum
-/// length. zxcvbn tries every way of reading the string's symbols as letters, and the numbers of ways for individual
-/// letters multiply.
+/// Splits a string into parts whose strength can be estimated in limited time. zxcvbn tries every combination of the
+/// letters that a string's symbols can stand for, so long strings could take too long. Ignores characters beyond a
+/// maximum length.
 fn windows(text: &str) -> Vec<String> {
     let mut windows = Vec::new();
     let mut window = Vec::new();

@@ -204,7 +204,7 @@ metrics! {
     usage_sync_errors: Counter, "usage_sync_errors",
         "Usage segments that could not be written to disk (`QUOTA_DURABILITY=machine`)";
     usage_endpoints_folded: Counter, "usage_endpoints_folded",
-        "Usage records counted under `other` because an endpoint limit was reached";
+        "Usage records counted under `other` because the key or tenant already has the maximum number of endpoints";
     usage_backlog_records: Gauge, "usage_backlog_records",
         "Usage records that this replica has not written to PostgreSQL yet";
     usage_backlog_bytes: Gauge, "usage_backlog_bytes",

@@ -171,7 +171,7 @@ async fn silent_redis_times_out_then_disconnects_and_recovers() {
     eventually(&redis, "k").await;
 }
 
-/// Connects with the timeouts from the flags.
+/// Connects with the timeouts in `flags`, and the default for every other setting.
 fn connect_with(url: &str, flags: &[&str]) -> Redis {
     let url = format!("--redis-url={url}");
     let flags = ["test", &url].into_iter().chain(flags.iter().copied());

@@ -461,7 +461,7 @@ async fn messages_with_future_numbers_do_not_restore_a_deleted_key() {
             .expect("the message is sent");
         assert!(heard <= 2);
     }
-    // Both replicas have received the messages, whether they accepted them or not.
+    // Wait until both replicas have received the messages, whether or not they accept them.
     for app in [&world.first, &second] {
         let began = Instant::now();
         loop {

@@ -31,7 +31,7 @@ pub async fn run(app: &Path, server: &str, shots: Option<&Path>) -> Result<()> {
         .next()
         .context("the server has no address")?;
     let upstream = upstream.replace("localhost", "127.0.0.1").parse()?;
-    // The connection to the server, which the journey interrupts.
+    // The app connects to the server through a proxy, so that the journey can interrupt the connection.
     let proxy = FaultProxy::start(Upstream::Tcp(upstream)).await;
     let server = format!("http://{}", proxy.addr());
     let world = World::new(true)?;

@@ -269,7 +269,7 @@ impl StoreCore {
         self.draining.load(Ordering::Acquire)
     }
 
-    /// Before the process exits, returns to the counters all tokens that are held for later. Gives up if the counters
+    /// Before the process exits, gives all tokens that are held for later back to the counters. Gives up if the counters
     /// do not respond; tokens that are not returned are unavailable until their buckets refill.
     pub(super) async fn return_leases(&self) {
         self.draining.store(true, Ordering::Release);

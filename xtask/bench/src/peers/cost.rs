@@ -37,7 +37,7 @@ const ECHO: &str = "/v1/echo";
 /// The limit of the key whose requests are denied, per minute.
 const DENIED_LIMIT: u32 = 1;
 
-/// The number of loads: allowed requests, and denied requests.
+/// The number of loads: one of allowed requests and one of denied requests.
 const SITUATIONS: usize = 2;
 
 struct Contender {

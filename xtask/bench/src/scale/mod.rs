@@ -226,7 +226,7 @@ impl Scale<'_> {
         };
         for (row, path, requests) in [
             (
-                "statistics of the home page, ms",
+                "statistics on the console's home page, ms",
                 "/admin/stats".to_owned(),
                 None,
             ),
