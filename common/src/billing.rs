@@ -60,7 +60,7 @@ response! {
         pub price: Option<BillingPrice>,
         /// Usage on plans marked `paid` in the current billing period. `null` without a subscription.
         pub usage: Option<BillingUsage>,
-        /// The limits that the operator has set for the tenant. Limits may be lower without a subscription.
+        /// The limits that currently apply to the tenant. They can be lower if the tenant has no valid subscription.
         pub limits: BillingLimits,
         /// Number of plans marked `paid`.
         pub paid_plans: u64,

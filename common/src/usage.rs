@@ -61,7 +61,7 @@ response! {
         pub policy: Option<String>,
         /// The plan, if grouped by `plan`. Otherwise `null`.
         pub plan_id: Option<PlanId>,
-        /// Whether these are the requests of all groups that are not listed separately.
+        /// Whether this entry combines all groups that are not listed separately.
         pub other: bool,
         /// Number of allowed requests.
         pub allowed: u64,
@@ -90,7 +90,7 @@ response! {
         /// The key's or plan's current name. `null` if the key or plan was deleted, or if the group is not a key or
         /// plan.
         pub name: Option<String>,
-        /// Whether these are the requests of all groups that are not listed separately.
+        /// Whether this entry combines all groups that are not listed separately.
         pub other: bool,
         /// Number of allowed requests.
         pub allowed: u64,

@@ -203,7 +203,7 @@ impl AuthApi {
     ///
     /// Exchanges a refresh token for a new pair of tokens. Each refresh token works once. If the client loses the
     /// response, it can send the same token again within ten seconds to get the same new refresh token. Any other reuse
-    /// revokes the session. With `X-Quota-Session: cookie`, the token is read from its cookie, and the body is `{}`.
+    /// revokes the session. With `X-Quota-Session: cookie`, the token is read from its cookie; send `{}` as the body.
     /// `X-Quota-CSRF` must then contain the value of the `quota_csrf` cookie (`__Host-quota_csrf` over HTTPS).
     #[oai(path = "/refresh", method = "post", operation_id = "refresh")]
     async fn refresh(

@@ -117,7 +117,7 @@ fn CreateForm(
     };
     view! {
         <DialogForm form open action="Create key" locked=true submit>
-            <Field form name="name" id="key_name" label="Name" value=name required=true hint="Who uses this key, e.g. Mobile app"/>
+            <Field form name="name" id="key_name" label="Name" value=name required=true hint="What uses this key, such as Mobile app"/>
             <SelectField form name="plan_id" id="key_plan" label="Plan" value=plan options required=true/>
             <div class="pair">
                 <Field form name="rpm_override" id="key_rate" label="Rate override (optional)" value=rate numeric=true check=check_rate hint="Requests per minute. Defaults to the plan's rate."/>
