@@ -279,6 +279,37 @@ fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
     }
 }
 
+/// The file is read in chunks, and this gap is longer than a chunk.
+#[test]
+fn a_gap_that_spans_several_chunks_is_counted_by_how_it_begins() {
+    let directory = TempDir::new().unwrap();
+    let started_at = UnixNanos(1_790_000_000_000_000_000);
+    let segment = Segment::create(directory.path(), 4 << 20, started_at, false).unwrap();
+    let segment = Arc::new(segment);
+    let (mut written, mut before, mut start) = (0, 0, 0);
+    while let Some(reserved) = reserve(&segment, "a") {
+        reserved.fill(&record("a"));
+        written += 1;
+        if segment.tail() <= 512 << 10 {
+            (before, start) = (written, usize::try_from(segment.tail()).unwrap());
+        }
+    }
+    let whole = std::fs::read(&segment.path).unwrap();
+    let (middle, end) = (start + (1 << 20), start + (2 << 20));
+    for (first, damaged) in [(0x5a, 1), (0, 0)] {
+        let mut torn = whole.clone();
+        torn[start..middle].fill(first);
+        torn[middle..end].fill(0x5a);
+        let batch = read(&image(directory.path(), &torn), Writer::Ended);
+        assert_eq!(batch.span.damaged, damaged, "the gap begins with {first}");
+        let read = batch.rows.len();
+        assert!(
+            before < read && read < written,
+            "{before} < {read} < {written}"
+        );
+    }
+}
+
 #[test]
 fn a_clients_text_does_not_pass_for_a_record() {
     let directory = TempDir::new().unwrap();
