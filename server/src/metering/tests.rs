@@ -23,11 +23,14 @@ use super::{
     recorder::Recorder,
     scan::{self, Span, Writer},
     segment::{RECORDS_AT, ReservedRecord, Segment, SegmentHead},
+    source::{BatchSize, Context, Source, ship},
     sync::Syncer,
     time::EventClock,
 };
 use crate::{
     clock::{Clock, Monotonic, UnixNanos},
+    config::DatabaseSettings,
+    db::Db,
     limiter::Policy,
     repo::usage_batch::UsageRecord,
     telemetry::metrics::Metrics,
@@ -736,4 +739,22 @@ fn a_directory_whose_creation_was_interrupted_is_deleted_later() {
     directory::delete_unfinished(root.path()).unwrap();
     assert!(!old.exists());
     assert!(new.exists() && other.exists() && owner.path.exists());
+}
+
+#[tokio::test]
+async fn an_outage_of_the_database_does_not_change_the_size_of_batches() {
+    let directory = TempDir::new().unwrap();
+    let segment = segment(directory.path());
+    write(&segment, "a");
+    // Nothing listens on this port.
+    let url = "postgres://quota@127.0.0.1:1/quota".into();
+    let db = Db::new(&url, &DatabaseSettings::default());
+    let context = Context::new(&db, Duration::MAX, Arc::default());
+    let mut source = Source::new(segment.head, segment.file.clone(), Writer::Running);
+    // The cursor was read before the outage.
+    source.position = Some(source.cursor);
+    let mut size = BatchSize::default();
+    let error = ship(&context, &mut source, &mut size).await.unwrap_err();
+    assert!(error.is_outage(), "{error:?}");
+    assert_eq!(size, BatchSize::default());
 }
