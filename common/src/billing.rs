@@ -42,7 +42,8 @@ response! {
         pub access_ends_at: Option<Timestamp>,
         /// When the trial ends and the first payment is due.
         pub trial_ends_at: Option<Timestamp>,
-        /// The scheduled time of the subscription's cancellation, in the future or the past. `null` if there is none.
+        /// The scheduled time of the subscription's cancellation, in the future or the past. `null` if no cancellation
+        /// was scheduled.
         pub cancels_at: Option<Timestamp>,
         /// Start of the current billing period.
         pub period_start: Option<Timestamp>,

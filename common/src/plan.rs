@@ -50,8 +50,8 @@ response! {
         pub daily_quota: Option<u64>,
         /// Requests per key per calendar month, in the tenant's time zone. `null` if unlimited.
         pub monthly_quota: Option<u64>,
-        /// Whether every request is checked against the shared counters instead of a local lease. A lease is a number
-        /// of requests that a replica has reserved for a key in advance.
+        /// Whether every allowed request takes its tokens directly from the shared counters, without a local lease. A
+        /// lease is a number of requests that a replica has reserved for a key in advance.
         pub strict: bool,
         /// Behavior while Redis is unreachable. `null` for the server default.
         pub on_redis_failure: Option<OnRedisFailure>,
@@ -84,8 +84,8 @@ request! {
         /// Requests per key per calendar month, in the tenant's time zone. Default: unlimited.
         #[garde(dive)]
         pub monthly_quota: Option<Quota>,
-        /// Whether to check every request against the shared counters instead of a local lease. A lease is a number of
-        /// requests that a replica has reserved for a key in advance. Default: false.
+        /// Whether every allowed request takes its tokens directly from the shared counters, without a local lease. A
+        /// lease is a number of requests that a replica has reserved for a key in advance. Default: false.
         #[garde(skip)]
         pub strict: Option<bool>,
         /// Behavior while Redis is unreachable. If omitted, the server default applies.

@@ -91,7 +91,7 @@ export async function lists(world) {
   await my.field("Name").fill("Discarded");
   await my.button("Cancel").click();
   await my.button("Edit").click();
-  assert.equal(await my.field("Name").inputValue(), "Key 40", "cancelled changes are discarded");
+  assert.equal(await my.field("Name").inputValue(), "Key 40", "canceled changes are discarded");
   const key = `/admin/api-keys/${keys[40].id}`;
   await my.api("PATCH", key, { name: "Renamed", rpm_override: 7 });
   await page.locator("#edit_plan").selectOption({ label: "Plan 050" });

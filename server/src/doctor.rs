@@ -186,7 +186,7 @@ impl Report {
         );
     }
 
-    /// Checks the Redis servers. Returns the number of connected replicas.
+    /// Checks the Redis servers. Returns the number of replicas that are known to be connected.
     async fn redis_servers(&mut self, config: &Config, settings: &RedisSettings) -> usize {
         let servers = &settings.servers;
         let tls = if servers.tls() { " over TLS" } else { "" };
@@ -211,13 +211,17 @@ impl Report {
                 return 0;
             }
         };
-        let mut connected = 0;
+        let subscribers = |node: &Result<Node, _>| node.as_ref().ok()?.subscribers;
+        let counts: Vec<usize> = nodes.iter().filter_map(subscribers).collect();
+        let connected = counts.iter().sum::<usize>();
+        let line = match counts.len() {
+            known if known == nodes.len() => connected.to_string(),
+            0 => "unknown".to_owned(),
+            _ => format!("at least {connected}"),
+        };
         for node in nodes {
             match node {
-                Ok(node) => {
-                    self.node(config, settings, &node);
-                    connected += node.subscribers;
-                }
+                Ok(node) => self.node(config, settings, &node),
                 // The cluster may still work without this node.
                 Err(error) if matches!(servers, RedisServers::Cluster(_)) => {
                     self.warning("redis", error);
@@ -225,7 +229,7 @@ impl Report {
                 Err(error) => self.failure("redis", error),
             }
         }
-        self.ok("redis", format!("replicas connected: {connected}"));
+        self.ok("redis", format!("replicas connected: {line}"));
         connected
     }
 
@@ -251,8 +255,10 @@ impl Report {
         self.ok(
             "redis",
             format!(
-                "{addr}: {} {}, {}, responds in {:.1?}",
-                node.product, node.version, node.mode, node.round_trip
+                "{addr}: {}, {}, responds in {:.1?}",
+                node.version.as_deref().unwrap_or("unknown version"),
+                node.mode.as_deref().unwrap_or("unknown mode"),
+                node.round_trip
             ),
         );
         if node.round_trip > settings.timeout {
@@ -261,30 +267,51 @@ impl Report {
                 format!("{addr}: responds more slowly than QUOTA_REDIS_TIMEOUT allows"),
             );
         }
-        if node.mode == "cluster" && !matches!(settings.servers, RedisServers::Cluster(_)) {
+        let is_cluster = matches!(settings.servers, RedisServers::Cluster(_));
+        if node.mode.as_deref() == Some("cluster") && !is_cluster {
             self.failure(
                 "redis",
                 format!("{addr} is a cluster node: use redis+cluster://"),
             );
         }
-        if node.role != "master" && !matches!(settings.servers, RedisServers::Cluster(_)) {
-            self.failure("redis", format!("{addr} is a {}, not a master", node.role));
+        match node.role.as_deref() {
+            Some("master") => {}
+            _ if is_cluster => {}
+            Some(role) => self.failure("redis", format!("{addr} is a {role}, not a master")),
+            None => self.warning(
+                "redis",
+                format!("{addr}: unknown role: it must be a master"),
+            ),
         }
-        if node.eviction == "noeviction" {
-            self.ok("redis", format!("{addr}: maxmemory-policy noeviction"));
-        } else {
-            self.warning(
+        match node.eviction.as_deref() {
+            Some("noeviction") => {
+                self.ok("redis", format!("{addr}: maxmemory-policy noeviction"));
+            }
+            Some(policy) => self.warning(
                 "redis",
                 format!(
-                    "{addr}: maxmemory-policy {}: counters may be evicted; set noeviction",
-                    node.eviction
+                    "{addr}: maxmemory-policy {policy}: counters may be evicted; set noeviction"
                 ),
-            );
+            ),
+            None => self.warning(
+                "redis",
+                format!("{addr}: unknown maxmemory-policy: it must be noeviction"),
+            ),
         }
         // Persistence is optional: lost buckets start empty, and calendar quotas are in PostgreSQL.
+        let append_only = match node.append_only {
+            Some(true) => "on",
+            Some(false) => "off",
+            None => "unknown",
+        };
+        let snapshots = match node.snapshots.as_deref() {
+            Some("") => "no snapshots".to_owned(),
+            Some(save) => format!("snapshots {save}"),
+            None => "snapshots unknown".to_owned(),
+        };
         self.ok(
             "redis",
-            format!("{addr}: persistence: {}", node.persistence),
+            format!("{addr}: persistence: append-only file {append_only}, {snapshots}"),
         );
         if matches!(settings.servers, RedisServers::Sentinel { .. }) {
             self.failover(node);

@@ -204,9 +204,9 @@ pub(super) struct Sourced {
 /// The maximum size of a file with a secret, in bytes. A larger file is most likely the wrong file.
 const SECRET_FILE_MAX: u64 = 64 * 1024;
 
-/// Returns a file's content without surrounding whitespace, such as the line break that editors add.
+/// Returns a file's content without surrounding whitespace, such as the line break that editors add. Errors do not
+/// contain the path, which may be a secret that was set in the wrong variable.
 fn read_secret(path: &Path) -> Result<String, String> {
-    // A URL may contain a password, so it must not be part of the error.
     if path.to_string_lossy().contains("://") {
         return Err("must be the path of a file, not a URL".to_owned());
     }
@@ -217,15 +217,14 @@ fn read_secret(path: &Path) -> Result<String, String> {
             .read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let bytes =
-        read().map_err(|error: io::Error| format!("cannot read {}: {error}", path.display()))?;
+    let bytes = read().map_err(|error: io::Error| format!("cannot read the file: {error}"))?;
     if bytes.len() as u64 > SECRET_FILE_MAX {
-        return Err(format!("{} is larger than 64 KiB", path.display()));
+        return Err("the file is larger than 64 KiB".to_owned());
     }
-    let text = String::from_utf8(bytes).map_err(|_| format!("{} is not text", path.display()))?;
+    let text = String::from_utf8(bytes).map_err(|_| "the file is not UTF-8 text".to_owned())?;
     let text = text.trim();
     if text.is_empty() {
-        return Err(format!("{} is empty", path.display()));
+        return Err("the file is empty".to_owned());
     }
     Ok(text.to_owned())
 }

@@ -179,6 +179,28 @@ fn error_does_not_contain_the_password_of_a_url() {
 }
 
 #[test]
+fn error_does_not_contain_a_secret_that_was_given_instead_of_a_path() {
+    let secret = "hunter2".repeat(50);
+    for (flag, variable) in [
+        ("secret", "QUOTA_SECRET"),
+        ("stripe-secret-key", "STRIPE_SECRET_KEY"),
+        ("redis-url", "REDIS_URL"),
+    ] {
+        // The longer text is too long for a file name.
+        for text in [&secret[..35], &secret] {
+            let flag = format!("--{flag}-file={text}");
+            let errors = Config::read(&settings(&[&flag])).expect_err(&flag).0;
+            let start = format!("{variable}_FILE: cannot read the file: ");
+            assert!(
+                errors.iter().any(|it| it.starts_with(&start)),
+                "{flag}: {errors:?}"
+            );
+            assert!(!errors.concat().contains("hunter2"), "{errors:?}");
+        }
+    }
+}
+
+#[test]
 fn error_shows_a_value_without_credentials() {
     let flags = [
         "--public-url=https://host/?x",

@@ -20,10 +20,8 @@ const EVERY: Duration = Duration::from_mins(10);
 const FIRST: i64 = 500;
 /// The maximum number of rows in any later batch.
 const LARGEST: i64 = 5000;
-/// If a batch takes less time than this, the next batch is larger.
-const SHORT: Duration = Duration::from_millis(100);
-/// If a batch takes more time than this, the next batch is smaller. This time is well below the default statement
-/// timeout, and short enough for transactions that wait for the batch's locks.
+/// If a batch takes more time than this, the next batch is smaller. This time is short enough for transactions that wait
+/// for the batch's locks.
 const LONG: Duration = Duration::from_millis(400);
 /// How long one kind of row is swept before the next kind gets its turn.
 const TURN: Duration = Duration::from_secs(1);
@@ -62,6 +60,18 @@ pub(super) async fn run(state: AppState, mut stopping: watch::Receiver<bool>) {
     }
 }
 
+/// Returns the size of the next batch, given the size and duration of a batch and the statement timeout.
+fn next_batch(batch: i64, took: Duration, statement_timeout: Duration) -> i64 {
+    let long = LONG.min(statement_timeout / 2);
+    if took < long / 4 {
+        (batch * 2).min(LARGEST)
+    } else if took > long {
+        (batch / 2).max(1)
+    } else {
+        batch
+    }
+}
+
 impl Sweep {
     async fn take_turn(&mut self, state: &AppState, stopping: &watch::Receiver<bool>) {
         let turn = Instant::now();
@@ -73,11 +83,8 @@ impl Sweep {
                     state.metrics.swept(self.kind.name(), count);
                     self.failures = 0;
                     self.is_done = i64::try_from(rows).unwrap_or(i64::MAX) < self.batch;
-                    if began.elapsed() < SHORT {
-                        self.batch = (self.batch * 2).min(LARGEST);
-                    } else if began.elapsed() > LONG {
-                        self.batch = (self.batch / 2).max(1);
-                    }
+                    let limit = state.config.database.statement_timeout;
+                    self.batch = next_batch(self.batch, began.elapsed(), limit);
                 }
                 Err(error) => {
                     state.metrics.sweep_errors.inc();
@@ -104,5 +111,24 @@ impl Sweep {
         let rows = sweep::batch(&mut tx, self.kind, self.batch).await?;
         tx.commit().await?;
         Ok(rows)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_stay_below_the_statement_timeout() {
+        for limit in [100, 200, 400, 2000, 60_000].map(Duration::from_millis) {
+            let mut batch = 1;
+            for _ in 0..50 {
+                // Each row takes a millisecond.
+                let took = Duration::from_millis(batch.try_into().unwrap());
+                assert!(took < limit, "a batch of {batch} with a limit of {limit:?}");
+                batch = next_batch(batch, took, limit);
+            }
+            assert!(batch >= 16, "a batch of {batch} with a limit of {limit:?}");
+        }
     }
 }

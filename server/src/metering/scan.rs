@@ -34,6 +34,8 @@ pub(super) struct Span {
     /// The number of gaps: ranges without readable records. Only gaps that begin with damaged bytes count, not those
     /// that begin with zeros.
     pub damaged: u64,
+    /// Whether the last chunk ended within a gap.
+    is_in_gap: bool,
 }
 
 /// How many bytes to read at a time: enough for many records of maximum length.
@@ -167,9 +169,12 @@ impl<'a> Scan<'a> {
         take: &mut impl FnMut(&RecordRead<'_>),
     ) -> Option<usize> {
         let is_running = self.writer == Writer::Running;
-        let mut at = 0;
-        // Whether the current position is in a gap that has been counted.
-        let mut is_lost = false;
+        // A gap may continue from the previous chunk.
+        let mut at = if span.is_in_gap {
+            self.next_record(0)
+        } else {
+            0
+        };
         let goes_on = loop {
             if *left == 0 {
                 break false;
@@ -180,7 +185,7 @@ impl<'a> Scan<'a> {
                     *left -= 1;
                     at += len;
                     span.end = self.base + at as u64;
-                    is_lost = false;
+                    span.is_in_gap = false;
                 }
                 Found::Nothing { state, len } => {
                     if is_running && state == RecordState::Open {
@@ -191,7 +196,7 @@ impl<'a> Scan<'a> {
                     if state == RecordState::Void {
                         span.end = self.base + at as u64;
                     }
-                    is_lost = false;
+                    span.is_in_gap = false;
                 }
                 Found::Sealed => {
                     span.is_complete = true;
@@ -214,10 +219,10 @@ impl<'a> Scan<'a> {
                 found @ (Found::Empty | Found::Damaged) => {
                     // If the machine crashed, pages of the file may be lost although later pages are not. Only a record
                     // with a matching CRC ends such a gap.
-                    if matches!(found, Found::Damaged) && !is_lost {
+                    if matches!(found, Found::Damaged) && !span.is_in_gap {
                         span.damaged += 1;
-                        is_lost = true;
                     }
+                    span.is_in_gap = true;
                     at = self.next_record(at + WORD);
                 }
             }

@@ -23,7 +23,7 @@ use super::{
     segment::{RECORDS_AT, SegmentHead},
 };
 use crate::{
-    db::{Db, DbError, Lane},
+    db::{Db, DbError, Lane, SystemTx},
     repo::{
         usage_append,
         usage_batch::{UsageBatch, UsageBatchBuilder},
@@ -168,16 +168,16 @@ impl Context {
         Ok(position.map(|it| u64::try_from(it).unwrap_or(0)))
     }
 
-    /// Commits a batch. Returns `false` if the cursor was not at `from`.
+    /// Inserts a batch and commits the transaction. Returns `false` if the cursor was not at `from`.
     async fn commit(
         &self,
+        mut tx: SystemTx,
         head: &SegmentHead,
         (from, to): (u64, u64),
         batch: &UsageBatch,
     ) -> Result<bool, DbError> {
         let position = |it: u64| i64::try_from(it).unwrap_or(i64::MAX);
         let shipped = async {
-            let mut tx = self.db.system().await?;
             let (from, to) = (position(from), position(to));
             if !usage_shipping::move_cursor(&mut tx, head.id, from, to).await? {
                 return Ok(false);
@@ -219,7 +219,7 @@ impl Context {
 }
 
 /// Adapts the size of batches to their duration.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq)]
 pub(super) struct BatchSize(usize);
 
 impl Default for BatchSize {
@@ -298,7 +298,9 @@ pub(super) async fn ship(
         }
         let began = Instant::now();
         let moved = (source.cursor, span.end);
-        match context.commit(&source.head, moved, &batch).await {
+        // If this fails, for example because PostgreSQL is unreachable, a smaller batch would fail too.
+        let tx = context.db.system().await?;
+        match context.commit(tx, &source.head, moved, &batch).await {
             Ok(true) => {
                 let rows = batch.len() as u64;
                 size.took(began.elapsed());

@@ -23,11 +23,14 @@ use super::{
     recorder::Recorder,
     scan::{self, Span, Writer},
     segment::{RECORDS_AT, ReservedRecord, Segment, SegmentHead},
+    source::{BatchSize, Context, Source, ship},
     sync::Syncer,
     time::EventClock,
 };
 use crate::{
     clock::{Clock, Monotonic, UnixNanos},
+    config::DatabaseSettings,
+    db::Db,
     limiter::Policy,
     repo::usage_batch::UsageRecord,
     telemetry::metrics::Metrics,
@@ -276,6 +279,37 @@ fn a_damaged_record_is_left_out_and_later_ones_are_kept() {
             assert_eq!(request_ids(&batch), ["a", "c"], "byte {at}, bit {bit}");
             assert_eq!(batch.span.damaged, 1, "byte {at}, bit {bit}");
         }
+    }
+}
+
+/// The file is read in chunks, and this gap is longer than a chunk.
+#[test]
+fn a_gap_that_spans_several_chunks_is_counted_by_how_it_begins() {
+    let directory = TempDir::new().unwrap();
+    let started_at = UnixNanos(1_790_000_000_000_000_000);
+    let segment = Segment::create(directory.path(), 4 << 20, started_at, false).unwrap();
+    let segment = Arc::new(segment);
+    let (mut written, mut before, mut start) = (0, 0, 0);
+    while let Some(reserved) = reserve(&segment, "a") {
+        reserved.fill(&record("a"));
+        written += 1;
+        if segment.tail() <= 512 << 10 {
+            (before, start) = (written, usize::try_from(segment.tail()).unwrap());
+        }
+    }
+    let whole = std::fs::read(&segment.path).unwrap();
+    let (middle, end) = (start + (1 << 20), start + (2 << 20));
+    for (first, damaged) in [(0x5a, 1), (0, 0)] {
+        let mut torn = whole.clone();
+        torn[start..middle].fill(first);
+        torn[middle..end].fill(0x5a);
+        let batch = read(&image(directory.path(), &torn), Writer::Ended);
+        assert_eq!(batch.span.damaged, damaged, "the gap begins with {first}");
+        let read = batch.rows.len();
+        assert!(
+            before < read && read < written,
+            "{before} < {read} < {written}"
+        );
     }
 }
 
@@ -705,4 +739,22 @@ fn a_directory_whose_creation_was_interrupted_is_deleted_later() {
     directory::delete_unfinished(root.path()).unwrap();
     assert!(!old.exists());
     assert!(new.exists() && other.exists() && owner.path.exists());
+}
+
+#[tokio::test]
+async fn an_outage_of_the_database_does_not_change_the_size_of_batches() {
+    let directory = TempDir::new().unwrap();
+    let segment = segment(directory.path());
+    write(&segment, "a");
+    // Nothing listens on this port.
+    let url = "postgres://quota@127.0.0.1:1/quota".into();
+    let db = Db::new(&url, &DatabaseSettings::default());
+    let context = Context::new(&db, Duration::MAX, Arc::default());
+    let mut source = Source::new(segment.head, segment.file.clone(), Writer::Running);
+    // The cursor was read before the outage.
+    source.position = Some(source.cursor);
+    let mut size = BatchSize::default();
+    let error = ship(&context, &mut source, &mut size).await.unwrap_err();
+    assert!(error.is_outage(), "{error:?}");
+    assert_eq!(size, BatchSize::default());
 }

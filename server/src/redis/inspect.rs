@@ -16,29 +16,31 @@ use crate::{
 /// trips.
 const STEPS: u32 = 9;
 
-/// Information that a server reports about itself. Most strings are empty if the server hides the information.
+/// Information that a server reports about itself. A property is `None` if it cannot be read, for example because an
+/// ACL or the hosting provider hides it.
 #[derive(Debug)]
 pub struct Node {
     pub addr: String,
-    /// Redis or Valkey.
-    pub product: &'static str,
-    pub version: String,
+    /// Redis or Valkey, and its version.
+    pub version: Option<String>,
     /// `standalone` or `cluster`.
-    pub mode: String,
-    pub role: String,
+    pub mode: Option<String>,
+    pub role: Option<String>,
     /// The `maxmemory-policy` setting.
-    pub eviction: String,
-    pub persistence: String,
-    /// `None` if the setting cannot be read.
+    pub eviction: Option<String>,
+    /// Whether the append-only file is on.
+    pub append_only: Option<bool>,
+    /// The `save` setting. Empty if there are no snapshots.
+    pub snapshots: Option<String>,
     pub min_replicas_to_write: Option<u32>,
-    /// The maximum lag in seconds. `None` if the setting cannot be read.
+    /// The maximum lag in seconds.
     pub min_replicas_max_lag: Option<u32>,
-    /// The maximum number of connections. `None` if the server hides this number.
+    /// The maximum number of connections.
     pub max_clients: Option<usize>,
     /// The server's error message, if the server rejects a command that the counters' script uses.
     pub script_error: Option<String>,
-    /// The number of subscribers to the invalidation channel. 0 if the server hides this number.
-    pub subscribers: usize,
+    /// The number of subscribers to the invalidation channel.
+    pub subscribers: Option<usize>,
     pub round_trip: Duration,
 }
 
@@ -93,21 +95,12 @@ async fn node(
     let round_trip = began.elapsed();
     let it = &mut connection;
     let info: String = query(it, &["INFO"]).await.unwrap_or_default();
-    let value = |name: &str| info_value(&info, name).unwrap_or_default().to_owned();
-    let (product, version) = match info_value(&info, "valkey_version") {
-        Some(version) => ("Valkey", version.to_owned()),
-        None => ("Redis", value("redis_version")),
-    };
-    let append_only = match value("aof_enabled").as_str() {
-        "1" => "append-only file on",
-        _ => "append-only file off",
+    let value = |name: &str| info_value(&info, name).map(str::to_owned);
+    let version = match info_value(&info, "valkey_version") {
+        Some(version) => Some(format!("Valkey {version}")),
+        None => info_value(&info, "redis_version").map(|version| format!("Redis {version}")),
     };
     let snapshots: Option<(String, String)> = query(it, &["CONFIG", "GET", "save"]).await;
-    let persistence = match snapshots {
-        Some((_, save)) if save.is_empty() => format!("{append_only}, no snapshots"),
-        Some((_, save)) => format!("{append_only}, snapshots {save}"),
-        None => append_only.to_owned(),
-    };
     let minimum: Option<(String, u32)> =
         query(it, &["CONFIG", "GET", "min-replicas-to-write"]).await;
     let max_lag: Option<(String, u32)> =
@@ -120,17 +113,17 @@ async fn node(
     let subscribers: Option<(String, usize)> = query(it, &["PUBSUB", "NUMSUB", channel]).await;
     Ok(Node {
         addr: client.get_connection_info().addr().to_string(),
-        product,
         version,
         mode: value("redis_mode"),
         role: value("role"),
         eviction: value("maxmemory_policy"),
-        persistence,
+        append_only: info_value(&info, "aof_enabled").map(|enabled| enabled == "1"),
+        snapshots: snapshots.map(|(_, save)| save),
         min_replicas_to_write: minimum.map(|(_, n)| n),
         min_replicas_max_lag: max_lag.map(|(_, n)| n),
-        max_clients: value("maxclients").parse().ok(),
+        max_clients: info_value(&info, "maxclients").and_then(|max| max.parse().ok()),
         script_error: script.err().map(|error| error.to_string()),
-        subscribers: subscribers.map_or(0, |(_, n)| n),
+        subscribers: subscribers.map(|(_, n)| n),
         round_trip,
     })
 }

@@ -118,7 +118,7 @@ pub(super) struct Requests {
     unread: Option<u64>,
     /// The arrival time of the oldest request that was reset before its response began. Cleared when another response
     /// is complete.
-    cancelled: Option<u64>,
+    canceled: Option<u64>,
 }
 
 #[derive(Debug)]
@@ -197,7 +197,7 @@ impl Requests {
                 if frame.kind == DATA && frame.length > 0 {
                     self.unread = None;
                 }
-                self.cancelled = None;
+                self.canceled = None;
                 self.progressed = now;
                 self.open.retain(|it| it.stream != frame.stream);
             }
@@ -234,7 +234,7 @@ impl Requests {
         let request = self.open.swap_remove(index);
         let oldest = match request.sent {
             Some(_) => &mut self.unread,
-            None => &mut self.cancelled,
+            None => &mut self.canceled,
         };
         *oldest = Some(oldest.map_or(request.since, |since| since.min(request.since)));
     }
@@ -244,7 +244,7 @@ impl Requests {
         let begun = begun.map(|it| it.since);
         Waiting {
             head: self.head_began,
-            response: begun.chain(self.unread).chain(self.cancelled).min(),
+            response: begun.chain(self.unread).chain(self.canceled).min(),
             has_open: !self.open.is_empty(),
             progressed: self.progressed,
         }

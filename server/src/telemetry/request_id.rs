@@ -44,13 +44,13 @@ impl Default for RequestIds {
 impl RequestIds {
     pub fn next(&self, now: UnixNanos) -> GeneratedId {
         let count = self.count.fetch_add(1, Ordering::Relaxed);
-        let mut chance = [0; 10];
+        let mut random = [0; 10];
         // `mixed` is one-to-one, so its eight bytes are unique within a process. The first two bytes compensate for the
         // six bits that the version and variant overwrite.
-        chance[..2].copy_from_slice(&count.to_be_bytes()[6..]);
-        chance[2..].copy_from_slice(&mixed(self.start.wrapping_add(count)).to_be_bytes());
+        random[..2].copy_from_slice(&count.to_be_bytes()[6..]);
+        random[2..].copy_from_slice(&mixed(self.start.wrapping_add(count)).to_be_bytes());
         let millis = now.0 / 1_000_000;
-        let id = Builder::from_unix_timestamp_millis(millis, &chance).into_uuid();
+        let id = Builder::from_unix_timestamp_millis(millis, &random).into_uuid();
         let mut text = [0; Hyphenated::LENGTH];
         id.as_hyphenated().encode_lower(&mut text);
         GeneratedId(text)

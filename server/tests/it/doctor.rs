@@ -168,6 +168,33 @@ async fn unsuitable_redis_fails_the_check() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn hidden_properties_of_redis_are_reported_as_unknown() {
+    let server = RedisServer::start().await;
+    let database = database().await;
+    let url = server.url();
+    let redis = ("REDIS_URL", url.as_str());
+    server
+        .command("ACL SETUSER default -pubsub|numsub -config|get")
+        .await;
+    doctor(&database, &[redis])
+        .await
+        .says("persistence: append-only file off, snapshots unknown\n")
+        .says("redis: replicas connected: unknown\n")
+        .succeeds();
+    // The counters require INFO, so this check fails.
+    server.command("ACL SETUSER default -info").await;
+    let output = doctor(&database, &[redis]).await;
+    output
+        .says("rejects scripts that call TIME and INFO")
+        .says(": unknown version, unknown mode, responds in ")
+        .says(": unknown role: it must be a master\n")
+        .says(": unknown maxmemory-policy: it must be noeviction\n")
+        .says("persistence: append-only file unknown, snapshots unknown\n")
+        .fails();
+    assert!(!output.text.contains("is a "), "{}", output.text);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn unreachable_or_foreign_redis_fails_the_check_and_no_password_is_shown() {
     let database = database().await;
     let locked = RedisServer::start_with(&["--requirepass", "hunter2"]).await;

@@ -153,7 +153,7 @@ impl App {
     }
 
     /// Returns the input, checkbox or select with a label.
-    async fn labelled(&self, label: &str) -> Result<Element> {
+    async fn labeled(&self, label: &str) -> Result<Element> {
         let label = has_text(label);
         self.visible(&format!(
             "//*[@id=//label[{label}]/@for] | //label[{label}]//input"
@@ -162,7 +162,7 @@ impl App {
     }
 
     pub async fn fill(&self, label: &str, text: &str) -> Result<()> {
-        let field = self.labelled(label).await?;
+        let field = self.labeled(label).await?;
         field.clear().await?;
         field.send_keys(text).await?;
         Ok(())

@@ -124,7 +124,7 @@ pub fn PlanFields(plan: PlanForm) -> impl IntoView {
             </label>
             <label class="check">
                 <input type="checkbox" name="strict" bind:checked=plan.strict/>
-                <span>"Strict: check every request against shared counters (slightly slower)"</span>
+                <span>"Strict: take every allowed request from the shared counters (slightly slower)"</span>
             </label>
             <SelectField
                 form

@@ -46,11 +46,6 @@ fn costly_passwords_are_estimated_in_parts() {
     assert_eq!(windows(&overflowing), ["o0O0o0"]);
     let ordinary = "correct horse battery staple 1!";
     assert_eq!(windows(ordinary), [ordinary]);
-    let password = Password::new(&costly[..100]);
-    let began = std::time::Instant::now();
-    let _ = password.judge("ada@example.com");
-    // The estimate takes a few milliseconds. Without the limit, it would take most of a second.
-    assert!(began.elapsed() < Duration::from_millis(500));
 }
 
 #[test]

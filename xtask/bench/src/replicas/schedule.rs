@@ -41,7 +41,7 @@ impl Steady {
     }
 
     pub(crate) fn arrivals(self, replicas: usize) -> impl Iterator<Item = Arrival> {
-        let mut chance = match self.spread {
+        let mut rng = match self.spread {
             Spread::Random(seed) => fastrand::Rng::with_seed(seed),
             Spread::InTurn => fastrand::Rng::with_seed(0),
         };
@@ -51,7 +51,7 @@ impl Steady {
             cost: 1,
             replica: match self.spread {
                 Spread::InTurn => n % replicas,
-                Spread::Random(_) => chance.usize(..replicas),
+                Spread::Random(_) => rng.usize(..replicas),
             },
         })
     }

@@ -164,7 +164,7 @@ pub(super) struct World {
     /// Tokens granted so far and tokens returned so far, by key.
     granted: Mutex<HashMap<ApiKeyId, (u64, u64)>>,
     /// A generator for each link and bucket, so that no random number depends on the order of other calls.
-    chances: Mutex<HashMap<(usize, BucketName), Rng>>,
+    generators: Mutex<HashMap<(usize, BucketName), Rng>>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -212,7 +212,7 @@ impl World {
             plant,
             told: Mutex::default(),
             granted: Mutex::default(),
-            chances: Mutex::default(),
+            generators: Mutex::default(),
         })
     }
 
@@ -225,9 +225,9 @@ impl World {
         self.granted.lock().get(&key).copied().unwrap_or_default()
     }
 
-    fn chance(&self, link: usize, bucket: BucketName, of: impl FnOnce(&mut Rng) -> u64) -> u64 {
-        let mut chances = self.chances.lock();
-        let rng = chances.entry((link, bucket)).or_insert_with(|| {
+    fn random(&self, link: usize, bucket: BucketName, of: impl FnOnce(&mut Rng) -> u64) -> u64 {
+        let mut generators = self.generators.lock();
+        let rng = generators.entry((link, bucket)).or_insert_with(|| {
             let key = match bucket {
                 BucketName::Key(_, key) => u64::try_from(key.0.as_u128() & 0xffff).unwrap(),
                 BucketName::Heartbeat => 0xffff,
@@ -245,7 +245,7 @@ impl World {
         } else {
             self.round_trip - self.round_trip / 2
         };
-        let ms = self.chance(link, bucket, |rng| {
+        let ms = self.random(link, bucket, |rng| {
             if slow > 0 && rng.u64(..100) < 5 {
                 one_way + rng.u64(..slow)
             } else {
@@ -351,7 +351,7 @@ impl World {
             }
         };
         let (link, _) = self.link(replica);
-        let percent = self.chance(replica, call.bucket, |rng| rng.u64(..100));
+        let percent = self.random(replica, call.bucket, |rng| rng.u64(..100));
         if percent < u64::from(link.lost) {
             self.miss(call, served, granted);
             std::future::pending::<()>().await;
