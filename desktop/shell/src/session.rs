@@ -194,9 +194,9 @@ impl Session {
                 responses.insert(key, cached);
                 Ok(fresh(body))
             }
-            Err(CallError::Unreachable) => {
+            Err(error @ (CallError::Unreachable | CallError::Incomplete)) => {
                 let cached = self.responses.lock().get(&key).cloned();
-                cached.ok_or(CallError::Unreachable)
+                cached.ok_or(error)
             }
             Err(error) => Err(error),
         }
