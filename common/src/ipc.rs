@@ -25,8 +25,10 @@ pub enum CallError {
         problem: Box<Problem>,
     },
     Unreachable,
-    /// The server took too long to respond to a call that may have taken effect.
+    /// The response to a change did not arrive, or not completely. The change may still take effect.
     NoResponse,
+    /// The response to any other call did not arrive completely.
+    Incomplete,
     /// The response could not be parsed.
     Unreadable,
     /// The default browser could not be opened.

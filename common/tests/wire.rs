@@ -864,6 +864,7 @@ fn decisions_match_their_golden_json() {
             "next_cursor": null, "total": 1, "last_event_id": "A",
         })
     );
+    golden_response!(decision::DroppedDecisions { count: 7 }, json!({"count": 7}));
 }
 
 #[test]

@@ -60,7 +60,7 @@ export const states = {
   ],
   trial: [{ ...active(), access: "trialing", trial_ends_at: hours(200) }, "First payment"],
   "past-due": [{ ...active(), access: "past_due", access_ends_at: hours(100) }, "Your last payment failed. Update your card by"],
-  unpaid: [{ ...active(), access: "unpaid", paid_plans_work: false }, "Until the invoice is paid, requests that use one of your 4 keys on paid plans are rejected (402)."],
+  unpaid: [{ ...active(), access: "unpaid", paid_plans_work: false }, "Until you pay the open invoice in Stripe, requests that use one of your 4 keys on paid plans are rejected (402)."],
   canceling: [{ ...active(), cancels_at: hours(480), access_ends_at: hours(480) }, "Your subscription ends on"],
   canceled: [{ ...active(), ...none, access: "canceled", cancels_at: hours(-24) }, "Your subscription has ended"],
   paused: [{ ...active(), access: "paused", paid_plans_work: false }, "Your subscription is paused"],
@@ -96,6 +96,7 @@ export async function billing(world) {
     ["free", ["Upgrade"]],
     ["active", ["Manage in Stripe"]],
     ["past-due", ["Update card"]],
+    ["unpaid", ["Pay invoice"]],
     ["canceled", ["Subscribe again", "Manage in Stripe"]],
     ["off", []],
   ]) {

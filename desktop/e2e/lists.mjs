@@ -99,6 +99,7 @@ export async function lists(world) {
   await my.field("Metadata (optional)").fill("region");
   await my.button("Save changes").click();
   await page.getByText("Enter one name=value pair per line").waitFor();
+  await page.locator("dialog[open] .field.invalid textarea:focus").waitFor();
   await my.field("Metadata (optional)").fill("region=eu & us\ntier = 2");
   await my.inspect("edit-key");
   await my.button("Save changes").click();

@@ -1,6 +1,7 @@
 // Tests a server that fails, is slow or does not respond, sessions that end, and resources that no longer exist.
 
 import assert from "node:assert/strict";
+import { createServer } from "node:http";
 import { setTimeout as pause } from "node:timers/promises";
 
 const ID = "019ab4e1-7c00-7000-8000-00000000abcd";
@@ -27,6 +28,7 @@ export async function trouble(world) {
   await liveTail(my, fail);
   await leavesWhileSending(my, created);
   await nothingResponds(my);
+  await responseIsIncomplete(my);
 
   // If the whole console cannot be loaded, the page also shows the request ID.
   await page.route("**/auth/me", fail);
@@ -162,11 +164,33 @@ async function nothingResponds(my) {
   await my.field("Name").fill("Basic");
   await my.button("Save changes").click();
   const dialog = page.locator("dialog[open]");
-  await dialog.getByText("The server didn't respond in time. The change may still take effect, so reload the page before you try again.").waitFor();
+  await dialog.getByText("The server's response didn't arrive. The change may still take effect, so reload the page before you try again.").waitFor();
   assert.equal(await my.field("Name").inputValue(), "Basic", "the input is kept");
   await my.inspect("no-response");
   await page.unroute(calls);
   await my.button("Cancel").click();
+}
+
+/** If the body of a response does not arrive completely, the message does not claim that the server is unreachable. */
+async function responseIsIncomplete(my) {
+  const { page, base } = my;
+  const server = createServer((_, response) => {
+    response.writeHead(200, { "content-type": "application/json", "content-length": "100" });
+    response.write("{");
+  });
+  await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
+  const calls = /\/admin\/api-keys/;
+  await page.route(calls, (route) => route.continue({ url: `http://127.0.0.1:${server.address().port}/` }));
+  await page.goto(`${base}/console/api-keys`);
+  await my.heading("Couldn't load API keys").waitFor();
+  await page.getByText("The server's response didn't arrive completely.").first().waitFor();
+  await page.unroute(calls);
+  await my.button("Retry").click();
+  await page.getByRole("row", { name: /Web shop/ }).waitFor();
+  await my.navigate("Plans").click();
+  await page.getByRole("row", { name: /Starter/ }).waitFor();
+  server.closeAllConnections();
+  server.close();
 }
 
 /** If an export is not complete, a message says so. */

@@ -24,7 +24,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 pub use self::{
     environment::unknown_variables,
-    example::env_example,
+    example::{env_example, variables},
     redis::{RedisServers, RedisSettings},
     settings::Settings,
 };

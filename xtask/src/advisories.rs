@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use semver::{Version, VersionReq};
+use semver::{Comparator, Op, Version, VersionReq};
 use toml::{Table, Value};
 
 use crate::{lock, root, say, succeed};
@@ -200,22 +200,26 @@ impl Advisory {
     }
 }
 
-/// Returns whether a version matches a requirement, by a rule similar to RustSec's. In `semver`, a pre-release matches
-/// only requirements that contain a pre-release. RustSec compares versions only by their order. Therefore, a
-/// pre-release that does not match otherwise is treated like the patch release before it: 2.0.1-rc.1 is treated like
-/// 2.0.0. If there is no such release, the version does not match.
+/// Returns whether a version matches a requirement. RustSec compares versions only by their order, in which a pre-release
+/// is between two releases. In `semver`, a pre-release matches only if a comparator contains a pre-release of the same
+/// release. Therefore, this function adds a comparator that the version itself matches.
 fn matches(req: &VersionReq, version: &Version) -> bool {
-    if version.pre.is_empty() || req.matches(version) {
-        return req.matches(version);
+    let mut req = req.clone();
+    for comparator in &mut req.comparators {
+        // For a pre-release, `semver` does not treat `>= 2` and `< 2` like `>= 2.0.0` and `< 2.0.0`.
+        if matches!(comparator.op, Op::GreaterEq | Op::Less) {
+            comparator.minor.get_or_insert(0);
+            comparator.patch.get_or_insert(0);
+        }
     }
-    // A pre-release is below its release, but not below any earlier version.
-    let mut below = version.clone();
-    below.pre = semver::Prerelease::EMPTY;
-    if below.patch == 0 {
-        return false;
-    }
-    below.patch -= 1;
-    req.matches(&below)
+    req.comparators.push(Comparator {
+        op: Op::Exact,
+        major: version.major,
+        minor: Some(version.minor),
+        patch: Some(version.patch),
+        pre: version.pre.clone(),
+    });
+    req.matches(version)
 }
 
 fn read_database(path: &Path) -> Result<Vec<Advisory>> {
@@ -295,6 +299,33 @@ mod tests {
         assert!(!hits("2.0.0"));
         assert!(hits("1.2.3-rc.1"));
         assert!(!hits("1.2.4-rc.1"));
+    }
+
+    #[test]
+    fn prerelease_is_compared_by_its_place_in_the_order() {
+        for (requirement, version, expected) in [
+            (">= 1.2.3", "2.0.0-rc.1", true),
+            (">= 1.2.3", "1.3.0-rc.1", true),
+            (">= 2.0.0", "2.0.0-rc.1", false),
+            (">= 2.0.0-rc.1", "2.0.0-rc.2", true),
+            (">= 2", "2.1.0-rc.1", true),
+            (">= 2", "2.0.0-rc.1", false),
+            ("< 2.0.0", "2.0.0-rc.1", true),
+            ("< 2", "2.0.0-rc.1", true),
+            ("< 1.2.3", "1.3.0-rc.1", false),
+            ("> 1.2.4", "1.2.5-rc.1", true),
+            ("<= 1.2.4", "1.2.5-rc.1", false),
+            ("= 1.2.4", "1.2.5-rc.1", false),
+            // A pre-release of the next incompatible version is not a compatible update.
+            ("^1.2.3", "1.3.0-rc.1", true),
+            ("^1.2.3", "2.0.0-rc.1", false),
+            ("~1.2.3", "1.3.0-rc.1", false),
+            (">= 1.2.3, < 2.0.0", "1.9.0-rc.1", true),
+        ] {
+            let req = VersionReq::parse(requirement).expect("a requirement");
+            let found = matches(&req, &Version::parse(version).expect("a version"));
+            assert_eq!(found, expected, "{version} {requirement}");
+        }
     }
 
     #[test]

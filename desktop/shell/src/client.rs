@@ -78,13 +78,12 @@ impl Client {
         if let Some(token) = bearer {
             request = request.bearer_auth(token.expose_secret());
         }
-        let failed = |error: &reqwest::Error| failure(error, call);
         let response = self
             .execute(&sent, request)
             .await
-            .map_err(|error| failed(&error))?;
+            .map_err(|error| failure(&error, call))?;
         let status = response.status();
-        let body = read_body(response, failed).await?;
+        let body = read_body(response, call.is_change()).await?;
         if status.is_success() {
             return Ok(body);
         }
@@ -117,7 +116,7 @@ impl Client {
         let problem = if status.is_success() {
             None
         } else {
-            let body = read_body(response, |_| CallError::Unreachable).await?;
+            let body = read_body(response, false).await?;
             serde_json::from_str(&body).ok()
         };
         Ok(TestResponse {
@@ -133,8 +132,7 @@ impl Client {
             return false;
         };
         let is_success = response.status().is_success();
-        let body = read_body(response, |_| CallError::Unreachable).await;
-        let body = body.unwrap_or_default();
+        let body = read_body(response, false).await.unwrap_or_default();
         is_success && serde_json::from_str::<quota_common::health::Health>(&body).is_ok()
     }
 
@@ -199,24 +197,38 @@ fn failure(error: &reqwest::Error, call: &Call) -> CallError {
     }
 }
 
-async fn read_body(
-    mut response: Response,
-    failed: impl Fn(&reqwest::Error) -> CallError,
-) -> Result<String, CallError> {
+/// Returns the body of a response. If the body ends early, a change may nevertheless take effect.
+async fn read_body(mut response: Response, is_change: bool) -> Result<String, CallError> {
     let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|error| failed(&error))? {
-        if body.len() + chunk.len() > MAX_BODY {
-            return Err(CallError::Unreadable);
+    loop {
+        match response.chunk().await {
+            Ok(Some(chunk)) if body.len() + chunk.len() > MAX_BODY => {
+                return Err(CallError::Unreadable);
+            }
+            Ok(Some(chunk)) => body.extend_from_slice(&chunk),
+            Ok(None) => return String::from_utf8(body).map_err(|_| CallError::Unreadable),
+            Err(error) => {
+                tracing::warn!(
+                    error = &error.without_url() as &dyn std::error::Error,
+                    "incomplete response"
+                );
+                return Err(if is_change {
+                    CallError::NoResponse
+                } else {
+                    CallError::Incomplete
+                });
+            }
         }
-        body.extend_from_slice(&chunk);
     }
-    String::from_utf8(body).map_err(|_| CallError::Unreadable)
 }
 
 #[cfg(test)]
 mod tests {
     use quota_common::{auth::UpdateMe, call::PageOf};
-    use tokio::net::TcpListener;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+    };
 
     use super::*;
 
@@ -229,6 +241,30 @@ mod tests {
             client.send(&change, Credential::None).await.err(),
             client.send(&list, Credential::None).await.err(),
         ]
+    }
+
+    /// A response whose body ends early is not the same as an unreachable server.
+    #[tokio::test]
+    async fn incomplete_response_is_not_an_unreachable_server() {
+        for closes in [false, true] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let address = format!("http://{}", listener.local_addr().expect("an address"));
+            let serving = tokio::spawn(async move {
+                let mut open = Vec::new();
+                loop {
+                    let (mut stream, _) = listener.accept().await.expect("a connection");
+                    let _ = stream.read(&mut [0; 4096]).await;
+                    let start = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{";
+                    stream.write_all(start).await.expect("sent");
+                    if !closes {
+                        open.push(stream);
+                    }
+                }
+            });
+            let expected = [CallError::NoResponse, CallError::Incomplete];
+            assert_eq!(outcomes(&address).await, expected.map(Some), "{closes}");
+            serving.abort();
+        }
     }
 
     #[tokio::test]

@@ -36,6 +36,11 @@ struct Arguments {
     server: Option<server::Server>,
 }
 
+/// Returns the server in the arguments of a second launch. The first argument is the name of the program.
+fn requested_server(arguments: &[String]) -> Option<server::Server> {
+    Arguments::try_parse_from(arguments).ok()?.server
+}
+
 pub fn run() -> ExitCode {
     STARTED.get_or_init(Instant::now);
     let Arguments { server } = Arguments::parse();
@@ -43,7 +48,7 @@ pub fn run() -> ExitCode {
         // This plugin must come first, so that a second instance detects the running instance before it does anything
         // else.
         .plugin(tauri_plugin_single_instance::init(|app, arguments, _| {
-            window::on_second_instance(app, &arguments);
+            window::on_second_instance(app, requested_server(&arguments));
         }))
         .plugin(tauri_plugin_window_state::Builder::new().build())
         .invoke_handler(tauri::generate_handler![
@@ -81,5 +86,23 @@ pub fn run() -> ExitCode {
             eprintln!("error: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn second_launch_accepts_the_arguments_of_a_first_launch() {
+        let requested = |arguments: &[&str]| {
+            let program = ["quota-desktop"].iter().chain(arguments);
+            let all: Vec<String> = program.map(|it| (*it).to_owned()).collect();
+            requested_server(&all).map(|it| it.to_string())
+        };
+        let expected = Some("https://quota.example.com".to_owned());
+        assert_eq!(requested(&["--server", "quota.example.com"]), expected);
+        assert_eq!(requested(&["--server=quota.example.com"]), expected);
+        assert_eq!(requested(&[]), None);
     }
 }

@@ -82,13 +82,21 @@ impl Session {
         }
     }
 
-    /// Returns `false` if the keychain has failed since a refresh token was last stored in it.
+    /// Returns `false` if the last use of the keychain failed.
     pub fn has_keychain(&self) -> bool {
         *self.has_keychain.lock()
     }
 
-    /// Checks whether the keychain is available. If it is not, [`has_keychain`](Self::has_keychain) returns `false`.
+    /// Updates the result of [`has_keychain`](Self::has_keychain). If a refresh token is in memory, tries to store it in
+    /// the keychain.
     pub async fn probe_keychain(&self) {
+        {
+            let mut state = self.state.lock().await;
+            if let Some(token) = state.refresh.clone() {
+                return self.store(&mut state, token).await;
+            }
+        }
+        // The lock is not held while the user may have to unlock the keychain.
         let _ = self.stored_token().await;
     }
 
@@ -194,9 +202,9 @@ impl Session {
                 responses.insert(key, cached);
                 Ok(fresh(body))
             }
-            Err(CallError::Unreachable) => {
+            Err(error @ (CallError::Unreachable | CallError::Incomplete)) => {
                 let cached = self.responses.lock().get(&key).cloned();
-                cached.ok_or(CallError::Unreachable)
+                cached.ok_or(error)
             }
             Err(error) => Err(error),
         }
@@ -276,9 +284,7 @@ impl Session {
     async fn stored_token(&self) -> Option<SecretString> {
         let (keychain, server) = (Arc::clone(&self.keychain), self.server_name());
         let stored = keychain::call(move || keychain.get(&server)).await;
-        if stored.is_err() {
-            *self.has_keychain.lock() = false;
-        }
+        *self.has_keychain.lock() = stored.is_ok();
         stored.ok().flatten()
     }
 
@@ -318,12 +324,8 @@ impl Session {
         *state = State::default();
         self.responses.lock().clear();
         let (keychain, server) = (Arc::clone(&self.keychain), self.server_name());
-        if keychain::call(move || keychain.delete(&server))
-            .await
-            .is_err()
-        {
-            *self.has_keychain.lock() = false;
-        }
+        let deleted = keychain::call(move || keychain.delete(&server)).await;
+        *self.has_keychain.lock() = deleted.is_ok();
     }
 
     fn server_name(&self) -> String {

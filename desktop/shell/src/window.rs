@@ -178,18 +178,13 @@ fn evaluate(
 }
 
 /// Handles a second launch of the app: focuses the window and, unless a locked dialog is open, selects the server given
-/// on the command line.
-pub fn on_second_instance(app: &AppHandle, arguments: &[String]) {
+/// on the command line, if any.
+pub fn on_second_instance(app: &AppHandle, requested: Option<Server>) {
     let Some(window) = app.get_webview_window(LABEL) else {
         return;
     };
     let _ = window.unminimize();
     let _ = window.set_focus();
-    let requested = arguments
-        .iter()
-        .position(|it| it == "--server")
-        .and_then(|at| arguments.get(at + 1))
-        .and_then(|text| Server::parse(text).ok());
     let Some(server) = requested else { return };
     if_unlocked(app, move |window| {
         if let Some(state) = window.try_state::<App>() {

@@ -10,8 +10,8 @@ struct SettingsOnly {
     _settings: Settings,
 }
 
-/// Returns the name of every variable.
-pub(super) fn variables() -> Vec<String> {
+/// Returns the name of every variable that is a setting.
+pub fn variables() -> Vec<String> {
     let command = SettingsOnly::command();
     let names = command
         .get_arguments()

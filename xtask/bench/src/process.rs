@@ -18,6 +18,7 @@ use nix::{
     time::clock_getcpuclockid,
     unistd::Pid,
 };
+use quota_server::config::variables;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -192,15 +193,14 @@ pub(crate) fn serve(binary: &Path) -> Result<(Command, TempDir)> {
     Ok((command, data))
 }
 
-/// Removes Quota's settings from the environment of a command, so that they do not affect the measured servers.
+/// Removes Quota's settings from the environment of a command, so that they do not affect the measured servers. Also
+/// removes other variables that begin with `QUOTA_`, with which a server does not start.
 pub(crate) fn without_settings(command: &mut Command) {
+    for name in variables() {
+        command.env_remove(name);
+    }
     for (name, _) in std::env::vars_os() {
-        let ours = name.to_str().is_some_and(|name| {
-            name.starts_with("QUOTA_")
-                || name.starts_with("OTEL_")
-                || matches!(name, "DATABASE_URL" | "REDIS_URL" | "ALLOWED_ORIGINS")
-        });
-        if ours {
+        if name.to_str().is_some_and(|it| it.starts_with("QUOTA_")) {
             command.env_remove(name);
         }
     }
@@ -227,5 +227,34 @@ impl Drop for Server {
         }
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn measured_server_gets_no_settings_from_the_environment() {
+        let mut command = Command::new("quota");
+        without_settings(&mut command);
+        let removed: Vec<_> = command
+            .get_envs()
+            .filter(|(_, value)| value.is_none())
+            .filter_map(|(name, _)| name.to_str())
+            .collect();
+        for name in [
+            "DATABASE_URL",
+            "REDIS_URL_FILE",
+            "STRIPE_SECRET_KEY",
+            "STRIPE_WEBHOOK_SECRET_FILE",
+            "SMTP_URL",
+            "ALLOWED_ORIGINS",
+            "OTEL_EXPORTER_OTLP_ENDPOINT",
+            "QUOTA_LEASE_TTL",
+        ] {
+            assert!(removed.contains(&name), "{name}: {removed:?}");
+        }
+        assert!(!removed.contains(&"PATH"));
     }
 }

@@ -391,6 +391,29 @@ async fn session_is_in_memory_without_a_keychain() {
 }
 
 #[tokio::test]
+async fn keychain_that_works_again_is_noticed() {
+    let fixture = Fixture::new().await;
+    fixture.keychain.unavailable.store(true, Ordering::SeqCst);
+    let session = fixture.session();
+    session.probe_keychain().await;
+    assert!(!session.has_keychain());
+    fixture.keychain.unavailable.store(false, Ordering::SeqCst);
+    session.probe_keychain().await;
+    assert!(session.has_keychain());
+
+    // A refresh token that is in memory is moved to the keychain.
+    fixture.keychain.unavailable.store(true, Ordering::SeqCst);
+    session.call(&login()).await.expect("signed in");
+    assert!(!session.has_keychain());
+    assert_eq!(fixture.keychain.only(), None);
+    fixture.keychain.unavailable.store(false, Ordering::SeqCst);
+    session.probe_keychain().await;
+    assert!(session.has_keychain());
+    assert!(fixture.keychain.only().is_some());
+    fixture.session().call(&list()).await.expect("stored");
+}
+
+#[tokio::test]
 async fn loaded_data_is_readable_while_the_server_is_unreachable() {
     let fixture = Fixture::new().await;
     let session = fixture.session();

@@ -127,11 +127,17 @@ async fn request_with_session(call: &Call) -> CallResult<Response> {
     request(call, RequestCredentials::SameOrigin, &fields).await
 }
 
-async fn read_body(response: Response) -> CallResult<String> {
-    let text = response.text().map_err(|_| CallError::Unreachable)?;
-    let text = JsFuture::from(text)
-        .await
-        .map_err(|_| CallError::Unreachable)?;
+/// Returns the body of the response to a call. If the body ends early, a change may nevertheless take effect.
+async fn read_body(response: Response, call: &Call) -> CallResult<String> {
+    let incomplete = |_| {
+        if call.is_change() {
+            CallError::NoResponse
+        } else {
+            CallError::Incomplete
+        }
+    };
+    let text = response.text().map_err(incomplete)?;
+    let text = JsFuture::from(text).await.map_err(incomplete)?;
     let body = text.as_string().unwrap_or_default();
     if response.ok() {
         return Ok(body);
@@ -175,9 +181,9 @@ pub async fn send(call: &Call) -> CallResult<String> {
 async fn send_once(call: &Call) -> CallResult<String> {
     let response = request_with_session(call).await?;
     if response.status() == 401 && call.is_of_session() && refresh().await? {
-        return read_body(request_with_session(call).await?).await;
+        return read_body(request_with_session(call).await?, call).await;
     }
-    read_body(response).await
+    read_body(response, call).await
 }
 
 thread_local! {
@@ -205,7 +211,7 @@ async fn refresh() -> CallResult<bool> {
         Ok(response) if response.ok() => Ok(true),
         // If the cookies are missing or belong to another session, this session cannot be refreshed.
         Ok(response) if matches!(response.status(), 401 | 403) => Ok(false),
-        Ok(response) => read_body(response).await.map(|_| true),
+        Ok(response) => read_body(response, &Call::Refresh).await.map(|_| true),
         Err(error) => Err(error),
     };
     for waiting in WAITING.take().into_iter().flatten() {
@@ -219,7 +225,7 @@ pub async fn try_key(key: &str) -> CallResult<TestResponse> {
     let fields = [("x-api-key", key)];
     let response = request(&Call::Echo, RequestCredentials::Omit, &fields).await?;
     let (status, headers) = (response.status(), response.headers());
-    let problem = match read_body(response).await {
+    let problem = match read_body(response, &Call::Echo).await {
         Err(CallError::Problem(problem)) => Some(problem),
         _ => None,
     };

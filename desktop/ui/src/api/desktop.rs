@@ -35,6 +35,7 @@ async fn invoke<T: DeserializeOwned>(command: &str, arguments: &impl Serialize) 
             Some(ipc::CallError::Problem { problem }) => CallError::Problem(problem),
             Some(ipc::CallError::Unreachable) => CallError::Unreachable,
             Some(ipc::CallError::NoResponse) => CallError::NoResponse,
+            Some(ipc::CallError::Incomplete) => CallError::Incomplete,
             Some(ipc::CallError::NoBrowser) => CallError::NoBrowser,
             Some(ipc::CallError::Unreadable) | None => CallError::Unreadable,
         }),
@@ -45,7 +46,7 @@ pub async fn send(call: &Call) -> CallResult<String> {
     let result: CallResult<CallResponse> = invoke("call", &json!({ "call": call })).await;
     match &result {
         Ok(response) => host::set_loaded_at(response.loaded_at),
-        Err(CallError::Unreachable | CallError::NoResponse) => {}
+        Err(CallError::Unreachable | CallError::NoResponse | CallError::Incomplete) => {}
         // Even an error response proves that the server is reachable.
         Err(_) => host::set_loaded_at(None),
     }

@@ -5,8 +5,10 @@ pub enum CallError {
     /// The server returned an error.
     Problem(Box<Problem>),
     Unreachable,
-    /// The server took too long to respond to a call that may have taken effect.
+    /// The response to a change did not arrive, or not completely. The change may still take effect.
     NoResponse,
+    /// The response to any other call did not arrive completely.
+    Incomplete,
     /// The response could not be parsed.
     Unreadable,
     /// One of the console's code or data files could not be loaded.
@@ -42,7 +44,10 @@ impl CallError {
             Self::Problem(problem) => return problem.detail.clone(),
             Self::Unreachable => "Can't reach the server. Check your connection and try again.",
             Self::NoResponse => {
-                "The server didn't respond in time. The change may still take effect, so reload the page before you try again."
+                "The server's response didn't arrive. The change may still take effect, so reload the page before you try again."
+            }
+            Self::Incomplete => {
+                "The server's response didn't arrive completely. Check your connection and try again."
             }
             Self::Unreadable => "Unexpected response from the server. Reload the page.",
             Self::NoCode => {

@@ -186,5 +186,5 @@ impl FormState {
 }
 
 fn focus_first_invalid() {
-    focus_soon(".field.invalid input, .field.invalid select");
+    focus_soon(".field.invalid :is(input, select, textarea)");
 }

@@ -54,15 +54,13 @@ pub fn buttons(it: &BillingState) -> Vec<StripeButton> {
         label,
         page: BillingPage::Checkout,
     };
-    let update_card = StripeButton {
-        label: "Update card",
-        ..MANAGE
-    };
+    let portal = |label| StripeButton { label, ..MANAGE };
     match it.access {
         BillingAccess::Free if it.has_customer => vec![checkout("Upgrade"), MANAGE],
         BillingAccess::Free => vec![checkout("Upgrade")],
         BillingAccess::Canceled => vec![checkout("Subscribe again"), MANAGE],
-        BillingAccess::PastDue | BillingAccess::Unpaid => vec![update_card],
+        BillingAccess::PastDue => vec![portal("Update card")],
+        BillingAccess::Unpaid => vec![portal("Pay invoice")],
         BillingAccess::Trialing | BillingAccess::Active | BillingAccess::Paused => vec![MANAGE],
     }
 }
@@ -91,9 +89,14 @@ fn notices(it: &BillingState, now: i64) -> Vec<(&'static str, String)> {
             danger,
             "Your last payment failed. Update your card to keep your paid plans working.".to_owned(),
         )),
-        (BillingAccess::PastDue | BillingAccess::Unpaid, _) => all.push((
+        (BillingAccess::PastDue, _) => all.push((
             danger,
             format!("Your last payment failed. Until the invoice is paid, {requests} are rejected (402). Update your card."),
+        )),
+        // Stripe no longer charges the card, so a new card alone does not help.
+        (BillingAccess::Unpaid, _) => all.push((
+            danger,
+            format!("Your last payment failed, and won't be retried. Until you pay the open invoice in Stripe, {requests} are rejected (402)."),
         )),
         (BillingAccess::Canceled, _) => all.push((
             warn,

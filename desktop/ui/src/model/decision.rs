@@ -16,12 +16,19 @@ pub struct Live {
     pub rows: VecDeque<Decision>,
     /// Decisions that arrived while the list was paused, newest first.
     pub waiting: VecDeque<Decision>,
-    /// Whether some decisions are missing because too many arrived between two updates.
-    pub has_gap: bool,
+    /// The number of complete updates until the last gap is forgotten. 0 if there is no gap.
+    gap_updates: u8,
 }
 
 impl Live {
     pub const MAX: usize = 500;
+    /// The number of complete updates after which a gap is forgotten: enough for users to read that there is a gap.
+    const GAP_UPDATES: u8 = 4;
+
+    /// Returns whether decisions arrive too fast, or did until recently, so that the list skips some of them.
+    pub const fn has_gap(&self) -> bool {
+        self.gap_updates > 0
+    }
 
     fn newest(&self) -> Option<&Decision> {
         self.waiting.front().or_else(|| self.rows.front())
@@ -34,8 +41,14 @@ impl Live {
         page.iter().position(|it| it.id == newest.id)
     }
 
-    /// Adds new decisions. `new` must be sorted newest first.
-    pub fn add(&mut self, new: Vec<Decision>, paused: bool) {
+    /// Adds the new decisions of an update. `new` must be sorted newest first. `has_gap` means that decisions are missing
+    /// between the new and the known ones.
+    pub fn add(&mut self, new: Vec<Decision>, has_gap: bool, paused: bool) {
+        self.gap_updates = if has_gap {
+            Self::GAP_UPDATES
+        } else {
+            self.gap_updates.saturating_sub(1)
+        };
         let rows = if paused {
             &mut self.waiting
         } else {
@@ -183,10 +196,10 @@ mod tests {
     fn new_decisions_come_first_and_once() {
         let mut live = Live::default();
         assert_eq!(live.count_new(&[decision(2), decision(1)]), None);
-        live.add(vec![decision(2), decision(1)], false);
+        live.add(vec![decision(2), decision(1)], false, false);
         let page = [decision(4), decision(3), decision(2), decision(1)];
         assert_eq!(live.count_new(&page), Some(2));
-        live.add(page[..2].to_vec(), false);
+        live.add(page[..2].to_vec(), false, false);
         assert_eq!(numbers(&live), ["04", "03", "02", "01"]);
         assert_eq!(live.count_new(&page), Some(0));
         assert_eq!(live.count_new(&[decision(9), decision(8)]), None, "a gap");
@@ -195,8 +208,8 @@ mod tests {
     #[test]
     fn paused_list_stands_still_until_it_is_resumed() {
         let mut live = Live::default();
-        live.add(vec![decision(1)], false);
-        live.add(vec![decision(3), decision(2)], true);
+        live.add(vec![decision(1)], false, false);
+        live.add(vec![decision(3), decision(2)], false, true);
         assert_eq!(numbers(&live), ["01"]);
         assert_eq!(live.waiting.len(), 2);
         assert_eq!(live.count_new(&[decision(4), decision(3)]), Some(1));
@@ -205,12 +218,29 @@ mod tests {
     }
 
     #[test]
+    fn gap_is_forgotten_after_several_complete_updates() {
+        let mut live = Live::default();
+        live.add(vec![decision(1)], false, false);
+        assert!(!live.has_gap());
+        live.add(vec![decision(3)], true, false);
+        for n in 4..7 {
+            live.add(vec![decision(n)], false, n == 5);
+            assert!(live.has_gap(), "{n}");
+        }
+        // An update without new decisions is complete too.
+        live.add(Vec::new(), false, false);
+        assert!(!live.has_gap());
+        live.add(vec![decision(8)], true, false);
+        assert!(live.has_gap());
+    }
+
+    #[test]
     fn list_is_bounded() {
         let mut live = Live::default();
         let many: Vec<Decision> = (0..600).rev().map(decision).collect();
-        live.add(many.clone(), true);
+        live.add(many.clone(), false, true);
         assert_eq!((live.rows.len(), live.waiting.len()), (0, Live::MAX));
-        live.add(many, false);
+        live.add(many, false, false);
         assert_eq!(live.rows.len(), Live::MAX);
         assert!(live.waiting.is_empty());
     }

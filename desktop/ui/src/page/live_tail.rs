@@ -118,12 +118,10 @@ fn Tail(
             match result {
                 Ok((new, has_gap)) => {
                     let _ = error.try_set(None);
-                    if !new.is_empty() {
+                    let had_gap = live.try_with_untracked(Live::has_gap).unwrap_or_default();
+                    if had_gap || !new.is_empty() {
                         let is_paused = paused.try_get_untracked().unwrap_or_default();
-                        let _ = live.try_update(|live| {
-                            live.has_gap |= has_gap;
-                            live.add(new, is_paused);
-                        });
+                        let _ = live.try_update(|live| live.add(new, has_gap, is_paused));
                     }
                 }
                 // Don't announce the error again while calls keep failing.
@@ -215,7 +213,7 @@ fn Tail(
                 let waiting = live.with(|live| live.waiting.len());
                 (waiting > 0).then(|| view! { <button type="button" class="button small" on:click=resume>{format!("Show {waiting} new")}</button> })
             }}
-            {move || live.with(|live| live.has_gap).then(|| view! { <span class="muted small-text">"Some requests are missing because they arrived too fast."</span> })}
+            {move || live.with(Live::has_gap).then(|| view! { <span class="muted small-text">"Requests are arriving too fast to show all of them."</span> })}
         </p>
         <Alert error/>
         {move || {

@@ -9,13 +9,13 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use nix::{sys::signal::Signal, time::clock_getcpuclockid, unistd::Pid};
+use nix::sys::signal::Signal;
 use quota_testkit::Process;
 use tempfile::TempDir;
 use tokio_postgres::NoTls;
 
 use crate::{
-    process::{ready_line, serve},
+    process::{cpu, ready_line, serve},
     replica::tail,
 };
 
@@ -161,11 +161,6 @@ impl Fleet {
         self.stop().await?;
         self.start_all(count).await
     }
-}
-
-/// Returns the user and system time of all threads of a process so far.
-pub(crate) fn cpu(pid: Pid) -> Result<Duration> {
-    Ok(clock_getcpuclockid(pid)?.now()?.into())
 }
 
 impl Replica {

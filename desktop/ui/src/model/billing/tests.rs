@@ -63,17 +63,25 @@ fn failed_payment_names_the_date_and_the_keys() {
     ), "{failed}");
     let labels: Vec<_> = buttons(&state(end)).iter().map(|it| it.label).collect();
     assert_eq!(labels, ["Update card"]);
-    for access in ["past_due", "unpaid"] {
-        let over = shown(
-            json!({"access": access, "paid_plans_work": false, "access_ends_at": "2026-11-25T12:00:00Z"}),
-        );
-        assert!(
-            over.contains(
-                "Until the invoice is paid, requests that use one of your 4 keys on paid plans are rejected (402)."
-            ),
-            "{over}"
-        );
-    }
+    let over = shown(
+        json!({"access": "past_due", "paid_plans_work": false, "access_ends_at": "2026-11-25T12:00:00Z"}),
+    );
+    assert!(over.starts_with(
+        "Your last payment failed. Until the invoice is paid, requests that use one of your 4 keys on paid plans are rejected (402). Update your card."
+    ), "{over}");
+}
+
+#[test]
+fn unpaid_subscription_asks_for_payment_of_the_invoice() {
+    let unpaid = json!({"access": "unpaid", "paid_plans_work": false});
+    let shown = shown(unpaid.clone());
+    assert!(shown.starts_with(
+        "Your last payment failed, and won't be retried. Until you pay the open invoice in Stripe, requests that use one of your 4 keys on paid plans are rejected (402). Subscription Unpaid"
+    ), "{shown}");
+    let buttons = buttons(&state(unpaid));
+    assert_eq!(buttons.len(), 1);
+    assert_eq!(buttons[0].label, "Pay invoice");
+    assert_eq!(buttons[0].page, BillingPage::Portal);
 }
 
 #[test]
