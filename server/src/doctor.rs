@@ -210,13 +210,11 @@ impl Report {
                 return 0;
             }
         };
-        let mut connected = 0;
+        let connected = nodes.iter().flatten().map(|node| node.subscribers).sum();
+        let replicas = config.replicas.max(connected);
         for node in nodes {
             match node {
-                Ok(node) => {
-                    self.node(config, settings, &node);
-                    connected += node.subscribers;
-                }
+                Ok(node) => self.node(replicas, settings, &node),
                 // The cluster may still work without this node.
                 Err(error) if matches!(servers, RedisServers::Cluster(_)) => {
                     self.warning("redis", error);
@@ -228,7 +226,8 @@ impl Report {
         connected
     }
 
-    fn node(&mut self, config: &Config, settings: &RedisSettings, node: &Node) {
+    /// Checks a Redis server, and whether it allows enough connections for this number of replicas.
+    fn node(&mut self, replicas: usize, settings: &RedisSettings, node: &Node) {
         let addr = &node.addr;
         if let Some(error) = &node.script_error {
             self.failure(
@@ -238,7 +237,7 @@ impl Report {
                 ),
             );
         }
-        let wanted = config.replicas * (settings.connections + 1);
+        let wanted = replicas * (settings.connections + 1);
         if let Some(max) = node.max_clients.filter(|max| wanted > *max) {
             self.failure(
                 "redis",
