@@ -20,7 +20,10 @@ use crate::{
     clock::{Monotonic, Nanos, UnixNanos},
     invalidations::InvalidationSet,
     limiter::{KeyHandle, Limiter, Policies, RatePolicy, TenantQuota, Zone},
-    repo::api_key::{FoundKey, KeyFacts},
+    repo::{
+        api_key::{FoundKey, KeyFacts},
+        paid_access::PaidAccess,
+    },
     secret_text::{Hash, Prefix, SecretText},
     spans,
     telemetry::metrics::Metrics,
@@ -81,7 +84,7 @@ impl KeyRecord {
             return Err(Rejection::Expired);
         }
         let is_paid = billing_on && self.plan.billing == Billing::Paid;
-        if is_paid && !self.plan.has_paid_access(now) {
+        if is_paid && !self.plan.paid_access.is_current(now) {
             return Err(Rejection::PaymentRequired);
         }
         Ok(())
@@ -96,7 +99,7 @@ impl KeyRecord {
         now: impl Fn() -> UnixNanos,
     ) -> Option<&TenantQuota> {
         let quota = self.plan.tenant_quota.as_ref()?;
-        (!billing_on || !self.plan.has_paid_access(now)).then_some(quota)
+        (!billing_on || !self.plan.paid_access.is_current(now)).then_some(quota)
     }
 
     /// Returns whether to record a use at `now`. Returns `true` only for the first use in a second, so that busy keys
@@ -373,11 +376,7 @@ fn record(
         } else {
             Billing::Free
         },
-        paid_access_until: match (facts.has_paid_access, facts.paid_access_until) {
-            (false, _) => UnixNanos(0),
-            (true, None) => UnixNanos(u64::MAX),
-            (true, Some(end)) => nanos(end),
-        },
+        paid_access: PaidAccess::new(facts.has_paid_access, facts.paid_access_until),
         policies,
         tenant_quota,
         headers: Attachment::default(),
