@@ -80,8 +80,8 @@ metrics! {
         "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
     billing_usage_lost: Gauge, "billing_usage_lost",
         "Usage of the last 40 days that should have been charged but will not be";
-    billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
-        "Age of the oldest usage report that Stripe has not received; 0 if it has received all reports";
+    billing_usage_oldest: MeasuredGauge, "billing_usage_oldest_pending_seconds",
+        "Age of the oldest usage that Stripe has not received; 0 if it has received everything; no value if the last measurement failed";
     billing_meter_errors: Counter, "billing_meter_errors",
         "Usage reports that Stripe accepted but could not bill";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
