@@ -392,19 +392,21 @@ where
         let _ = self.inner.present.replace(key, emptied, true);
     }
 
-    /// Invalidates the entries that `gone` selects, and all loads in progress.
-    pub fn forget(&self, gone: impl Fn(&K, &T) -> bool) {
+    /// Empties a key's entry, and invalidates all loads in progress.
+    pub fn forget(&self, key: K) {
         self.inner.freshness.next_generation();
-        self.empty_these(|key, entry| entry.value.as_ref().is_some_and(|row| gone(key, row)));
+        self.empty(key);
     }
 
     /// Empties all entries, forgets which rows do not exist, and invalidates all loads in progress.
     pub fn forget_all(&self) {
-        self.forget(|_, _| true);
+        self.inner.freshness.next_generation();
+        self.empty_these(|_, entry| entry.value.is_some());
         self.inner.absent.clear();
     }
 
-    /// Frees the rows that have changed and have not been reloaded.
+    /// Frees the rows that have changed and have not been reloaded. Does nothing unless a change has affected API keys
+    /// since the last call.
     pub fn sweep(&self) {
         let freshness = &self.inner.freshness;
         let recorded = freshness.recorded();

@@ -219,9 +219,10 @@ impl Report {
             0 => "unknown".to_owned(),
             _ => format!("at least {connected}"),
         };
+        let replicas = config.replicas.max(connected);
         for node in nodes {
             match node {
-                Ok(node) => self.node(config, settings, &node),
+                Ok(node) => self.node(replicas, settings, &node),
                 // The cluster may still work without this node.
                 Err(error) if matches!(servers, RedisServers::Cluster(_)) => {
                     self.warning("redis", error);
@@ -233,7 +234,8 @@ impl Report {
         connected
     }
 
-    fn node(&mut self, config: &Config, settings: &RedisSettings, node: &Node) {
+    /// Checks a Redis server, and whether it allows enough connections for this number of replicas.
+    fn node(&mut self, replicas: usize, settings: &RedisSettings, node: &Node) {
         let addr = &node.addr;
         if let Some(error) = &node.script_error {
             self.failure(
@@ -243,7 +245,7 @@ impl Report {
                 ),
             );
         }
-        let wanted = config.replicas * (settings.connections + 1);
+        let wanted = replicas * (settings.connections + 1);
         if let Some(max) = node.max_clients.filter(|max| wanted > *max) {
             self.failure(
                 "redis",

@@ -22,26 +22,33 @@ pub trait DirectEndpoint: Send + Sync + 'static {
     /// The kind of an accepted request.
     type Route: Copy + Send;
 
+    /// What the endpoint knows about a request.
+    type Context: Send;
+
     /// Returns the route to pass to [`answer`](Self::answer) together with this request, or `None` if the request is
     /// not accepted. The request's body may not have arrived yet.
     fn route(&self, request: &PlainRequest<'_>) -> Option<Self::Route>;
 
     /// Appends the response to `out`. `marks` is `None` if the client has already authenticated on the connection.
+    /// `context` is `None` at first, and is set early, for [`answer_after_panic`](Self::answer_after_panic).
     fn answer(
         &self,
         route: Self::Route,
         request: &PlainRequest<'_>,
         peer: IpAddr,
         marks: Option<&ConnectionMarks>,
+        context: &mut Option<Self::Context>,
         out: &mut Vec<u8>,
     ) -> impl Future<Output = ()> + Send;
 
-    /// Appends the response to a request for which [`answer`](Self::answer) has panicked.
+    /// Appends the response to a request for which [`answer`](Self::answer) has panicked. `context` is what `answer` has
+    /// set.
     fn answer_after_panic(
         &self,
         route: Self::Route,
         request: &PlainRequest<'_>,
         peer: IpAddr,
+        context: Option<Self::Context>,
         out: &mut Vec<u8>,
     ) -> impl Future<Output = ()> + Send;
 }
@@ -49,6 +56,7 @@ pub trait DirectEndpoint: Send + Sync + 'static {
 /// For listeners without direct responses. No value of this type exists.
 impl DirectEndpoint for Infallible {
     type Route = Self;
+    type Context = Self;
 
     fn route(&self, _: &PlainRequest<'_>) -> Option<Self> {
         match *self {}
@@ -60,12 +68,20 @@ impl DirectEndpoint for Infallible {
         _: &PlainRequest<'_>,
         _: IpAddr,
         _: Option<&ConnectionMarks>,
+        _: &mut Option<Self>,
         _: &mut Vec<u8>,
     ) {
         match *self {}
     }
 
-    async fn answer_after_panic(&self, _: Self, _: &PlainRequest<'_>, _: IpAddr, _: &mut Vec<u8>) {
+    async fn answer_after_panic(
+        &self,
+        _: Self,
+        _: &PlainRequest<'_>,
+        _: IpAddr,
+        _: Option<Self>,
+        _: &mut Vec<u8>,
+    ) {
         match *self {}
     }
 }

@@ -25,7 +25,7 @@ use crate::{
         token::Signer,
     },
     billing::Billing,
-    cache::Freshness,
+    cache::{Freshness, Owner},
     client_guard::ClientRateLimiter,
     clock::Clock,
     config::Config,
@@ -340,9 +340,8 @@ impl AppState {
 
     /// Applies invalidations to all caches of this replica.
     pub fn forget(&self, invalidations: &[Invalidation]) {
-        let gone = invalidations.iter().collect();
-        self.keys.revoke(&gone);
-        self.sessions.revoke(&gone);
+        self.freshness
+            .changed(invalidations.iter().map(Owner::from));
     }
 
     /// Clears the caches of this replica.

@@ -233,7 +233,8 @@ fn respond(name: &'static str, side: &Side, key: &Key) -> Operation {
                 panic!("the request is plain")
             };
             let route = direct.route(&request).expect("the request is accepted");
-            let answer = direct.answer(route, &request, peer, None, &mut out);
+            let mut context = None;
+            let answer = direct.answer(route, &request, peer, None, &mut context, &mut out);
             answer
                 .now_or_never()
                 .expect("the response needs no waiting");

@@ -17,7 +17,7 @@ use crate::{
     db::{DbError, TenantTx},
     repo::{
         allowance::{self, Resource},
-        api_key, billing_overview, plan,
+        api_key, paid_access, plan,
     },
 };
 
@@ -34,7 +34,7 @@ pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Res
     let count = allowance::count(tx, what).await?;
     let has_billing = config.stripe.is_some();
     if let Some(free) = free.filter(|free| *free < limit && *free <= count)
-        && !(has_billing && billing_overview::has_access(tx).await?)
+        && !(has_billing && paid_access::is_current(tx).await?)
     {
         let way_out = if has_billing {
             "Subscribe, or delete some."

@@ -253,6 +253,7 @@ impl DirectDecisions {
 
 impl DirectEndpoint for DirectDecisions {
     type Route = Route;
+    type Context = RequestContext;
 
     fn route(&self, request: &PlainRequest<'_>) -> Option<Route> {
         // While the server is stopping, each response must announce that its connection will be closed, and direct
@@ -278,24 +279,23 @@ impl DirectEndpoint for DirectDecisions {
         request: &PlainRequest<'_>,
         peer: IpAddr,
         marks: Option<&ConnectionMarks>,
+        context: &mut Option<RequestContext>,
         out: &mut Vec<u8>,
     ) {
         let (state, path, peer) = (&self.state, route.path(), peer.to_canonical());
         let (arrived, began) = (state.clock.now(), state.clock.monotonic());
         let span = trace::begin(state, Some(peer), request, path);
-        let context = self.context(request, peer, arrived, began, marks);
+        let context = &*context.insert(self.context(request, peer, arrived, began, marks));
         let parent = span.as_ref().map(Span::as_parent);
-        let decision = pin!(self.decide(&context, route, request));
+        let decision = pin!(self.decide(context, route, request));
         let result = request_log::run(state, parent, decision).await;
         let took = state.clock.monotonic().saturating_since(began);
         let now = arrived.saturating_add(took);
-        let status = self
-            .write(&context, route, result.flatten(), now, out)
-            .await;
+        let status = self.write(context, route, result.flatten(), now, out).await;
         if let Some(span) = span {
-            trace::end(span, &context, request.method, Some(path), status.as_u16());
+            trace::end(span, context, request.method, Some(path), status.as_u16());
         }
-        self.record(&context, request.method, path, status, took);
+        self.record(context, request.method, path, status, took);
     }
 
     async fn answer_after_panic(
@@ -303,14 +303,18 @@ impl DirectEndpoint for DirectDecisions {
         route: Route,
         request: &PlainRequest<'_>,
         peer: IpAddr,
+        context: Option<RequestContext>,
         out: &mut Vec<u8>,
     ) {
         let state = &self.state;
         state.metrics.panics.inc();
         let (now, began) = (state.clock.now(), state.clock.monotonic());
-        let context = self.context(request, peer.to_canonical(), now, began, None);
+        // The usage of the request may have been recorded with the ID of the context.
+        let context =
+            context.unwrap_or_else(|| self.context(request, peer.to_canonical(), now, began, None));
         let error = ApiError::internal("a response could not be written because of a panic");
         let status = self.write(&context, route, Err(error), now, out).await;
-        self.record(&context, request.method, route.path(), status, Nanos::ZERO);
+        let took = now.saturating_since(context.arrived);
+        self.record(&context, request.method, route.path(), status, took);
     }
 }

@@ -14,10 +14,10 @@ use uuid::Uuid;
 
 use super::{AuthError, secret::SecretPair, token::Signer};
 use crate::{
-    cache::{Cached, CachedRow, Changes, Freshness, Unconfirmed},
+    cache::{Cached, CachedRow, Changes, Freshness, Owner, Unconfirmed},
     clock::{Clock, UnixNanos},
     db::{self, Db, SystemTx},
-    invalidations::{InvalidationSet, Publisher},
+    invalidations::Publisher,
     repo::{
         Rows, Slice, account,
         audit::{self, NewAuditEvent},
@@ -58,9 +58,9 @@ pub struct LiveSession {
 }
 
 impl CachedRow for LiveSession {
-    /// Always returns `false`. Changed sessions are instead found by searching the cache, which contains few sessions.
-    fn has_changed(&self, _: &Changes, _: u64) -> bool {
-        false
+    fn has_changed(&self, changes: &Changes, loaded_in: u64) -> bool {
+        changes.has_changed_after(loaded_in, Owner::Tenant(self.tenant.0))
+            || changes.has_changed_after(loaded_in, Owner::Session(self.id.0))
     }
 }
 
@@ -72,6 +72,7 @@ pub struct Sessions {
     secrets: Arc<SecretPair>,
     signer: Arc<Signer>,
     live: Cached<SessionId, LiveSession>,
+    freshness: Arc<Freshness>,
     publisher: Publisher,
     days: u32,
     /// Whether sessions created by earlier versions, which did not record the secret, can be refreshed.
@@ -96,6 +97,7 @@ impl Sessions {
             secrets,
             signer,
             live,
+            freshness: freshness.clone(),
             publisher,
             days,
             accepts_unmarked,
@@ -319,7 +321,7 @@ impl Sessions {
 
     /// Removes a session from the cache.
     pub fn forget(&self, id: SessionId) {
-        self.live.forget(|key, _| *key == id);
+        self.live.forget(id);
     }
 
     /// Removes all sessions from the cache.
@@ -327,18 +329,11 @@ impl Sessions {
         self.live.forget_all();
     }
 
-    /// Removes invalidated sessions from the cache.
-    pub fn revoke(&self, gone: &InvalidationSet) {
-        if gone.any_session() {
-            self.live
-                .forget(|id, live| gone.session(live.tenant.0, id.0));
-        }
-    }
-
     /// Removes revoked sessions from the cache, and notifies other replicas. Call after committing the transaction that
     /// revoked the sessions.
     pub fn ended(&self, invalidations: &[Invalidation]) {
-        self.revoke(&invalidations.iter().collect());
+        self.freshness
+            .changed(invalidations.iter().map(Owner::from));
         for invalidation in invalidations {
             self.publisher.publish(invalidation);
         }

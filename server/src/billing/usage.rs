@@ -18,7 +18,7 @@ mod sending;
 
 use chrono::{DateTime, Utc};
 
-pub use self::{reconciliation::Reconciled, sending::Sent};
+pub use self::sending::Sent;
 use super::{Billing, BillingError, USAGE_PRICE};
 
 impl Billing {

@@ -1,10 +1,11 @@
 //! Determines which cached rows have changed since they were loaded, without a list of the cached rows of a plan or a
 //! tenant.
 //!
-//! A row belongs to up to three owners: its tenant, its plan, and the key itself. For each owner, a slot contains the
-//! generation of the owner's last change. A row has changed if one of its owners has changed in a later generation than
-//! the one in which the row was loaded. Therefore, an edit to a plan takes the same time no matter how many keys are on
-//! the plan, and no memory per key is needed.
+//! An API key has three owners: its tenant, its plan, and the key itself. A service token or a session has two: its
+//! tenant, and the token or session itself. For each owner, a slot contains the generation of the owner's last change. A
+//! row has changed if one of its owners has changed in a later generation than the one in which the row was loaded.
+//! Therefore, an edit to a plan takes the same time no matter how many keys are on the plan, and no memory per row is
+//! needed.
 //!
 //! Owners share slots. If two owners have the same slot, a change to one of them also invalidates the rows of the
 //! other, which costs one unnecessary load per row. A change is never missed.
@@ -13,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use uuid::Uuid;
 
-/// The number of slots for plans, and also for tenants.
+/// The number of slots for each kind of owner except keys.
 const FEW: usize = 1 << 14;
 /// The number of slots for keys. Changes to keys are more frequent.
 const MANY: usize = 1 << 17;
@@ -24,6 +25,18 @@ pub enum Owner {
     Tenant(Uuid),
     Plan(Uuid),
     Key(Uuid),
+    ServiceToken(Uuid),
+    Session(Uuid),
+}
+
+impl Owner {
+    /// Returns whether API keys belong to owners of this kind.
+    pub(super) const fn has_keys(self) -> bool {
+        match self {
+            Self::Tenant(_) | Self::Plan(_) | Self::Key(_) => true,
+            Self::ServiceToken(_) | Self::Session(_) => false,
+        }
+    }
 }
 
 /// The generation of each owner's last change. See the module documentation.
@@ -32,6 +45,8 @@ pub struct Changes {
     tenants: Slots<FEW>,
     plans: Slots<FEW>,
     keys: Slots<MANY>,
+    service_tokens: Slots<FEW>,
+    sessions: Slots<FEW>,
 }
 
 impl Default for Changes {
@@ -40,27 +55,40 @@ impl Default for Changes {
             tenants: Slots::new(),
             plans: Slots::new(),
             keys: Slots::new(),
+            service_tokens: Slots::new(),
+            sessions: Slots::new(),
         }
     }
 }
 
 impl Changes {
     pub(super) fn add(&self, owner: Owner, generation: u64) {
-        let slot = match owner {
-            Owner::Tenant(id) => self.tenants.of(id),
-            Owner::Plan(id) => self.plans.of(id),
-            Owner::Key(id) => self.keys.of(id),
-        };
-        slot.fetch_max(generation, Ordering::AcqRel);
+        self.slot(owner).fetch_max(generation, Ordering::AcqRel);
+    }
+
+    /// Returns whether this owner has changed in a later generation than `generation`.
+    #[inline]
+    pub fn has_changed_after(&self, generation: u64, owner: Owner) -> bool {
+        self.slot(owner).load(Ordering::Acquire) > generation
     }
 
     /// Returns whether any of these owners has changed in a later generation than `generation`.
     #[inline]
     pub fn any_after(&self, generation: u64, tenant: Uuid, plan: Uuid, key: Uuid) -> bool {
-        let is_later = |slot: &AtomicU64| slot.load(Ordering::Acquire) > generation;
-        is_later(self.tenants.of(tenant))
-            || is_later(self.plans.of(plan))
-            || is_later(self.keys.of(key))
+        self.has_changed_after(generation, Owner::Tenant(tenant))
+            || self.has_changed_after(generation, Owner::Plan(plan))
+            || self.has_changed_after(generation, Owner::Key(key))
+    }
+
+    #[inline]
+    fn slot(&self, owner: Owner) -> &AtomicU64 {
+        match owner {
+            Owner::Tenant(id) => self.tenants.of(id),
+            Owner::Plan(id) => self.plans.of(id),
+            Owner::Key(id) => self.keys.of(id),
+            Owner::ServiceToken(id) => self.service_tokens.of(id),
+            Owner::Session(id) => self.sessions.of(id),
+        }
     }
 }
 
@@ -117,7 +145,9 @@ mod tests {
             Owner::Tenant(other),
             Owner::Plan(other),
             Owner::Key(other),
-            // IDs of different kinds do not share slots.
+            // Owners of different kinds do not share slots.
+            Owner::ServiceToken(KEY),
+            Owner::Session(KEY),
             Owner::Tenant(KEY),
             Owner::Plan(TENANT),
             Owner::Key(PLAN),

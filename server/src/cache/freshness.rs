@@ -24,7 +24,8 @@ pub struct Freshness {
     /// Incremented by every invalidation, so that the results of loads that are in progress at that time are not kept.
     generation: AtomicU64,
     changes: Changes,
-    /// The number of calls to [`changed`](Self::changed) that have added all their owners to `changes`.
+    /// The number of calls to [`changed`](Self::changed) that affect API keys and have added all their owners to
+    /// `changes`.
     recorded: AtomicU64,
     suspected: watch::Sender<bool>,
 }
@@ -94,14 +95,18 @@ impl Freshness {
     /// invalidated first. Otherwise, a load that ends while `owners` is being iterated could store an outdated entry.
     pub fn changed(&self, owners: impl IntoIterator<Item = Owner>) {
         let generation = self.next_generation();
+        let mut affects_keys = false;
         for owner in owners {
             self.changes.add(owner, generation);
+            affects_keys |= owner.has_keys();
         }
-        self.recorded.fetch_add(1, Ordering::AcqRel);
+        if affects_keys {
+            self.recorded.fetch_add(1, Ordering::AcqRel);
+        }
     }
 
-    /// Returns the number of calls to [`changed`](Self::changed) so far. A call counts as soon as
-    /// [`changes`](Self::changes) contains everything that the call adds.
+    /// Returns a number that is different after every call to [`changed`](Self::changed) that affects API keys, as soon
+    /// as [`changes`](Self::changes) contains everything that the call adds.
     pub(super) fn recorded(&self) -> u64 {
         self.recorded.load(Ordering::Acquire)
     }

@@ -8,11 +8,12 @@
 //! Messages are authenticated with a [`Seal`], because anyone with access to Redis can publish messages. Messages that
 //! cannot be opened, are more than a few minutes old, or do not contain a new change are counted but otherwise ignored.
 //!
-//! This module does not depend on the caches. [`Recent`] contains the recent changes that this replica knows of.
+//! This module knows the owners of cached rows, but not the caches. [`Recent`] contains the recent changes that this
+//! replica knows of.
 
 mod recent;
 
-use std::{collections::HashSet, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use chrono::DateTime;
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,7 @@ use uuid::Uuid;
 
 pub use self::recent::Recent;
 use crate::{
+    cache::Owner,
     clock::UnixNanos,
     redis::{Redis, Subscription},
     repo::invalidation::{Invalidation, Target},
@@ -133,63 +135,16 @@ fn read(seal: &Seal, message: &[u8], now: UnixNanos) -> Option<Invalidation> {
     })
 }
 
-/// All resources that a group of changes invalidates. With this set, a cache has to be searched only once.
-#[derive(Debug, Default)]
-pub struct InvalidationSet {
-    tenants: HashSet<Uuid>,
-    plans: HashSet<Uuid>,
-    keys: HashSet<Uuid>,
-    tokens: HashSet<Uuid>,
-    sessions: HashSet<Uuid>,
-}
-
-impl<'a> FromIterator<&'a Invalidation> for InvalidationSet {
-    fn from_iter<I: IntoIterator<Item = &'a Invalidation>>(invalidations: I) -> Self {
-        let mut set = Self::default();
-        for invalidation in invalidations {
-            match invalidation.target {
-                None | Some(Target::Tenant) => set.tenants.insert(invalidation.tenant),
-                Some(Target::Plan(id)) => set.plans.insert(id),
-                Some(Target::ApiKey(id)) => set.keys.insert(id),
-                Some(Target::ServiceToken(id)) => set.tokens.insert(id),
-                Some(Target::Session(id)) => set.sessions.insert(id),
-            };
+impl From<&Invalidation> for Owner {
+    /// Returns the owner of the cached rows that a change affects. An unknown target affects the whole tenant.
+    fn from(invalidation: &Invalidation) -> Self {
+        match invalidation.target {
+            None | Some(Target::Tenant) => Self::Tenant(invalidation.tenant),
+            Some(Target::Plan(id)) => Self::Plan(id),
+            Some(Target::ApiKey(id)) => Self::Key(id),
+            Some(Target::ServiceToken(id)) => Self::ServiceToken(id),
+            Some(Target::Session(id)) => Self::Session(id),
         }
-        set
-    }
-}
-
-impl InvalidationSet {
-    pub fn any_key(&self) -> bool {
-        !(self.tenants.is_empty() && self.plans.is_empty() && self.keys.is_empty())
-    }
-
-    pub fn tenants(&self) -> impl Iterator<Item = Uuid> {
-        self.tenants.iter().copied()
-    }
-
-    pub fn plans(&self) -> impl Iterator<Item = Uuid> {
-        self.plans.iter().copied()
-    }
-
-    pub fn keys(&self) -> impl Iterator<Item = Uuid> {
-        self.keys.iter().copied()
-    }
-
-    pub fn any_token(&self) -> bool {
-        !(self.tenants.is_empty() && self.tokens.is_empty())
-    }
-
-    pub fn token(&self, tenant: Uuid, token: Uuid) -> bool {
-        self.tenants.contains(&tenant) || self.tokens.contains(&token)
-    }
-
-    pub fn any_session(&self) -> bool {
-        !(self.tenants.is_empty() && self.sessions.is_empty())
-    }
-
-    pub fn session(&self, tenant: Uuid, session: Uuid) -> bool {
-        self.tenants.contains(&tenant) || self.sessions.contains(&session)
     }
 }
 
@@ -261,6 +216,7 @@ mod tests {
         let sealed = |content: &[u8]| seal(1).close(CONTEXT, content);
         let read_one = read(&seal(1), &sealed(message.as_bytes()), NOW).unwrap();
         assert_eq!((read_one.tenant, read_one.target), (tenant, None));
+        assert_eq!(Owner::from(&read_one), Owner::Tenant(tenant));
         for nonsense in [&b""[..], b"{}", b"\xff", b"[1,2]"] {
             assert_eq!(read(&seal(1), &sealed(nonsense), NOW), None);
         }

@@ -7,6 +7,8 @@
 
 use std::time::Duration;
 
+use tokio::time::timeout;
+
 use super::every;
 use crate::{
     billing::events::Round,
@@ -26,6 +28,10 @@ const OFFER_AGAIN: Duration = Duration::from_secs(30);
 const REPORT_EVERY: Duration = Duration::from_secs(10);
 /// How often reports are compared with the totals in Stripe.
 const RECONCILE_EVERY: Duration = Duration::from_hours(1);
+/// The time limit for measuring the usage that has not been charged.
+const MEASURE_WITHIN: Duration = Duration::from_secs(30);
+/// How soon a failed measurement is repeated.
+const MEASURE_AGAIN: Duration = Duration::from_mins(1);
 
 pub(super) async fn handle_events(state: AppState) {
     let Some(billing) = state.billing.clone() else {
@@ -111,12 +117,21 @@ pub(super) async fn reconcile_usage(state: AppState) {
     loop {
         ticks.tick().await;
         let metrics = &state.metrics;
-        match billing.reconcile_usage().await {
-            Ok(found) => {
-                metrics.billing_usage_difference.set(found.difference);
-                metrics.billing_usage_lost.set(found.lost);
-                metrics.billing_usage_oldest.set(found.oldest_pending);
-                metrics.billing_reconciled_at.set(found.at);
+        let measured = timeout(MEASURE_WITHIN, billing.uncharged_usage()).await;
+        let Ok(Ok(uncharged)) = measured else {
+            metrics.billing_usage_oldest.set(None);
+            metrics.billing_errors.inc();
+            ticks.reset_after(MEASURE_AGAIN);
+            continue;
+        };
+        metrics.billing_usage_lost.set(uncharged.lost);
+        metrics
+            .billing_usage_oldest
+            .set(Some(uncharged.oldest_pending));
+        match billing.reconcile_usage(uncharged.now).await {
+            Ok(difference) => {
+                metrics.billing_usage_difference.set(difference);
+                metrics.billing_reconciled_at.set(uncharged.now.timestamp());
             }
             Err(error) => {
                 metrics.billing_errors.inc();

@@ -138,10 +138,16 @@ pub(super) async fn measure(state: AppState) {
     let mut ticks = every(MEASURE_EVERY);
     loop {
         ticks.tick().await;
-        if let Ok(seconds) = state.webhooks.overdue_seconds().await {
-            state.metrics.webhooks_overdue.set(seconds);
-        }
+        measure_overdue(&state).await;
     }
+}
+
+/// Measures how long deliveries have been overdue.
+pub async fn measure_overdue(state: &AppState) {
+    // A measurement that does not end counts as failed, because its metric would become outdated as well.
+    let measured = timeout(MEASURE_EVERY, state.webhooks.overdue_seconds()).await;
+    let seconds = measured.ok().and_then(Result::ok);
+    state.metrics.webhooks_overdue.set(seconds);
 }
 
 async fn attempt(state: AppState, due: DueDelivery) -> Result<Outcome, DbError> {

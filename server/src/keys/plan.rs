@@ -15,8 +15,8 @@ use parking_lot::Mutex;
 use quota_common::{PlanId, TenantId, plan::Billing};
 
 use crate::{
-    clock::UnixNanos,
     limiter::{Policies, TenantQuota},
+    repo::paid_access::PaidAccess,
 };
 
 /// A plan as it applies to keys. See the module documentation.
@@ -26,9 +26,8 @@ pub struct PlanRecord {
     pub id: PlanId,
     pub name: String,
     pub billing: Billing,
-    /// When the tenant's access to paid plans ends. 0 if the tenant has no access, and `u64::MAX` if the access does
-    /// not end.
-    pub paid_access_until: UnixNanos,
+    /// The tenant's access to paid plans.
+    pub paid_access: PaidAccess,
     /// The limits. Their version is that of the first key that used this record.
     pub policies: Policies,
     /// The quota that all keys of the tenant share while the tenant may not use paid plans. `None` if there is no such
@@ -52,19 +51,11 @@ impl Attachment {
 impl PlanRecord {
     /// Returns whether keys can use the two records interchangeably.
     fn is_like(&self, other: &Self) -> bool {
-        let facts = |it: &Self| (it.tenant, it.id, it.billing, it.paid_access_until);
+        let facts = |it: &Self| (it.tenant, it.id, it.billing, it.paid_access);
         facts(self) == facts(other)
             && self.name == other.name
             && self.policies.has_same_limits(&other.policies)
             && self.tenant_quota.is_some() == other.tenant_quota.is_some()
-    }
-
-    pub fn has_paid_access(&self, now: impl Fn() -> UnixNanos) -> bool {
-        match self.paid_access_until {
-            UnixNanos(0) => false,
-            UnixNanos(u64::MAX) => true,
-            end => now() < end,
-        }
     }
 }
 
@@ -124,7 +115,7 @@ mod tests {
             id: PlanId(Uuid::from_u128(plan.into())),
             name: name.to_owned(),
             billing: Billing::Free,
-            paid_access_until: UnixNanos(0),
+            paid_access: PaidAccess::NONE,
             policies: Policies::new(rate, None, None, Zone::utc(), false).with_version(version),
             tenant_quota: None,
             headers: Attachment::default(),

@@ -18,9 +18,11 @@ use quota_common::{
 use crate::{
     cache::{Cached, CachedRow, Changes, Freshness, Loaded, Owner, Unconfirmed},
     clock::{Monotonic, Nanos, UnixNanos},
-    invalidations::InvalidationSet,
     limiter::{KeyHandle, Limiter, Policies, RatePolicy, TenantQuota, Zone},
-    repo::api_key::{FoundKey, KeyFacts},
+    repo::{
+        api_key::{FoundKey, KeyFacts},
+        paid_access::PaidAccess,
+    },
     secret_text::{Hash, Prefix, SecretText},
     spans,
     telemetry::metrics::Metrics,
@@ -81,7 +83,7 @@ impl KeyRecord {
             return Err(Rejection::Expired);
         }
         let is_paid = billing_on && self.plan.billing == Billing::Paid;
-        if is_paid && !self.plan.has_paid_access(now) {
+        if is_paid && !self.plan.paid_access.is_current(now) {
             return Err(Rejection::PaymentRequired);
         }
         Ok(())
@@ -96,7 +98,7 @@ impl KeyRecord {
         now: impl Fn() -> UnixNanos,
     ) -> Option<&TenantQuota> {
         let quota = self.plan.tenant_quota.as_ref()?;
-        (!billing_on || !self.plan.has_paid_access(now)).then_some(quota)
+        (!billing_on || !self.plan.paid_access.is_current(now)).then_some(quota)
     }
 
     /// Returns whether to record a use at `now`. Returns `true` only for the first use in a second, so that busy keys
@@ -140,9 +142,9 @@ impl ServiceRecord {
 }
 
 impl CachedRow for ServiceRecord {
-    /// Always returns `false`. Changed tokens are instead found by searching the cache, which contains few tokens.
-    fn has_changed(&self, _: &Changes, _: u64) -> bool {
-        false
+    fn has_changed(&self, changes: &Changes, loaded_in: u64) -> bool {
+        changes.has_changed_after(loaded_in, Owner::Tenant(self.tenant.0))
+            || changes.has_changed_after(loaded_in, Owner::ServiceToken(self.id.0))
     }
 }
 
@@ -165,7 +167,6 @@ pub struct KeyStore {
     lookups: Lookups,
     limiter: Limiter,
     shared: Option<SharedKeys>,
-    freshness: Arc<Freshness>,
 }
 
 impl KeyStore {
@@ -191,7 +192,6 @@ impl KeyStore {
             lookups,
             limiter,
             shared,
-            freshness: freshness.clone(),
         }
     }
 
@@ -284,31 +284,14 @@ impl KeyStore {
             .await
     }
 
-    /// Invalidates the records that the changes in `gone` affect.
-    pub fn revoke(&self, gone: &InvalidationSet) {
-        if gone.any_key() {
-            let (tenants, plans, keys) = (gone.tenants(), gone.plans(), gone.keys());
-            self.freshness.changed(
-                tenants
-                    .map(Owner::Tenant)
-                    .chain(plans.map(Owner::Plan))
-                    .chain(keys.map(Owner::Key)),
-            );
-        }
-        if gone.any_token() {
-            self.tokens
-                .forget(|_, token| gone.token(token.tenant.0, token.id.0));
-        }
-    }
-
     /// Converts a key that was found by its ID into a record. The record uses the same limiter state as requests with
     /// the key.
     pub fn described(&self, found: FoundKey) -> Result<KeyRecord, Unconfirmed> {
         record(found.facts, found.as_of, &self.limiter, &self.plans)
     }
 
-    /// Frees the records that [`revoke`](Self::revoke) has invalidated, so that the limiter can drop the state of keys
-    /// that are no longer used.
+    /// Frees the records of keys that have changed, so that the limiter can drop the state of keys that are no longer
+    /// used.
     pub fn sweep(&self) {
         self.keys.sweep();
     }
@@ -373,11 +356,7 @@ fn record(
         } else {
             Billing::Free
         },
-        paid_access_until: match (facts.has_paid_access, facts.paid_access_until) {
-            (false, _) => UnixNanos(0),
-            (true, None) => UnixNanos(u64::MAX),
-            (true, Some(end)) => nanos(end),
-        },
+        paid_access: PaidAccess::new(facts.has_paid_access, facts.paid_access_until),
         policies,
         tenant_quota,
         headers: Attachment::default(),

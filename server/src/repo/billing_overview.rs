@@ -5,7 +5,7 @@ use chrono::{DateTime, Utc};
 use diesel::{
     prelude::*,
     sql_query,
-    sql_types::{BigInt, Bool, Nullable, Text, Timestamptz, Uuid as SqlUuid},
+    sql_types::{BigInt, Nullable, Text, Timestamptz, Uuid as SqlUuid},
 };
 use diesel_async::RunQueryDsl;
 
@@ -114,23 +114,4 @@ pub async fn usage_since(
     .get_result(&mut **tx)
     .await?;
     Ok(usage)
-}
-
-#[derive(QueryableByName)]
-struct Access {
-    #[diesel(sql_type = Bool)]
-    has_access: bool,
-}
-
-/// Returns whether keys on the tenant's paid plans work now, according to the last read from Stripe.
-pub async fn has_access(tx: &mut TenantTx) -> Result<bool, DbError> {
-    let tenant = tx.tenant().0;
-    let access: Access = sql_query(
-        "SELECT EXISTS (SELECT FROM billing_accounts WHERE tenant_id = $1 AND has_paid_access \
-             AND (paid_access_until IS NULL OR paid_access_until > now())) AS has_access",
-    )
-    .bind::<SqlUuid, _>(tenant)
-    .get_result(&mut **tx)
-    .await?;
-    Ok(access.has_access)
 }

@@ -65,6 +65,7 @@ pub mod billing_usage;
 pub mod idempotency;
 pub mod invalidation;
 pub mod mail;
+pub mod paid_access;
 pub mod plan;
 pub mod quota_standing;
 pub mod quota_usage;

@@ -11,6 +11,7 @@ use diesel_async::{RunQueryDsl, SimpleAsyncConnection};
 use quota_common::TenantId;
 use uuid::Uuid;
 
+use super::paid_access::IS_CURRENT;
 use crate::db::{DbError, SystemTx};
 
 /// The time limit for reading the usage in windows.
@@ -171,7 +172,7 @@ pub async fn of_tenant(
     percent: i32,
     lateness: &Lateness,
 ) -> Result<Vec<QuotaStanding>, DbError> {
-    let standing = sql_query(
+    let standing = sql_query(format!(
         r"SELECT '00000000-0000-0000-0000-000000000000'::uuid AS key_id, NULL::text AS key_name,
               'tenant_monthly' AS policy, $2 AS quota, w.used AS taken, least(w.used, u.spent) AS spent,
               u.has_denials, w.window_start, w.window_end
@@ -190,9 +191,8 @@ pub async fn of_tenant(
           WHERE w.window_start <= now() AND w.window_end > least(now() - interval '15 minutes', $5,
                   CASE WHEN $6 THEN now() - interval '1 day' END)
               AND w.used::numeric * 100 >= $2::numeric * $3
-              AND NOT ($4 AND EXISTS (SELECT FROM billing_accounts WHERE tenant_id = $1 AND has_paid_access
-                  AND (paid_access_until IS NULL OR paid_access_until > now())))",
-    )
+              AND NOT ($4 AND EXISTS (SELECT FROM billing_accounts WHERE tenant_id = $1 AND {IS_CURRENT}))",
+    ))
     .bind::<SqlUuid, _>(tenant.0)
     .bind::<BigInt, _>(of.quota)
     .bind::<Integer, _>(percent)

@@ -236,12 +236,17 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             } else {
                 (Some(&mut *output), &mut later)
             };
+            let mut context = None;
             let result = {
                 // The future is pinned here, because it is large: moving it would cost more than most of its work.
-                let answering = pin!(
-                    self.endpoint
-                        .answer(route, &request, self.peer, marks, response)
-                );
+                let answering = pin!(self.endpoint.answer(
+                    route,
+                    &request,
+                    self.peer,
+                    marks,
+                    &mut context,
+                    response
+                ));
                 let mut answering = pin!(AssertUnwindSafe(answering).catch_unwind());
                 let at_once = poll_fn(|context| Poll::Ready(answering.as_mut().poll(context)));
                 match at_once.await {
@@ -257,10 +262,17 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             };
             if result.is_err() {
                 response.clear();
-                let endpoint = self.endpoint;
+                let answering = self.endpoint.answer_after_panic(
+                    route,
+                    &request,
+                    self.peer,
+                    context.take(),
+                    response,
+                );
                 // Boxed, so that connections reserve no memory for it.
-                Box::pin(endpoint.answer_after_panic(route, &request, self.peer, response)).await;
+                Box::pin(answering).await;
             }
+            drop(context);
             output.append(&mut later);
             answered += length;
             if output.len() >= OUTPUT_MAX {

@@ -63,6 +63,7 @@ struct Plain;
 
 impl DirectEndpoint for Plain {
     type Route = ();
+    type Context = ();
 
     fn route(&self, request: &PlainRequest<'_>) -> Option<()> {
         (!matches!(request.target, "/foreign" | "/unread")).then_some(())
@@ -74,6 +75,7 @@ impl DirectEndpoint for Plain {
         request: &PlainRequest<'_>,
         _: std::net::IpAddr,
         _: Option<&ConnectionMarks>,
+        _: &mut Option<()>,
         out: &mut Vec<u8>,
     ) {
         let body = match request.target {
@@ -111,6 +113,7 @@ impl DirectEndpoint for Plain {
         (): (),
         _: &PlainRequest<'_>,
         _: std::net::IpAddr,
+        _: Option<()>,
         out: &mut Vec<u8>,
     ) {
         out.extend_from_slice(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\n\r\n");

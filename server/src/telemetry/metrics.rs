@@ -5,6 +5,7 @@
 
 mod connections;
 mod latency;
+mod measured;
 
 use std::{
     collections::BTreeMap,
@@ -25,6 +26,7 @@ use prometheus_client::{
 pub use self::{
     connections::{ConnectionLimit, ConnectionMetrics},
     latency::Latency,
+    measured::MeasuredGauge,
 };
 
 macro_rules! metrics {
@@ -78,8 +80,8 @@ metrics! {
         "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
     billing_usage_lost: Gauge, "billing_usage_lost",
         "Usage from the last 40 days that should have been charged but will not be";
-    billing_usage_oldest: Gauge, "billing_usage_oldest_pending_seconds",
-        "Age of the oldest usage that has yet to be reported to Stripe; 0 if there is none";
+    billing_usage_oldest: MeasuredGauge, "billing_usage_oldest_pending_seconds",
+        "Age of the oldest usage that has yet to be reported to Stripe; 0 if there is none; no value if the last measurement failed";
     billing_meter_errors: Counter, "billing_meter_errors",
         "Usage reports that Stripe accepted but could not bill";
     billing_reconciled_at: Gauge, "billing_reconciled_at_seconds",
@@ -92,8 +94,8 @@ metrics! {
     webhooks_failed: Counter, "webhooks_failed", "Deliveries that were abandoned after a failed attempt";
     webhook_errors: Counter, "webhook_errors",
         "Failed attempts to claim deliveries or to record their results; they are retried";
-    webhooks_overdue: Gauge, "webhooks_overdue_seconds",
-        "Time since the oldest overdue delivery was due; 0 if none is overdue";
+    webhooks_overdue: MeasuredGauge, "webhooks_overdue_seconds",
+        "Time since the oldest overdue delivery was due; 0 if none is overdue; no value if the last measurement failed";
     webhook_secrets_unreadable: Gauge, "webhook_secrets_unreadable",
         "Webhooks whose signing secrets were encrypted with a QUOTA_SECRET that is not configured, as of startup";
     mails_sent: Counter, "emails_sent", "Emails sent";

@@ -135,8 +135,9 @@ async fn every_kind_of_request_is_valid_according_to_stripe() {
         billing.send_usage().await.expect("sent");
         assert!(began.elapsed() < AT_MOST, "not reported");
     }
-    let compared = billing.reconcile_usage().await.expect("compared");
-    assert_eq!(compared.difference, 0);
+    let uncharged = billing.uncharged_usage().await.expect("measured");
+    let compared = billing.reconcile_usage(uncharged.now).await;
+    assert_eq!(compared.expect("compared"), 0);
     // Stripe accepts usage for a customer that does not exist, and reports later that it cannot assign the usage.
     client
         .execute("UPDATE billing_accounts SET customer_id = 'cus_gone'", &[])

@@ -89,6 +89,11 @@ impl World {
         self.app.state.billing.as_ref().expect("billing is on")
     }
 
+    async fn uncharged(&self) -> billing_usage::Uncharged {
+        let uncharged = self.billing().uncharged_usage().await;
+        uncharged.expect("PostgreSQL responds")
+    }
+
     async fn read(&self) {
         let tenant = self.account.tenant_id.parse().expect("a UUID");
         let read = self.billing().read(quota_common::TenantId(tenant)).await;
@@ -523,8 +528,7 @@ async fn usage_is_not_sent_again_after_its_invoice_is_final() {
         assert_eq!(world.reports().await, [expected], "{fault:?}");
         let counted = if lost == 0 { 7 } else { 0 };
         assert_eq!(world.total(), counted, "{fault:?}");
-        let compared = world.billing().reconcile_usage().await.expect("compared");
-        assert_eq!(compared.lost, lost, "{fault:?}");
+        assert_eq!(world.uncharged().await.lost, lost, "{fault:?}");
     }
 }
 
@@ -557,8 +561,7 @@ async fn usage_that_cannot_be_charged_is_recorded_with_the_reason() {
         ]
     );
     assert_eq!(world.total(), 0);
-    let found = world.billing().reconcile_usage().await.expect("compared");
-    assert_eq!(found.lost, 6);
+    assert_eq!(world.uncharged().await.lost, 6);
 }
 
 /// A tenant that never subscribed, or whose subscription has no price for usage, is not charged for usage.
@@ -604,15 +607,7 @@ async fn usage_without_a_metered_price_is_not_sent() {
         ]
     );
     assert!(world.stripe.fake.usage().is_empty());
-    assert_eq!(
-        world
-            .billing()
-            .reconcile_usage()
-            .await
-            .expect("compared")
-            .lost,
-        0
-    );
+    assert_eq!(world.uncharged().await.lost, 0);
 }
 
 /// The usage of an hour is not reported before it is known whether a billing period starts or ends in this hour.
@@ -674,12 +669,9 @@ async fn reconciliation_finds_what_stripe_counts_differently() {
         .await;
     world.report().await;
     let compare = async || {
-        world
-            .billing()
-            .reconcile_usage()
-            .await
-            .expect("compared")
-            .difference
+        let now = world.uncharged().await.now;
+        let compared = world.billing().reconcile_usage(now).await;
+        compared.expect("compared")
     };
     assert_eq!(compare().await, 0);
     let form = format!(
@@ -841,10 +833,7 @@ async fn error_that_the_meter_reports_later_is_shown() {
 #[tokio::test(flavor = "multi_thread")]
 async fn hours_that_cannot_be_planned_are_counted_as_pending() {
     let world = World::subscribed(3 * DAY).await;
-    let pending = async || {
-        let compared = world.billing().reconcile_usage().await.expect("compared");
-        compared.oldest_pending
-    };
+    let pending = async || world.uncharged().await.oldest_pending;
     assert_eq!(pending().await, 0);
     // Usage in the current hour is not pending.
     world.append(&[world.paid(usage::now(), 5)]).await;
@@ -854,6 +843,32 @@ async fn hours_that_cannot_be_planned_are_counted_as_pending() {
     assert!((age - 60..=age + 60).contains(&pending().await));
     world.report().await;
     assert_eq!(pending().await, 0);
+}
+
+/// Otherwise, usage that is late because Stripe is unreachable would cause no alert.
+#[tokio::test(flavor = "multi_thread")]
+async fn age_of_pending_usage_is_measured_while_stripe_is_unreachable() {
+    let world = World::subscribed(3 * DAY).await;
+    world.append(&[world.paid(hour(5), 5)]).await;
+    world
+        .stripe
+        .fake
+        .choose_faults(|_, _| Some(Fault::before(How::Drop)));
+    let second = world
+        .stripe
+        .configure(TestApp::setup())
+        .database(world.app.database.clone());
+    let second = second.start().await;
+    let metric = "quota_billing_usage_oldest_pending_seconds";
+    let mut age = None;
+    for _ in 0..750 {
+        age = second.metric_if_present(metric).await;
+        if age > Some(0.0) {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(age > Some(4.0 * 3600.0 - 60.0), "{age:?}");
 }
 
 /// `GET /billing` shows the price, and the usage of the current period with its charge.

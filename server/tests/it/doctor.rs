@@ -143,6 +143,12 @@ async fn replicas_and_their_connections_are_counted() {
         .says("2 replicas are connected, but QUOTA_REPLICAS is 1")
         .says("16 connections per replica × 2: 32 of ")
         .succeeds();
+    // Enough for one replica, but not for two.
+    server.command("CONFIG SET maxclients 17").await;
+    let output = doctor(&database, &[redis, ("QUOTA_REDIS_CONNECTIONS", "8")]).await;
+    output
+        .says("allows 17 connections (maxclients), but the replicas need 18")
+        .fails();
     for replica in replicas {
         replica.stop().await;
     }

@@ -44,6 +44,7 @@ mod monitoring;
 mod openapi;
 mod operating;
 mod outage;
+mod paid_access;
 mod prune;
 mod quota_ledger;
 mod races;

@@ -301,6 +301,14 @@ async fn every_panel_of_the_dashboard_reads_existing_metrics() {
     assert_eq!(hidden, Vec::<&String>::new());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+#[should_panic(expected = "there is no value of quota_http_responses_total{status=\"418\"}")]
+async fn reading_a_value_that_does_not_exist_fails() {
+    let app = TestApp::start().await;
+    app.metric("quota_http_responses_total{status=\"418\"}")
+        .await;
+}
+
 #[test]
 fn unknown_metrics_and_labels_are_found() {
     let families = parse(

@@ -1,4 +1,4 @@
-//! Tests that the periodic search for unneeded data does not delay requests.
+//! Tests that many rows in memory do not delay requests, neither when unneeded data is searched for nor when rows change.
 
 use std::{
     sync::{
@@ -6,18 +6,24 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
+use chrono::DateTime;
+use futures_util::{StreamExt as _, stream};
 use parking_lot::Mutex;
 use quota_server::{
     clock::{Clock, Monotonic, SystemClock, UnixNanos},
     jobs,
+    keys::LookupCaller,
+    repo::invalidation::{Invalidation, Target},
+    secret_text::{Kind, SecretText},
 };
+use uuid::Uuid;
 
 use crate::support::app::TestApp;
 
-/// How long a blocked call waits to be released before the test fails.
+/// How long a blocked call waits to be released, and how long changes may take, before the test fails.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A clock that can block the thread of the next call.
@@ -80,4 +86,45 @@ async fn requests_are_served_while_unneeded_data_is_searched_for() {
         clock.was_released.load(Ordering::SeqCst),
         "the request waited for the search"
     );
+}
+
+/// Changes are applied on a thread of the runtime, so they must not search all rows in memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_take_the_same_time_with_many_service_tokens_in_memory() {
+    const TOKENS: usize = 5_000;
+    const CHANGES: usize = 50_000;
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let generate = || SecretText::generate(Kind::ServiceToken).expect("random bytes");
+    let secrets = std::iter::repeat_with(generate);
+    let secrets = secrets.take(TOKENS).collect::<Vec<_>>();
+    let hashes = secrets.iter().map(|it| it.hash().to_vec());
+    let hashes = hashes.collect::<Vec<_>>();
+    let insert = "INSERT INTO service_tokens (tenant_id, id, name, prefix, token_hash) \
+         SELECT $1::text::uuid, gen_random_uuid(), 'Token', '', hash FROM unnest($2::bytea[]) hash";
+    let client = app.database.connect().await;
+    let inserted = client.execute(insert, &[&account.tenant_id, &hashes]).await;
+    assert_eq!(inserted.expect("valid SQL"), TOKENS as u64);
+    let keys = &app.state.keys;
+    let app = &app;
+    let find = |secret| async move {
+        let (now, caller) = (app.state.clock.monotonic(), LookupCaller::default());
+        keys.service_token(secret, now, caller).await
+    };
+    let mut found = stream::iter(&secrets).map(find).buffer_unordered(20);
+    while let Some(token) = found.next().await {
+        assert!(token.expect("a lookup").is_some());
+    }
+
+    let change = Invalidation {
+        seq: 1,
+        tenant: Uuid::now_v7(),
+        target: Some(Target::Tenant),
+        at: DateTime::UNIX_EPOCH,
+    };
+    let began = Instant::now();
+    for _ in 0..CHANGES {
+        app.state.forget(std::slice::from_ref(&change));
+        assert!(began.elapsed() < PATIENCE);
+    }
 }

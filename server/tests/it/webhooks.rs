@@ -3,14 +3,21 @@
 //!
 //! To simulate the passage of time, the tests change times in the database.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
+use quota_server::{db, jobs};
+use quota_testkit::proxy::Fault;
+use secrecy::SecretString;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::support::{
-    app::{Account, Setup, TestApp},
-    hooks::{Hooks, PATIENCE, Response, with_hooks},
+use crate::{
+    outage::through_proxy,
+    support::{
+        app::{Account, Setup, TestApp},
+        hooks::{Hooks, PATIENCE, Response, with_hooks},
+        postgres::TestDatabase,
+    },
 };
 
 struct World {
@@ -900,4 +907,41 @@ async fn claim_reads_few_of_many_deliveries() {
         assert!(began.elapsed() < PATIENCE, "{rows}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+/// Otherwise, a replica that cannot reach PostgreSQL would keep reporting an outdated value.
+#[tokio::test(flavor = "multi_thread")]
+async fn time_overdue_is_missing_after_a_failed_measurement() {
+    const METRIC: &str = "quota_webhooks_overdue_seconds";
+    let migrate =
+        |url: String| async move { db::migrate(&SecretString::from(url)).await.map(drop) };
+    let database = Arc::new(TestDatabase::create(migrate).await);
+    let (proxy, url) = through_proxy(&database).await;
+    let world = World::start(|setup| setup.without_jobs().database(database).url(url)).await;
+    let app = &world.app;
+    let (webhook, _) = world.hooks.create(app, &world.account, "/").await;
+    assert_eq!(app.metric_if_present(METRIC).await, None);
+    jobs::measure_overdue(&app.state).await;
+    assert_eq!(app.metric_if_present(METRIC).await, Some(0.0));
+
+    proxy.set(Fault::Refuse);
+    proxy.cut();
+    jobs::measure_overdue(&app.state).await;
+    assert_eq!(app.metric_if_present(METRIC).await, None);
+
+    proxy.set(Fault::Pass);
+    world.store(&webhook, 1).await;
+    world
+        .sql("UPDATE webhook_deliveries SET due_at = now() - interval '10 minutes'")
+        .await;
+    let began = std::time::Instant::now();
+    let overdue = loop {
+        jobs::measure_overdue(&app.state).await;
+        if let Some(overdue) = app.metric_if_present(METRIC).await {
+            break overdue;
+        }
+        assert!(began.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    assert!((600.0..700.0).contains(&overdue), "{overdue}");
 }

@@ -12,7 +12,7 @@ use crate::{
         admitted::SignedInTenant,
         change::{read, read_turn},
         problem::ApiError,
-        usage::times,
+        usage::{range::nanos, times},
     },
     billing::{
         Billing,
@@ -23,6 +23,7 @@ use crate::{
     repo::{
         billing::{self, AccountRow, SubscriptionRow},
         billing_overview::{self, Counts, PeriodUsage},
+        paid_access::PaidAccess,
         usage_shipper::Times,
     },
     state::AppState,
@@ -58,9 +59,10 @@ pub(super) async fn billing_state(
         Some((account, subscription)) => (Some(account), subscription.as_ref()),
         None => (None, None),
     };
-    let has_access = account.is_some_and(|it| {
-        it.has_paid_access && it.paid_access_until.is_none_or(|end| times.now < end)
+    let access = account.map_or(PaidAccess::NONE, |it| {
+        PaidAccess::new(it.has_paid_access, it.paid_access_until)
     });
+    let has_access = access.is_current(|| nanos(times.now));
     let offer = match subscription {
         // The price of an ended subscription is no longer relevant.
         Some(it) if it.ended_at.is_none() && it.currency.is_some() => Some(Offer {

@@ -1,38 +1,28 @@
-//! Compares reports with the totals in Stripe.
+//! Compares reports with the totals in Stripe, and measures the usage that has not been charged.
 
-use chrono::{Days, NaiveTime, TimeDelta};
+use chrono::{DateTime, Days, NaiveTime, TimeDelta, Utc};
 
 use crate::{
     billing::{Billing, BillingError},
-    db::SystemTx,
-    repo::billing_usage,
+    db::{DbError, SystemTx},
+    repo::billing_usage::{self, Uncharged},
 };
 
-/// The result of comparing reports with Stripe.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reconciled {
-    /// The sum over all customers of the absolute difference between reports and the total in Stripe.
-    pub difference: i64,
-    /// Usage that should have been charged but will not be.
-    pub lost: i64,
-    /// The age in seconds of the oldest report that Stripe has not received.
-    pub oldest_pending: i64,
-    /// When the comparison was made, in seconds since the Unix epoch.
-    pub at: i64,
-}
-
 impl Billing {
-    /// Compares yesterday's reports (UTC) with the totals in Stripe.
-    pub async fn reconcile_usage(&self) -> Result<Reconciled, BillingError> {
+    /// Measures the usage that has not been charged. Does not call Stripe, so it works even if Stripe is unreachable.
+    pub async fn uncharged_usage(&self) -> Result<Uncharged, DbError> {
+        let read = async |tx: &mut SystemTx| billing_usage::uncharged(tx).await;
+        self.db.in_system(read).await
+    }
+
+    /// Compares the reports of the day (UTC) before `now` with the totals in Stripe. Returns the sum over all customers
+    /// of the absolute difference.
+    pub async fn reconcile_usage(&self, now: DateTime<Utc>) -> Result<i64, BillingError> {
         self.verify_account().await?;
-        let read = async |tx: &mut SystemTx| {
-            let uncharged = billing_usage::uncharged(tx).await?;
-            let yesterday = uncharged.now.date_naive() - Days::new(1);
-            let day = yesterday.and_time(NaiveTime::MIN).and_utc();
-            let sent = billing_usage::sent_of_day(tx, day).await?;
-            Ok((uncharged, yesterday, day, sent))
-        };
-        let (uncharged, yesterday, day, sent) = self.db.in_system(read).await?;
+        let yesterday = now.date_naive() - Days::new(1);
+        let day = yesterday.and_time(NaiveTime::MIN).and_utc();
+        let read = async |tx: &mut SystemTx| billing_usage::sent_of_day(tx, day).await;
+        let sent = self.db.in_system(read).await?;
         let mut difference = 0;
         for it in sent {
             let until = day + TimeDelta::days(1);
@@ -49,11 +39,6 @@ impl Billing {
                 );
             }
         }
-        Ok(Reconciled {
-            difference,
-            lost: uncharged.lost,
-            oldest_pending: uncharged.oldest_pending,
-            at: uncharged.now.timestamp(),
-        })
+        Ok(difference)
     }
 }

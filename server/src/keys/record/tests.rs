@@ -197,6 +197,63 @@ async fn plan_edit_reaches_a_key_that_is_being_cached() {
         target: Some(Target::Plan(plan)),
         at: DateTime::UNIX_EPOCH,
     };
-    keys.revoke(&std::iter::once(&edit).collect());
+    freshness.changed([Owner::from(&edit)]);
     assert_eq!(name().await, "new");
+}
+
+#[tokio::test]
+async fn service_token_is_loaded_again_after_a_change_to_it_or_its_tenant() {
+    let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));
+    let metrics = Arc::<Metrics>::default();
+    let freshness = Arc::new(Freshness::new(clock.clone()));
+    let db = Db::new(
+        &"postgres://localhost/none".into(),
+        &DatabaseSettings::default(),
+    );
+    let ledger = Arc::new(PostgresLedger::new(db, metrics.clone()));
+    let store = LocalStore::new(clock.clone(), ledger, KeyTableSettings::default());
+    let loads = Arc::new(AtomicUsize::new(0));
+    let counter = loads.clone();
+    let lookups = Lookups {
+        keys: Batches::of(|_| None),
+        tokens: Batches::of(move |hash| {
+            counter.fetch_add(1, Ordering::SeqCst);
+            let id = Uuid::from_slice(&hash[..16]).unwrap();
+            Some((TenantId(TENANT), ServiceTokenId(id)))
+        }),
+    };
+    let keys = KeyStore::new(
+        lookups,
+        Limiter::new(store, clock.clone()),
+        None,
+        1000,
+        Duration::from_mins(1),
+        &freshness,
+        &metrics,
+    );
+    let secret = |n| SecretText::from_bytes(Kind::ServiceToken, &[n; 32]);
+    let token = async |n| {
+        let (secret, caller) = (secret(n), LookupCaller::default());
+        let found = keys.service_token(&secret, clock.monotonic(), caller).await;
+        found.unwrap().unwrap().id.0
+    };
+    let reloads = async |n| {
+        let before = loads.load(Ordering::SeqCst);
+        token(n).await;
+        loads.load(Ordering::SeqCst) - before
+    };
+    let id = token(0).await;
+    token(1).await;
+    for other in [
+        Owner::Tenant(Uuid::from_u128(2)),
+        Owner::Key(id),
+        Owner::Session(id),
+    ] {
+        freshness.changed([other]);
+        assert_eq!((reloads(0).await, reloads(1).await), (0, 0), "{other:?}");
+    }
+    freshness.changed([Owner::ServiceToken(id)]);
+    assert_eq!((reloads(0).await, reloads(1).await), (1, 0));
+    freshness.changed([Owner::Tenant(TENANT)]);
+    assert_eq!((reloads(0).await, reloads(1).await), (1, 1));
 }

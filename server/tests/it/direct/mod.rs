@@ -7,13 +7,17 @@ mod pair;
 mod smuggling;
 
 use std::{
+    cell::Cell,
+    collections::BTreeSet,
     net::{IpAddr, Ipv4Addr},
+    panic::AssertUnwindSafe,
     sync::Arc,
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use quota_server::{
-    clock::{Clock as _, SystemClock, TestClock},
+    clock::{Clock, Monotonic, SystemClock, TestClock, UnixNanos},
     plain_request::{DirectEndpoint as _, Parsed, parse},
     router,
 };
@@ -125,7 +129,7 @@ async fn response_after_a_panic_is_an_internal_error() {
         let route = direct.route(&plain).expect("the request is accepted");
         let (peer, mut out) = (IpAddr::V4(Ipv4Addr::LOCALHOST), Vec::new());
         direct
-            .answer_after_panic(route, &plain, peer, &mut out)
+            .answer_after_panic(route, &plain, peer, None, &mut out)
             .await;
         let text = String::from_utf8(out).expect("text");
         let (head, body) = text.split_once("\r\n\r\n").expect("a body");
@@ -145,4 +149,94 @@ async fn response_after_a_panic_is_an_internal_error() {
         assert!(body.contains("/problems/internal"), "{body}");
     }
     assert_eq!(app.state.metrics.panics.get(), requests.len() as u64);
+}
+
+thread_local! {
+    /// The number of calls of [`PanickingClock`] until one panics.
+    static CALLS_LEFT: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// A clock that can panic on the test's own thread.
+#[derive(Debug)]
+struct PanickingClock(SystemClock);
+
+impl PanickingClock {
+    fn count() {
+        let left = CALLS_LEFT.take();
+        assert_ne!(left, Some(0), "a defect");
+        CALLS_LEFT.set(left.map(|left| left - 1));
+    }
+}
+
+impl Clock for PanickingClock {
+    fn now(&self) -> UnixNanos {
+        Self::count();
+        self.0.now()
+    }
+
+    fn monotonic(&self) -> Monotonic {
+        Self::count();
+        self.0.monotonic()
+    }
+}
+
+/// A panic at each call of the clock covers the time before, during and after the decision.
+#[tokio::test(flavor = "multi_thread")]
+async fn response_after_a_panic_has_the_id_of_the_recorded_request() {
+    let clock = PanickingClock(SystemClock::new());
+    let app = TestApp::setup()
+        .clock(Arc::new(clock))
+        .without_jobs()
+        .start()
+        .await;
+    let account = app.register().await;
+    let plan = app.plan(&account, json!({"default_rpm": 60})).await;
+    let key = app.key(&account, &plan).await;
+    // The first request loads the key.
+    let first = app.echo(&key.text).await;
+    let first = first.header("x-request-id").expect("an ID");
+    let mut ids = BTreeSet::from([first.to_owned()]);
+
+    let direct = router::direct(&app.state).expect("direct responses are on");
+    let bytes = format!(
+        "GET /v1/echo HTTP/1.1\r\nHost: q\r\nX-Api-Key: {}\r\n\r\n",
+        key.text
+    );
+    let Parsed::Plain(request, _) = parse(bytes.as_bytes()) else {
+        panic!("the request is plain");
+    };
+    let route = direct.route(&request).expect("the request is accepted");
+    let peer = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    for calls in 0.. {
+        let mut out = Vec::new();
+        CALLS_LEFT.set(Some(calls));
+        let mut context = None;
+        let answering = direct.answer(route, &request, peer, None, &mut context, &mut out);
+        let answered = AssertUnwindSafe(answering).catch_unwind().await;
+        CALLS_LEFT.set(None);
+        if answered.is_err() {
+            out.clear();
+            direct
+                .answer_after_panic(route, &request, peer, context, &mut out)
+                .await;
+        }
+        let text = String::from_utf8(out).expect("text");
+        let (_, id) = text.split_once("x-request-id: ").expect("an ID");
+        ids.insert(id[..id.find('\r').expect("a line")].to_owned());
+        if text.starts_with("HTTP/1.1 200 ") {
+            break;
+        }
+        assert!(text.starts_with("HTTP/1.1 500 "), "{text}");
+    }
+    app.ship_usage().await;
+    let client = app.database.connect().await;
+    let rows = client.query("SELECT request_id FROM usage_log", &[]).await;
+    let rows = rows.expect("the usage is read");
+    let recorded = rows.iter().map(|row| row.get(0));
+    let recorded = recorded.collect::<BTreeSet<String>>();
+    assert!(
+        recorded.len() > 2,
+        "some request was recorded before a panic"
+    );
+    assert!(recorded.is_subset(&ids), "{recorded:?} {ids:?}");
 }

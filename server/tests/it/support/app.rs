@@ -424,8 +424,15 @@ impl TestApp {
         self.get("/v1/echo").header("X-API-Key", key).send().await
     }
 
-    /// Returns a value of `/metrics`, or 0 if there is no value with these labels yet.
+    /// Returns a value of `/metrics`, which must exist.
     pub(crate) async fn metric(&self, name: &str) -> f64 {
+        let value = self.metric_if_present(name).await;
+        value.unwrap_or_else(|| panic!("there is no value of {name}"))
+    }
+
+    /// Returns a value of `/metrics`, or `None` if the metric has no value with these labels. The metric itself must
+    /// exist.
+    pub(crate) async fn metric_if_present(&self, name: &str) -> Option<f64> {
         let url = format!("http://{}/metrics", self.metrics_addr);
         let text = self
             .http
@@ -446,15 +453,13 @@ impl TestApp {
             text.contains(&format!("# TYPE {family} ")),
             "there is no metric {family}"
         );
-        text.lines()
-            .find_map(|line| {
-                line.strip_prefix(name)?
-                    .strip_prefix(' ')?
-                    .trim()
-                    .parse()
-                    .ok()
-            })
-            .unwrap_or(0.0)
+        text.lines().find_map(|line| {
+            line.strip_prefix(name)?
+                .strip_prefix(' ')?
+                .trim()
+                .parse()
+                .ok()
+        })
     }
 }
 
