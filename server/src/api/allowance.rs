@@ -84,28 +84,28 @@ pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbErro
     }
 }
 
-/// Rejects a plan that exceeds the limits for free plans, if these limits apply to it. `before` is the plan before an
-/// edit. If the limits applied to it too, a value above a limit may be kept or lowered.
-pub fn check_plan(config: &Config, before: Option<&Plan>, plan: &Plan) -> Result<(), ApiError> {
-    type Value = fn(&Plan) -> Option<u64>;
+/// Rejects a plan that exceeds the limits for free plans, if these limits apply to it.
+pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     if !is_limited(config, plan.billing) {
         return Ok(());
     }
-    let before = before.filter(|it| is_limited(config, it.billing));
-    let rate = config.free_tier.rpm.map(u64::from);
-    let quota = config.free_tier.requests_per_month.map(u64::from);
-    let limits: [(_, _, Value); 4] = [
-        ("default_rpm", rate, |it| Some(it.default_rpm.into())),
-        ("burst", rate, |it| Some(it.burst.into())),
-        ("daily_quota", quota, |it| it.daily_quota),
-        ("monthly_quota", quota, |it| it.monthly_quota),
+    let free = config.free_tier;
+    let quota = free.requests_per_month.map(Into::into);
+    let limits = [
+        (
+            "default_rpm",
+            Some(plan.default_rpm.into()),
+            free.rpm.map(u64::from),
+        ),
+        ("burst", Some(plan.burst.into()), free.rpm.map(u64::from)),
+        ("daily_quota", plan.daily_quota, quota),
+        ("monthly_quota", plan.monthly_quota, quota),
     ];
     let errors: Vec<FieldError> = limits
         .into_iter()
-        .filter_map(|(field, maximum, value)| {
-            let (maximum, new) = (maximum?, value(plan)?);
-            let old = before.and_then(value).unwrap_or(0);
-            (new > maximum.max(old)).then(|| FieldError {
+        .filter_map(|(field, value, maximum)| {
+            let maximum = maximum.filter(|maximum| value.is_some_and(|it| it > *maximum))?;
+            Some(FieldError {
                 field: field.into(),
                 message: at_most(config, maximum),
             })
@@ -143,38 +143,20 @@ pub async fn check_rates_of_keys(
     }
 }
 
-/// Returns whether the limits for free plans apply to the plan of a key.
-async fn has_limited_plan(
-    config: &Config,
-    tx: &mut TenantTx,
-    key: &ApiKey,
-) -> Result<bool, DbError> {
-    let billing = plan::billing_of(tx, key.plan_id.0).await?;
-    let billing = billing.and_then(|it| Billing::of(&it)).unwrap_or_default();
-    Ok(is_limited(config, billing))
-}
-
 /// Rejects a key if the maximum rate of free plans applies to its plan and the key's rate override exceeds this
-/// maximum. `before` is the key before an edit. If the maximum applied to it too, a rate override above the maximum may
-/// be kept or lowered.
-pub async fn check_key(
-    config: &Config,
-    tx: &mut TenantTx,
-    before: Option<&ApiKey>,
-    key: &ApiKey,
-) -> Result<(), ApiError> {
+/// maximum.
+pub async fn check_key(config: &Config, tx: &mut TenantTx, key: &ApiKey) -> Result<(), ApiError> {
     let (Some(maximum), Some(rate)) = (config.free_tier.rpm, key.rpm_override) else {
         return Ok(());
     };
-    if rate <= maximum || !has_limited_plan(config, tx, key).await? {
+    if rate <= maximum {
         return Ok(());
     }
-    if let Some(before) = before
-        && before.rpm_override.is_some_and(|old| rate <= old)
-        && has_limited_plan(config, tx, before).await?
-    {
-        return Ok(());
+    let billing = plan::billing_of(tx, key.plan_id.0).await?;
+    let billing = billing.and_then(|it| Billing::of(&it)).unwrap_or_default();
+    if is_limited(config, billing) {
+        let message = at_most(config, maximum.into());
+        return Err(ApiError::invalid("rpm_override", message));
     }
-    let message = at_most(config, maximum.into());
-    Err(ApiError::invalid("rpm_override", message))
+    Ok(())
 }
