@@ -173,8 +173,12 @@ impl State {
         {
             epoch.ok = heard;
         }
-        let is_kept = |bucket: &&Bucket| self.keeps_all || now < bucket.expires_at;
-        let known = self.buckets.get(&call.bucket).filter(is_kept).cloned();
+        let has_expired = |bucket: &Bucket| !self.keeps_all && now >= bucket.expires_at;
+        // A deleted bucket does not come back if the clock is set back.
+        if self.buckets.get(&call.bucket).is_some_and(has_expired) {
+            self.buckets.remove(&call.bucket);
+        }
+        let known = self.buckets.get(&call.bucket).cloned();
         let was_there = known.is_some();
         let (mut emission, mut tau) = (u128::from(call.emission.0), u128::from(call.tau.0));
         let (mut version, mut version_at) = (call.version, now);

@@ -164,12 +164,18 @@ fn call(rng: &mut Rng, now: u64, told: u64, generation: u64) -> TakeCall {
 /// and the model give the same replies, to the nanosecond.
 #[tokio::test]
 async fn the_script_replies_as_the_model_does() {
+    // With the first seed, the clock is set back after a bucket has expired.
+    for seed in [15_664_111_716_528_749_777, fastrand::u64(..)] {
+        compare_replies(seed).await;
+    }
+}
+
+async fn compare_replies(seed: u64) {
     let (_server, redis) = started().await;
     let clock = TestClock::at(START);
     let counters = ClockedCounters::new(&redis, &clock);
     counters.begin().await;
     let mut model = State::fresh(1, 1);
-    let seed = fastrand::u64(..);
     let mut rng = Rng::with_seed(seed);
     let (mut told, mut granted, mut begun) = (0, 0, 0);
     let mut generations = std::collections::HashMap::new();
