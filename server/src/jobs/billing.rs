@@ -11,9 +11,11 @@ use tokio::time::timeout;
 
 use super::every;
 use crate::{
-    billing::events::Round,
+    billing::{Billing, events::Round},
     db::{self, DbError},
+    repo::billing_usage::Uncharged,
     state::AppState,
+    telemetry::metrics::Metrics,
 };
 
 /// How often this replica looks for events without being notified.
@@ -117,17 +119,10 @@ pub(super) async fn reconcile_usage(state: AppState) {
     loop {
         ticks.tick().await;
         let metrics = &state.metrics;
-        let measured = timeout(MEASURE_WITHIN, billing.uncharged_usage()).await;
-        let Ok(Ok(uncharged)) = measured else {
-            metrics.billing_usage_oldest.set(None);
-            metrics.billing_errors.inc();
+        let Some(uncharged) = measure_uncharged_usage(metrics, &billing).await else {
             ticks.reset_after(MEASURE_AGAIN);
             continue;
         };
-        metrics.billing_usage_lost.set(uncharged.lost);
-        metrics
-            .billing_usage_oldest
-            .set(Some(uncharged.oldest_pending));
         match billing.reconcile_usage(uncharged.now).await {
             Ok(difference) => {
                 metrics.billing_usage_difference.set(difference);
@@ -139,6 +134,20 @@ pub(super) async fn reconcile_usage(state: AppState) {
             }
         }
     }
+}
+
+/// Measures the usage that has not been charged. Returns `None` if the measurement failed.
+pub async fn measure_uncharged_usage(metrics: &Metrics, billing: &Billing) -> Option<Uncharged> {
+    let measured = timeout(MEASURE_WITHIN, billing.uncharged_usage()).await;
+    let uncharged = measured.ok().and_then(Result::ok);
+    metrics.billing_usage_lost.set(uncharged.map(|it| it.lost));
+    metrics
+        .billing_usage_oldest
+        .set(uncharged.map(|it| it.oldest_pending));
+    if uncharged.is_none() {
+        metrics.billing_errors.inc();
+    }
+    uncharged
 }
 
 /// Publishes the invalidations of a round, and counts its results. Returns whether there may be more work.

@@ -23,7 +23,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-pub use self::webhooks::measure_overdue;
+pub use self::{billing::measure_uncharged_usage, webhooks::measure_overdue};
 use crate::{db, limiter, state::AppState};
 
 /// How often the last-used times of keys and tokens are saved.

@@ -78,8 +78,8 @@ metrics! {
     billing_reports: Counter, "billing_reports", "Usage reports that Stripe has accepted or that did not need to be sent";
     billing_usage_difference: Gauge, "billing_usage_difference",
         "Difference between usage reports and the totals in Stripe for yesterday (UTC), summed over customers";
-    billing_usage_lost: Gauge, "billing_usage_lost",
-        "Usage from the last 40 days that should have been charged but will not be";
+    billing_usage_lost: MeasuredGauge, "billing_usage_lost",
+        "Usage from the last 40 days that should have been charged but will not be; no value if the last measurement failed";
     billing_usage_oldest: MeasuredGauge, "billing_usage_oldest_pending_seconds",
         "Age of the oldest usage that has yet to be reported to Stripe; 0 if there is none; no value if the last measurement failed";
     billing_meter_errors: Counter, "billing_meter_errors",

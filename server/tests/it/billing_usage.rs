@@ -2,22 +2,27 @@
 //!
 //! The oracle is a sum over the records that the test itself has appended.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use chrono::{DateTime, DurationRound as _, TimeDelta, Utc};
 use quota_common::TenantId;
 use quota_fake_stripe::{Card, Fault, How, Usage};
 use quota_server::{
     billing::Billing,
+    db, jobs,
     repo::{billing_usage, usage_batch::UsageRecord},
 };
+use quota_testkit::proxy;
 use reqwest::Method;
+use secrecy::SecretString;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::{
+    outage::through_proxy,
     support::{
         app::{Account, TestApp},
+        postgres::TestDatabase,
         stripe::TestStripe,
     },
     usage,
@@ -869,6 +874,31 @@ async fn age_of_pending_usage_is_measured_while_stripe_is_unreachable() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     assert!(age > Some(4.0 * 3600.0 - 60.0), "{age:?}");
+}
+
+/// Otherwise, a replica that cannot reach PostgreSQL would keep reporting outdated values.
+#[tokio::test(flavor = "multi_thread")]
+async fn uncharged_usage_is_missing_after_a_failed_measurement() {
+    let migrate =
+        |url: String| async move { db::migrate(&SecretString::from(url)).await.map(drop) };
+    let database = Arc::new(TestDatabase::create(migrate).await);
+    let (proxy, url) = through_proxy(&database).await;
+    let stripe = TestStripe::start().await;
+    let setup = stripe.configure(TestApp::setup()).without_jobs();
+    let app = setup.database(database).url(url).start().await;
+    let measure = async || {
+        let billing = app.state.billing.as_ref().expect("billing is on");
+        jobs::measure_uncharged_usage(&app.state.metrics, billing).await;
+        [
+            app.metric_if_present("quota_billing_usage_lost").await,
+            app.metric_if_present("quota_billing_usage_oldest_pending_seconds")
+                .await,
+        ]
+    };
+    assert_eq!(measure().await, [Some(0.0); 2]);
+    proxy.set(proxy::Fault::Refuse);
+    proxy.cut();
+    assert_eq!(measure().await, [None; 2]);
 }
 
 /// `GET /billing` shows the price, and the usage of the current period with its charge.
