@@ -94,6 +94,11 @@ impl Freshness {
     /// Invalidates the entries of all rows that belong to one of `owners`, and all loads in progress. The loads are
     /// invalidated first. Otherwise, a load that ends while `owners` is being iterated could store an outdated entry.
     pub fn changed(&self, owners: impl IntoIterator<Item = Owner>) {
+        let owners = owners.into_iter();
+        // Without owners, loads in progress remain valid. `owners` must not be iterated to find this out, see above.
+        if owners.size_hint().1 == Some(0) {
+            return;
+        }
         let generation = self.next_generation();
         let mut affects_keys = false;
         for owner in owners {

@@ -404,6 +404,20 @@ async fn load_that_ends_while_changed_keys_are_determined_is_not_kept() {
 }
 
 #[tokio::test]
+async fn load_in_progress_is_kept_if_nothing_has_changed() {
+    let it = fixture();
+    let (freshness, loads) = (it.freshness.clone(), it.loads.clone());
+    let load = move || {
+        loads.fetch_add(1, Ordering::SeqCst);
+        freshness.changed([]);
+        async { Ok(Some("a".to_owned())) }
+    };
+    let loaded = it.cache.get(1, load).await.unwrap();
+    assert_eq!(loaded.unwrap().as_str(), "a");
+    assert_eq!(it.loads(), 1);
+}
+
+#[tokio::test]
 async fn poll_ends_the_suspicion() {
     let it = fixture();
     it.freshness.suspect();
