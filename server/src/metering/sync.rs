@@ -11,8 +11,8 @@ use super::segment::Segment;
 #[derive(Debug)]
 struct Group {
     segments: Vec<Arc<Segment>>,
-    /// `None` until the group has been written. Afterward, whether all of its segments were written.
-    done: watch::Sender<Option<bool>>,
+    /// `None` until the group has been written. Afterward, whether each of `segments` was written, in the same order.
+    done: watch::Sender<Option<Vec<bool>>>,
 }
 
 impl Default for Group {
@@ -55,20 +55,22 @@ impl Syncer {
         Ok(syncer)
     }
 
-    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing this segment, or
-    /// another segment of the same group, to disk has ever failed.
+    /// Waits until everything written to the segment so far is on disk. Returns `false` if writing this segment to disk
+    /// has ever failed.
     pub async fn sync(&self, segment: Arc<Segment>) -> bool {
-        let mut done = {
+        let (index, mut done) = {
             let mut next = self.0.next.lock();
             let segments = &mut next.group.segments;
-            if !segments.iter().any(|it| Arc::ptr_eq(it, &segment)) {
+            let found = segments.iter().position(|it| Arc::ptr_eq(it, &segment));
+            let index = found.unwrap_or_else(|| {
                 segments.push(segment);
-            }
-            next.group.done.subscribe()
+                segments.len() - 1
+            });
+            (index, next.group.done.subscribe())
         };
         self.0.wake.notify_one();
         match done.wait_for(Option::is_some).await {
-            Ok(synced) => *synced == Some(true),
+            Ok(synced) => synced.as_ref().is_some_and(|synced| synced[index]),
             Err(_) => false,
         }
     }
@@ -97,17 +99,19 @@ fn run(
             }
             std::mem::take(&mut next.group)
         };
-        let mut synced = true;
-        for segment in &group.segments {
+        let sync = |segment: &Arc<Segment>| {
             if segment.is_broken() {
-                synced = false;
-            } else if let Err(error) = write(segment) {
-                // From now on, the check above fails every group that contains this segment.
-                segment.has_broken();
-                on_failure(segment, &error);
-                synced = false;
+                return false;
             }
-        }
+            let result = write(segment);
+            if let Err(error) = &result {
+                // From now on, the check above fails this segment in every group.
+                segment.has_broken();
+                on_failure(segment, error);
+            }
+            result.is_ok()
+        };
+        let synced = group.segments.iter().map(sync).collect();
         group.done.send_replace(Some(synced));
     }
 }

@@ -6,12 +6,14 @@ use std::{
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
+        mpsc,
     },
     thread,
     time::Duration,
 };
 
 use fastrand::Rng;
+use futures_util::future::{join, join3};
 use quota_common::{ApiKeyId, PlanId, TenantId, plan::Billing};
 use tempfile::TempDir;
 use uuid::Uuid;
@@ -610,6 +612,34 @@ async fn a_segment_that_failed_to_reach_the_disk_once_is_never_reported_as_writt
     assert!(syncer.sync(intact).await);
     assert!(!syncer.sync(broken).await);
     assert_eq!(failures.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn a_failed_segment_does_not_affect_other_segments_of_its_group() {
+    let directory = TempDir::new().unwrap();
+    let [first, broken, intact] = [(); 3].map(|()| segment(directory.path()));
+    let (first_id, broken_id) = (first.head.id, broken.head.id);
+    let (reached, has_reached) = mpsc::channel();
+    let (resume, resumed) = mpsc::channel();
+    let write = move |segment: &Segment| {
+        if segment.head.id == first_id {
+            reached.send(()).unwrap();
+            resumed.recv().unwrap();
+        }
+        if segment.head.id == broken_id {
+            return Err(std::io::Error::other("lost"));
+        }
+        Ok(())
+    };
+    let syncer = Syncer::start(write, |_, _| {}).unwrap();
+    let group = async {
+        // While the first segment is being written, the others join the next group.
+        has_reached.recv().unwrap();
+        let resume = async { resume.send(()).unwrap() };
+        join3(syncer.sync(broken), syncer.sync(intact), resume).await
+    };
+    let (first, (broken, intact, ())) = join(syncer.sync(first), group).await;
+    assert_eq!((first, broken, intact), (true, false, true));
 }
 
 fn recorder(directory: &Path, backlog_max: u64, metrics: Arc<Metrics>) -> Arc<Recorder> {
