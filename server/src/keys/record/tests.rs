@@ -115,6 +115,34 @@ fn facts(id: u16, plan_id: Uuid, plan_name: &str) -> KeyFacts {
     }
 }
 
+/// Returns a store that caches up to `capacity` keys, and its clock and freshness. `limits` may wrap the limits' store.
+fn key_store(
+    lookups: Lookups,
+    capacity: usize,
+    limits: impl FnOnce(Arc<LocalStore>) -> Arc<dyn LimitStore>,
+) -> (KeyStore, Arc<dyn Clock>, Arc<Freshness>) {
+    let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));
+    let metrics = Arc::<Metrics>::default();
+    let freshness = Arc::new(Freshness::new(clock.clone()));
+    // No connection is needed, because the keys have no quotas.
+    let db = Db::new(
+        &"postgres://localhost/none".into(),
+        &DatabaseSettings::default(),
+    );
+    let ledger = Arc::new(PostgresLedger::new(db, metrics.clone()));
+    let local = LocalStore::new(clock.clone(), ledger, KeyTableSettings::default());
+    let keys = KeyStore::new(
+        lookups,
+        Limiter::new(limits(local), clock.clone()),
+        None,
+        capacity,
+        Duration::from_mins(1),
+        &freshness,
+        &metrics,
+    );
+    (keys, clock, freshness)
+}
+
 /// There is one record per cached key, so the size of a record determines how many keys fit into memory.
 #[test]
 fn a_record_is_small() {
@@ -125,22 +153,8 @@ fn a_record_is_small() {
 async fn plan_edit_reaches_a_key_that_is_being_cached() {
     const CAPACITY: usize = 100;
     let (plan, other_plan) = (Uuid::from_u128(2), Uuid::from_u128(3));
-    let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));
-    let metrics = Arc::<Metrics>::default();
-    let freshness = Arc::new(Freshness::new(clock.clone()));
-    // No connection is needed, because the keys have no quotas.
-    let db = Db::new(
-        &"postgres://localhost/none".into(),
-        &DatabaseSettings::default(),
-    );
-    let ledger = Arc::new(PostgresLedger::new(db, metrics.clone()));
     let (reached, has_reached) = mpsc::channel();
     let (resume, has_resumed) = mpsc::channel();
-    let store = Arc::new(PausingStore {
-        inner: LocalStore::new(clock.clone(), ledger, KeyTableSettings::default()),
-        key: ApiKeyId(facts(0, plan, "").id),
-        pause: Mutex::new(Some((reached, has_resumed))),
-    });
     let hash = secret(0).hash();
     let loads = Arc::new(AtomicUsize::new(0));
     let lookups = Lookups {
@@ -157,15 +171,13 @@ async fn plan_edit_reaches_a_key_that_is_being_cached() {
         }),
         tokens: Batches::of(|_| None),
     };
-    let keys = KeyStore::new(
-        lookups,
-        Limiter::new(store, clock.clone()),
-        None,
-        CAPACITY,
-        Duration::from_mins(1),
-        &freshness,
-        &metrics,
-    );
+    let (keys, clock, freshness) = key_store(lookups, CAPACITY, |inner| {
+        Arc::new(PausingStore {
+            inner,
+            key: ApiKeyId(facts(0, plan, "").id),
+            pause: Mutex::new(Some((reached, has_resumed))),
+        })
+    });
 
     let paused = {
         let keys = keys.clone();
@@ -203,15 +215,6 @@ async fn plan_edit_reaches_a_key_that_is_being_cached() {
 
 #[tokio::test]
 async fn service_token_is_loaded_again_after_a_change_to_it_or_its_tenant() {
-    let clock: Arc<dyn Clock> = Arc::new(TestClock::at(UnixNanos::from_secs(1_785_738_360)));
-    let metrics = Arc::<Metrics>::default();
-    let freshness = Arc::new(Freshness::new(clock.clone()));
-    let db = Db::new(
-        &"postgres://localhost/none".into(),
-        &DatabaseSettings::default(),
-    );
-    let ledger = Arc::new(PostgresLedger::new(db, metrics.clone()));
-    let store = LocalStore::new(clock.clone(), ledger, KeyTableSettings::default());
     let loads = Arc::new(AtomicUsize::new(0));
     let counter = loads.clone();
     let lookups = Lookups {
@@ -222,15 +225,7 @@ async fn service_token_is_loaded_again_after_a_change_to_it_or_its_tenant() {
             Some((TenantId(TENANT), ServiceTokenId(id)))
         }),
     };
-    let keys = KeyStore::new(
-        lookups,
-        Limiter::new(store, clock.clone()),
-        None,
-        1000,
-        Duration::from_mins(1),
-        &freshness,
-        &metrics,
-    );
+    let (keys, clock, freshness) = key_store(lookups, 1000, |local| local);
     let secret = |n| SecretText::from_bytes(Kind::ServiceToken, &[n; 32]);
     let token = async |n| {
         let (secret, caller) = (secret(n), LookupCaller::default());
