@@ -31,7 +31,7 @@ static STARTED: OnceLock<Instant> = OnceLock::new();
     about = "The Quota console as a desktop app"
 )]
 struct Arguments {
-    /// Add this server and use it, for example https://quota.example.com
+    /// Add this server and use it, for example `https://quota.example.com`
     #[arg(long, value_name = "ADDRESS", value_parser = server::Server::parse)]
     server: Option<server::Server>,
 }

@@ -35,7 +35,7 @@ use self::{
 
 #[derive(Args)]
 pub struct LoadTest {
-    /// The address of a server or of the proxy in front of it, such as https://quota.example.com
+    /// The address of a server or of the proxy in front of it, such as `https://quota.example.com`
     url: Url,
     /// A file with API keys, one per line. Requests use the keys in turn
     #[arg(long, value_name = "FILE")]

@@ -148,8 +148,8 @@ settings! {
     /// A file that contains the value of QUOTA_SECRET_PREVIOUS. Set either this variable or QUOTA_SECRET_PREVIOUS.
     secret_previous_file: "QUOTA_SECRET_PREVIOUS_FILE", "", "PATH";
 
-    /// Origins whose web pages may call the API (CORS), separated by commas, such as https://app.example.com. `*` means
-    /// all origins. These pages may read the rate-limit headers, but their requests cannot use cookies.
+    /// Origins whose web pages may call the API (CORS), separated by commas, such as `https://app.example.com`. `*`
+    /// means all origins. These pages may read the rate-limit headers, but their requests cannot use cookies.
     allowed_origins: "ALLOWED_ORIGINS", "", "ORIGINS";
 
     /// Networks of proxies whose X-Forwarded-For and traceparent headers are trusted, separated by commas, such as
@@ -290,7 +290,7 @@ settings! {
     /// A file that contains the value of STRIPE_WEBHOOK_SECRET. Set either this variable or STRIPE_WEBHOOK_SECRET.
     stripe_webhook_secret_file: "STRIPE_WEBHOOK_SECRET_FILE", "", "PATH";
 
-    /// The base URL of the Stripe API. Only tests need to change it. Default: https://api.stripe.com.
+    /// The base URL of the Stripe API. Only tests need to change it. Default: `https://api.stripe.com`.
     stripe_api_base: "STRIPE_API_BASE", "", "URL";
 
     /// How many days plans marked `paid` keep working after a payment has failed, while Stripe retries the payment: 0
