@@ -12,9 +12,18 @@ use crate::{call::Call, problem::Problem, time::Timestamp};
 pub struct CallResponse {
     /// The response body: JSON, or an empty string.
     pub body: String,
-    /// When this response was received, if it is a stored response. The app returns stored responses while the server
-    /// is unreachable.
-    pub loaded_at: Option<Timestamp>,
+    /// `None` if the server sent this response in full. Otherwise, the app has returned a stored response.
+    pub stored: Option<Stored>,
+}
+
+/// Describes a stored response.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stored {
+    /// When the app received the response.
+    pub loaded_at: Timestamp,
+    /// Whether the server has sent a newer response that did not arrive completely. Otherwise, the server is
+    /// unreachable.
+    pub server_responded: bool,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -27,7 +27,7 @@ use quota_common::{
     Problem, ProblemCode, Timestamp,
     auth::{Login, SignedIn, Tokens},
     call::Call,
-    ipc::{CallError, CallResponse, TestResponse},
+    ipc::{CallError, CallResponse, Stored, TestResponse},
 };
 use secrecy::{ExposeSecret as _, SecretString};
 
@@ -67,7 +67,14 @@ pub struct Session {
     /// Locked while the session starts, is refreshed, or ends.
     state: tokio::sync::Mutex<State>,
     has_keychain: Mutex<bool>,
-    responses: Mutex<HashMap<String, CallResponse>>,
+    responses: Mutex<HashMap<String, Cached>>,
+}
+
+/// The body of a response that the server has sent in full.
+#[derive(Clone)]
+struct Cached {
+    body: String,
+    loaded_at: Timestamp,
 }
 
 impl Session {
@@ -195,16 +202,25 @@ impl Session {
                 if responses.len() >= MAX_CACHED && !responses.contains_key(&key) {
                     responses.clear();
                 }
-                let cached = CallResponse {
+                let cached = Cached {
                     body: body.clone(),
-                    loaded_at: Some(now()),
+                    loaded_at: now(),
                 };
                 responses.insert(key, cached);
                 Ok(fresh(body))
             }
             Err(error @ (CallError::Unreachable | CallError::Incomplete)) => {
                 let cached = self.responses.lock().get(&key).cloned();
-                cached.ok_or(error)
+                let Some(cached) = cached else {
+                    return Err(error);
+                };
+                Ok(CallResponse {
+                    body: cached.body,
+                    stored: Some(Stored {
+                        loaded_at: cached.loaded_at,
+                        server_responded: error == CallError::Incomplete,
+                    }),
+                })
             }
             Err(error) => Err(error),
         }
@@ -381,10 +397,7 @@ fn is_unauthorized(error: &CallError) -> bool {
 }
 
 const fn fresh(body: String) -> CallResponse {
-    CallResponse {
-        body,
-        loaded_at: None,
-    }
+    CallResponse { body, stored: None }
 }
 
 fn json(value: &impl serde::Serialize) -> Result<String, CallError> {

@@ -23,7 +23,11 @@ use quota_common::{
 };
 use secrecy::{ExposeSecret as _, SecretString};
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, task::JoinHandle};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpListener,
+    task::JoinHandle,
+};
 
 use super::Session;
 use crate::{
@@ -419,12 +423,12 @@ async fn loaded_data_is_readable_while_the_server_is_unreachable() {
     let session = fixture.session();
     session.call(&login()).await.expect("signed in");
     let loaded = session.call(&list()).await.expect("a response");
-    assert_eq!(loaded.loaded_at, None);
+    assert_eq!(loaded.stored, None);
     fixture.serving.abort();
     let _ = fixture.serving.await;
     let again = session.call(&list()).await.expect("cached data");
     assert_eq!(again.body, loaded.body);
-    assert!(again.loaded_at.is_some());
+    assert!(again.stored.is_some_and(|it| !it.server_responded));
     assert_eq!(session.call(&Call::Me).await, Err(CallError::Unreachable));
     let change = Call::UpdateMe(UpdateMe::default());
     assert_eq!(session.call(&change).await, Err(CallError::Unreachable));
@@ -435,6 +439,32 @@ async fn loaded_data_is_readable_while_the_server_is_unreachable() {
     assert_eq!(fixture.keychain.only(), None);
     let rejection = session.call(&list()).await.expect_err("not signed in");
     assert!(is_unauthorized(&rejection));
+}
+
+/// An incomplete response proves that the server is reachable.
+#[tokio::test]
+async fn loaded_data_is_readable_after_an_incomplete_response() {
+    let fixture = Fixture::new().await;
+    let session = fixture.session();
+    session.call(&login()).await.expect("signed in");
+    let loaded = session.call(&list()).await.expect("a response");
+    fixture.serving.abort();
+    let _ = fixture.serving.await;
+    let address = fixture.server.to_string().replace("http://", "");
+    let listener = TcpListener::bind(address).await.expect("the same port");
+    let serving = tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.expect("a connection");
+            let _ = stream.read(&mut [0; 4096]).await;
+            let start = b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\n{";
+            stream.write_all(start).await.expect("sent");
+        }
+    });
+    let again = session.call(&list()).await.expect("cached data");
+    assert_eq!(again.body, loaded.body);
+    assert!(again.stored.is_some_and(|it| it.server_responded));
+    assert_eq!(session.call(&Call::Me).await, Err(CallError::Incomplete));
+    serving.abort();
 }
 
 #[tokio::test]

@@ -45,10 +45,10 @@ async fn invoke<T: DeserializeOwned>(command: &str, arguments: &impl Serialize) 
 pub async fn send(call: &Call) -> CallResult<String> {
     let result: CallResult<CallResponse> = invoke("call", &json!({ "call": call })).await;
     match &result {
-        Ok(response) => host::set_loaded_at(response.loaded_at),
+        Ok(response) => host::set_stored(response.stored),
         Err(CallError::Unreachable | CallError::NoResponse | CallError::Incomplete) => {}
         // Even an error response proves that the server is reachable.
-        Err(_) => host::set_loaded_at(None),
+        Err(_) => host::set_stored(None),
     }
     if matches!(call, Call::Login(_) | Call::Register(_)) {
         // At sign-in, the app finds out whether the keychain can store the session.

@@ -1,20 +1,20 @@
 //! The state of the desktop app.
 
 use leptos::prelude::*;
-use quota_common::{Timestamp, ipc::HostStatus};
+use quota_common::ipc::{HostStatus, Stored};
 
 /// The signals are reference-counted, because they exist before the first page is mounted and outlive the last page.
 struct Host {
     status: ArcRwSignal<Option<HostStatus>>,
-    /// When the data on the page was loaded. `None` while the server is reachable.
-    loaded_at: ArcRwSignal<Option<Timestamp>>,
+    /// Describes the data on the page. `None` if the server has just sent it.
+    stored: ArcRwSignal<Option<Stored>>,
     retries: ArcRwSignal<u32>,
 }
 
 thread_local! {
     static HOST: Host = Host {
         status: ArcRwSignal::new(None),
-        loaded_at: ArcRwSignal::new(None),
+        stored: ArcRwSignal::new(None),
         retries: ArcRwSignal::new(0),
     };
 }
@@ -34,21 +34,20 @@ pub fn server_address() -> String {
     status().with_untracked(|it| it.as_ref().map(|it| it.current.clone()).unwrap_or_default())
 }
 
-/// Returns when the data on the page was loaded. `None` while the server is reachable.
-pub fn loaded_at() -> ArcRwSignal<Option<Timestamp>> {
-    HOST.with(|host| host.loaded_at.clone())
+/// Describes the data on the page. `None` if the server has just sent it.
+pub fn stored() -> ArcRwSignal<Option<Stored>> {
+    HOST.with(|host| host.stored.clone())
 }
 
 pub fn is_offline() -> bool {
-    loaded_at().with_untracked(Option::is_some)
+    stored().with_untracked(Option::is_some)
 }
 
-/// Records where the last response came from. `loaded_at` is `None` if the server sent the response. If it is a stored
-/// response, `loaded_at` is the time at which the app received it.
-pub fn set_loaded_at(loaded_at: Option<Timestamp>) {
+/// Records where the last response came from. `stored` is `None` if the server sent the response.
+pub fn set_stored(stored: Option<Stored>) {
     HOST.with(|host| {
-        if host.loaded_at.get_untracked() != loaded_at {
-            host.loaded_at.set(loaded_at);
+        if host.stored.get_untracked() != stored {
+            host.stored.set(stored);
         }
     });
 }

@@ -1,7 +1,8 @@
 //! The desktop app's additions to the console.
 //!
-//! While the server is unreachable, the app shows previously loaded data. A banner contains the time at which the data
-//! was loaded and a button to retry. Another banner appears if no keychain is available to store sessions.
+//! While the server is unreachable or its responses do not arrive completely, the app shows previously loaded data. A
+//! banner contains the time at which the data was loaded and a button to retry. Another banner appears if no keychain
+//! is available to store sessions.
 
 use std::cell::RefCell;
 
@@ -38,18 +39,23 @@ pub fn report_first_paint(session: Session) {
 
 #[component]
 pub fn Banners() -> impl IntoView {
-    let loaded_at = host::loaded_at();
+    let stored = host::stored();
     let has_no_keychain =
         || host::status().with(|it| it.as_ref().is_some_and(|it| !it.keeps_sessions));
     view! {
         <div class="banners" role="status">
             {move || {
-                loaded_at
+                stored
                     .get()
-                    .map(|at| {
+                    .map(|it| {
+                        let reason = if it.server_responded {
+                            "The server's response didn't arrive completely."
+                        } else {
+                            "Can't reach the server."
+                        };
                         view! {
                             <p class="banner warn">
-                                <span>"Can't reach the server. Showing data from " <RelativeTime at/> "."</span>
+                                <span>{reason} " Showing data from " <RelativeTime at=it.loaded_at/> "."</span>
                                 <button class="button small" on:click=move |_| host::retry()>"Retry"</button>
                             </p>
                         }
