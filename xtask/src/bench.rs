@@ -206,7 +206,8 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     build.args(["build", "--release", "--quiet"]);
     build.args(["--package", "quota-bench", "--bin", "quota-bench"]);
     succeed(&mut build)?;
-    let (arguments, quota) = server(arguments)?;
+    let given = arguments;
+    let (arguments, quota) = server(given)?;
     let mut command = Command::new(target().join("release/quota-bench"));
     let database = if replicas {
         let database = Throwaway::start()?;
@@ -248,13 +249,16 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--postgres", &database.url()])
             .arg("--tools")
             .arg(target().join("tools"));
-        let is_given = |name: &str| arguments.iter().any(|it| it == name);
+        let is_given = |name: &str| given.iter().any(|it| it == name);
         if !is_given("--output") {
-            // By default, this overwrites the page in the repository, which must compare all servers.
-            ensure!(
-                !is_given("--only"),
-                "`--only` requires `--output DIRECTORY`"
-            );
+            // By default, this overwrites the page in the repository, which compares all servers with Quota as it
+            // ships.
+            for option in ["--only", "--ordinary"] {
+                ensure!(
+                    !is_given(option),
+                    "`{option}` requires `--output DIRECTORY`"
+                );
+            }
             command.arg("--output").arg(root().join("docs/bench"));
         }
         command.args(&arguments[1..]);
