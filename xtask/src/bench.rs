@@ -3,6 +3,7 @@
 
 use std::{
     ffi::OsString,
+    path::PathBuf,
     process::{Command, ExitCode},
 };
 
@@ -10,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     cargo, desktop, instructions, machine,
+    optimized::{self, Linking},
     postgres::{self, Throwaway},
     root, say, succeed, target, test_server, up,
 };
@@ -125,6 +127,25 @@ fn malformed(arguments: &[OsString]) -> Result<ExitCode> {
     debug_test(MALFORMED, variables, MALFORMED_REQUESTS, arguments)
 }
 
+/// Builds the server that is measured: with all optimizations, or as an ordinary release build if the arguments contain
+/// `--ordinary`. Returns the other arguments, and the path of the server.
+fn server(arguments: &[OsString]) -> Result<(Vec<OsString>, PathBuf)> {
+    let mut others = arguments.to_vec();
+    others.retain(|it| it != "--ordinary");
+    let release = target().join("release/quota");
+    if arguments.iter().any(|it| it == "--server") {
+        // Another binary is measured instead of this version.
+        return Ok((others, release));
+    }
+    if others.len() == arguments.len() {
+        return Ok((others, optimized::build(Linking::Dynamic)?));
+    }
+    let mut build = cargo();
+    build.args(["build", "--release", "--quiet"]);
+    succeed(build.args(["--package", "quota-server", "--bin", "quota"]))?;
+    Ok((others, release))
+}
+
 pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     if let Some((first, rest)) = arguments.split_first()
         && first == "desktop"
@@ -180,18 +201,14 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
     } else {
         machine::install(&[machine::POSTGRES, machine::REDIS])?;
     }
-    say("building the server and the benchmarks for release (a first build takes a few minutes)");
+    say("building the benchmarks for release (a first build takes a few minutes)");
     let mut build = cargo();
     build.args(["build", "--release", "--quiet"]);
     build.args(["--package", "quota-bench", "--bin", "quota-bench"]);
-    // With `--server`, another binary is measured instead of this version.
-    if !arguments.iter().any(|it| it == "--server") {
-        build.args(["--package", "quota-server", "--bin", "quota"]);
-    }
     succeed(&mut build)?;
-    let built = target().join("release");
-    let mut command = Command::new(built.join("quota-bench"));
-    let quota = built.join("quota");
+    let given = arguments;
+    let (arguments, quota) = server(given)?;
+    let mut command = Command::new(target().join("release/quota-bench"));
     let database = if replicas {
         let database = Throwaway::start()?;
         command
@@ -232,13 +249,16 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .args(["--postgres", &database.url()])
             .arg("--tools")
             .arg(target().join("tools"));
-        let is_given = |name: &str| arguments.iter().any(|it| it == name);
+        let is_given = |name: &str| given.iter().any(|it| it == name);
         if !is_given("--output") {
-            // By default, this overwrites the page in the repository, which must compare all servers.
-            ensure!(
-                !is_given("--only"),
-                "`--only` requires `--output DIRECTORY`"
-            );
+            // By default, this overwrites the page in the repository, which compares all servers with Quota as it
+            // ships.
+            for option in ["--only", "--ordinary"] {
+                ensure!(
+                    !is_given(option),
+                    "`{option}` requires `--output DIRECTORY`"
+                );
+            }
             command.arg("--output").arg(root().join("docs/bench"));
         }
         command.args(&arguments[1..]);

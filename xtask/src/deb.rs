@@ -15,7 +15,10 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::{
-    cargo, console, machine, postgres::Throwaway, read, root, say, succeed, system, target,
+    console, machine,
+    optimized::{self, Linking},
+    postgres::Throwaway,
+    read, root, say, succeed, system, target,
 };
 
 const CONFIG: &str = "/etc/quota/quota.env";
@@ -35,16 +38,7 @@ pub(crate) fn deb(binary: Option<PathBuf>, test: bool) -> Result<()> {
 
 fn compile() -> Result<PathBuf> {
     console::build()?;
-    say("building the server for release (a first build takes a few minutes)");
-    let build = [
-        "build",
-        "--release",
-        "--locked",
-        "--package",
-        "quota-server",
-    ];
-    succeed(cargo().args(build).args(["--bin", "quota"]))?;
-    Ok(target().join("release/quota"))
+    optimized::build(Linking::Dynamic)
 }
 
 fn version() -> Result<String> {

@@ -22,6 +22,7 @@ mod journey;
 mod links;
 mod lock;
 mod machine;
+mod optimized;
 mod postgres;
 mod run;
 mod schema;
@@ -113,6 +114,17 @@ enum Chore {
         #[arg(long)]
         debug: bool,
     },
+    /// Build the server with all optimizations, as the image and the package contain it
+    Build {
+        /// Link it statically, as in the image
+        #[arg(long = "static")]
+        is_static: bool,
+        /// Copy it to this path
+        #[arg(long)]
+        output: Option<PathBuf>,
+    },
+    /// Record the profile with which `build` optimizes the server, in deploy/profile
+    Profile,
     /// Package the server as a .deb, with its systemd units
     Deb {
         /// Package this binary instead of compiling one
@@ -159,6 +171,10 @@ fn main() -> ExitCode {
         Chore::Console => console::build().map(|()| ExitCode::SUCCESS),
         Chore::Desktop { arguments } => desktop::start(&arguments),
         Chore::Bundle { test, debug } => desktop::bundle(test, debug).map(|()| ExitCode::SUCCESS),
+        Chore::Build { is_static, output } => {
+            optimized::build_to(output.as_deref(), is_static).map(|()| ExitCode::SUCCESS)
+        }
+        Chore::Profile => optimized::record().map(|()| ExitCode::SUCCESS),
         Chore::Deb { binary, test } => deb::deb(binary, test).map(|()| ExitCode::SUCCESS),
         Chore::Journey { parts } => journey::alone(&parts),
         Chore::Pictures => journey::pictures(),

@@ -270,8 +270,9 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     println!(
         "Medians of {} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections on \
          loopback. CPU is user and system time of the server's process. {} The access log is written to a file, \
-         one line per request; quota always has metrics, request IDs and usage records. Target: at most 1.25; with \
-         direct responses 0.95, with Redis 1.00, and 1.05 for check.",
+         one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
+         ordinary release builds. Target: at most 1.25; with direct responses 0.95, with Redis 1.00, and 1.05 \
+         for check.",
         measured[0].len(),
         time.as_millis(),
         match cores {
