@@ -29,3 +29,5 @@ write quota_secret_previous "$(cat "$folder/quota_secret")"
 # For billing, write Stripe's two secrets to these files, and uncomment their settings in .env.prod.
 write stripe_secret_key ""
 write stripe_webhook_secret ""
+# For email, write the URL of the mail server to this file, and uncomment its setting in quota.env.
+write smtp_url ""

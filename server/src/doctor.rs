@@ -22,6 +22,9 @@ use crate::{
 /// writes.
 const LAG_MAX: u32 = 1;
 
+/// The part of its memory that Redis may use before `quota doctor` warns, in percent.
+const MEMORY_MAX: u64 = 80;
+
 /// The findings so far.
 #[derive(Debug, Default)]
 pub struct Report {
@@ -300,6 +303,7 @@ impl Report {
                 format!("{addr}: unknown maxmemory-policy: it must be noeviction"),
             ),
         }
+        self.memory(node);
         // Persistence is optional: lost buckets start empty, and calendar quotas are in PostgreSQL.
         let append_only = match node.append_only {
             Some(true) => "on",
@@ -317,6 +321,28 @@ impl Report {
         );
         if matches!(settings.servers, RedisServers::Sentinel { .. }) {
             self.failover(node);
+        }
+    }
+
+    /// Checks that the memory of a Redis server is not almost full.
+    fn memory(&mut self, node: &Node) {
+        let addr = &node.addr;
+        let Some(used) = node.used_memory else {
+            return self.ok("redis", format!("{addr}: memory: unknown"));
+        };
+        let line = format!("{addr}: memory: {} MiB used", mib(used));
+        match node.max_memory {
+            Some(0) => self.ok("redis", format!("{line}, no maxmemory")),
+            Some(max) if used > max / 100 * MEMORY_MAX => self.warning(
+                "redis",
+                format!(
+                    "{line}, maxmemory is {} MiB: when the memory is full, Redis rejects writes, as in an outage; \
+                     raise maxmemory",
+                    mib(max)
+                ),
+            ),
+            Some(max) => self.ok("redis", format!("{line}, maxmemory is {} MiB", mib(max))),
+            None => self.ok("redis", format!("{line}, unknown maxmemory")),
         }
     }
 
@@ -341,6 +367,10 @@ impl Report {
             );
         }
     }
+}
+
+fn mib(bytes: u64) -> u64 {
+    bytes / 1024 / 1024
 }
 
 fn connections(pool: usize, replicas: usize, server: &ServerInfo) -> String {

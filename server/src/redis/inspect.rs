@@ -28,6 +28,10 @@ pub struct Node {
     pub role: Option<String>,
     /// The `maxmemory-policy` setting.
     pub eviction: Option<String>,
+    /// The memory that the server uses, in bytes.
+    pub used_memory: Option<u64>,
+    /// The `maxmemory` setting, in bytes. 0 if the memory is not limited.
+    pub max_memory: Option<u64>,
     /// Whether the append-only file is on.
     pub append_only: Option<bool>,
     /// The `save` setting. Empty if there are no snapshots.
@@ -96,6 +100,7 @@ async fn node(
     let it = &mut connection;
     let info: String = query(it, &["INFO"]).await.unwrap_or_default();
     let value = |name: &str| info_value(&info, name).map(str::to_owned);
+    let bytes = |name: &str| info_value(&info, name)?.parse::<u64>().ok();
     let version = match info_value(&info, "valkey_version") {
         Some(version) => Some(format!("Valkey {version}")),
         None => info_value(&info, "redis_version").map(|version| format!("Redis {version}")),
@@ -117,6 +122,8 @@ async fn node(
         mode: value("redis_mode"),
         role: value("role"),
         eviction: value("maxmemory_policy"),
+        used_memory: bytes("used_memory"),
+        max_memory: bytes("maxmemory"),
         append_only: info_value(&info, "aof_enabled").map(|enabled| enabled == "1"),
         snapshots: snapshots.map(|(_, save)| save),
         min_replicas_to_write: minimum.map(|(_, n)| n),

@@ -174,6 +174,36 @@ async fn unsuitable_redis_fails_the_check() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn almost_full_redis_is_a_warning() {
+    let server = RedisServer::start().await;
+    let database = database().await;
+    let url = server.url();
+    let redis = ("REDIS_URL", url.as_str());
+    doctor(&database, &[redis])
+        .await
+        .says(" MiB used, no maxmemory\n")
+        .succeeds();
+    server.command("CONFIG SET maxmemory 1gb").await;
+    doctor(&database, &[redis])
+        .await
+        .says(" MiB used, maxmemory is 1024 MiB\n")
+        .succeeds();
+    let memory = server.command("INFO memory").await;
+    let used = memory
+        .lines()
+        .find_map(|it| it.strip_prefix("used_memory:"));
+    let used: u64 = used.expect("a number").trim().parse().expect("a number");
+    server
+        .command(&format!("CONFIG SET maxmemory {}", used + used / 10))
+        .await;
+    doctor(&database, &[redis])
+        .await
+        .says("warning: 127.0.0.1:")
+        .says(": when the memory is full, Redis rejects writes, as in an outage; raise maxmemory\n")
+        .succeeds();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn hidden_properties_of_redis_are_reported_as_unknown() {
     let server = RedisServer::start().await;
     let database = database().await;
@@ -195,6 +225,7 @@ async fn hidden_properties_of_redis_are_reported_as_unknown() {
         .says(": unknown version, unknown mode, responds in ")
         .says(": unknown role: it must be a master\n")
         .says(": unknown maxmemory-policy: it must be noeviction\n")
+        .says(": memory: unknown\n")
         .says("persistence: append-only file unknown, snapshots unknown\n")
         .fails();
     assert!(!output.text.contains("is a "), "{}", output.text);

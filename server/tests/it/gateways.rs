@@ -11,7 +11,7 @@ use quota_testkit::{
     gateways::{Checked, Gateway, Program, folder},
     redis::free_port,
 };
-use reqwest::{Client, RequestBuilder, Response};
+use reqwest::{Client, Method, RequestBuilder, Response};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -488,6 +488,31 @@ async fn failing_or_silent_script_admits_nothing() {
     }
     let setting = Setting::with_script_fault(None).await;
     assert_eq!(setting.forged("qk_any").await.status(), 200);
+}
+
+/// HAProxy adds the service token to requests that its script sends to a local port. Other programs on the machine can
+/// connect to this port too, and must not be able to use the token for other requests.
+#[tokio::test(flavor = "multi_thread")]
+async fn service_token_is_added_only_to_checks() {
+    let setting = Setting::with_script_fault(None).await;
+    assert_eq!(setting.forged("qk_any").await.status(), 200);
+    let inner = setting.gateway.inner();
+    for (method, path, status) in [
+        (Method::GET, "/v1/forward-auth", 200),
+        (Method::GET, "/v1/forward-auth/", 403),
+        (Method::GET, "/v1/echo", 403),
+        (Method::GET, "/", 403),
+        (Method::POST, "/v1/forward-auth", 403),
+        (Method::POST, "/v1/check", 403),
+    ] {
+        let name = format!("{method} {path}");
+        let request = setting
+            .http
+            .request(method, format!("http://{inner}{path}"));
+        let response = request.send().await.expect("HAProxy responds");
+        // The substitute for Quota responds to every request with 200.
+        assert_eq!(response.status(), status, "{name}: {response:?}");
+    }
 }
 
 test_with_each_program! {

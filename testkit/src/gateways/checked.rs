@@ -72,6 +72,7 @@ impl Program {
             }
             Self::HaProxy => {
                 let inner = format!("127.0.0.1:{}", free_port());
+                write(dir, INNER, &inner);
                 let script = fs::read_to_string(folder().join("quota.lua"));
                 let mut script = put(
                     &script.expect("the script exists"),

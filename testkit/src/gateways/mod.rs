@@ -57,13 +57,19 @@ pub struct Checked<'a> {
 pub struct Gateway {
     pub addr: SocketAddr,
     pub process: Process,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 impl Gateway {
     #[must_use]
     pub fn url(&self) -> String {
         format!("http://{}", self.addr)
+    }
+
+    /// Returns the address at which the gateway receives requests from itself. Panics if there is none.
+    #[must_use]
+    pub fn inner(&self) -> String {
+        fs::read_to_string(self.dir.path().join(INNER)).expect("the gateway has such an address")
     }
 }
 
@@ -107,7 +113,7 @@ impl Program {
                     return Gateway {
                         addr: SocketAddr::from(([127, 0, 0, 1], port)),
                         process,
-                        _dir: dir,
+                        dir,
                     };
                 }
                 assert!(
@@ -206,7 +212,8 @@ const READY_ROUTER: &str = "  routers:
 ";
 /// A file with the trusted certificate.
 const ROOT: &str = "root.crt";
-/// A file with the address of Traefik's second entry point, to which the first one forwards allowed requests.
+/// A file with the address at which a gateway receives requests from itself: Traefik's second entry point, to which the
+/// first one forwards allowed requests, or HAProxy's frontend for its script.
 const INNER: &str = "inner";
 
 /// Returns a command that runs a server such as nginx, which Debian installs in a directory that is only in root's

@@ -42,17 +42,14 @@ impl<'a> Production<'a> {
             deploy.join(".env.prod"),
             format!(
                 "QUOTA_SITE=localhost\nQUOTA_PUBLIC_URL=https://localhost:{https}\nHTTPS_PORT={https}\n\
-                 HTTP_PORT={http}\nQUOTA_REGISTRATION=open\nQUOTA_REPLICAS=2\nQUOTA_IMAGE={image}\n"
+                 HTTP_PORT={http}\nQUOTA_REGISTRATION=open\nQUOTA_REPLICAS=2\nQUOTA_IMAGE={image}\n\
+                 QUOTA_ENV_FILE=quota.env\n"
             ),
         )?;
-        if let Some(timeout) = redis_timeout {
-            let file = deploy.join("compose.prod.yml");
-            let text = fs::read_to_string(&file)?;
-            let replicas = "      QUOTA_DRAIN_DELAY:";
-            ensure!(text.matches(replicas).count() == 1, "{text}");
-            let setting = format!("      QUOTA_REDIS_TIMEOUT: {timeout}\n{replicas}");
-            fs::write(&file, text.replace(replicas, &setting))?;
-        }
+        let settings = redis_timeout.map_or(String::new(), |timeout| {
+            format!("QUOTA_REDIS_TIMEOUT={timeout}\n")
+        });
+        fs::write(deploy.join("quota.env"), settings)?;
         let began = Instant::now();
         succeed(production.compose().args(["up", "--detach"]))?;
         println!("up in {:.0} s", began.elapsed().as_secs_f64());
@@ -84,7 +81,7 @@ impl<'a> Production<'a> {
         let copy = |from: PathBuf, to: PathBuf| {
             succeed(Command::new("cp").arg("-a").arg("-T").arg(from).arg(to))
         };
-        let files = ["secrets", ".env.prod", "compose.prod.yml"];
+        let files = ["secrets", ".env.prod", "quota.env"];
         for file in files {
             copy(self.deploy().join(file), kept.path().join(file))?;
         }
