@@ -6,7 +6,7 @@
 #   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh
 #
 # If a new replica does not become healthy, the old replicas keep running and the new ones are removed. If the script is
-# interrupted, run it again.
+# interrupted, run it again. Replicas that are stopped when the script starts are removed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -24,52 +24,96 @@ fi
 
 # A new version may need additional secrets. Existing secrets are kept.
 ./secrets.sh > /dev/null
-old=$("${compose[@]}" ps --quiet quota)
-replicas=$(wc -w <<< "$old")
-if [ "$replicas" = 0 ]; then
+# Prints the IDs of all replicas, including stopped ones: when Compose scales, it counts and starts these too. The list of
+# Compose also contains the containers of `compose run`, which are not replicas.
+list_replicas() {
+  local id all
+  all=$("${compose[@]}" ps --all --quiet quota) || return
+  for id in $all; do
+    [ "$(inspect '{{index .Config.Labels "com.docker.compose.oneoff"}}' "$id")" = True ] || echo "$id"
+  done
+}
+inspect() { docker inspect --format "$1" "$2"; }
+health() { inspect '{{.State.Health.Status}}' "$1"; }
+is_old() { [[ " ${old[*]} " == *" $1 "* ]]; }
+
+all=$(list_replicas)
+running=() stopped=()
+for id in $all; do
+  case $(inspect '{{.State.Status}}' "$id") in
+    created | exited | dead) stopped+=("$id") ;;
+    *) running+=("$id") ;;
+  esac
+done
+if [ ${#running[@]} = 0 ]; then
   echo "no replica is running; start one with: ${compose[*]} up --detach" >&2
   exit 1
 fi
+image=$("${compose[@]}" config | sed -n '/^  quota:$/,/^  [^ ]/s/^    image: //p')
+image_id() { docker image inspect --format '{{.Id}}' "$image"; }
 
-# This file contains the number of replicas and the IDs of the old replicas, in case this run is interrupted. Without
-# it, the next run would mistake this run's new replicas for old ones.
+# This file contains the number of replicas before the upgrade and the IDs of the old replicas, in case this run is
+# interrupted. Without it, the next run would mistake this run's new replicas for old ones.
 progress=.upgrade.${project:-quota}
-if [ -f "$progress" ] && grep -qFf <(tail -n +2 "$progress") <<< "$old"; then
+old=() new=()
+if [ -f "$progress" ] && grep -qFf <(tail -n +2 "$progress") <<< "$all"; then
   replicas=$(head -1 "$progress")
-  image=${QUOTA_IMAGE:-}
-  if [ -z "$image" ] && [ -f "$environment" ]; then image=$(sed -n 's/^QUOTA_IMAGE=//p' "$environment" | tail -1); fi
-  image=$(docker image inspect --format '{{.Id}}' "${image:-quota:local}" 2> /dev/null || true)
-  # Replicas that the interrupted run started from another image are old too.
-  old=$(for id in $old; do
-    if grep -qF "$id" "$progress" || [ "$(docker inspect --format '{{.Image}}' "$id")" != "$image" ]; then echo "$id"; fi
-  done)
+  expected=$(image_id 2> /dev/null || true)
+  for id in "${running[@]}"; do
+    # Replicas that the interrupted run started with another image or other settings are old too.
+    if grep -qF "$id" "$progress" || [ "$(inspect '{{.Image}}' "$id")" != "$expected" ] ||
+      [ "$environment" -nt "$progress" ]; then
+      old+=("$id")
+    fi
+  done
 else
-  printf '%s\n' "$replicas" "$old" > "$progress"
+  replicas=${#running[@]}
+  old=("${running[@]}")
 fi
+printf '%s\n' "$replicas" "${old[@]}" > "$progress.new"
+mv "$progress.new" "$progress"
 
-health() { docker inspect --format '{{.State.Health.Status}}' "$1"; }
-is_old() { grep -q "$1" <<< "$old"; }
-
-"${compose[@]}" up --detach --no-deps --no-recreate --scale quota=$(($(wc -w <<< "$old") + replicas)) quota
-for id in $("${compose[@]}" ps --quiet quota); do
-  is_old "$id" && continue
+# Stopped replicas serve no requests. Compose would start them again, instead of starting new ones.
+for id in "${stopped[@]}"; do docker rm "$id" > /dev/null; done
+"${compose[@]}" up --detach --no-deps --no-recreate --scale quota=$((${#old[@]} + replicas)) quota
+all=$(list_replicas)
+for id in $all; do is_old "$id" || new+=("$id"); done
+for id in "${new[@]}"; do
   for _ in $(seq 90); do
     [ "$(health "$id")" = healthy ] && break
     sleep 1
   done
   if [ "$(health "$id")" != healthy ]; then
-    echo "$id did not become healthy; the old replicas keep running. The log of $id:" >&2
+    echo "$id did not become healthy. Its log:" >&2
     docker logs --tail 20 "$id" >&2
-    for new in $("${compose[@]}" ps --quiet quota); do
-      is_old "$new" || { docker stop --time 30 "$new"; docker rm "$new"; } > /dev/null
-    done
+    if [ ${#old[@]} -lt "$replicas" ]; then
+      echo "the new replicas were not removed, because an interrupted run has already stopped old ones; solve the problem, and run this script again" >&2
+      exit 1
+    fi
+    for it in "${new[@]}"; do { docker stop --time 30 "$it" && docker rm "$it"; } > /dev/null; done
     rm -f "$progress"
+    echo "the old replicas keep running, and the new ones were removed" >&2
     exit 1
   fi
 done
-for id in $old; do
+if [ ${#new[@]} != "$replicas" ]; then
+  echo "there are ${#new[@]} new replicas instead of $replicas; the old replicas keep running. Run this script again" >&2
+  exit 1
+fi
+for id in "${old[@]}"; do
   docker stop --time 30 "$id" > /dev/null
   docker rm "$id" > /dev/null
 done
 rm -f "$progress"
+
+all=$(list_replicas)
+expected=$(image_id)
+outdated=()
+for id in $all; do
+  [ "$(inspect '{{.Image}}' "$id")" = "$expected" ] || outdated+=("$id")
+done
+if [ ${#outdated[@]} != 0 ] || [ "$(wc -w <<< "$all")" != "$replicas" ]; then
+  echo "the upgrade is not complete: there are $(wc -w <<< "$all") replicas instead of $replicas, and these do not run $image: ${outdated[*]:-none}. Run this script again" >&2
+  exit 1
+fi
 echo "upgraded $replicas replicas"
