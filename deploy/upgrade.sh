@@ -5,27 +5,36 @@
 #
 #   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh
 #
+# The settings are in deploy/.env.prod, or in the file in ENV_FILE.
+#
 # If a new replica does not become healthy, the old replicas keep running and the new ones are removed. If the script is
 # interrupted, run it again. Replicas that are stopped when the script starts are removed.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
 
-environment=${ENV_FILE:-.env.prod}
+fail() {
+  echo "${0##*/}: $*" >&2
+  exit 1
+}
+
+# Without the settings, replicas would start with the defaults, for example without billing.
+environment=${ENV_FILE:-$(dirname "${BASH_SOURCE[0]}")/.env.prod}
+[ -f "$environment" ] || fail "there is no file $environment; set ENV_FILE to the file with the settings"
+environment=$(realpath "$environment")
+cd "$(dirname "${BASH_SOURCE[0]}")"
 if docker compose version > /dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
-project=${PROJECT:-$(sed -n 's/^COMPOSE_PROJECT_NAME=//p' "$environment" 2> /dev/null | tail -1 || true)}
-compose+=(--file compose.prod.yml --project-name "${project:-quota}")
-if [ -f "$environment" ]; then compose+=(--env-file "$environment"); fi
+project=${PROJECT:-$(sed -n 's/^COMPOSE_PROJECT_NAME=//p' "$environment" | tail -1)}
+compose+=(--file "$PWD/compose.prod.yml" --project-name "${project:-quota}" --env-file "$environment")
 
 # Earlier versions turned billing on with this setting. Without the new settings, billing would be off.
-if grep -qs '^QUOTA_BILLING=.' "$environment"; then
-  echo "$environment: replace QUOTA_BILLING with STRIPE_SECRET_KEY_FILE and STRIPE_WEBHOOK_SECRET_FILE (see .env.prod.example)" >&2
-  exit 1
+if grep -q '^QUOTA_BILLING=.' "$environment"; then
+  fail "$environment: replace QUOTA_BILLING with STRIPE_SECRET_KEY_FILE and STRIPE_WEBHOOK_SECRET_FILE (see .env.prod.example)"
 fi
 
 # A new version may need additional secrets. Existing secrets are kept.
 ./secrets.sh > /dev/null
-# Prints the IDs of all replicas, including stopped ones: when Compose scales, it counts and starts these too. The list of
-# Compose also contains the containers of `compose run`, which are not replicas.
+
+# Prints the IDs of all replicas, including stopped ones: when Compose scales, it counts and starts these too. The list
+# of Compose also contains the containers of `compose run`, which are not replicas.
 list_replicas() {
   local id all
   all=$("${compose[@]}" ps --all --quiet quota) || return
@@ -46,8 +55,7 @@ for id in $all; do
   esac
 done
 if [ ${#running[@]} = 0 ]; then
-  echo "no replica is running; start one with: ${compose[*]} up --detach" >&2
-  exit 1
+  fail "no replica is running; start one with: ${compose[*]} up --detach"
 fi
 image=$("${compose[@]}" config | sed -n '/^  quota:$/,/^  [^ ]/s/^    image: //p')
 image_id() { docker image inspect --format '{{.Id}}' "$image"; }
@@ -87,18 +95,15 @@ for id in "${new[@]}"; do
     echo "$id did not become healthy. Its log:" >&2
     docker logs --tail 20 "$id" >&2
     if [ ${#old[@]} -lt "$replicas" ]; then
-      echo "the new replicas were not removed, because an interrupted run has already stopped old ones; solve the problem, and run this script again" >&2
-      exit 1
+      fail "the new replicas were not removed, because an interrupted run has already stopped old ones; solve the problem, and run this script again"
     fi
     for it in "${new[@]}"; do { docker stop --time 30 "$it" && docker rm "$it"; } > /dev/null; done
     rm -f "$progress"
-    echo "the old replicas keep running, and the new ones were removed" >&2
-    exit 1
+    fail "the old replicas keep running, and the new ones were removed"
   fi
 done
 if [ ${#new[@]} != "$replicas" ]; then
-  echo "there are ${#new[@]} new replicas instead of $replicas; the old replicas keep running. Run this script again" >&2
-  exit 1
+  fail "there are ${#new[@]} new replicas instead of $replicas; the old replicas keep running. Run this script again"
 fi
 for id in "${old[@]}"; do
   docker stop --time 30 "$id" > /dev/null
@@ -113,7 +118,6 @@ for id in $all; do
   [ "$(inspect '{{.Image}}' "$id")" = "$expected" ] || outdated+=("$id")
 done
 if [ ${#outdated[@]} != 0 ] || [ "$(wc -w <<< "$all")" != "$replicas" ]; then
-  echo "the upgrade is not complete: there are $(wc -w <<< "$all") replicas instead of $replicas, and these do not run $image: ${outdated[*]:-none}. Run this script again" >&2
-  exit 1
+  fail "the upgrade is not complete: there are $(wc -w <<< "$all") replicas instead of $replicas, and these do not run $image: ${outdated[*]:-none}. Run this script again"
 fi
 echo "upgraded $replicas replicas"

@@ -173,3 +173,33 @@ fn repeated_upgrade_to_an_unhealthy_image_removes_no_replica_if_old_ones_were_st
         text(&failed)
     );
 }
+
+/// Without its settings, an installation would run with the defaults: without billing, and on localhost.
+#[test]
+fn upgrade_requires_the_settings() {
+    let installation = Installation::start();
+    for file in ["deploy/.env.production", "no/such/file"] {
+        let mut script = installation.command("deploy/upgrade.sh");
+        let failed = script.env("ENV_FILE", file).output();
+        let failed = failed.expect("the script runs");
+        assert!(!failed.status.success(), "{}", text(&failed));
+        assert!(text(&failed).contains(file), "{}", text(&failed));
+        installation.assert_running("quota:old", [1, 2], &failed);
+    }
+    fs::remove_file(installation.path("deploy/.env.prod")).expect("removed");
+    let failed = installation.upgrade_to("quota:new");
+    assert!(text(&failed).contains(".env.prod"), "{}", text(&failed));
+    installation.assert_running("quota:old", [1, 2], &failed);
+}
+
+/// The file is relative to the directory from which the script is started.
+#[test]
+fn upgrade_reads_the_settings_in_env_file() {
+    let installation = Installation::start();
+    fs::write(installation.path("other.env"), "QUOTA_IMAGE=quota:other\n").expect("written");
+    let mut script = installation.command("deploy/upgrade.sh");
+    let upgraded = script.env("ENV_FILE", "other.env").output();
+    let upgraded = upgraded.expect("the script runs");
+    assert!(upgraded.status.success(), "{}", text(&upgraded));
+    installation.assert_running("quota:other", [3, 4], &upgraded);
+}
