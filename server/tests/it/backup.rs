@@ -463,6 +463,62 @@ async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_ou
     drop(session);
 }
 
+/// In the first run, the script cannot write, as on a full disk. Earlier versions then left empty files, which must not
+/// be used: with an empty redis.conf, Redis has no password.
+#[test]
+fn interrupted_creation_of_secrets_leaves_no_empty_secret() {
+    const EMPTY: [&str; 4] = [
+        "postgres_password",
+        "redis.conf",
+        "quota_secret",
+        "quota_secret_previous",
+    ];
+    let secrets = data_dir();
+    let path = |name: &str| secrets.path().join(name);
+    let create = |limit: &str| {
+        let output = Command::new("bash")
+            .args(["-c", &format!("{limit} exec bash \"$@\""), "secrets.sh"])
+            .args(script("secrets.sh").get_args())
+            .arg(secrets.path())
+            .output();
+        output.expect("bash runs")
+    };
+    let assert_complete = || {
+        let read = |name: &str| fs::read_to_string(path(name)).expect("a file");
+        let (postgres, redis) = (read("postgres_password"), read("redis.conf"));
+        let redis = redis
+            .trim()
+            .strip_prefix("requirepass ")
+            .expect("a password");
+        assert!(postgres.len() >= 40 && redis.len() >= 40);
+        assert_eq!(
+            read("database_url"),
+            format!("postgres://quota:{postgres}@postgres/quota")
+        );
+        assert_eq!(read("redis_url"), format!("redis://:{redis}@redis"));
+        assert!(read("quota_secret").len() >= 40);
+        assert_eq!(read("quota_secret_previous"), read("quota_secret"));
+        postgres
+    };
+
+    assert!(!create("ulimit -f 0;").status.success());
+    for name in EMPTY {
+        assert!(!path(name).exists(), "{name}");
+    }
+    assert!(create("").status.success());
+    assert_complete();
+
+    for name in EMPTY {
+        fs::write(path(name), "").expect("written");
+    }
+    fs::write(path("database_url"), "postgres://quota:@postgres/quota").expect("written");
+    fs::write(path("redis_url"), "redis://:@redis").expect("written");
+    assert!(create("").status.success());
+    let password = assert_complete();
+    assert!(create("").status.success());
+    assert_eq!(assert_complete(), password, "existing secrets are kept");
+}
+
 /// An interrupted switch loses neither secret.
 #[test]
 fn switch_can_be_repeated_after_an_interruption() {
