@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Replaces the running replicas with replicas of a new image, without causing failed requests: starts the new replicas,
-# waits until they are healthy, and then stops the old ones. Compose has no built-in rolling update. Set QUOTA_IMAGE in
-# .env.prod afterward, or the next `up` starts the previous version again.
+# Replaces the running replicas with replicas of a new image or with new settings, without causing failed requests:
+# starts the new replicas, waits until they are healthy, and then stops the old ones. Compose has no built-in rolling
+# update: `up` stops all replicas whose settings have changed at the same time.
 #
-#   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh
+#   deploy/upgrade.sh                           applies the settings in deploy/.env.prod, or in the file in ENV_FILE
+#   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh   upgrades to this image. Set QUOTA_IMAGE in .env.prod afterward, or the
+#                                               next `up` starts the previous version again
 #
-# The settings are in deploy/.env.prod, or in the file in ENV_FILE.
+# The number of new replicas is QUOTA_REPLICAS. Caddy, PostgreSQL and Redis are not restarted.
 #
 # If a new replica does not become healthy, the old replicas keep running and the new ones are removed. If the script is
 # interrupted, run it again. Replicas that are stopped when the script starts are removed.
@@ -57,28 +59,35 @@ done
 if [ ${#running[@]} = 0 ]; then
   fail "no replica is running; start one with: ${compose[*]} up --detach"
 fi
-image=$("${compose[@]}" config | sed -n '/^  quota:$/,/^  [^ ]/s/^    image: //p')
+# Compose reads the settings from the environment and the file, and knows their defaults.
+config=$("${compose[@]}" config)
+setting() { sed -n "/^  quota:\$/,/^  [^ ]/s/^ *$1: //p" <<< "$config"; }
+image=$(setting image)
+replicas=$(setting replicas)
+[[ $replicas =~ ^[1-9][0-9]*$ ]] || fail "QUOTA_REPLICAS must be at least 1"
 image_id() { docker image inspect --format '{{.Id}}' "$image"; }
 
 # This file contains the number of replicas before the upgrade and the IDs of the old replicas, in case this run is
 # interrupted. Without it, the next run would mistake this run's new replicas for old ones.
 progress=.upgrade.${project:-quota}
-old=() new=()
+old=() new=() kept=0
 if [ -f "$progress" ] && grep -qFf <(tail -n +2 "$progress") <<< "$all"; then
-  replicas=$(head -1 "$progress")
+  before=$(head -1 "$progress")
   expected=$(image_id 2> /dev/null || true)
+  if [ "$environment" -nt "$progress" ] || [ compose.prod.yml -nt "$progress" ]; then expected=; fi
   for id in "${running[@]}"; do
     # Replicas that the interrupted run started with another image or other settings are old too.
-    if grep -qF "$id" "$progress" || [ "$(inspect '{{.Image}}' "$id")" != "$expected" ] ||
-      [ "$environment" -nt "$progress" ]; then
+    if grep -qF "$id" "$progress" || [ "$(inspect '{{.Image}}' "$id")" != "$expected" ] || [ "$kept" = "$replicas" ]; then
       old+=("$id")
+    else
+      kept=$((kept + 1))
     fi
   done
 else
-  replicas=${#running[@]}
+  before=${#running[@]}
   old=("${running[@]}")
 fi
-printf '%s\n' "$replicas" "${old[@]}" > "$progress.new"
+printf '%s\n' "$before" "${old[@]}" > "$progress.new"
 mv "$progress.new" "$progress"
 
 # Stopped replicas serve no requests. Compose would start them again, instead of starting new ones.
@@ -94,7 +103,7 @@ for id in "${new[@]}"; do
   if [ "$(health "$id")" != healthy ]; then
     echo "$id did not become healthy. Its log:" >&2
     docker logs --tail 20 "$id" >&2
-    if [ ${#old[@]} -lt "$replicas" ]; then
+    if [ ${#old[@]} -lt "$before" ]; then
       fail "the new replicas were not removed, because an interrupted run has already stopped old ones; solve the problem, and run this script again"
     fi
     for it in "${new[@]}"; do { docker stop --time 30 "$it" && docker rm "$it"; } > /dev/null; done
@@ -120,4 +129,4 @@ done
 if [ ${#outdated[@]} != 0 ] || [ "$(wc -w <<< "$all")" != "$replicas" ]; then
   fail "the upgrade is not complete: there are $(wc -w <<< "$all") replicas instead of $replicas, and these do not run $image: ${outdated[*]:-none}. Run this script again"
 fi
-echo "upgraded $replicas replicas"
+echo "$replicas replicas run $image with the current settings"

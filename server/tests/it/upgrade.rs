@@ -6,6 +6,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
+    time::Duration,
 };
 
 use tempfile::TempDir;
@@ -202,4 +203,28 @@ fn upgrade_reads_the_settings_in_env_file() {
     let upgraded = upgraded.expect("the script runs");
     assert!(upgraded.status.success(), "{}", text(&upgraded));
     installation.assert_running("quota:other", [3, 4], &upgraded);
+}
+
+/// The image is the same.
+#[test]
+fn upgrade_applies_changed_settings_and_the_number_of_replicas() {
+    let installation = Installation::start();
+    installation.configure("QUOTA_IMAGE=quota:old\nQUOTA_REPLICAS=3\n");
+    let upgrade = |installation: &Installation| {
+        let output = installation.command("deploy/upgrade.sh").output();
+        let output = output.expect("the script runs");
+        assert!(output.status.success(), "{}", text(&output));
+        output
+    };
+    let upgraded = upgrade(&installation);
+    installation.assert_running("quota:old", [3, 4, 5], &upgraded);
+
+    // This run is interrupted before it stops the old replicas, and the settings are changed again.
+    installation.set("interrupt", "up");
+    let interrupted = installation.upgrade_to("quota:old");
+    assert!(!interrupted.status.success(), "{}", text(&interrupted));
+    std::thread::sleep(Duration::from_millis(20));
+    installation.configure("QUOTA_IMAGE=quota:old\nQUOTA_REPLICAS=1\n");
+    let upgraded = upgrade(&installation);
+    installation.assert_running("quota:old", [9], &upgraded);
 }
