@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Replaces the running replicas with replicas of a new image or with new settings, without causing failed requests:
-# starts the new replicas, waits until they are healthy, and then stops the old ones. Compose has no built-in rolling
-# update: `up` stops all replicas whose settings have changed at the same time.
+# applies migrations, starts the new replicas, waits until they are healthy, and then stops the old ones. Compose has no
+# built-in rolling update: `up` stops all replicas whose settings have changed at the same time.
 #
 #   deploy/upgrade.sh                           applies the settings in deploy/.env.prod, or in the file in ENV_FILE
 #   QUOTA_IMAGE=quota:0.2.0 deploy/upgrade.sh   upgrades to this image. Set QUOTA_IMAGE in .env.prod afterward, or the
@@ -66,6 +66,11 @@ image=$(setting image)
 replicas=$(setting replicas)
 [[ $replicas =~ ^[1-9][0-9]*$ ]] || fail "QUOTA_REPLICAS must be at least 1"
 image_id() { docker image inspect --format '{{.Id}}' "$image"; }
+
+# A replica does not serve requests while it applies migrations, and a long migration would exceed the time limit below.
+# Migrations are safe while the previous version is still running.
+"${compose[@]}" run --rm --no-deps -T quota migrate < /dev/null ||
+  fail "the migrations failed; no replica was started or stopped"
 
 # This file contains the number of replicas before the upgrade and the IDs of the old replicas, in case this run is
 # interrupted. Without it, the next run would mistake this run's new replicas for old ones.

@@ -228,3 +228,29 @@ fn upgrade_applies_changed_settings_and_the_number_of_replicas() {
     let upgraded = upgrade(&installation);
     installation.assert_running("quota:old", [9], &upgraded);
 }
+
+/// A replica does not become healthy while it applies migrations, so they are applied before replicas are started.
+#[test]
+fn upgrade_applies_migrations_before_it_starts_replicas() {
+    let installation = Installation::start();
+    installation.set("unmigratable", "quota:new");
+    let failed = installation.upgrade_to("quota:new");
+    assert!(!failed.status.success(), "{}", text(&failed));
+    assert!(
+        text(&failed).contains("migrations failed"),
+        "{}",
+        text(&failed)
+    );
+    installation.assert_running("quota:old", [1, 2], &failed);
+
+    installation.set("unmigratable", "");
+    installation.set("calls", "");
+    let upgraded = installation.upgrade_to("quota:new");
+    assert!(upgraded.status.success(), "{}", text(&upgraded));
+    let calls = fs::read_to_string(installation.path("state/calls")).expect("a log");
+    let mut calls = calls.lines();
+    let migrate = "run --rm --no-deps -T quota migrate of quota:new";
+    assert_eq!(calls.next(), Some(migrate));
+    assert!(calls.next().is_some_and(|call| call.starts_with("up ")));
+    installation.assert_running("quota:new", [3, 4], &upgraded);
+}
