@@ -63,6 +63,7 @@ root_certificates() {
 connect_compose() {
   if docker compose version > /dev/null 2>&1; then compose=(docker compose); else compose=(docker-compose); fi
   environment=${ENV_FILE:-$deploy/.env.prod}
+  [ -z "${ENV_FILE:-}" ] || [ -f "$environment" ] || fail "there is no file $environment (ENV_FILE)"
   local project=${PROJECT:-$(sed -n 's/^COMPOSE_PROJECT_NAME=//p' "$environment" 2> /dev/null | tail -1 || true)}
   compose+=(--file "$deploy/compose.prod.yml" --project-name "${project:-quota}")
   if [ -f "$environment" ]; then compose+=(--env-file "$environment"); fi

@@ -8,6 +8,10 @@
 #                                                   any other installation; requires pg_dump, pg_restore, psql and tar.
 #                                                   You can set DATABASE_URL instead of DATABASE_URL_FILE
 #
+#   KEEP=14 deploy/backup.sh /var/backups           then also deletes the oldest backups in the directory, so that 14
+#                                                   are left. By default, no backup is deleted. Use a separate directory
+#                                                   for each installation
+#
 # The backup contains the database, and the usage in the data directory that was not in the database yet. It contains
 # all usage up to the start of the backup, unless replicas have separate data directories with a backlog. The backup
 # does not contain the secrets, so keep a copy of them elsewhere. Redis does not need a backup.
@@ -21,9 +25,22 @@ deploy=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$deploy/backup-common.sh"
 
 folder=${1:?"usage: backup.sh FOLDER"}
+keep=${KEEP:-}
+[[ $keep =~ ^([1-9][0-9]*)?$ ]] || fail "KEEP, $keep, is not a number of backups"
+mkdir -p "$folder"
+# Delete what killed runs left behind, unless another backup is in progress. The lock is released when this script and
+# all commands that it has started have ended.
+exec {lock}> "$folder/.backup.lock"
+if flock -n -E 75 "$lock"; then
+  rm -rf "$folder"/quota-????-??-??T??-??-??.partial
+elif [ $? = 75 ]; then
+  fail "another backup to $folder is in progress"
+else
+  echo "warning: cannot lock $folder/.backup.lock, so the files of interrupted backups are not deleted" >&2
+fi
+
 name=quota-$(date -u +%Y-%m-%dT%H-%M-%S)
 partial=$folder/$name.partial
-mkdir -p "$folder"
 mkdir "$partial"
 trap 'rm -rf "$partial"' EXIT
 
@@ -46,3 +63,13 @@ sync "$partial"/* "$partial"
 mv "$partial" "$folder/$name"
 trap - EXIT
 echo "$folder/$name"
+
+if [ -n "$keep" ]; then
+  sync "$folder"
+  # The names sort by time. Even if the clock was set back, the new backup is kept.
+  backups=()
+  for backup in "$folder"/quota-????-??-??T??-??-??; do
+    [ "$backup" = "$folder/$name" ] || backups+=("$backup")
+  done
+  for ((i = 0; i <= ${#backups[@]} - keep; i++)); do rm -rf "${backups[i]}"; done
+fi

@@ -60,6 +60,20 @@ query "SET client_min_messages = error; ANALYZE"
 cat << END
 Restored. All usage until at least this time is in the database, or will be written to it when a server starts:
   $(query "SELECT least(timestamptz '$(< "$backup/started_at")', min(coalesce(oldest_pending_at, reported_at))) FROM usage_shippers")
+END
+# Stripe recognizes a repeated report for a day. Backups of earlier versions don't contain the table. Row-level security
+# would hide the rows from the tables' owner.
+if [ "$(query "SELECT timestamptz '$(< "$backup/started_at")' < now() - interval '20 hours' AND to_regclass('public.billing_usage') IS NOT NULL")" = t ] &&
+  [ "$(query "SET ROLE quota_system; SELECT EXISTS (SELECT FROM billing_usage)")" = t ]; then
+  cat << END
+
+WARNING: usage that was reported to Stripe after this backup would be reported, and charged, again. Before you start the
+servers, turn billing off: set STRIPE_SECRET_KEY (or STRIPE_SECRET_KEY_FILE) to an empty string. Then follow the other
+steps in docs/BILLING.md under "Restoring a backup".
+
+END
+fi
+cat << END
 Start the servers. A minute later, \`quota usage\` shows the replicas whose usage is still missing. If their disks are lost,
 run \`quota usage forget DIRECTORY_ID\` for each of them.
 END

@@ -3,7 +3,8 @@
 # the other, before you run the next step. With compose.prod.yml, `deploy/upgrade.sh` restarts them.
 #
 #   deploy/rotate-secret.sh prepare     creates a new secret, which replicas accept but do not use yet
-#   deploy/rotate-secret.sh switch      uses the new secret; the old one is still accepted
+#   deploy/rotate-secret.sh switch      uses the new secret; the old one is still accepted. Keep a copy of the old one
+#                                       as long as backups from before the rotation
 #   deploy/rotate-secret.sh finish      stops accepting the old secret. Before this step, wait QUOTA_SESSION_DAYS days
 #
 #   deploy/rotate-secret.sh leaked      replaces the secret. Restart all replicas immediately: until then, they still
@@ -43,6 +44,10 @@ if [ -e "$folder/.rotation" ]; then step=$(< "$folder/.rotation"); else step=non
 expect() {
   [ "$step" = "$1" ] || fail "this step comes after \`$1\`, and the last step was \`$step\`"
 }
+# Webhook signing secrets in earlier backups are encrypted with the old secret, which `finish` overwrites.
+remind() {
+  echo "keep a copy of the old secret as long as backups from before the rotation, which cannot be fully restored without it"
+}
 
 case "${1:-}" in
   prepare)
@@ -62,10 +67,12 @@ case "${1:-}" in
     # Remove the copy last. If it were removed before `switch` is recorded, running an interrupted step again would
     # switch back to the old secret.
     write "$folder/.rotation" switch
+    remind
     rm -f "$old_copy"
     ;;
   finish)
     expect switch
+    remind
     write "$previous" "$(< "$current")"
     ;;
   leaked)

@@ -8,15 +8,23 @@ folder=${1:-$(dirname "${BASH_SOURCE[0]}")/secrets}
 mkdir -p "$folder"
 chmod 700 "$folder"
 random() { head -c 32 /dev/urandom | base64 | tr '+/' '-_' | tr -d '=\n'; }
+# Writes a file atomically, unless it exists. Only the files for which the content is empty may be empty: an interrupted
+# run of an earlier version may have left others empty, and Redis has no password if redis.conf is empty.
 write() {
-  if [ -e "$folder/$1" ]; then
-    echo "kept     $folder/$1"
+  local file=$folder/$1 new=$folder/.$1.new
+  if [ -s "$file" ] || { [ -z "$2" ] && [ -e "$file" ]; }; then
+    echo "kept     $file"
   else
-    printf '%s' "$2" > "$folder/$1"
-    chmod 644 "$folder/$1"
-    echo "created  $folder/$1"
+    printf '%s' "$2" > "$new"
+    chmod 644 "$new"
+    sync "$new"
+    mv "$new" "$file"
+    echo "created  $file"
   fi
 }
+# Such a run may also have left these URLs with an empty password.
+if grep -qsxF 'postgres://quota:@postgres/quota' "$folder/database_url"; then rm "$folder/database_url"; fi
+if grep -qsxF 'redis://:@redis' "$folder/redis_url"; then rm "$folder/redis_url"; fi
 
 write postgres_password "$(random)"
 write database_url "postgres://quota:$(cat "$folder/postgres_password")@postgres/quota"

@@ -38,7 +38,8 @@ pub(crate) fn script(name: &str) -> Command {
     command
         .arg(path)
         .env_remove("DATABASE_URL_FILE")
-        .env_remove("QUOTA_DATA_DIR");
+        .env_remove("QUOTA_DATA_DIR")
+        .env_remove("KEEP");
     command
 }
 
@@ -312,8 +313,64 @@ async fn damaged_backup_or_one_of_another_database_is_rejected() {
         "{}",
         text(&output)
     );
-    let left = fs::read_dir(folder.path()).expect("a folder").count();
-    assert_eq!(left, 1, "a failed backup leaves nothing behind");
+    assert_eq!(
+        backups_in(folder.path()).len(),
+        1,
+        "a failed backup leaves nothing behind"
+    );
+}
+
+/// Returns the names of all complete and partial backups in a folder, oldest first.
+fn backups_in(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).expect("a folder");
+    let names = entries.map(|it| it.expect("an entry").file_name().into_string());
+    let names = names.map(|it| it.expect("UTF-8"));
+    let mut names: Vec<_> = names.filter(|it| it.starts_with("quota-")).collect();
+    names.sort();
+    names
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn backup_deletes_old_backups_and_what_killed_runs_left_behind() {
+    let (source, folder, data) = (migrated().await, data_dir(), data_dir());
+    let create = |name: &str| fs::create_dir(folder.path().join(name)).expect("created");
+    let back_up = |keep: &str| {
+        let mut command = script("backup.sh");
+        command.arg(folder.path()).env("KEEP", keep);
+        command.env("DATABASE_URL", source.url());
+        let output = command.env("QUOTA_DATA_DIR", data.path()).output();
+        output.expect("bash runs")
+    };
+    let old = ["01", "02", "03"].map(|day| format!("quota-2026-01-{day}T03-00-00"));
+    for name in &old {
+        create(name);
+    }
+    create("quota-2026-01-04T03-00-00.partial");
+    // The clock has been set back since this backup.
+    let late = "quota-2999-01-01T03-00-00";
+    create(late);
+
+    let lock = fs::File::create(folder.path().join(".backup.lock")).expect("a file");
+    lock.lock().expect("the file is not locked");
+    let output = back_up("1");
+    assert!(!output.status.success());
+    assert!(
+        text(&output).contains("another backup"),
+        "{}",
+        text(&output)
+    );
+    assert_eq!(backups_in(folder.path()).len(), 5, "nothing was deleted");
+    lock.unlock().expect("the file is locked");
+    for invalid in ["0", "-1", "all"] {
+        assert!(!back_up(invalid).status.success(), "{invalid}");
+    }
+
+    let output = back_up("3");
+    assert!(output.status.success(), "{}", text(&output));
+    let new = String::from_utf8(output.stdout).expect("a path");
+    let new = Path::new(new.trim()).file_name().expect("a name");
+    let new = new.to_str().expect("UTF-8");
+    assert_eq!(backups_in(folder.path()), [old[2].as_str(), new, late]);
 }
 
 // Rotation --------------------------------------------------------------------------------------------
@@ -422,7 +479,8 @@ async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_ou
     }
     quota.stop();
 
-    step("finish");
+    let (passed, printed) = rotate(secrets.path(), "finish");
+    assert!(passed && printed.contains("keep a copy"), "{printed}");
     assert_eq!(
         (read("quota_secret"), read("quota_secret_previous")),
         (second.clone(), second.clone())
@@ -461,6 +519,62 @@ async fn rotating_the_secret_signs_no_one_out_and_replacing_it_signs_everyone_ou
     assert_eq!(echo.expect("the server responds").status(), StatusCode::OK);
     quota.stop();
     drop(session);
+}
+
+/// In the first run, the script cannot write, as on a full disk. Earlier versions then left empty files, which must not
+/// be used: with an empty redis.conf, Redis has no password.
+#[test]
+fn interrupted_creation_of_secrets_leaves_no_empty_secret() {
+    const EMPTY: [&str; 4] = [
+        "postgres_password",
+        "redis.conf",
+        "quota_secret",
+        "quota_secret_previous",
+    ];
+    let secrets = data_dir();
+    let path = |name: &str| secrets.path().join(name);
+    let create = |limit: &str| {
+        let output = Command::new("bash")
+            .args(["-c", &format!("{limit} exec bash \"$@\""), "secrets.sh"])
+            .args(script("secrets.sh").get_args())
+            .arg(secrets.path())
+            .output();
+        output.expect("bash runs")
+    };
+    let assert_complete = || {
+        let read = |name: &str| fs::read_to_string(path(name)).expect("a file");
+        let (postgres, redis) = (read("postgres_password"), read("redis.conf"));
+        let redis = redis
+            .trim()
+            .strip_prefix("requirepass ")
+            .expect("a password");
+        assert!(postgres.len() >= 40 && redis.len() >= 40);
+        assert_eq!(
+            read("database_url"),
+            format!("postgres://quota:{postgres}@postgres/quota")
+        );
+        assert_eq!(read("redis_url"), format!("redis://:{redis}@redis"));
+        assert!(read("quota_secret").len() >= 40);
+        assert_eq!(read("quota_secret_previous"), read("quota_secret"));
+        postgres
+    };
+
+    assert!(!create("ulimit -f 0;").status.success());
+    for name in EMPTY {
+        assert!(!path(name).exists(), "{name}");
+    }
+    assert!(create("").status.success());
+    assert_complete();
+
+    for name in EMPTY {
+        fs::write(path(name), "").expect("written");
+    }
+    fs::write(path("database_url"), "postgres://quota:@postgres/quota").expect("written");
+    fs::write(path("redis_url"), "redis://:@redis").expect("written");
+    assert!(create("").status.success());
+    let password = assert_complete();
+    assert!(create("").status.success());
+    assert_eq!(assert_complete(), password, "existing secrets are kept");
 }
 
 /// An interrupted switch loses neither secret.

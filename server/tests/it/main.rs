@@ -60,6 +60,7 @@ mod sweep;
 mod tenancy;
 mod tls;
 mod traces;
+mod upgrade;
 mod usage;
 mod webhooks;
 mod wording;

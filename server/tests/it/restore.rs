@@ -199,6 +199,49 @@ async fn interrupted_restore_can_be_repeated() {
     assert_complete(&empty, data.path(), &ids).await;
 }
 
+/// Sets the time at which a backup was started.
+fn set_started_at(backup: &Path, age: Duration) {
+    let date = Command::new("date")
+        .args(["--utc", "--iso-8601=seconds", "--date"])
+        .arg(format!("{} seconds ago", age.as_secs()))
+        .output()
+        .expect("date runs");
+    fs::write(backup.join("started_at"), date.stdout).expect("written");
+    let checksums = Command::new("sha256sum")
+        .args(["started_at", "usage.tar", "quota.dump"])
+        .current_dir(backup)
+        .output()
+        .expect("sha256sum runs");
+    fs::write(backup.join("SHA256SUMS"), checksums.stdout).expect("written");
+}
+
+/// Stripe recognizes repeated reports for only a day.
+#[tokio::test(flavor = "multi_thread")]
+async fn restoring_an_old_backup_warns_that_usage_would_be_charged_again() {
+    const HOUR: Duration = Duration::from_hours(1);
+    let (source, data) = (migrated().await, data_dir());
+    let warns = async |backup: &Path, age: Duration| {
+        set_started_at(backup, age);
+        let empty = TestDatabase::create_empty().await;
+        let restored = restore(backup, empty.url(), data.path());
+        assert!(restored.status.success(), "{}", text(&restored));
+        text(&restored).contains("turn billing off")
+    };
+
+    let backups = data_dir();
+    let backup = back_up(source.url(), data.path(), backups.path());
+    assert!(!warns(&backup, 21 * HOUR).await, "no usage is charged");
+
+    let client = source.connect().await;
+    let usage = "INSERT INTO billing_usage (tenant_id, start, cost) \
+        VALUES (gen_random_uuid(), date_trunc('hour', now()), 1)";
+    client.batch_execute(usage).await.expect("inserted");
+    let backups = data_dir();
+    let backup = back_up(source.url(), data.path(), backups.path());
+    assert!(warns(&backup, 21 * HOUR).await);
+    assert!(!warns(&backup, 19 * HOUR).await);
+}
+
 /// The ID of an unprivileged user.
 const NOBODY: u32 = 65_534;
 
