@@ -65,6 +65,8 @@ setting() { sed -n "/^  quota:\$/,/^  [^ ]/s/^ *$1: //p" <<< "$config"; }
 image=$(setting image)
 replicas=$(setting replicas)
 [[ $replicas =~ ^[1-9][0-9]*$ ]] || fail "QUOTA_REPLICAS must be at least 1"
+# Identifies the settings, including those in files, and the secrets.
+fingerprint=$({ echo "$config"; sha256sum secrets/*; } | sha256sum | cut -d ' ' -f 1)
 image_id() { docker image inspect --format '{{.Id}}' "$image"; }
 
 # A replica does not serve requests while it applies migrations, and a long migration would exceed the time limit below.
@@ -72,16 +74,15 @@ image_id() { docker image inspect --format '{{.Id}}' "$image"; }
 "${compose[@]}" run --rm --no-deps -T quota migrate < /dev/null ||
   fail "the migrations failed; no replica was started or stopped"
 
-# This file contains the number of replicas before the upgrade and the IDs of the old replicas, in case this run is
-# interrupted. Without it, the next run would mistake this run's new replicas for old ones.
+# This file contains the number of replicas before the upgrade, the fingerprint of the new settings, and the IDs of the
+# old replicas, in case this run is interrupted. Without it, the next run would mistake this run's new replicas for old
+# ones.
 progress=.upgrade.${project:-quota}
 old=() new=() kept=0
 if [ -f "$progress" ] && grep -qFf <(tail -n +2 "$progress") <<< "$all"; then
-  before=$(head -1 "$progress")
+  read -r before interrupted < "$progress"
   expected=$(image_id 2> /dev/null || true)
-  for file in "$environment" quota.env compose.prod.yml; do
-    if [ "$file" -nt "$progress" ]; then expected=; fi
-  done
+  if [ "$interrupted" != "$fingerprint" ]; then expected=; fi
   for id in "${running[@]}"; do
     # Replicas that the interrupted run started with another image or other settings are old too.
     if grep -qF "$id" "$progress" || [ "$(inspect '{{.Image}}' "$id")" != "$expected" ] || [ "$kept" = "$replicas" ]; then
@@ -94,22 +95,29 @@ else
   before=${#running[@]}
   old=("${running[@]}")
 fi
-printf '%s\n' "$before" "${old[@]}" > "$progress.new"
+if [ "$before" != "$replicas" ]; then
+  echo "$before replicas were running; after the upgrade, there will be $replicas (QUOTA_REPLICAS)"
+fi
+printf '%s\n' "$before $fingerprint" "${old[@]}" > "$progress.new"
 mv "$progress.new" "$progress"
 
 # Stopped replicas serve no requests. Compose would start them again, instead of starting new ones.
-for id in "${stopped[@]}"; do docker rm "$id" > /dev/null; done
-"${compose[@]}" up --detach --no-deps --no-recreate --scale quota=$((${#old[@]} + replicas)) quota
+for id in ${stopped[@]+"${stopped[@]}"}; do docker rm "$id" > /dev/null; done
+"${compose[@]}" up --detach --no-deps --no-recreate --scale quota=$((${#old[@]} + replicas)) quota ||
+  fail "not all new replicas could be started; the old replicas keep running. Solve the problem, and run this script again"
 all=$(list_replicas)
 for id in $all; do is_old "$id" || new+=("$id"); done
-for id in "${new[@]}"; do
+for id in ${new[@]+"${new[@]}"}; do
   for _ in $(seq 90); do
     [ "$(health "$id")" = healthy ] && break
     sleep 1
   done
+done
+# A replica may have failed while others were starting.
+for id in ${new[@]+"${new[@]}"}; do
   if [ "$(health "$id")" != healthy ]; then
-    echo "$id did not become healthy. Its log:" >&2
-    docker logs --tail 20 "$id" >&2
+    echo "$id is not healthy. Its log:" >&2
+    docker logs --tail 20 "$id" >&2 || true
     if [ ${#old[@]} -lt "$before" ]; then
       fail "the new replicas were not removed, because an interrupted run has already stopped old ones; solve the problem, and run this script again"
     fi
@@ -129,11 +137,11 @@ rm -f "$progress"
 
 all=$(list_replicas)
 expected=$(image_id)
-outdated=()
+wrong=()
 for id in $all; do
-  [ "$(inspect '{{.Image}}' "$id")" = "$expected" ] || outdated+=("$id")
+  [ "$(inspect '{{.Image}}' "$id") $(health "$id")" = "$expected healthy" ] || wrong+=("$id")
 done
-if [ ${#outdated[@]} != 0 ] || [ "$(wc -w <<< "$all")" != "$replicas" ]; then
-  fail "the upgrade is not complete: there are $(wc -w <<< "$all") replicas instead of $replicas, and these do not run $image: ${outdated[*]:-none}. Run this script again"
+if [ ${#wrong[@]} != 0 ] || [ "$(wc -w <<< "$all")" != "$replicas" ]; then
+  fail "the upgrade is not complete: there are $(wc -w <<< "$all") replicas instead of $replicas, and these are not healthy or do not run $image: ${wrong[*]:-none}. Run this script again"
 fi
 echo "$replicas replicas run $image with the current settings"

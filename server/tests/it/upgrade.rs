@@ -6,7 +6,6 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Output},
-    time::Duration,
 };
 
 use tempfile::TempDir;
@@ -150,7 +149,7 @@ fn upgrade_to_an_unhealthy_image_keeps_the_old_replicas() {
     let failed = installation.upgrade_to("quota:new");
     assert!(!failed.status.success(), "{}", text(&failed));
     assert!(
-        text(&failed).contains("did not become healthy"),
+        text(&failed).contains("is not healthy"),
         "{}",
         text(&failed)
     );
@@ -223,10 +222,23 @@ fn upgrade_applies_changed_settings_and_the_number_of_replicas() {
     installation.set("interrupt", "up");
     let interrupted = installation.upgrade_to("quota:old");
     assert!(!interrupted.status.success(), "{}", text(&interrupted));
-    std::thread::sleep(Duration::from_millis(20));
     installation.configure("QUOTA_IMAGE=quota:old\nQUOTA_REPLICAS=1\n");
     let upgraded = upgrade(&installation);
     installation.assert_running("quota:old", [9], &upgraded);
+}
+
+/// Otherwise, replicas that read the previous secret would keep running.
+#[test]
+fn upgrade_replaces_the_replicas_of_an_interrupted_run_if_a_secret_has_changed() {
+    let installation = Installation::start();
+    installation.set("interrupt", "up");
+    let interrupted = installation.upgrade_to("quota:new");
+    assert!(!interrupted.status.success(), "{}", text(&interrupted));
+    let secret = installation.path("deploy/secrets/quota_secret");
+    fs::write(secret, "another secret").expect("written");
+    let repeated = installation.upgrade_to("quota:new");
+    assert!(repeated.status.success(), "{}", text(&repeated));
+    installation.assert_running("quota:new", [5, 6], &repeated);
 }
 
 /// A replica does not become healthy while it applies migrations, so they are applied before replicas are started.
