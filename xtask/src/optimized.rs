@@ -3,7 +3,8 @@
 //! The compiler optimizes this server with a profile, which states how often each part of a function runs while the
 //! server processes check requests. The profile is in the repository, so building the server requires neither a
 //! database nor a run under load. It only affects speed: a function that has been changed since the profile was
-//! recorded, or whose name was changed by another version of Rust, is compiled without it.
+//! recorded is compiled without it. The compiler finds functions by names that contain a hash of the compiler's version,
+//! the platform, and the versions of the function's crate and its dependencies.
 
 use std::{
     env, fs,
@@ -18,8 +19,8 @@ use crate::{cargo, console, machine, read, root, say, succeed, target};
 
 /// The profile, relative to the root of the repository.
 const PROFILE: &str = "deploy/profile/quota.profdata";
-/// The version of Rust with which the profile was recorded.
-const RECORDED_WITH: &str = "deploy/profile/rustc-version";
+/// What the names of the server's functions depend on: the compiler, the platform, and the versions of all crates.
+const RECORDED_WITH: &str = "deploy/profile/recorded-with";
 /// Functions that ran less often are omitted from the profile. They are most of the server's functions, but do not
 /// matter for its speed.
 const RUNS_MIN: u64 = 10_000;
@@ -32,9 +33,10 @@ pub(crate) enum Linking {
     Dynamic,
 }
 
-/// The version of Rust, and the platform that it compiles for.
 struct Rust {
-    version: String,
+    /// The output of `rustc -vV`.
+    about: String,
+    /// The platform that it compiles for.
     host: String,
 }
 
@@ -42,15 +44,18 @@ impl Rust {
     fn current() -> Result<Self> {
         let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
         let about = read(Command::new(rustc).current_dir(root()).arg("-vV"))?;
-        let line = |prefix: &str| {
-            let line = about.lines().find_map(|line| line.strip_prefix(prefix));
-            line.map(str::to_owned)
-                .with_context(|| format!("`rustc -vV` does not print {prefix:?}"))
-        };
+        let host = about.lines().find_map(|line| line.strip_prefix("host: "));
+        let host = host.context("`rustc -vV` does not print the host")?;
         Ok(Self {
-            version: line("release: ")?,
-            host: line("host: ")?,
+            host: host.to_owned(),
+            about,
         })
+    }
+
+    /// Describes everything that the names of functions depend on.
+    fn names(&self) -> Result<String> {
+        let lock = fs::read(root().join("Cargo.lock"))?;
+        Ok(format!("{}Cargo.lock: {:016x}\n", self.about, hash(&lock)))
     }
 }
 
@@ -79,12 +84,10 @@ pub(crate) fn build(linking: Linking) -> Result<PathBuf> {
     let rust = Rust::current()?;
     let recorded_with = fs::read_to_string(root().join(RECORDED_WITH))
         .with_context(|| format!("cannot read {RECORDED_WITH}"))?;
-    if recorded_with.trim() != rust.version {
-        say(&format!(
-            "the profile was recorded with Rust {}, so with Rust {}, the server will be slower; `cargo xtask profile` records it again",
-            recorded_with.trim(),
-            rust.version
-        ));
+    if recorded_with != rust.names()? {
+        say(
+            "warning: the profile was recorded with another version of Rust, on another platform, or with another Cargo.lock, so the server may be slower; `cargo xtask profile` records it again",
+        );
     }
     say("building the server with all optimizations (a first build takes about ten minutes)");
     let profile = copy_of_profile()?;
@@ -93,7 +96,13 @@ pub(crate) fn build(linking: Linking) -> Result<PathBuf> {
         // Changed functions are expected; see above.
         "-Cllvm-args=-no-pgo-warn-mismatch".to_owned(),
     ];
-    compile(&rust, &flags, linking)
+    compile(&rust, flags.to_vec(), linking, &target())
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Copies the profile to a path that depends on its content. cargo compares the compiler's arguments, but not the
@@ -101,26 +110,39 @@ pub(crate) fn build(linking: Linking) -> Result<PathBuf> {
 fn copy_of_profile() -> Result<PathBuf> {
     let profile =
         fs::read(root().join(PROFILE)).with_context(|| format!("cannot read {PROFILE}"))?;
-    let mut hasher = DefaultHasher::new();
-    profile.hash(&mut hasher);
     let directory = target().join("profile");
     fs::create_dir_all(&directory)?;
-    let copy = directory.join(format!("{:016x}.profdata", hasher.finish()));
+    let copy = directory.join(format!("{:016x}.profdata", hash(&profile)));
     fs::write(&copy, profile)?;
     Ok(copy)
 }
 
-/// Compiles the server, with these flags for all crates except build scripts and procedural macros.
-fn compile(rust: &Rust, flags: &[String], linking: Linking) -> Result<PathBuf> {
+/// Compiles the server, with these flags and those in `RUSTFLAGS` for all crates except build scripts and procedural
+/// macros.
+fn compile(
+    rust: &Rust,
+    mut flags: Vec<String>,
+    linking: Linking,
+    directory: &Path,
+) -> Result<PathBuf> {
     let host = &rust.host;
+    if let Ok(given) = env::var("CARGO_ENCODED_RUSTFLAGS") {
+        flags.extend(given.split('\x1f').map(str::to_owned));
+    } else if let Ok(given) = env::var("RUSTFLAGS") {
+        flags.extend(given.split_whitespace().map(str::to_owned));
+    }
     let mut build = cargo();
     build
         .args(["rustc", "--quiet", "--locked", "--profile", "image"])
         .args(["--package", "quota-server", "--bin", "quota"])
-        // Only with a target do the flags not apply to build scripts. `RUSTFLAGS` would replace them.
+        .arg("--target-dir")
+        .arg(directory)
+        // Only with a target do the flags not apply to build scripts.
         .args(["--target", host])
         .arg("--config")
         .arg(format!("target.{host}.rustflags = {flags:?}"))
+        // These variables would replace the flags.
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env_remove("RUSTFLAGS");
     if linking == Linking::Static {
         build.args(["--", "-Ctarget-feature=+crt-static"]);
@@ -132,7 +154,7 @@ fn compile(rust: &Rust, flags: &[String], linking: Linking) -> Result<PathBuf> {
         }
     }
     succeed(&mut build)?;
-    Ok(target().join(host).join("image/quota"))
+    Ok(directory.join(host).join("image/quota"))
 }
 
 /// Records the profile: compiles a server that counts what it runs, and sends check requests to it.
@@ -145,7 +167,9 @@ pub(crate) fn record() -> Result<()> {
     fs::create_dir_all(&directory)?;
     say("building the server and the load for recording (takes about twenty minutes)");
     let flags = [format!("-Cprofile-generate={}", directory.display())];
-    let server = compile(&rust, &flags, Linking::Dynamic)?;
+    // A directory of its own, so that no other task takes this slow server for the optimized one.
+    let own = target().join("profile/build");
+    let server = compile(&rust, flags.to_vec(), Linking::Dynamic, &own)?;
     let bench = ["--package", "quota-bench", "--bin", "quota-bench"];
     succeed(cargo().args(["build", "--release", "--quiet"]).args(bench))?;
     say("recording");
@@ -164,7 +188,7 @@ pub(crate) fn record() -> Result<()> {
     fs::write(&often, often_run(&fs::read_to_string(&text)?)?)?;
     let profile = root().join(PROFILE);
     merge(&llvm_profdata, &[], &[often], &profile)?;
-    fs::write(root().join(RECORDED_WITH), format!("{}\n", rust.version))?;
+    fs::write(root().join(RECORDED_WITH), rust.names()?)?;
     println!("{}: {} bytes", PROFILE, fs::metadata(profile)?.len());
     Ok(())
 }
