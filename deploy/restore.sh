@@ -64,7 +64,7 @@ END
 # Stripe recognizes a repeated report for a day. Backups of earlier versions don't contain the table. Row-level security
 # would hide the rows from the tables' owner.
 if [ "$(query "SELECT timestamptz '$(< "$backup/started_at")' < now() - interval '20 hours' AND to_regclass('public.billing_usage') IS NOT NULL")" = t ] &&
-  [ "$(query "SET ROLE quota_system; SELECT EXISTS (SELECT FROM billing_usage)")" = t ]; then
+  [ "$(query "SET ROLE quota_system; SELECT EXISTS (SELECT FROM billing_usage)")" != f ]; then
   cat << END
 
 WARNING: usage that was reported to Stripe after this backup would be reported, and charged, again. Before you start the
