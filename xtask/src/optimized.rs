@@ -1,10 +1,10 @@
-//! `cargo xtask build` and `cargo xtask profile`: the server as the image and the package contain it.
+//! `cargo xtask build` and `cargo xtask profile`: the server as the Debian package and the image contain it.
 //!
-//! The compiler optimizes this server with a profile, which states how often each part of a function runs while the
-//! server processes check requests. The profile is in the repository, so building the server requires neither a
-//! database nor a run under load. It only affects speed: a function that has been changed since the profile was
-//! recorded is compiled without it. The compiler finds functions by names that contain a hash of the compiler's version,
-//! the platform, and the versions of the function's crate and its dependencies.
+//! For the package, the compiler optimizes the server with a profile, which states how often each part of a function
+//! runs while the server processes check requests. The profile is in the repository, so building the server requires
+//! neither a database nor a run under load. It only affects speed: a function that has been changed since the profile
+//! was recorded is compiled without it. The compiler finds functions by names that contain a hash of the compiler's
+//! version, the platform, and the versions of the function's crate and its dependencies.
 
 use std::{
     env, fs,
@@ -28,7 +28,8 @@ const RUNS_MIN: u64 = 10_000;
 /// How the server is linked to the C library.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Linking {
-    /// For the image, which contains no libraries.
+    /// For the image, which contains no libraries. The profile is not used, because with it, the image would be larger
+    /// than 35 MB.
     Static,
     Dynamic,
 }
@@ -82,6 +83,10 @@ pub(crate) fn build_to(output: Option<&Path>, is_static: bool) -> Result<()> {
 /// Builds the server, and returns its path.
 pub(crate) fn build(linking: Linking) -> Result<PathBuf> {
     let rust = Rust::current()?;
+    say("building the server with all optimizations (a first build takes about ten minutes)");
+    if linking == Linking::Static {
+        return compile(&rust, Vec::new(), linking, &target());
+    }
     let recorded_with = fs::read_to_string(root().join(RECORDED_WITH))
         .with_context(|| format!("cannot read {RECORDED_WITH}"))?;
     if recorded_with != rust.names()? {
@@ -89,7 +94,6 @@ pub(crate) fn build(linking: Linking) -> Result<PathBuf> {
             "warning: the profile was recorded with another version of Rust, on another platform, or with another Cargo.lock, so the server may be slower; `cargo xtask profile` records it again",
         );
     }
-    say("building the server with all optimizations (a first build takes about ten minutes)");
     let profile = copy_of_profile()?;
     let flags = [
         format!("-Cprofile-use={}", profile.display()),
