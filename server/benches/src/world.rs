@@ -20,6 +20,10 @@ use serde_json::json;
 use crate::support::app::{Account, Setup, TestApp};
 
 const ONE: NonZeroU32 = NonZeroU32::MIN;
+const NO_CALLER: LookupCaller = LookupCaller {
+    tenant: None,
+    address: None,
+};
 /// More requests than any run sends.
 const UNLIMITED: u32 = 60_000_000;
 /// Before the measurement with Redis, requests are sent at this interval. At this pace, a lease is large enough for all
@@ -42,6 +46,7 @@ struct Side {
     usable: Key,
     /// A key whose requests are denied.
     exhausted: Key,
+    service_token: String,
 }
 
 struct Key {
@@ -72,6 +77,16 @@ impl Side {
         let account = app.register().await;
         let usable = Key::create(&app, &account, UNLIMITED).await;
         let exhausted = Key::create(&app, &account, 1).await;
+        let service_token = app.service_token(&account).await;
+        // Loads the token into the cache.
+        let secret = SecretText::parse(Kind::ServiceToken, service_token.as_bytes());
+        let now = app.state.clock.monotonic();
+        let found = app
+            .state
+            .keys
+            .service_token(&secret.expect("a token"), now, NO_CALLER)
+            .await;
+        assert!(found.expect("the token is found").is_some());
         for _ in 0..2 {
             let policies = &exhausted.record.policies;
             let limiter = &app.state.limiter;
@@ -83,6 +98,7 @@ impl Side {
             clock,
             usable,
             exhausted,
+            service_token,
         }
     }
 
@@ -107,12 +123,8 @@ impl Key {
         let plan = app.plan(account, plan).await;
         let text = app.key(account, &plan).await.text;
         let secret = SecretText::parse(Kind::ApiKey, text.as_bytes()).expect("a key");
-        let caller = LookupCaller {
-            tenant: None,
-            address: None,
-        };
         let now = app.state.clock.monotonic();
-        let record = app.state.keys.key(&secret, now, caller).await;
+        let record = app.state.keys.key(&secret, now, NO_CALLER).await;
         Self {
             text,
             record: record.expect("the key is found").expect("the key exists"),
@@ -143,8 +155,26 @@ impl World {
             decide("decision with Redis, denied again", redis, &redis.exhausted),
             write_headers(memory),
             record_usage(memory),
-            respond("direct response, allowed", memory, &memory.usable),
-            respond("direct response, denied", memory, &memory.exhausted),
+            respond(
+                "direct response, allowed",
+                memory,
+                echo(&memory.usable.text),
+            ),
+            respond(
+                "direct response, denied",
+                memory,
+                echo(&memory.exhausted.text),
+            ),
+            respond(
+                "direct response to a check, allowed",
+                memory,
+                check(&memory.usable.text, &memory.service_token),
+            ),
+            respond(
+                "direct response to a check, denied",
+                memory,
+                check(&memory.exhausted.text, &memory.service_token),
+            ),
         ]
     }
 }
@@ -217,19 +247,33 @@ fn record_usage(side: &Side) -> Operation {
     }
 }
 
-fn respond(name: &'static str, side: &Side, key: &Key) -> Operation {
-    let direct = router::direct(&side.app.state).expect("direct responses are on");
-    let bytes = format!(
+/// Returns a request to `/v1/echo`.
+fn echo(key: &str) -> String {
+    format!(
         "GET /v1/echo HTTP/1.1\r\nHost: quota.example.com\r\nUser-Agent: bench/1.0\r\nAccept: */*\r\n\
-         X-API-Key: {}\r\n\r\n",
-        key.text
-    );
+         X-API-Key: {key}\r\n\r\n"
+    )
+}
+
+/// Returns a request to `/v1/check`.
+fn check(key: &str, service_token: &str) -> String {
+    let body = json!({"key": key, "endpoint": "GET /v1/echo"}).to_string();
+    format!(
+        "POST /v1/check HTTP/1.1\r\nHost: quota.example.com\r\nUser-Agent: bench/1.0\r\nAccept: */*\r\n\
+         Authorization: Bearer {service_token}\r\nContent-Type: application/json\r\n\
+         Content-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}
+
+fn respond(name: &'static str, side: &Side, request: String) -> Operation {
+    let direct = router::direct(&side.app.state).expect("direct responses are on");
     let peer = IpAddr::from([127, 0, 0, 1]);
     let mut out = Vec::with_capacity(4096);
     let run = move |times| {
         for _ in 0..times {
             out.clear();
-            let Parsed::Plain(request, _) = parse(black_box(bytes.as_bytes())) else {
+            let Parsed::Plain(request, _) = parse(black_box(request.as_bytes())) else {
                 panic!("the request is plain")
             };
             let route = direct.route(&request).expect("the request is accepted");
