@@ -42,7 +42,7 @@ impl From<Timestamp> for DateTime<Utc> {
 
 impl Timestamp {
     /// Formats the timestamp without allocating memory, because most check results contain timestamps.
-    fn text(self) -> [u8; 24] {
+    pub fn text(self) -> [u8; 24] {
         let mut text = *b"0000-00-00T00:00:00.000Z";
         let mut write = |end: usize, digits: usize, mut number: u32| {
             for place in text[end - digits..end].iter_mut().rev() {
@@ -52,12 +52,14 @@ impl Timestamp {
         };
         // Four digits are enough: parsing and `from_unix_secs` reject later years, and all other times are close to the
         // present.
-        write(4, 4, self.0.year().unsigned_abs());
-        write(7, 2, self.0.month());
-        write(10, 2, self.0.day());
-        write(13, 2, self.0.hour());
-        write(16, 2, self.0.minute());
-        write(19, 2, self.0.second());
+        // Reading a field of a `DateTime` would apply its time zone again each time.
+        let at = self.0.naive_utc();
+        write(4, 4, at.year().unsigned_abs());
+        write(7, 2, at.month());
+        write(10, 2, at.day());
+        write(13, 2, at.hour());
+        write(16, 2, at.minute());
+        write(19, 2, at.second());
         write(23, 3, self.0.timestamp_subsec_millis());
         text
     }

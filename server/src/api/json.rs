@@ -68,7 +68,12 @@ impl IntoResponse for NoContent {
 }
 
 pub fn respond<T: Serialize>(status: StatusCode, value: &T) -> Response {
-    match serde_json::to_vec(value) {
+    respond_with(status, serde_json::to_vec(value))
+}
+
+/// Returns a response whose body is JSON that has already been formatted.
+pub fn respond_with(status: StatusCode, json: serde_json::Result<Vec<u8>>) -> Response {
+    match json {
         Ok(body) => {
             let length = body.len();
             let mut response = Response::builder().status(status).body(body);
@@ -174,6 +179,10 @@ pub fn check_media_type(media_type: Option<&str>) -> Result<(), ApiError> {
     let Some(media_type) = media_type else {
         return Ok(());
     };
+    // Most clients send exactly this text, so it is not parsed.
+    if media_type == MEDIA_TYPE {
+        return Ok(());
+    }
     let media_type = media_type
         .parse::<mime::Mime>()
         .map_err(|_| wrong_media_type())?;

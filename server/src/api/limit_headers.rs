@@ -9,7 +9,6 @@
 use std::{borrow::Cow, fmt::Write, sync::OnceLock};
 
 use poem::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
-use serde::{Serialize, Serializer};
 
 use crate::{
     keys::KeyRecord,
@@ -163,54 +162,51 @@ pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decis
     }
 }
 
-enum PairValue<'a> {
-    Text(&'static str),
-    Header(Cow<'a, HeaderValue>),
-    Number(u64),
-    State(StateField),
-}
-
-/// The headers that [`write()`] sets, as pairs of strings that a service can pass on. Serialized as a map sorted by
-/// name.
-pub struct Pairs<'a>([Option<(&'static str, PairValue<'a>)>; 8]);
-
-pub fn pairs<'a>(record: &'a KeyRecord, decision: &Decision) -> Pairs<'a> {
+/// Appends the headers that [`write()`] sets as a JSON object, for a service that passes them on. The names are sorted.
+/// Formats the JSON without serde, because this function runs for every check.
+pub fn write_json(record: &KeyRecord, decision: &Decision, out: &mut Vec<u8>) {
     let rate = decision.rate;
     let fixed = FixedValues::of(record, decision);
     let policy = fixed.policy(&record.policies, decision);
-    let is_denied = !decision.is_allowed();
-    let wait = decision.retry_after_secs().filter(|_| is_denied);
-    Pairs([
-        is_denied.then_some(("Cache-Control", PairValue::Text("no-store"))),
-        Some(("RateLimit", PairValue::State(StateField::of(decision)))),
-        Some(("RateLimit-Policy", PairValue::Header(policy))),
-        wait.map(|secs| ("Retry-After", PairValue::Number(secs))),
-        is_degraded(decision).then_some(("X-Quota-Degraded", PairValue::Text(REDIS_AWAY))),
-        Some(("X-RateLimit-Limit", PairValue::Number(rate.limit))),
-        Some(("X-RateLimit-Remaining", PairValue::Number(rate.remaining))),
-        Some((
-            "X-RateLimit-Reset",
-            PairValue::Number(rate.reset_at.secs_ceil()),
-        )),
-    ])
-}
-
-impl Serialize for Pairs<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let pairs = self.0.iter().flatten();
-        serializer.collect_map(pairs.map(|(name, value)| (name, value)))
+    let mut number = itoa::Buffer::new();
+    out.push(b'{');
+    if !decision.is_allowed() {
+        out.extend_from_slice(b"\"Cache-Control\":\"no-store\",");
     }
+    out.extend_from_slice(b"\"RateLimit\":\"");
+    write_escaped(StateField::of(decision).as_bytes(), out);
+    out.extend_from_slice(b"\",\"RateLimit-Policy\":\"");
+    write_escaped(policy.as_bytes(), out);
+    out.extend_from_slice(b"\",");
+    if !decision.is_allowed()
+        && let Some(secs) = decision.retry_after_secs()
+    {
+        out.extend_from_slice(b"\"Retry-After\":\"");
+        out.extend_from_slice(number.format(secs).as_bytes());
+        out.extend_from_slice(b"\",");
+    }
+    if is_degraded(decision) {
+        out.extend_from_slice(b"\"X-Quota-Degraded\":\"");
+        out.extend_from_slice(REDIS_AWAY.as_bytes());
+        out.extend_from_slice(b"\",");
+    }
+    out.extend_from_slice(b"\"X-RateLimit-Limit\":\"");
+    out.extend_from_slice(number.format(rate.limit).as_bytes());
+    out.extend_from_slice(b"\",\"X-RateLimit-Remaining\":\"");
+    out.extend_from_slice(number.format(rate.remaining).as_bytes());
+    out.extend_from_slice(b"\",\"X-RateLimit-Reset\":\"");
+    out.extend_from_slice(number.format(rate.reset_at.secs_ceil()).as_bytes());
+    out.extend_from_slice(b"\"}");
 }
 
-impl Serialize for PairValue<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Text(text) => serializer.serialize_str(text),
-            // `to_str` does not fail, because the values consist of policy names and numbers.
-            Self::Header(value) => serializer.serialize_str(value.to_str().unwrap_or_default()),
-            Self::Number(number) => serializer.serialize_str(itoa::Buffer::new().format(*number)),
-            Self::State(state) => serializer.serialize_str(state.as_str()),
-        }
+/// Appends the content of a JSON string. `value` consists of policy names and numbers, so only quotation marks need
+/// escaping.
+fn write_escaped(value: &[u8], out: &mut Vec<u8>) {
+    let mut parts = value.split(|byte| *byte == b'"');
+    out.extend_from_slice(parts.next().unwrap_or_default());
+    for part in parts {
+        out.extend_from_slice(b"\\\"");
+        out.extend_from_slice(part);
     }
 }
 
@@ -300,10 +296,6 @@ impl StateField {
     fn as_bytes(&self) -> &[u8] {
         &self.bytes[..self.length]
     }
-
-    fn as_str(&self) -> &str {
-        str::from_utf8(self.as_bytes()).unwrap_or_default()
-    }
 }
 
 /// Returns a header value. `text` consists of policy names and numbers, which are visible ASCII.
@@ -359,7 +351,7 @@ mod tests {
     }
 
     fn state_field(decision: &Decision) -> String {
-        StateField::of(decision).as_str().to_owned()
+        String::from_utf8(StateField::of(decision).as_bytes().to_vec()).unwrap()
     }
 
     fn parse(field: &str) -> List {

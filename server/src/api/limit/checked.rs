@@ -1,9 +1,9 @@
 //! `POST /v1/check`: the decision on a request that another service has received, and its JSON.
 //!
-//! The JSON has the format of a [`CheckResult`], but is written without creating one, to avoid allocations in every
-//! check.
+//! The JSON of a decision has the format of a [`CheckResult`], but is written without creating one and without serde,
+//! because both would take longer than the decision.
 
-use std::{num::NonZeroU32, pin::pin, sync::Arc};
+use std::{collections::BTreeMap, num::NonZeroU32, pin::pin, sync::Arc};
 
 use poem::{IntoResponse, Response, http::StatusCode};
 use poem_openapi::{
@@ -11,15 +11,15 @@ use poem_openapi::{
     registry::{MetaResponses, Registry},
 };
 use quota_common::{
-    ApiKeyId, Timestamp,
-    limit::{Check, CheckCode, CheckResult, LimitState},
+    Timestamp,
+    limit::{Check, CheckCode, CheckResult},
 };
-use serde::{Serialize, Serializer, ser::SerializeMap};
 
 use crate::{
     api::{
         admitted::{RejectedKey, ServiceCaller, decide},
         json::{self, Json},
+        json_text::write_text,
         limit_headers,
         problem::{ApiError, wire_name},
         request_context::RequestContext,
@@ -28,6 +28,9 @@ use crate::{
     keys::{KeyRecord, Rejection},
     limiter::Decision,
 };
+
+/// A capacity, in bytes, that is enough for most results.
+const USUAL: usize = 512;
 
 pub struct Checked(Result<(Arc<KeyRecord>, Decision), RejectedKey>);
 
@@ -46,96 +49,85 @@ pub async fn check(
     Ok(Checked(decided))
 }
 
-/// The fields of a [`CheckResult`], in the same order.
-#[derive(Serialize)]
-struct Body<'a> {
-    allowed: bool,
-    code: CheckCode,
-    key_id: Option<ApiKeyId>,
-    plan: Option<&'a str>,
-    limits: Limits<'a>,
-    retry_after: Option<u64>,
-    headers: Headers<'a>,
-}
-
-struct Limits<'a>(Option<&'a Decision>);
-
-enum Headers<'a> {
-    None,
-    Decision(&'a KeyRecord, &'a Decision),
-    InvalidKey,
-}
-
 impl Checked {
-    fn body(&self) -> Body<'_> {
-        match &self.0 {
-            Ok((record, decision)) => Body {
-                allowed: decision.is_allowed(),
-                code: if decision.is_allowed() {
-                    CheckCode::Allowed
-                } else if decision.violated().is_empty() {
-                    CheckCode::ReducedCapacity
-                } else {
-                    CheckCode::QuotaExceeded
-                },
-                key_id: Some(record.id()),
-                plan: Some(&record.plan.name),
-                limits: Limits(Some(decision)),
-                retry_after: decision.retry_after_secs(),
-                headers: Headers::Decision(record, decision),
-            },
-            Err(rejected) => Body {
-                allowed: false,
-                code: match rejected.rejection {
-                    Rejection::Unknown => CheckCode::UnknownKey,
-                    Rejection::Inactive => CheckCode::InactiveKey,
-                    Rejection::Expired => CheckCode::ExpiredKey,
-                    Rejection::PaymentRequired => CheckCode::PaymentRequired,
-                },
-                key_id: rejected.record.as_ref().map(|record| record.id()),
-                plan: rejected.record.as_ref().map(|record| &*record.plan.name),
-                limits: Limits(None),
-                retry_after: None,
-                headers: match rejected.rejection {
-                    Rejection::PaymentRequired => Headers::None,
-                    Rejection::Unknown | Rejection::Inactive | Rejection::Expired => {
-                        Headers::InvalidKey
-                    }
-                },
-            },
-        }
-    }
-
     /// Appends the result as JSON.
     pub fn write(&self, out: &mut Vec<u8>) -> serde_json::Result<()> {
-        serde_json::to_writer(out, &self.body())
-    }
-}
-
-impl Serialize for Limits<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let states = self.0.into_iter().flat_map(Decision::states);
-        serializer.collect_seq(states.map(|state| LimitState {
-            policy: wire_name(state.policy),
-            limit: state.limit,
-            remaining: state.remaining,
-            reset_at: time(state.reset_at),
-        }))
-    }
-}
-
-impl Serialize for Headers<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::None => serializer.serialize_map(Some(0))?.end(),
-            Self::Decision(record, decision) => {
-                limit_headers::pairs(record, decision).serialize(serializer)
-            }
-            Self::InvalidKey => serializer.collect_map([(
-                "WWW-Authenticate",
-                r#"Bearer realm="quota", error="invalid_token""#,
-            )]),
+        match &self.0 {
+            Ok((record, decision)) => write_decision(record, decision, out),
+            Err(rejected) => serde_json::to_writer(out, &of_rejected(rejected)),
         }
+    }
+}
+
+/// Appends the [`CheckResult`] of a decision as JSON, with the fields in the same order.
+fn write_decision(
+    record: &KeyRecord,
+    decision: &Decision,
+    out: &mut Vec<u8>,
+) -> serde_json::Result<()> {
+    let code = if decision.is_allowed() {
+        out.extend_from_slice(b"{\"allowed\":true,\"code\":\"");
+        CheckCode::Allowed
+    } else {
+        out.extend_from_slice(b"{\"allowed\":false,\"code\":\"");
+        if decision.violated().is_empty() {
+            CheckCode::ReducedCapacity
+        } else {
+            CheckCode::QuotaExceeded
+        }
+    };
+    out.extend_from_slice(code.as_str().as_bytes());
+    out.extend_from_slice(b"\",\"key_id\":\"");
+    let mut id = [0; 36];
+    record.id().0.as_hyphenated().encode_lower(&mut id);
+    out.extend_from_slice(&id);
+    out.extend_from_slice(b"\",\"plan\":");
+    write_text(&record.plan.name, out)?;
+    let mut number = itoa::Buffer::new();
+    let mut before = &b",\"limits\":[{\"policy\":\""[..];
+    for state in decision.states() {
+        out.extend_from_slice(before);
+        out.extend_from_slice(wire_name(state.policy).as_str().as_bytes());
+        out.extend_from_slice(b"\",\"limit\":");
+        out.extend_from_slice(number.format(state.limit).as_bytes());
+        out.extend_from_slice(b",\"remaining\":");
+        out.extend_from_slice(number.format(state.remaining).as_bytes());
+        out.extend_from_slice(b",\"reset_at\":\"");
+        out.extend_from_slice(&time(state.reset_at).text());
+        before = b"\"},{\"policy\":\"";
+    }
+    out.extend_from_slice(b"\"}],\"retry_after\":");
+    match decision.retry_after_secs() {
+        Some(secs) => out.extend_from_slice(number.format(secs).as_bytes()),
+        None => out.extend_from_slice(b"null"),
+    }
+    out.extend_from_slice(b",\"headers\":");
+    limit_headers::write_json(record, decision, out);
+    out.push(b'}');
+    Ok(())
+}
+
+fn of_rejected(rejected: &RejectedKey) -> CheckResult {
+    let record = rejected.record.as_ref();
+    CheckResult {
+        allowed: false,
+        code: match rejected.rejection {
+            Rejection::Unknown => CheckCode::UnknownKey,
+            Rejection::Inactive => CheckCode::InactiveKey,
+            Rejection::Expired => CheckCode::ExpiredKey,
+            Rejection::PaymentRequired => CheckCode::PaymentRequired,
+        },
+        key_id: record.map(|record| record.id()),
+        plan: record.map(|record| record.plan.name.clone()),
+        limits: Vec::new(),
+        retry_after: None,
+        headers: match rejected.rejection {
+            Rejection::PaymentRequired => BTreeMap::new(),
+            Rejection::Unknown | Rejection::Inactive | Rejection::Expired => {
+                let challenge = r#"Bearer realm="quota", error="invalid_token""#;
+                BTreeMap::from([("WWW-Authenticate".to_owned(), challenge.to_owned())])
+            }
+        },
     }
 }
 
@@ -147,7 +139,9 @@ fn time(at: UnixNanos) -> Timestamp {
 
 impl IntoResponse for Checked {
     fn into_response(self) -> Response {
-        json::respond(StatusCode::OK, &self.body())
+        let mut body = Vec::with_capacity(USUAL);
+        let written = self.write(&mut body);
+        json::respond_with(StatusCode::OK, written.map(|()| body))
     }
 }
 
