@@ -126,21 +126,23 @@ impl Segment {
                 File::open(directory)?.sync_all()?;
             }
             // The pages are loaded now, so that the first writes do not wait for page faults.
-            let map = MmapOptions::new().populate().map_raw(&file)?;
-            if !durable {
-                // Without this call, the first write to each page would still have to mark the page as changed. In a
-                // durable file, the call is omitted: the first `fdatasync` would write all of the marked pages to disk,
-                // and delay the first responses. Linux before 5.14 does not support `PopulateWrite` and returns
-                // `EINVAL`. Any other error means that writing to the memory would kill the process.
-                match map.advise(Advice::PopulateWrite) {
-                    Err(error) if error.kind() != io::ErrorKind::InvalidInput => return Err(error),
-                    _ => {}
-                }
+            let loaded = || MmapOptions::new().populate().map_raw(&file);
+            if durable {
+                return Ok((loaded()?, file));
             }
-            Ok((file, map))
+            // `PopulateWrite` also marks the pages as changed, which the first write to each page would have to do
+            // otherwise. Pages of a durable file are not marked: the first `fdatasync` would write all of them to disk,
+            // and delay the first responses. Linux before 5.14 does not support `PopulateWrite` and returns `EINVAL`.
+            // Any other error means that writing to the memory would kill the process.
+            let map = MmapOptions::new().map_raw(&file)?;
+            match map.advise(Advice::PopulateWrite) {
+                Ok(()) => Ok((map, file)),
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok((loaded()?, file)),
+                Err(error) => Err(error),
+            }
         })();
         match created {
-            Ok((file, map)) => Ok(Self {
+            Ok((map, file)) => Ok(Self {
                 head,
                 path,
                 file: Arc::new(file),
