@@ -84,27 +84,49 @@ pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbErro
     }
 }
 
-/// Rejects a plan that exceeds the limits for free plans, if these limits apply to it.
-pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
+/// Rejects a plan that exceeds the limits for free plans, if these limits apply to it. `before` is the plan before a
+/// change: if the limits already applied to it, values that exceed them can be kept or lowered.
+pub fn check_plan(config: &Config, plan: &Plan, before: Option<&Plan>) -> Result<(), ApiError> {
     if !is_limited(config, plan.billing) {
         return Ok(());
     }
+    let before = before.filter(|before| is_limited(config, before.billing));
     let free = config.free_tier;
     let quota = free.requests_per_month.map(Into::into);
     let limits = [
         (
             "default_rpm",
             Some(plan.default_rpm.into()),
+            before.map(|it| it.default_rpm.into()),
             free.rpm.map(u64::from),
         ),
-        ("burst", Some(plan.burst.into()), free.rpm.map(u64::from)),
-        ("daily_quota", plan.daily_quota, quota),
-        ("monthly_quota", plan.monthly_quota, quota),
+        (
+            "burst",
+            Some(plan.burst.into()),
+            before.map(|it| it.burst.into()),
+            free.rpm.map(u64::from),
+        ),
+        (
+            "daily_quota",
+            plan.daily_quota,
+            before.and_then(|it| it.daily_quota),
+            quota,
+        ),
+        (
+            "monthly_quota",
+            plan.monthly_quota,
+            before.and_then(|it| it.monthly_quota),
+            quota,
+        ),
     ];
     let errors: Vec<FieldError> = limits
         .into_iter()
-        .filter_map(|(field, value, maximum)| {
-            let maximum = maximum.filter(|maximum| value.is_some_and(|it| it > *maximum))?;
+        .filter_map(|(field, value, before, maximum)| {
+            let maximum = maximum?;
+            let is_raised = value > Some(maximum.max(before.unwrap_or(0)));
+            if !is_raised {
+                return None;
+            }
             Some(FieldError {
                 field: field.into(),
                 message: at_most(config, maximum),
@@ -118,17 +140,18 @@ pub fn check_plan(config: &Config, plan: &Plan) -> Result<(), ApiError> {
     }
 }
 
-/// Rejects a change to a plan's `billing` if the limits for free plans would apply to the plan and one of its keys has
-/// a higher rate than these limits allow.
+/// Rejects a change to a plan's `billing` if, as a result, the limits for free plans would apply to the plan and one of
+/// its keys has a higher rate than these limits allow.
 pub async fn check_rates_of_keys(
     config: &Config,
     tx: &mut TenantTx,
     plan: &Plan,
+    before: &Plan,
 ) -> Result<(), ApiError> {
     let Some(maximum) = config.free_tier.rpm else {
         return Ok(());
     };
-    if !is_limited(config, plan.billing) {
+    if is_limited(config, before.billing) || !is_limited(config, plan.billing) {
         return Ok(());
     }
     match api_key::highest_rate(tx, plan.id.0).await? {
@@ -144,12 +167,20 @@ pub async fn check_rates_of_keys(
 }
 
 /// Rejects a key if the maximum rate of free plans applies to its plan and the key's rate override exceeds this
-/// maximum.
-pub async fn check_key(config: &Config, tx: &mut TenantTx, key: &ApiKey) -> Result<(), ApiError> {
+/// maximum. `before` is the key before a change: if its plan stays the same, such a rate can be lowered.
+pub async fn check_key(
+    config: &Config,
+    tx: &mut TenantTx,
+    key: &ApiKey,
+    before: Option<&ApiKey>,
+) -> Result<(), ApiError> {
     let (Some(maximum), Some(rate)) = (config.free_tier.rpm, key.rpm_override) else {
         return Ok(());
     };
-    if rate <= maximum {
+    let before = before
+        .filter(|before| before.plan_id == key.plan_id)
+        .and_then(|before| before.rpm_override);
+    if rate <= maximum.max(before.unwrap_or(0)) {
         return Ok(());
     }
     let billing = plan::billing_of(tx, key.plan_id.0).await?;

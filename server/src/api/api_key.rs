@@ -237,7 +237,7 @@ impl ApiKeyApi {
             };
             let row = api_key::insert(tx, &new).await.map_err(plan_not_found)?;
             let api_key = ApiKey::from(row);
-            allowance::check_key(&self.state.config, tx, &api_key).await?;
+            allowance::check_key(&self.state.config, tx, &api_key, None).await?;
             fill_time::check_key(tx, &api_key).await?;
             secret = Some(generated);
             Ok(CreatedApiKey { key: None, api_key })
@@ -309,7 +309,7 @@ impl ApiKeyApi {
             .ok_or_else(ApiError::not_found)?;
         let after = ApiKey::from(row);
         if (before.plan_id, before.rpm_override) != (after.plan_id, after.rpm_override) {
-            allowance::check_key(config, &mut edit, &after).await?;
+            allowance::check_key(config, &mut edit, &after, Some(&before)).await?;
             fill_time::check_key(&mut edit, &after).await?;
         }
         let action = AuditAction::ApiKeyUpdate;

@@ -152,7 +152,7 @@ impl PlanApi {
         let insert = async |tx: &mut TenantTx| {
             let plan = plan::insert(tx, &new).await.map_err(name_taken)?;
             let plan = Plan::from(PlanWithKeys { plan, key_count: 0 });
-            allowance::check_plan(&self.state.config, &plan)?;
+            allowance::check_plan(&self.state.config, &plan, None)?;
             fill_time::check_plan(&plan, "burst")?;
             Ok(plan)
         };
@@ -220,17 +220,7 @@ impl PlanApi {
             .ok_or_else(ApiError::not_found)?;
         let key_count = before.key_count;
         let after = Plan::from(PlanWithKeys { plan, key_count });
-        let limits = |it: &Plan| {
-            (
-                (it.default_rpm, it.burst),
-                (it.daily_quota, it.monthly_quota),
-                it.billing,
-            )
-        };
-        // A plan that already exceeds the limits can still be renamed.
-        if limits(&before) != limits(&after) {
-            allowance::check_plan(config, &after)?;
-        }
+        allowance::check_plan(config, &after, Some(&before))?;
         if (before.default_rpm, before.burst) != (after.default_rpm, after.burst) {
             let field = match change.burst {
                 Some(_) => "burst",
@@ -240,7 +230,7 @@ impl PlanApi {
             fill_time::check_keys_of_plan(&mut edit, &after).await?;
         }
         if before.billing != after.billing {
-            allowance::check_rates_of_keys(config, &mut edit, &after).await?;
+            allowance::check_rates_of_keys(config, &mut edit, &after, &before).await?;
         }
         edit.updated(AuditAction::PlanUpdate, &before, &after, Target::Plan(id))
             .await?;

@@ -219,7 +219,7 @@ async fn plan_above_the_free_limits_must_be_paid() {
     assert_eq!(app.act(&account, "PATCH", &path, moved).await.status, 200);
     assert_eq!(patch(&paid, lower).await.status, 200);
 
-    // A plan that is older than the limits can be renamed, but its limits cannot be raised.
+    // Plans and keys that are older than the limits can be edited, but their limits cannot be raised.
     let client = app.database.connect().await;
     let sql = "UPDATE plans SET default_rpm = 500, burst = 500 WHERE name = 'Free'";
     client.execute(sql, &[]).await.expect("the plan is changed");
@@ -228,6 +228,18 @@ async fn plan_above_the_free_limits_must_be_paid() {
         fields(&patch(&free, json!({"default_rpm": 501})).await),
         ["default_rpm", "burst"]
     );
+    for kept_or_lower in [json!({"daily_quota": 900}), json!({"default_rpm": 400})] {
+        let patched = patch(&free, kept_or_lower).await;
+        assert_eq!(patched.status, 200, "{}", patched.text);
+    }
+    let sql = "UPDATE api_keys SET rpm_override = 500";
+    client.execute(sql, &[]).await.expect("the key is changed");
+    let refused = app
+        .act(&account, "PATCH", &path, json!({"rpm_override": 501}))
+        .await;
+    assert_eq!(fields(&refused), ["rpm_override"]);
+    let lower = json!({"rpm_override": 400});
+    assert_eq!(app.act(&account, "PATCH", &path, lower).await.status, 200);
     let shown = limits(&app, &account).await;
     assert_eq!(
         (&shown["free_plan_rpm"], &shown["free_plan_quota"]),
@@ -247,6 +259,17 @@ async fn without_billing_all_plans_have_the_limits() {
         create_plan(&app, &account, "Slow", json!({})).await.status,
         201
     );
+    // A plan can be marked `paid` even if a key on it is above the limit.
+    let plan = app.plan(&account, json!({})).await;
+    app.key(&account, &plan).await;
+    let client = app.database.connect().await;
+    let sql = "UPDATE api_keys SET rpm_override = 500";
+    client.execute(sql, &[]).await.expect("the key is changed");
+    let path = format!("/admin/plans/{plan}");
+    let marked = app
+        .act(&account, "PATCH", &path, json!({"billing": "paid"}))
+        .await;
+    assert_eq!(marked.status, 200, "{}", marked.text);
 }
 
 #[tokio::test(flavor = "multi_thread")]
