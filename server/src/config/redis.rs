@@ -298,8 +298,9 @@ fn login_of(url: &Url) -> Result<RedisConnectionInfo, String> {
 }
 
 fn percent_decoded(text: &str) -> Result<String, String> {
-    // Decode the text as a form value. Escape plus signs first, because they mean spaces in form values.
-    let form = format!("v={}", text.replace('+', "%2B"));
+    // Decode the text as a form value. Escape plus signs and ampersands first, because they mean spaces and the end of
+    // the value in forms.
+    let form = format!("v={}", text.replace('+', "%2B").replace('&', "%26"));
     url::form_urlencoded::parse(form.as_bytes())
         .next()
         .map(|(_, value)| value.into_owned())
@@ -362,7 +363,7 @@ mod tests {
 
     #[test]
     fn user_password_and_database_belong_to_the_master() {
-        let text = "redis+sentinel://quota:p%2Cs%40%2B+w@a,b/main/7?sentinel_user=watch&sentinel_password=s%26t";
+        let text = "redis+sentinel://quota:p%2Cs%40%2B+w&2@a,b/main/7?sentinel_user=watch&sentinel_password=s%26t";
         let RedisServers::Sentinel {
             sentinels, master, ..
         } = servers(text).unwrap()
@@ -370,7 +371,7 @@ mod tests {
             panic!("this URL is for Sentinel");
         };
         assert_eq!(master.username(), Some("quota"));
-        assert_eq!(master.password(), Some("p,s@++w"));
+        assert_eq!(master.password(), Some("p,s@++w&2"));
         assert_eq!(master.db(), 7);
         for sentinel in sentinels {
             let login = sentinel.redis_settings();
