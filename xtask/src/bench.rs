@@ -251,8 +251,8 @@ pub(crate) fn bench(arguments: &[OsString]) -> Result<ExitCode> {
             .arg(target().join("tools"));
         let is_given = |name: &str| given.iter().any(|it| it == name);
         if !is_given("--output") {
-            // By default, this overwrites the page in the repository, which compares all servers with Quota as in
-            // the Debian package.
+            // By default, this overwrites the page in the repository, which compares all servers with Quota as it
+            // ships.
             for option in ["--only", "--ordinary"] {
                 ensure!(
                     !is_given(option),

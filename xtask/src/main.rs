@@ -114,9 +114,9 @@ enum Chore {
         #[arg(long)]
         debug: bool,
     },
-    /// Build the server with all optimizations, as the Debian package contains it
+    /// Build the server with all optimizations, as the image and the package contain it
     Build {
-        /// Link it statically and without the recorded profile, as in the image
+        /// Link it statically, as in the image
         #[arg(long = "static")]
         is_static: bool,
         /// Copy it to this path

@@ -1,8 +1,8 @@
 //! `cargo xtask build` and `cargo xtask profile`: the server as the Debian package and the image contain it.
 //!
-//! For the package, the compiler optimizes the server with a profile, which states how often each part of a function
-//! runs while the server processes check requests. The profile is in the repository, so building the server requires
-//! neither a database nor a run under load. It only affects speed: a function that has been changed since the profile
+//! The compiler optimizes the server with a profile, which states how often each part of a function runs while the
+//! server processes check requests. The profile is in the repository, so building the server requires neither a
+//! database nor a run under load. It only affects speed: a function that has been changed since the profile
 //! was recorded is compiled without it. The compiler finds functions by names that contain a hash of the compiler's
 //! version, the platform, and the versions of the function's crate and its dependencies.
 
@@ -28,8 +28,7 @@ const RUNS_MIN: u64 = 10_000;
 /// How the server is linked to the C library.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Linking {
-    /// For the image, which contains no libraries. The profile is not used, because with it, the image would be larger
-    /// than 35 MB.
+    /// For the image, which contains no libraries.
     Static,
     Dynamic,
 }
@@ -84,9 +83,6 @@ pub(crate) fn build_to(output: Option<&Path>, is_static: bool) -> Result<()> {
 pub(crate) fn build(linking: Linking) -> Result<PathBuf> {
     let rust = Rust::current()?;
     say("building the server with all optimizations (a first build takes about ten minutes)");
-    if linking == Linking::Static {
-        return compile(&rust, Vec::new(), linking, &target());
-    }
     let recorded_with = fs::read_to_string(root().join(RECORDED_WITH))
         .with_context(|| format!("cannot read {RECORDED_WITH}"))?;
     if recorded_with != rust.names()? {
@@ -99,6 +95,11 @@ pub(crate) fn build(linking: Linking) -> Result<PathBuf> {
         format!("-Cprofile-use={}", profile.display()),
         // Changed functions are expected; see above.
         "-Cllvm-args=-no-pgo-warn-mismatch".to_owned(),
+        // The profile does not contain functions that rarely run, so the compiler cannot tell that calls in them are
+        // rare. With its usual limits, it would inline too many of them, and the program would be 5 MB larger. Other
+        // limits apply to calls that the profile shows to be frequent.
+        "-Cllvm-args=-inline-threshold=60".to_owned(),
+        "-Cllvm-args=-inlinehint-threshold=100".to_owned(),
     ];
     compile(&rust, flags.to_vec(), linking, &target())
 }

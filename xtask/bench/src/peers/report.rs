@@ -53,8 +53,8 @@ impl Report<'_> {
              `cargo xtask bench peers` writes this page. Each rate limiter limits requests by the key in `X-API-Key`, and \
              responds with 200 and a short JSON body if the request is allowed, and with 429 if it is denied. *Bare \
              poem* is a handler in poem, the HTTP framework that Quota uses; it responds with 200 to every request. \
-             Quota is built with `cargo xtask build`, as in the Debian package: optimized with a recorded profile \
-             (or, with `--ordinary`, as an ordinary release build). Bare poem is an ordinary release build, and the other \
+             Quota is built as it ships, with `cargo xtask build`: optimized with a recorded profile (or, with \
+             `--ordinary`, as an ordinary release build). Bare poem is an ordinary release build, and the other \
              servers are those of the packages. \
              Counts, such as requests above a limit, are exact. Times depend on the machine, so compare only figures \
              from the same run. The [glossary](../GLOSSARY.md) defines Quota's terms, such as *direct response*, \
