@@ -50,10 +50,10 @@ impl Timestamp {
                 number /= 10;
             }
         };
+        // Reading a field of a `DateTime` would apply its time zone every time.
+        let at = self.0.naive_utc();
         // Four digits are enough: parsing and `from_unix_secs` reject later years, and all other times are close to the
         // present.
-        // Reading a field of a `DateTime` would apply its time zone again each time.
-        let at = self.0.naive_utc();
         write(4, 4, at.year().unsigned_abs());
         write(7, 2, at.month());
         write(10, 2, at.day());

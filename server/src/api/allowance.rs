@@ -62,6 +62,9 @@ pub async fn one_more(config: &Config, tx: &mut TenantTx, what: Resource) -> Res
     ))
 }
 
+/// A plan's `billing` before and after a change that removes the `paid` mark.
+const UNMARKED: (Billing, Billing) = (Billing::Paid, Billing::Free);
+
 /// Returns whether the limits for free plans apply to a plan.
 fn is_limited(config: &Config, billing: Billing) -> bool {
     config.stripe.is_none() || billing == Billing::Free
@@ -85,12 +88,16 @@ pub async fn lock_rates(config: &Config, tx: &mut TenantTx) -> Result<(), DbErro
 }
 
 /// Rejects a plan that exceeds the limits for free plans, if these limits apply to it. `before` is the plan before a
-/// change: if the limits already applied to it, values that exceed them can be kept or lowered.
+/// change: if the limits already applied to it, values that exceed them can be kept or lowered, unless the change
+/// removes the `paid` mark. Otherwise, a mark could be removed while billing is off, and the plan would remain above the
+/// limits after billing is turned on again.
 pub fn check_plan(config: &Config, plan: &Plan, before: Option<&Plan>) -> Result<(), ApiError> {
     if !is_limited(config, plan.billing) {
         return Ok(());
     }
-    let before = before.filter(|before| is_limited(config, before.billing));
+    let before = before.filter(|before| {
+        is_limited(config, before.billing) && (before.billing, plan.billing) != UNMARKED
+    });
     let free = config.free_tier;
     let quota = free.requests_per_month.map(Into::into);
     let limits = [
@@ -140,8 +147,8 @@ pub fn check_plan(config: &Config, plan: &Plan, before: Option<&Plan>) -> Result
     }
 }
 
-/// Rejects a change to a plan's `billing` if, as a result, the limits for free plans would apply to the plan and one of
-/// its keys has a higher rate than these limits allow.
+/// Rejects a change that removes a plan's `paid` mark if one of its keys has a higher rate than the limits for free
+/// plans allow.
 pub async fn check_rates_of_keys(
     config: &Config,
     tx: &mut TenantTx,
@@ -151,7 +158,7 @@ pub async fn check_rates_of_keys(
     let Some(maximum) = config.free_tier.rpm else {
         return Ok(());
     };
-    if is_limited(config, before.billing) || !is_limited(config, plan.billing) {
+    if (before.billing, plan.billing) != UNMARKED {
         return Ok(());
     }
     match api_key::highest_rate(tx, plan.id.0).await? {

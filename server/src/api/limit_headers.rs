@@ -162,7 +162,7 @@ pub fn write(headers: &mut impl HeaderSink, record: &KeyRecord, decision: &Decis
     }
 }
 
-/// Appends the headers that [`write()`] sets as a JSON object, for a service that passes them on. The names are sorted.
+/// Appends, as a JSON object, the headers that [`write()`] sets, for a service that passes them on. The names are sorted.
 /// Formats the JSON without serde, because this function runs for every check.
 pub fn write_json(record: &KeyRecord, decision: &Decision, out: &mut Vec<u8>) {
     let rate = decision.rate;

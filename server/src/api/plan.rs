@@ -229,9 +229,7 @@ impl PlanApi {
             fill_time::check_plan(&after, field)?;
             fill_time::check_keys_of_plan(&mut edit, &after).await?;
         }
-        if before.billing != after.billing {
-            allowance::check_rates_of_keys(config, &mut edit, &after, &before).await?;
-        }
+        allowance::check_rates_of_keys(config, &mut edit, &after, &before).await?;
         edit.updated(AuditAction::PlanUpdate, &before, &after, Target::Plan(id))
             .await?;
         Ok(Json(after))

@@ -298,8 +298,8 @@ fn login_of(url: &Url) -> Result<RedisConnectionInfo, String> {
 }
 
 fn percent_decoded(text: &str) -> Result<String, String> {
-    // Decode the text as a form value. Escape plus signs and ampersands first, because they mean spaces and the end of
-    // the value in forms.
+    // Decode the text as a form value. Escape plus signs and ampersands first: in forms, a plus sign means a space, and
+    // an ampersand ends the value.
     let form = format!("v={}", text.replace('+', "%2B").replace('&', "%26"));
     url::form_urlencoded::parse(form.as_bytes())
         .next()

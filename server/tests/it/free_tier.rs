@@ -270,6 +270,16 @@ async fn without_billing_all_plans_have_the_limits() {
         .act(&account, "PATCH", &path, json!({"billing": "paid"}))
         .await;
     assert_eq!(marked.status, 200, "{}", marked.text);
+    // Billing might be turned on later, so the mark cannot be removed from a plan that needs it.
+    let unmark = json!({"billing": "free"});
+    let refused = app.act(&account, "PATCH", &path, unmark.clone()).await;
+    assert_eq!(fields(&refused), ["billing"]);
+    let sql = "UPDATE api_keys SET rpm_override = NULL";
+    client.execute(sql, &[]).await.expect("the key is changed");
+    let sql = "UPDATE plans SET default_rpm = 500, burst = 500 WHERE billing = 'paid'";
+    client.execute(sql, &[]).await.expect("the plan is changed");
+    let refused = app.act(&account, "PATCH", &path, unmark).await;
+    assert_eq!(fields(&refused), ["default_rpm", "burst"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! `POST /v1/check`: the decision on a request that another service has received, and its JSON.
 //!
 //! The JSON of a decision has the format of a [`CheckResult`], but is written without creating one and without serde,
-//! because both would take longer than the decision.
+//! because serde would take longer than making the decision.
 
 use std::{collections::BTreeMap, num::NonZeroU32, pin::pin, sync::Arc};
 
@@ -59,7 +59,7 @@ impl Checked {
     }
 }
 
-/// Appends the [`CheckResult`] of a decision as JSON, with the fields in the same order.
+/// Appends the [`CheckResult`] of a decision as JSON, with the fields in the order of its declaration.
 fn write_decision(
     record: &KeyRecord,
     decision: &Decision,
