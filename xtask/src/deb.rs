@@ -5,7 +5,7 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread::sleep,
@@ -318,6 +318,12 @@ fn serve(root: &Root) -> Result<()> {
     let socket = socket.context("no socket in the URL")?.0;
     let socket = socket.replace("%2F", "/");
     fs::create_dir_all(root.path(&socket))?;
+    // Only the user that runs PostgreSQL has access to the socket. Give the unit's user access as well.
+    let user = fs::metadata(root.path("/var/lib/quota"))?;
+    chown(&socket, None, Some(user.gid()))?;
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o710))?;
+    let file = Path::new(&socket).join(".s.PGSQL.5432");
+    chown(file, Some(user.uid()), None)?;
     let credentials = root.path("/run/credentials");
     fs::create_dir_all(&credentials)?;
     for secret in ["quota_secret", "quota_secret_previous"] {
