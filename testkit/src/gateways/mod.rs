@@ -243,7 +243,7 @@ fn nginx(dir: &Path, servers: &str) -> String {
         .concat();
     format!(
         "daemon off;\nmaster_process off;\npid {};\nerror_log stderr;\nevents {{}}\nhttp {{\n\
-         access_log off;\n{temporary}{servers}}}\n",
+         access_log off;\nkeepalive_requests 1000000;\n{temporary}{servers}}}\n",
         dir.join("pid").display()
     )
 }
