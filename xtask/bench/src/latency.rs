@@ -32,9 +32,6 @@ const FRACTION: f64 = 0.7;
 /// not keep up.
 const BACKLOG_MAX: u64 = CONNECTIONS * 50;
 
-/// The minimum number of rounds in which the plain server keeps up.
-const ROUNDS_MIN: usize = 5;
-
 struct Case {
     name: &'static str,
     server: Server,
@@ -103,15 +100,16 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
             figures.push(times.map_or(Percentiles::ENDLESS, percentiles));
         }
     }
-    // If the plain server could not keep up, something else was using the machine.
+    // The plain server cannot keep up if the machine was faster when the rate was measured. Such a round says nothing
+    // about the other servers.
     let kept_up: Vec<bool> = measured[0].iter().map(|it| it.p99.is_finite()).collect();
     for figures in &mut measured {
         let mut kept_up = kept_up.iter();
         figures.retain(|_| kept_up.next().is_some_and(|kept_up| *kept_up));
     }
     ensure!(
-        measured[0].len() >= ROUNDS_MIN,
-        "the plain server could not keep up in most rounds"
+        measured[0].len() * 2 > kept_up.len(),
+        "the plain server could not keep up in at least half of the rounds"
     );
     print(&cases, &measured, rounds, rate, time, cores);
     Ok(())
@@ -270,10 +268,10 @@ fn print(
     }
     println!();
     println!(
-        "Medians of {} of {rounds} rounds, those in which bare poem kept up, of {} ms each, with the cases taking turns; {rate:.0} requests/s, which is {:.0}% of what \
-         bare poem serves when saturated, on {CONNECTIONS} keep-alive connections. Response times count from the \
-         time at which a request is due. {} –: the server could not keep up in at least half of the rounds; `quota` \
-         shares its core with its PostgreSQL, to which it writes usage. Target: at most 1.2.",
+        "Medians of {} of {rounds} rounds, those in which bare poem kept up, of {} ms each, with the cases taking \
+         turns; {rate:.0} requests/s, which is {:.0}% of what bare poem serves when saturated, on {CONNECTIONS} \
+         keep-alive connections. Response times count from the time at which a request is due. {} –: the server \
+         could not keep up in at least half of the rounds; `quota` shares its core with its PostgreSQL, to which it writes usage. Target: at most 1.2.",
         poem.len(),
         time.as_millis(),
         FRACTION * 100.0,
