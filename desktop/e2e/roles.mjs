@@ -24,13 +24,15 @@ export async function roles(world) {
     if (role === "billing") denied.push(route.request().url());
     return route.continue();
   });
-  const links = () => page.getByRole("navigation", { name: "Console" }).getByRole("link").allInnerTexts();
+  // The first line is the name. A number of new alerts can follow it.
+  const firstLines = async (items) => (await items.allInnerTexts()).map((it) => it.split("\n")[0].trim());
+  const links = () => firstLines(page.getByRole("navigation", { name: "Console" }).getByRole("link"));
   const commands = async (typed) => {
     await page.getByRole("button", { name: "Search or jump to…" }).click();
     await my.field("Type a command or the name of an API key or plan").fill(typed);
-    const all = await page.getByRole("option").allInnerTexts();
+    const all = await firstLines(page.getByRole("option"));
     await page.keyboard.press("Escape");
-    return all.map((it) => it.split("\n")[0].trim());
+    return all;
   };
 
   role = "billing";
