@@ -1,5 +1,6 @@
-//! Response times of all servers at the same constant rate: 70% of the rate at which the plain poem server is
-//! saturated.
+//! Response times of all servers at the same constant rate. In each round, the rate is 70% of the rate at which the plain
+//! poem server is saturated. That rate is measured at the beginning and at the end of the round, because the speed of a
+//! virtual machine can change, and rounds in which it has changed are omitted.
 //!
 //! Each request has a time at which it is due. Response times are measured from that time, so they include the delay of
 //! requests that had to wait for a connection because earlier responses were late.
@@ -28,6 +29,11 @@ use crate::{
 const WARM_UP: Duration = Duration::from_millis(500);
 /// The rate of requests, as a fraction of the rate at which the plain poem server is saturated.
 const FRACTION: f64 = 0.7;
+/// How much the rate at which the plain poem server is saturated may change during a round, as a fraction of the rate at
+/// the beginning.
+const CHANGE_MAX: f64 = 0.15;
+/// The minimum number of rounds that must remain.
+const ROUNDS_MIN: usize = 5;
 /// The maximum number of requests that may be due but unsent at the end of a round. If there are more, the server did
 /// not keep up.
 const BACKLOG_MAX: u64 = CONNECTIONS * 50;
@@ -84,13 +90,17 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     for case in &cases {
         load.put(case.server.addr, WARM_UP, &case.request)?;
     }
-    let rate = FRACTION * saturated(&load, &cases[0], time)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     let mut measured = vec![Vec::new(); cases.len()];
+    let mut kept = Vec::new();
+    let mut rates = Vec::new();
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
+        let before = saturated(&load, &cases[0], time)?;
+        let rate = FRACTION * before;
+        rates.push(rate);
         for (case, figures) in cases.iter().zip(&mut measured) {
             let local = LocalSet::new();
             let times = local
@@ -99,32 +109,38 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
             case.server.empty_log()?;
             figures.push(times.map_or(Percentiles::ENDLESS, percentiles));
         }
+        let after = saturated(&load, &cases[0], time)?;
+        let is_steady = (after - before).abs() <= CHANGE_MAX * before;
+        // If the plain server did not keep up, the machine was slower for a while, and the round says nothing about the
+        // other servers either.
+        let kept_up = measured[0].last().is_some_and(|it| it.p99.is_finite());
+        kept.push(is_steady && kept_up);
     }
-    // The plain server cannot keep up if the machine was faster when the rate was measured. Such a round says nothing
-    // about the other servers.
-    let kept_up: Vec<bool> = measured[0].iter().map(|it| it.p99.is_finite()).collect();
     for figures in &mut measured {
-        let mut kept_up = kept_up.iter();
-        figures.retain(|_| kept_up.next().is_some_and(|kept_up| *kept_up));
+        retain(figures, &kept);
     }
+    retain(&mut rates, &kept);
     ensure!(
-        measured[0].len() * 2 > kept_up.len(),
-        "the plain server could not keep up in at least half of the rounds"
+        rates.len() >= ROUNDS_MIN,
+        "the machine's speed was steady in only {} of {rounds} rounds, and {ROUNDS_MIN} are needed",
+        rates.len()
     );
-    print(&cases, &measured, rounds, rate, time, cores);
+    print(&cases, &measured, &rates, rounds, time, cores);
     Ok(())
+}
+
+/// Removes the values of rounds that are not kept.
+fn retain<T>(values: &mut Vec<T>, kept: &[bool]) {
+    let mut kept = kept.iter();
+    values.retain(|_| kept.next().is_some_and(|is_kept| *is_kept));
 }
 
 /// Returns the requests per second of a closed loop.
 fn saturated(load: &Load, case: &Case, time: Duration) -> Result<f64> {
-    let mut rates = Vec::new();
-    for _ in 0..5 {
-        let began = Instant::now();
-        let statuses = load.put(case.server.addr, time, &case.request)?;
-        let total = u32::try_from(statuses.values().sum::<u64>())?;
-        rates.push(f64::from(total) / began.elapsed().as_secs_f64());
-    }
-    Ok(median(rates.into_iter()))
+    let began = Instant::now();
+    let statuses = load.put(case.server.addr, time, &case.request)?;
+    let total = u32::try_from(statuses.values().sum::<u64>())?;
+    Ok(f64::from(total) / began.elapsed().as_secs_f64())
 }
 
 /// The requests that are due during a round.
@@ -243,8 +259,8 @@ fn percentiles(mut times: Vec<Duration>) -> Percentiles {
 fn print(
     cases: &[Case],
     measured: &[Vec<Percentiles>],
+    rates: &[f64],
     rounds: u32,
-    rate: f64,
     time: Duration,
     cores: Option<Cores>,
 ) {
@@ -268,13 +284,15 @@ fn print(
     }
     println!();
     println!(
-        "Medians of {} of {rounds} rounds, those in which bare poem kept up, of {} ms each, with the cases taking \
-         turns; {rate:.0} requests/s, which is {:.0}% of what bare poem serves when saturated, on {CONNECTIONS} \
-         keep-alive connections. Response times count from the time at which a request is due. {} –: the server \
-         could not keep up in at least half of the rounds; `quota` shares its core with its PostgreSQL, to which it writes usage. Target: at most 1.2.",
-        poem.len(),
+        "Medians of the {} of {rounds} rounds in which the machine's speed was steady. In each round, each case runs \
+         for {} ms. Requests are sent on {CONNECTIONS} keep-alive connections, at {:.0}% of the rate at which bare poem \
+         was saturated in the same round (median: {:.0} requests/s). Response times count from the time at which a \
+         request is due. {} –: the server could not keep up in at least half of these rounds. `quota` shares its core \
+         with its PostgreSQL, to which it writes usage. Target: at most 1.2.",
+        rates.len(),
         time.as_millis(),
         FRACTION * 100.0,
+        median(rates.iter().copied()),
         match cores {
             Some(Cores { servers, load }) =>
                 format!("Servers run on core {servers}, the load on core {load}."),
