@@ -17,6 +17,7 @@ mod encryption;
 mod error_chain;
 pub mod file_limit;
 pub mod health_check;
+pub mod heap;
 pub mod invalidations;
 pub mod jobs;
 pub mod keys;

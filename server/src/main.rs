@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 use quota_server::{
     config::{self, Config, Settings},
     health_check::Probe,
-    openapi,
+    heap, openapi,
     telemetry::log::Log,
 };
 
@@ -89,6 +89,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    heap::configure();
     let done = match Cli::parse().command {
         Command::Openapi => {
             print!("{}", openapi::text());

@@ -18,6 +18,7 @@ const RANKS: &[&[&str]] = &[
         "error_chain",
         "file_limit",
         "health_check",
+        "heap",
         "schema",
         "seal",
         "secret_text",
