@@ -56,7 +56,7 @@ pub use self::{
     store::LimitStore,
     tenant::{TenantQuota, TenantQuotas},
 };
-use crate::clock::{Clock, Monotonic};
+use crate::clock::Clock;
 
 /// How often to call [`Limiter::prune`].
 pub const PRUNE_EVERY: std::time::Duration = std::time::Duration::from_secs(10);
@@ -123,7 +123,9 @@ impl Limiter {
         // A denial without a call only repeats the store's last denial. If such a denial were recorded, repeated
         // requests would prolong it.
         if decision.is_allowed() {
-            self.remember(handle, policies, cost, &decision, self.clock.monotonic());
+            let now = self.clock.monotonic();
+            let times = Times { asked_at: now, now };
+            self.remember(handle, policies, cost, &decision, times);
         }
         Some(decision)
     }
@@ -144,7 +146,8 @@ impl Limiter {
         }
         let asked_at = self.clock.monotonic();
         let decision = self.store.take(handle, policies, cost).await?;
-        self.remember(handle, policies, cost, &decision, asked_at);
+        let now = self.clock.monotonic();
+        self.remember(handle, policies, cost, &decision, Times { asked_at, now });
         Ok(decision)
     }
 
@@ -170,21 +173,16 @@ impl Limiter {
         policies: &Policies,
         cost: NonZeroU32,
         decision: &Decision,
-        asked_at: Monotonic,
+        times: Times,
     ) {
         // A degraded decision does not show what the shared counters would decide.
         if decision.degraded {
             return;
         }
         let remembered = || self.store.denial_memory(policies);
-        let now = self.clock.monotonic();
-        handle.state.lock().denials().record(
-            policies,
-            cost,
-            Times { asked_at, now },
-            decision,
-            remembered,
-        );
+        let mut state = handle.state.lock();
+        let denials = state.denials();
+        denials.record(policies, cost, times, decision, remembered);
     }
 
     /// Returns the key's state as known to this replica, with [`Outcome::Allowed`]. Does not take tokens or make calls.
