@@ -1,9 +1,9 @@
 //! The format of secrets: a prefix for the kind, such as `qk_`, 32 random base62 characters (190 bits) and a
 //! 6-character checksum. Secret scanners can match `q[ksr]_[0-9A-Za-z]{38}` and verify the checksum.
 
-use std::fmt;
+use std::{cell::RefCell, fmt};
 
-use aws_lc_rs::digest;
+use aws_lc_rs::{constant_time, digest};
 
 const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
 const RANDOM: usize = 32;
@@ -132,6 +132,30 @@ impl SecretText {
     }
 }
 
+thread_local! {
+    /// The last well-formed service token, and its hash.
+    static LAST_TOKEN: RefCell<Option<(SecretText, Hash)>> = const { RefCell::new(None) };
+}
+
+/// Parses a service token, and returns its hash. Returns `None` if the token is malformed.
+///
+/// Each thread keeps the last token and its hash until another token replaces them, because a gateway sends the same
+/// token with every request. Comparing a token with the last one takes the same time wherever they differ, so the time
+/// does not help attackers guess a token.
+pub fn hash_of_service_token(text: &[u8]) -> Option<Hash> {
+    LAST_TOKEN.with_borrow_mut(|last| {
+        if let Some((token, hash)) = last
+            && constant_time::verify_slices_are_equal(&token.0, text).is_ok()
+        {
+            return Some(*hash);
+        }
+        let token = SecretText::parse(Kind::ServiceToken, text)?;
+        let hash = token.hash();
+        *last = Some((token, hash));
+        Some(hash)
+    })
+}
+
 impl fmt::Debug for SecretText {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "SecretText({}…)", self.prefix())
@@ -178,6 +202,24 @@ mod tests {
             for other in KINDS.into_iter().filter(|other| *other != kind) {
                 assert_eq!(SecretText::parse(other, shown.as_bytes()), None);
             }
+        }
+    }
+
+    #[test]
+    fn hash_of_a_service_token_does_not_depend_on_earlier_tokens() {
+        let tokens = [0, 1].map(|_| SecretText::generate(Kind::ServiceToken).unwrap());
+        let key = SecretText::generate(Kind::ApiKey).unwrap();
+        for index in [0, 0, 1, 0, 1, 1] {
+            let text = tokens[index].reveal();
+            let expected = digest::digest(&digest::SHA256, text.as_bytes());
+            let hash = hash_of_service_token(text.as_bytes());
+            assert_eq!(hash.unwrap(), expected.as_ref());
+            for malformed in [&text[1..], &text[..40], "", &key.reveal()] {
+                assert_eq!(hash_of_service_token(malformed.as_bytes()), None);
+            }
+            let last = if text.ends_with('0') { "1" } else { "0" };
+            let changed = [&text[..40], last].concat();
+            assert_eq!(hash_of_service_token(changed.as_bytes()), None);
         }
     }
 

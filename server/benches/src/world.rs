@@ -11,7 +11,7 @@ use quota_server::{
     keys::{KeyRecord, LookupCaller},
     plain_request::{DirectEndpoint as _, Parsed, parse},
     router,
-    secret_text::{Kind, SecretText},
+    secret_text::{Kind, SecretText, hash_of_service_token},
     telemetry::log::Log,
 };
 use quota_testkit::redis::RedisServer;
@@ -79,13 +79,8 @@ impl Side {
         let exhausted = Key::create(&app, &account, 1).await;
         let service_token = app.service_token(&account).await;
         // Loads the token into the cache.
-        let secret = SecretText::parse(Kind::ServiceToken, service_token.as_bytes());
-        let now = app.state.clock.monotonic();
-        let found = app
-            .state
-            .keys
-            .service_token(&secret.expect("a token"), now, NO_CALLER)
-            .await;
+        let hash = hash_of_service_token(service_token.as_bytes()).expect("a token");
+        let found = app.state.keys.service_token(hash, NO_CALLER).await;
         assert!(found.expect("the token is found").is_some());
         for _ in 0..2 {
             let policies = &exhausted.record.policies;
@@ -175,6 +170,16 @@ impl World {
                 memory,
                 check(&memory.exhausted.text, &memory.service_token),
             ),
+            respond(
+                "direct response to forward-auth, allowed",
+                memory,
+                forward_auth(&memory.usable.text, &memory.service_token),
+            ),
+            respond(
+                "direct response to forward-auth, denied",
+                memory,
+                forward_auth(&memory.exhausted.text, &memory.service_token),
+            ),
         ]
     }
 }
@@ -263,6 +268,15 @@ fn check(key: &str, service_token: &str) -> String {
          Authorization: Bearer {service_token}\r\nContent-Type: application/json\r\n\
          Content-Length: {}\r\n\r\n{body}",
         body.len()
+    )
+}
+
+/// Returns a request to `/v1/forward-auth`, as a gateway sends it.
+fn forward_auth(key: &str, service_token: &str) -> String {
+    format!(
+        "GET /v1/forward-auth HTTP/1.1\r\nHost: quota.example.com\r\nUser-Agent: bench/1.0\r\nAccept: */*\r\n\
+         X-API-Key: {key}\r\nX-Service-Token: {service_token}\r\nX-Forwarded-Method: GET\r\n\
+         X-Forwarded-Uri: /orders?page=2\r\n\r\n"
     )
 }
 

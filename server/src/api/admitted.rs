@@ -27,7 +27,7 @@ use crate::{
     auth::session::{LiveSession, Origin},
     keys::{KeyRecord, Rejection, ServiceRecord},
     limiter::{Decision, Policy},
-    secret_text::{Kind, SecretText},
+    secret_text::{Kind, SecretText, hash_of_service_token},
     spans::{self, Span, SpanKind},
 };
 
@@ -175,12 +175,7 @@ async fn decide_in_span(
     endpoint: &str,
 ) -> Result<Result<(Arc<KeyRecord>, Decision), RejectedKey>, ApiError> {
     let state = &context.state;
-    let began = match tenant {
-        None => context.decision_begins(),
-        // Use the current time: the lookup of the service token may have waited for PostgreSQL, so an earlier time
-        // could make an outdated key record seem valid.
-        Some(_) => state.clock.monotonic(),
-    };
+    let began = context.decision_begins();
     let refused = |rejection, record| {
         match rejection {
             Rejection::PaymentRequired => &state.metrics.payment_required,
@@ -358,11 +353,21 @@ async fn service_token(
 ) -> Result<Arc<ServiceRecord>, ApiError> {
     let state = &context.state;
     let refused = || ApiError::unauthorized(true, "This service token is invalid.");
-    let text = SecretText::parse(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
-    let token = state
+    let hash = hash_of_service_token(token.as_bytes()).ok_or_else(refused)?;
+    let known = state
         .keys
-        .service_token(&text, context.decision_begins(), context.source(None))
-        .await?;
+        .known_service_token(&hash, context.decision_begins());
+    let token = match known {
+        Some(known) => known,
+        None => {
+            let load = state.keys.service_token(hash, context.source(None));
+            // Boxed, because it is large and rarely needed.
+            let loaded = Box::pin(load).await?;
+            // The load may have waited, and with an earlier time, an outdated key record could seem valid.
+            context.has_waited();
+            loaded
+        }
+    };
     let token = token.ok_or_else(refused)?;
     context.has_authenticated();
     context.is_tenant(token.tenant);

@@ -1,6 +1,12 @@
 //! The context of a request: information that its handler and the layers around the handler share.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use parking_lot::Mutex;
 use poem::{
@@ -52,6 +58,25 @@ impl From<RequestId> for HeaderValue {
     }
 }
 
+/// A time that may be unknown. `u64::MAX` if it is unknown.
+struct OptionalTime(AtomicU64);
+
+impl OptionalTime {
+    const fn unknown() -> Self {
+        Self(AtomicU64::new(u64::MAX))
+    }
+
+    fn set(&self, time: Option<Monotonic>) {
+        self.0
+            .store(time.map_or(u64::MAX, |it| it.0), Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Option<Monotonic> {
+        let time = self.0.load(Ordering::Relaxed);
+        (time < u64::MAX).then_some(Monotonic(time))
+    }
+}
+
 /// Information about a request.
 pub struct RequestContext {
     pub state: AppState,
@@ -60,8 +85,9 @@ pub struct RequestContext {
     pub ip: Option<IpAddr>,
     /// When the server started to process the request.
     pub arrived: UnixNanos,
-    /// The time by which the request had arrived completely. `None` if its body may still be arriving.
-    complete_at: Option<Monotonic>,
+    /// The time by which the request had arrived completely. Unknown if its body may still be arriving, or if work on
+    /// the request has waited since.
+    complete_at: OptionalTime,
     /// Reports to the listener what happens on the request's connection. `None` if the listener does not need any
     /// reports.
     marks: Option<ConnectionMarks>,
@@ -87,7 +113,7 @@ impl RequestContext {
             id,
             ip,
             arrived,
-            complete_at: None,
+            complete_at: OptionalTime::unknown(),
             marks,
             caller: Mutex::default(),
         }
@@ -96,17 +122,21 @@ impl RequestContext {
     /// Sets the time by which the request had arrived completely.
     #[must_use]
     pub fn complete_at(self, time: Monotonic) -> Self {
-        Self {
-            complete_at: Some(time),
-            ..self
-        }
+        self.complete_at.set(Some(time));
+        self
     }
 
-    /// Returns the time at which work on a decision begins. Call before waiting for anything. If the time by which the
-    /// request had arrived completely is known, returns that time without reading the clock.
+    /// Records that work on the request has waited, so that [`decision_begins`](Self::decision_begins) reads the clock.
+    /// Call after each wait that comes before a call of `decision_begins`.
+    pub fn has_waited(&self) {
+        self.complete_at.set(None);
+    }
+
+    /// Returns the time at which work on a decision begins. If the time by which the request had arrived completely is
+    /// known, returns that time without reading the clock.
     pub fn decision_begins(&self) -> Monotonic {
-        self.complete_at
-            .unwrap_or_else(|| self.state.clock.monotonic())
+        let begins = self.complete_at.get();
+        begins.unwrap_or_else(|| self.state.clock.monotonic())
     }
 
     /// Returns the context that `request_log` has stored with the request.

@@ -248,20 +248,18 @@ impl KeyStore {
             .await
     }
 
-    pub async fn service_token(
+    /// Returns the record of the service token with this hash, if it is known without waiting. `Some(None)` means that
+    /// no service token has this hash.
+    pub fn known_service_token(
         &self,
-        text: &SecretText,
+        hash: &Hash,
         now: Monotonic,
-        caller: LookupCaller,
-    ) -> Result<Option<Arc<ServiceRecord>>, Unconfirmed> {
-        let hash = text.hash();
-        if let Some(known) = self.tokens.peek_at(&hash, now) {
-            return Ok(known);
-        }
-        Box::pin(self.load_service_token(hash, caller)).await
+    ) -> Option<Option<Arc<ServiceRecord>>> {
+        self.tokens.peek_at(hash, now)
     }
 
-    async fn load_service_token(
+    /// Works like [`known_service_token`](Self::known_service_token), but loads the record if necessary.
+    pub async fn service_token(
         &self,
         hash: Hash,
         caller: LookupCaller,

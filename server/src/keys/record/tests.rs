@@ -225,11 +225,11 @@ async fn service_token_is_loaded_again_after_a_change_to_it_or_its_tenant() {
             Some((TenantId(TENANT), ServiceTokenId(id)))
         }),
     };
-    let (keys, clock, freshness) = key_store(lookups, 1000, |local| local);
-    let secret = |n| SecretText::from_bytes(Kind::ServiceToken, &[n; 32]);
+    let (keys, _, freshness) = key_store(lookups, 1000, |local| local);
     let token = async |n| {
-        let (secret, caller) = (secret(n), LookupCaller::default());
-        let found = keys.service_token(&secret, clock.monotonic(), caller).await;
+        let secret = SecretText::from_bytes(Kind::ServiceToken, &[n; 32]);
+        let caller = LookupCaller::default();
+        let found = keys.service_token(secret.hash(), caller).await;
         found.unwrap().unwrap().id.0
     };
     let reloads = async |n| {
