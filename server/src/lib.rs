@@ -1,5 +1,10 @@
 //! Quota's server: self-hosted API keys, plans, rate limits and quotas.
 
+#![allow(
+    rustdoc::private_intra_doc_links,
+    reason = "the documentation is built with private items"
+)]
+
 pub mod alerts;
 pub mod api;
 pub mod auth;
