@@ -262,7 +262,7 @@ settings! {
     /// How long cached keys keep working while PostgreSQL is unreachable.
     stale_grace: "QUOTA_STALE_GRACE", "60s", "DURATION";
 
-    /// The number of API keys cached in memory: 1000 to 10000000. Each cached key takes about 400 bytes, or 750 bytes
+    /// The number of API keys cached in memory: 1000 to 10000000. Each cached key takes about 450 bytes, or 800 bytes
     /// if it has a daily and a monthly quota.
     key_cache: "QUOTA_KEY_CACHE", "100000", "N";
 
