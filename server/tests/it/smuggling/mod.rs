@@ -31,9 +31,6 @@ const PAUSE: Duration = Duration::from_millis(40);
 /// How long a victim waits for its response, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(20);
 
-/// The error of a victim that gets no response in time.
-const TOO_LONG: &str = "it takes too long";
-
 /// A client that is not the attacker. Each victim sends a different kind of request, with a key whose limit is unique.
 struct Victim {
     key: String,
@@ -104,24 +101,14 @@ impl Run<'_> {
             self.report
                 .sent
                 .insert(id.clone(), (victim.key_id.clone(), endpoint));
-            let existing = self.clients[n].take();
-            let is_reused = existing.is_some();
-            let mut client = match existing {
+            let mut client = match self.clients[n].take() {
                 Some(client) => client,
-                None => Client::connect(self.front).await,
+                None => Client {
+                    stream: TcpStream::connect(self.front).await.expect("it listens"),
+                    received: Vec::new(),
+                },
             };
-            let mut ended = client.exchange(&request).await;
-            // The server closes a connection if it has responded before the end of a request's body. If a proxy has
-            // just chosen that connection for a victim's request, HAProxy closes the victim's connection without a
-            // response, and leaves it to the client to send the request again. A request that Quota had received would
-            // then be recorded twice, and is detected.
-            let is_proxied = matches!(self.kind, Kind::Proxy(..));
-            let is_closed = ended.as_ref().is_err_and(|it| it != TOO_LONG);
-            if is_reused && is_proxied && is_closed && client.received.is_empty() {
-                client = Client::connect(self.front).await;
-                ended = client.exchange(&request).await;
-            }
-            match ended {
+            match client.exchange(&request).await {
                 Ok((response, rest)) => {
                     if let Some(wrong) = self.wrong(n, &id, &response) {
                         let text = format!("{case}: victim {n} got {wrong}: {response}");
@@ -225,13 +212,6 @@ impl Victim {
 }
 
 impl Client {
-    async fn connect(front: SocketAddr) -> Self {
-        Self {
-            stream: TcpStream::connect(front).await.expect("it listens"),
-            received: Vec::new(),
-        }
-    }
-
     /// Sends a request. Returns the response, and how many more bytes have arrived.
     async fn exchange(&mut self, request: &str) -> Result<(String, usize), String> {
         let exchange = async {
@@ -249,7 +229,7 @@ impl Client {
             }
         };
         let ended = timeout(ANSWERED_WITHIN, exchange).await;
-        let ended = ended.map_err(|_| TOO_LONG.to_owned())?;
+        let ended = ended.map_err(|_| "it takes too long".to_owned())?;
         ended.map_err(|error: std::io::Error| {
             format!(
                 "{error}, after {:?}",
