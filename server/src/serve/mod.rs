@@ -11,6 +11,7 @@ mod connection;
 mod direct;
 mod http2;
 mod memory;
+mod request_body;
 mod settings;
 mod stream;
 mod table;
@@ -27,6 +28,8 @@ use std::{
 };
 
 use bytes::Bytes;
+use http_body_util::{BodyExt as _, combinators::BoxBody};
+use hyper::body::Body as _;
 use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
@@ -49,6 +52,7 @@ use self::{
     connection::{Connection, Phase, Shutdown},
     direct::DirectService,
     http2::CONCURRENT_STREAMS,
+    request_body::BodyEnd,
     stream::{LentStream, WatchedStream},
     table::{Admitted, Slot, Table},
 };
@@ -277,7 +281,8 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                 }
                 // Handlers use `marks` to record that the connection has authenticated. Over HTTP/2, handlers also use
                 // `marks` to announce endless responses.
-                if connection.is_http2() || !connection.marks.is_authenticated() {
+                let is_http2 = connection.is_http2();
+                if is_http2 || !connection.marks.is_authenticated() {
                     request.extensions_mut().insert(connection.marks.clone());
                 }
                 let server = self.clone();
@@ -286,9 +291,20 @@ impl<E: Endpoint<Output = Response> + 'static, D: DirectEndpoint> Server<E, D> {
                     let local = local
                         .map_or_else(LocalAddr::default, |addr| LocalAddr(Addr::SocketAddr(addr)));
                     let remote = RemoteAddr(Addr::SocketAddr(peer));
-                    let request = (request, local, remote, Scheme::HTTP).into();
+                    let (parts, body) = request.into_parts();
+                    let (end, body) = if is_http2 || body.is_end_stream() {
+                        (None, BoxBody::new(body.map_err(io::Error::other)).into())
+                    } else {
+                        let (end, body) = BodyEnd::watch(&parts.headers, body);
+                        (Some(end), body)
+                    };
+                    let parts = (parts, local, remote, Scheme::HTTP).into();
+                    let request = poem::Request::from_parts(parts, body);
                     let mut response =
                         http::Response::from(server.endpoint.get_response(request).await);
+                    if let Some(end) = end {
+                        end.announce_close(response.headers_mut()).await;
+                    }
                     let held = response.extensions_mut().remove::<HeldUntilSent>();
                     Ok::<_, Infallible>(response.map(|body| ResponseBody {
                         body,

@@ -643,6 +643,56 @@ async fn body_that_nobody_reads_is_not_answered() {
     }
 }
 
+/// A proxy may send another client's request on a connection after the response to a request whose body has not arrived
+/// completely. So if the server is about to close the connection, the response must say so.
+#[tokio::test]
+async fn response_before_the_end_of_a_body_announces_that_the_connection_closes() {
+    let body = b"abcdefghij".repeat(2_000);
+    let head = |rest: &str| format!("POST /unread HTTP/1.1\r\nHost: q\r\n{rest}\r\n\r\n");
+    let length = head(&format!("Content-Length: {}", body.len()));
+    let waiting = head(&format!(
+        "Expect: 100-continue\r\nContent-Length: {}",
+        body.len()
+    ));
+    let chunks = head("Transfer-Encoding: chunked");
+    let too_large = head("Content-Length: 100000000");
+    let chunk = [b"4e20\r\n", &body[..], b"\r\n"].concat();
+    let all_chunks = [&chunk, &b"0\r\n\r\n"[..]].concat();
+    for (sent, is_complete) in [
+        ((&length, &body[..]), true),
+        ((&length, &body[..body.len() - 1]), false),
+        ((&length, b""), false),
+        ((&waiting, b""), false),
+        ((&chunks, &all_chunks), true),
+        ((&chunks, &chunk), false),
+        ((&chunks, b"4e21\r\n"), false),
+        ((&chunks, b"wrong\r\n"), false),
+        ((&too_large, &body), false),
+    ] {
+        let (head, body) = sent;
+        for way in [Way::Hyper, Way::Direct] {
+            let mut stream = connect_by(way).await;
+            let request = [head.as_bytes(), body].concat();
+            stream.write_all(&request).await.unwrap();
+            let mut answer = Vec::new();
+            while !answer.ends_with(b"here") {
+                let length = stream.read_buf(&mut answer).await.unwrap();
+                assert_ne!(length, 0, "{head}: the connection ended");
+            }
+            let text = String::from_utf8(answer).unwrap();
+            assert!(text.starts_with("HTTP/1.1 200 "), "{text}");
+            let is_announced = text.contains("connection: close\r\n");
+            assert_eq!(is_announced, !is_complete, "{way:?}: {head}{text}");
+            if is_complete {
+                ask(&mut stream).await;
+            } else {
+                let ended = ended_after(&mut stream).await;
+                assert!(ended < HEADER, "{head}: {ended:?}");
+            }
+        }
+    }
+}
+
 #[tokio::test]
 async fn deadlines_apply_after_a_foreign_request() {
     let mut stream = connect_by(Way::Direct).await;

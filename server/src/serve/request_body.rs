@@ -1,0 +1,143 @@
+//! Request bodies that nobody has read to the end.
+//!
+//! If the end of a request's body has not arrived when the response is sent, hyper closes the connection, because it
+//! cannot tell when the next request begins. hyper does not announce this. A proxy could then send another client's
+//! request on the connection, and that client would get no response.
+
+use std::{
+    future::poll_fn,
+    io,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::Bytes;
+use http_body_util::combinators::BoxBody;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use parking_lot::Mutex;
+use poem::http::header::{CONNECTION, EXPECT, HeaderMap, HeaderValue};
+use tokio::task;
+
+/// A longer rest of a body is not read: closing the connection costs less.
+const READ_MAX: usize = 64 * 1024;
+
+/// Finds out whether the end of a request's body has arrived.
+pub(super) struct BodyEnd {
+    state: Arc<Mutex<State>>,
+    /// Whether the client waits for permission to send the body. Reading the body would give that permission.
+    is_withheld: bool,
+}
+
+enum State {
+    /// A handler has the body.
+    InUse,
+    Ended,
+    /// The handler has dropped the body before its end.
+    Dropped(Incoming),
+}
+
+impl BodyEnd {
+    /// Returns the body to pass to a handler.
+    pub(super) fn watch(headers: &HeaderMap, body: Incoming) -> (Self, poem::Body) {
+        let state = Arc::new(Mutex::new(State::InUse));
+        let watched = WatchedBody {
+            body: Some(body),
+            has_ended: false,
+            state: state.clone(),
+        };
+        let end = Self {
+            state,
+            is_withheld: headers.contains_key(EXPECT),
+        };
+        (end, BoxBody::new(watched).into())
+    }
+
+    /// Announces in the head of a response that the connection is about to be closed, unless the rest of the request's
+    /// body has arrived. Does not wait for the client.
+    pub(super) async fn announce_close(self, response: &mut HeaderMap) {
+        let state = std::mem::replace(&mut *self.state.lock(), State::InUse);
+        let has_ended = match state {
+            State::Ended => true,
+            State::Dropped(body) => !self.is_withheld && ends(body).await,
+            State::InUse => false,
+        };
+        if !has_ended {
+            response.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+    }
+}
+
+/// Reads what has arrived of a body. Returns whether its end has arrived.
+async fn ends(mut body: Incoming) -> bool {
+    let mut left = READ_MAX;
+    let mut has_yielded = false;
+    loop {
+        if body.is_end_stream() {
+            return true;
+        }
+        let frame = poll_fn(|context| Poll::Ready(Pin::new(&mut body).poll_frame(context))).await;
+        match frame {
+            Poll::Ready(None) => return true,
+            Poll::Ready(Some(Err(_))) => return false,
+            Poll::Ready(Some(Ok(frame))) => {
+                let length = frame.data_ref().map_or(0, Bytes::len);
+                let Some(rest) = left.checked_sub(length) else {
+                    return false;
+                };
+                left = rest;
+                has_yielded = false;
+            }
+            // hyper reads from the socket after it has been asked for a frame.
+            Poll::Pending if !has_yielded => {
+                has_yielded = true;
+                task::yield_now().await;
+            }
+            Poll::Pending => return false,
+        }
+    }
+}
+
+/// A request body that returns the rest of itself when it is dropped.
+struct WatchedBody {
+    body: Option<Incoming>,
+    has_ended: bool,
+    state: Arc<Mutex<State>>,
+}
+
+impl Body for WatchedBody {
+    type Data = Bytes;
+    type Error = io::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<io::Result<Frame<Bytes>>>> {
+        let Some(body) = &mut self.body else {
+            return Poll::Ready(None);
+        };
+        let frame = ready!(Pin::new(body).poll_frame(context));
+        self.has_ended |= frame.is_none();
+        Poll::Ready(frame.map(|frame| frame.map_err(io::Error::other)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(Incoming::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body
+            .as_ref()
+            .map_or_else(SizeHint::default, Incoming::size_hint)
+    }
+}
+
+impl Drop for WatchedBody {
+    fn drop(&mut self) {
+        let has_ended = self.has_ended || self.is_end_stream();
+        *self.state.lock() = match self.body.take() {
+            Some(body) if !has_ended => State::Dropped(body),
+            _ => State::Ended,
+        };
+    }
+}
