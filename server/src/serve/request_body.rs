@@ -1,28 +1,30 @@
 //! Request bodies that nobody has read to the end.
 //!
-//! If the end of a request's body has not arrived when the response is sent, hyper closes the connection, because it
-//! cannot tell when the next request begins. hyper does not announce this. A proxy could then send another client's
+//! If the end of a request's body has not arrived when the response is sent, hyper closes the connection instead of
+//! reading the rest later. hyper does not announce this. A proxy could then send another client's
 //! request on the connection, and that client would get no response.
 
 use std::{
-    future::poll_fn,
     io,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
-use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt as _, combinators::BoxBody};
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use parking_lot::Mutex;
 use poem::http::header::{CONNECTION, EXPECT, HeaderMap, HeaderValue};
-use tokio::task;
+use tokio::time::timeout;
 
 /// A longer rest of a body is not read: closing the connection costs less.
-const READ_MAX: usize = 64 * 1024;
+const READ_MAX: u64 = 64 * 1024;
+/// How long a response waits for the rest of a body. Many clients send the head and the body in two packets.
+const WAIT: Duration = Duration::from_millis(30);
 
-/// Finds out whether the end of a request's body has arrived.
+/// Finds out whether the end of a request's body arrives in time.
 pub(super) struct BodyEnd {
     state: Arc<Mutex<State>>,
     /// Whether the client waits for permission to send the body. Reading the body would give that permission.
@@ -53,13 +55,13 @@ impl BodyEnd {
         (end, BoxBody::new(watched).into())
     }
 
-    /// Announces in the head of a response that the connection is about to be closed, unless the rest of the request's
-    /// body has arrived. Does not wait for the client.
+    /// Announces in the head of a response that the connection is about to be closed, unless the end of the request's
+    /// body has arrived or arrives soon.
     pub(super) async fn announce_close(self, response: &mut HeaderMap) {
         let state = std::mem::replace(&mut *self.state.lock(), State::InUse);
         let has_ended = match state {
             State::Ended => true,
-            State::Dropped(body) => !self.is_withheld && ends(body).await,
+            State::Dropped(body) => !self.is_withheld && ends_soon(body).await,
             State::InUse => false,
         };
         if !has_ended {
@@ -68,34 +70,29 @@ impl BodyEnd {
     }
 }
 
-/// Reads what has arrived of a body. Returns whether its end has arrived.
-async fn ends(mut body: Incoming) -> bool {
+/// Reads the rest of a body. Returns whether its end arrives soon.
+async fn ends_soon(mut body: Incoming) -> bool {
     let mut left = READ_MAX;
-    let mut has_yielded = false;
-    loop {
-        if body.is_end_stream() {
-            return true;
-        }
-        let frame = poll_fn(|context| Poll::Ready(Pin::new(&mut body).poll_frame(context))).await;
-        match frame {
-            Poll::Ready(None) => return true,
-            Poll::Ready(Some(Err(_))) => return false,
-            Poll::Ready(Some(Ok(frame))) => {
-                let length = frame.data_ref().map_or(0, Bytes::len);
-                let Some(rest) = left.checked_sub(length) else {
-                    return false;
-                };
-                left = rest;
-                has_yielded = false;
-            }
-            // hyper reads from the socket after it has been asked for a frame.
-            Poll::Pending if !has_yielded => {
-                has_yielded = true;
-                task::yield_now().await;
-            }
-            Poll::Pending => return false,
-        }
+    if body.size_hint().lower() > left {
+        return false;
     }
+    let read = async {
+        while !body.is_end_stream() {
+            match body.frame().await {
+                None => break,
+                Some(Err(_)) => return false,
+                Some(Ok(frame)) => {
+                    let length = frame.data_ref().map_or(0, Bytes::len) as u64;
+                    let Some(rest) = left.checked_sub(length) else {
+                        return false;
+                    };
+                    left = rest;
+                }
+            }
+        }
+        true
+    };
+    timeout(WAIT, read).await.unwrap_or(false)
 }
 
 /// A request body that returns the rest of itself when it is dropped.

@@ -686,11 +686,33 @@ async fn response_before_the_end_of_a_body_announces_that_the_connection_closes(
             if is_complete {
                 ask(&mut stream).await;
             } else {
-                let ended = ended_after(&mut stream).await;
-                assert!(ended < HEADER, "{head}: {ended:?}");
+                ended_after(&mut stream).await;
             }
         }
     }
+}
+
+/// Many clients send the head and the body in two packets.
+#[tokio::test]
+async fn body_that_arrives_soon_keeps_the_connection_open() {
+    let head = b"POST /unread HTTP/1.1\r\nHost: q\r\nContent-Length: 3\r\n\r\n";
+    // On a busy machine, the body may arrive too late.
+    for _ in 0..20 {
+        let mut stream = connect().await;
+        stream.set_nodelay(true).unwrap();
+        stream.write_all(head).await.unwrap();
+        time::sleep(Duration::from_millis(2)).await;
+        stream.write_all(b"abc").await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"here") {
+            let length = stream.read_buf(&mut answer).await.unwrap();
+            assert_ne!(length, 0, "the connection ended");
+        }
+        if !String::from_utf8(answer).unwrap().contains("close") {
+            return ask(&mut stream).await;
+        }
+    }
+    panic!("every response closed the connection");
 }
 
 #[tokio::test]

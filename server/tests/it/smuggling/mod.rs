@@ -9,7 +9,7 @@ mod response;
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use quota_testkit::gateways::{Parsing, Program};
@@ -30,6 +30,9 @@ use crate::support::app::TestApp;
 const PAUSE: Duration = Duration::from_millis(40);
 /// How long a victim waits for its response, even on a busy machine.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long clients send bodies only after the response.
+const LATE_BODIES_FOR: Duration = Duration::from_secs(5);
 
 /// A client that is not the attacker. Each victim sends a different kind of request, with a key whose limit is unique.
 struct Victim {
@@ -103,10 +106,7 @@ impl Run<'_> {
                 .insert(id.clone(), (victim.key_id.clone(), endpoint));
             let mut client = match self.clients[n].take() {
                 Some(client) => client,
-                None => Client {
-                    stream: TcpStream::connect(self.front).await.expect("it listens"),
-                    received: Vec::new(),
-                },
+                None => Client::connect(self.front).await,
             };
             match client.exchange(&request).await {
                 Ok((response, rest)) => {
@@ -212,6 +212,13 @@ impl Victim {
 }
 
 impl Client {
+    async fn connect(front: SocketAddr) -> Self {
+        Self {
+            stream: TcpStream::connect(front).await.expect("it listens"),
+            received: Vec::new(),
+        }
+    }
+
     /// Sends a request. Returns the response, and how many more bytes have arrived.
     async fn exchange(&mut self, request: &str) -> Result<(String, usize), String> {
         let exchange = async {
@@ -373,6 +380,59 @@ async fn nothing_is_smuggled_directly() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nothing_is_smuggled_through_the_relay() {
     smuggles_nothing(Kind::Relay).await;
+}
+
+/// A client that repeatedly waits for the response to a request whose body it has not sent, and then sends the body.
+async fn send_bodies_late(front: SocketAddr) {
+    let repeated = async {
+        loop {
+            let mut client = Client::connect(front).await;
+            let head = "POST /nothing HTTP/1.1\r\nHost: q\r\nContent-Length: 60\r\n\r\n";
+            client.exchange(head).await.expect("a response");
+            // The connection may have been closed.
+            let _ = client.stream.write_all(&[b'x'; 60]).await;
+        }
+    };
+    let _ = timeout(LATE_BODIES_FOR, repeated).await;
+}
+
+/// Sends requests on one connection. Returns how many got their response.
+async fn send_plain_requests(front: SocketAddr) -> u32 {
+    let began = Instant::now();
+    let mut client = Client::connect(front).await;
+    let mut answered = 0;
+    while began.elapsed() < LATE_BODIES_FOR {
+        let request = "GET /health/live HTTP/1.1\r\nHost: q\r\n\r\n";
+        let (response, rest) = client.exchange(request).await.expect("a response");
+        assert!(response.starts_with("HTTP/1.1 200 "), "{response}");
+        assert_eq!(rest, 0, "{response}");
+        answered += 1;
+    }
+    answered
+}
+
+/// The server closes a connection after it has responded to a request whose body has not arrived. HAProxy must know this
+/// when it receives the response. Otherwise, it sends another client's request on the connection.
+#[tokio::test(flavor = "multi_thread")]
+async fn early_response_costs_no_other_client_its_response() {
+    let app = TestApp::setup()
+        .without_jobs()
+        .flag("--direct-responses=off")
+        .start()
+        .await;
+    let haproxy = Kind::Proxy(Program::HaProxy, Parsing::Strict);
+    let front = haproxy.start(app.addr).await;
+    let attackers = (0..4).map(|_| tokio::spawn(send_bodies_late(front.addr)));
+    let attackers = attackers.collect::<Vec<_>>();
+    let clients = (0..2).map(|_| tokio::spawn(send_plain_requests(front.addr)));
+    let mut answered = 0;
+    for client in clients.collect::<Vec<_>>() {
+        answered += client.await.expect("every request gets a response");
+    }
+    for attacker in attackers {
+        attacker.await.expect("every early response arrives");
+    }
+    assert!(answered > 100, "{answered}");
 }
 
 macro_rules! behind {
