@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::signal::{Signal, kill},
@@ -72,7 +72,7 @@ pub(crate) struct Server {
     /// The log file of the `quota` process. `None` for a bare server.
     log: Option<File>,
     /// The server's data directory, which is removed at the end.
-    _data: Option<TempDir>,
+    data: Option<TempDir>,
 }
 
 impl Server {
@@ -92,7 +92,7 @@ impl Server {
             addr: SocketAddr::from(([127, 0, 0, 1], 0)),
             grpc_addr: None,
             log: None,
-            _data: None,
+            data: None,
         };
         read?;
         server.addr = addr.with_context(|| format!("the plain {name} server did not start"))??;
@@ -127,7 +127,7 @@ impl Server {
             addr: SocketAddr::from(([127, 0, 0, 1], 0)),
             grpc_addr: None,
             log: Some(log),
-            _data: Some(data),
+            data: Some(data),
         };
         let line = server.ready(&path)?;
         let address = |name: &str| line[name].as_str().map(str::parse).transpose();
@@ -160,6 +160,32 @@ impl Server {
         let bytes = log.metadata()?.len();
         log.set_len(0)?;
         Ok(bytes)
+    }
+
+    /// Lets the server's private PostgreSQL run only when no other process needs its core. In production, PostgreSQL has
+    /// cores of its own.
+    pub(crate) fn run_database_when_idle(&self) -> Result<()> {
+        let data = self
+            .data
+            .as_ref()
+            .context("a bare server has no database")?;
+        let file = data.path().join("postgres/postmaster.pid");
+        let text =
+            fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
+        let main = text.lines().next().unwrap_or_default();
+        let children = fs::read_to_string(format!("/proc/{main}/task/{main}/children"))?;
+        // Processes that PostgreSQL starts later inherit the policy.
+        for pid in children.split_whitespace().chain([main]) {
+            let status = Command::new("chrt")
+                .args(["--idle", "--pid", "0", pid])
+                .status()
+                .context("cannot run chrt (from util-linux)")?;
+            ensure!(
+                status.success(),
+                "chrt failed for PostgreSQL's process {pid}"
+            );
+        }
+        Ok(())
     }
 
     pub(crate) fn pid(&self) -> Result<Pid> {
