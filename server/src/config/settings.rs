@@ -247,16 +247,17 @@ settings! {
     /// QUOTA_CONNECTIONS_PER_ADDRESS.
     connections_per_network: "QUOTA_CONNECTIONS_PER_NETWORK", "2500", "N";
 
-    /// The maximum number of concurrent lookups of API keys that are not in memory: 1 to 100000. Service tokens have a
-    /// separate limit of the same size. When a limit is reached, each client still gets an equal share, and other
-    /// lookups get 503. Requests with cached keys are not affected.
+    /// The number of concurrent lookups of API keys that are not in memory, from which each client is limited to an
+    /// equal share: 1 to 100000. At most twice this number are in progress in total. Further lookups get 503. Service
+    /// tokens have a separate limit of the same size. Requests with cached keys are not affected.
     key_lookups: "QUOTA_KEY_LOOKUPS", "1000", "N";
 
-    /// How long the server waits for requests in flight when it stops: at most 25s.
+    /// How long the server waits for requests in flight when it stops: at most 25s, and at most 28s together with
+    /// QUOTA_DRAIN_DELAY.
     drain_timeout: "QUOTA_DRAIN_TIMEOUT", "20s", "DURATION";
 
     /// How long the server continues to accept requests after SIGTERM, although it already reports that it is not
-    /// ready. This delay gives load balancers time to stop sending requests.
+    /// ready: at most 20s. This delay gives load balancers time to stop sending requests.
     drain_delay: "QUOTA_DRAIN_DELAY", "0s", "DURATION";
 
     /// How long cached keys keep working while PostgreSQL is unreachable.

@@ -16,7 +16,7 @@ use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     sys::signal::{Signal, kill},
     time::clock_getcpuclockid,
-    unistd::Pid,
+    unistd::{Pid, SysconfVar, sysconf},
 };
 use quota_server::config::variables;
 use serde_json::Value;
@@ -67,6 +67,8 @@ fn stay_on(core: usize) -> Result<()> {
 pub(crate) struct Server {
     child: Child,
     pub(crate) addr: SocketAddr,
+    /// The address of the listener for metrics. `None` for a bare server.
+    pub(crate) metrics_addr: Option<SocketAddr>,
     /// The address of the gRPC listener, if the settings turn it on.
     pub(crate) grpc_addr: Option<SocketAddr>,
     /// The log file of the `quota` process. `None` for a bare server.
@@ -90,6 +92,7 @@ impl Server {
         let mut server = Self {
             child,
             addr: SocketAddr::from(([127, 0, 0, 1], 0)),
+            metrics_addr: None,
             grpc_addr: None,
             log: None,
             data: None,
@@ -125,6 +128,7 @@ impl Server {
         let mut server = Self {
             child,
             addr: SocketAddr::from(([127, 0, 0, 1], 0)),
+            metrics_addr: None,
             grpc_addr: None,
             log: Some(log),
             data: Some(data),
@@ -132,6 +136,7 @@ impl Server {
         let line = server.ready(&path)?;
         let address = |name: &str| line[name].as_str().map(str::parse).transpose();
         server.addr = address("listen")?.context("there is no address in the log")?;
+        server.metrics_addr = address("metrics_listen")?;
         server.grpc_addr = address("grpc_listen")?;
         Ok(server)
     }
@@ -165,6 +170,37 @@ impl Server {
     /// Lets the server's private PostgreSQL run only when no other process needs its core. In production, PostgreSQL has
     /// cores of its own.
     pub(crate) fn run_database_when_idle(&self) -> Result<()> {
+        let (main, children) = self.database()?;
+        // Processes that PostgreSQL starts later inherit the policy.
+        for pid in children.into_iter().chain([main]) {
+            let status = Command::new("chrt")
+                .args(["--idle", "--pid", "0", &pid.to_string()])
+                .status()
+                .context("cannot run chrt (from util-linux)")?;
+            ensure!(
+                status.success(),
+                "chrt failed for PostgreSQL's process {pid}"
+            );
+        }
+        Ok(())
+    }
+
+    /// Returns the user and system time of all processes of the server's private PostgreSQL so far, including processes
+    /// that have ended.
+    pub(crate) fn database_cpu(&self) -> Result<Duration> {
+        let (main, children) = self.database()?;
+        let stat = fs::read_to_string(format!("/proc/{main}/stat"))?;
+        let ended = ticks_of_ended_children(&stat).context("/proc has another format")?;
+        let per_second =
+            sysconf(SysconfVar::CLK_TCK)?.context("the length of a tick is unknown")?;
+        let ended = Duration::from_secs(ended) / u32::try_from(per_second)?;
+        // A process that has just ended is counted next time.
+        let running = children.into_iter().filter_map(|pid| cpu(pid).ok());
+        Ok(cpu(main)? + ended + running.sum::<Duration>())
+    }
+
+    /// Returns the processes of the server's private PostgreSQL: the main process, and its children.
+    fn database(&self) -> Result<(Pid, Vec<Pid>)> {
         let data = self
             .data
             .as_ref()
@@ -174,18 +210,12 @@ impl Server {
             fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
         let main = text.lines().next().unwrap_or_default();
         let children = fs::read_to_string(format!("/proc/{main}/task/{main}/children"))?;
-        // Processes that PostgreSQL starts later inherit the policy.
-        for pid in children.split_whitespace().chain([main]) {
-            let status = Command::new("chrt")
-                .args(["--idle", "--pid", "0", pid])
-                .status()
-                .context("cannot run chrt (from util-linux)")?;
-            ensure!(
-                status.success(),
-                "chrt failed for PostgreSQL's process {pid}"
-            );
-        }
-        Ok(())
+        let pid = |text: &str| Ok(Pid::from_raw(text.parse()?));
+        let children = children
+            .split_whitespace()
+            .map(pid)
+            .collect::<Result<_>>()?;
+        Ok((pid(main)?, children))
     }
 
     pub(crate) fn pid(&self) -> Result<Pid> {
@@ -201,6 +231,18 @@ impl Server {
 /// Returns the user and system time of all threads of a process so far.
 pub(crate) fn cpu(pid: Pid) -> Result<Duration> {
     Ok(clock_getcpuclockid(pid)?.now()?.into())
+}
+
+/// Returns the user and system time of a process's children that have ended, from its file `stat` in `/proc`.
+fn ticks_of_ended_children(stat: &str) -> Option<u64> {
+    // The name of the program may contain spaces and parentheses.
+    let (_, fields) = stat.rsplit_once(')')?;
+    let times = fields.split_whitespace().skip(13).take(2);
+    let times = times
+        .map(str::parse)
+        .collect::<Result<Vec<u64>, _>>()
+        .ok()?;
+    (times.len() == 2).then(|| times.iter().sum())
 }
 
 /// Returns the command `quota serve`, with default settings and on free ports, and its new data directory.
@@ -259,6 +301,13 @@ impl Drop for Server {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_of_ended_children_follow_the_own_times() {
+        let stat = "7 (a) S b) S 1 7 7 0 -1 4194560 10 20 0 0 31 32 41 42 20 0 1 0 99 1000 50";
+        assert_eq!(ticks_of_ended_children(stat), Some(83));
+        assert_eq!(ticks_of_ended_children("7 (a) S 1 7 7"), None);
+    }
 
     #[test]
     fn measured_server_gets_no_settings_from_the_environment() {

@@ -103,8 +103,8 @@ impl Report<'_> {
         text.push('\n');
         let _ = write!(
             text,
-            "The figures are medians of {} rounds. In each round, the servers are loaded for {} ms each, one after \
-             another. The load uses {CONNECTIONS} keep-alive connections on loopback, each of which sends a request \
+            "The figures are medians of {} rounds. The ratio to bare poem is the median of the rounds' ratios, not the \
+             ratio of the medians. In each round, the servers are loaded for {} ms each, one after another. The load uses {CONNECTIONS} keep-alive connections on loopback, each of which sends a request \
              after each response. {} Latency is measured while the server is saturated. CPU time is the user and \
              system time of the server's process, without Redis and PostgreSQL. Memory is the resident memory of this \
              process after the last round. Redis calls are script calls, as counted by `INFO commandstats`. The \
@@ -168,9 +168,8 @@ impl Report<'_> {
         let _ = write!(
             text,
             "## Redis killed or slow\n\n\
-             | Server | Killed: requests below their limit | Killed: limits | Key above its limit: allowed, of the bound | {} ms late: allowed, of the bound | requests/s | p99 ms | failed |\n\
-             |---|---|---|---:|---:|---:|---:|---:|\n",
-            LATE.as_millis()
+             | Server | Killed: requests below their limit | Killed: limits | Key above its limit: allowed, of the bound | Late: allowed, of the bound | Late: requests/s | Late: p99 ms | Late: failed |\n\
+             |---|---|---|---:|---:|---:|---:|---:|\n"
         );
         for row in &self.accuracy.rows {
             let (Some(late), Some(outage)) = (&row.late, &row.outage) else {
@@ -201,8 +200,8 @@ impl Report<'_> {
             "\nIn the first test, the load lasts {} s. Redis is killed with `kill -9` after {} s, and restarted \
              without its data after {} s. The load uses two keys: one whose limit is never reached, and one whose limit \
              is reached before the outage. For the key whose limit is reached, the allowed requests before, during and \
-             after the outage are counted. In the second test, Redis's responses to both instances are delayed by {} \
-             ms, and a new key is used for {} s. A request has failed if its response is neither 200 nor 429. While \
+             after the outage are counted. In the second test (*late*), Redis's responses to both instances are \
+             delayed by {} ms, and a new key is used for {} s. A request has failed if its response is neither 200 nor 429. While \
              Redis is unavailable, Quota uses its default fallback setting, `QUOTA_ON_REDIS_FAILURE=share`: each \
              replica enforces its share of the rate, starting with an empty bucket.\n\n",
             ENDED.as_secs_f64(),
