@@ -194,6 +194,9 @@ async fn back_up_and_restore(ship_every: &str) {
         );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+    // The server may still be shipping usage, so the log and the rollups are read from the same snapshot.
+    let begin = "BEGIN ISOLATION LEVEL REPEATABLE READ";
+    database.batch_execute(begin).await.expect("a transaction");
     let log = database
         .query("SELECT request_id, was_rejected FROM usage_log", &[])
         .await
@@ -224,6 +227,7 @@ async fn back_up_and_restore(ship_every: &str) {
         count(&database, total).await,
         i64::try_from(log.len()).expect("few")
     );
+    database.batch_execute("COMMIT").await.expect("it ends");
 
     // The key works, and quota that was used before the backup remains used.
     let echo = format!("http://{}/v1/echo", quota.addr);
