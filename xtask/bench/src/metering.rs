@@ -69,7 +69,7 @@ fn store(case: &Case) -> Result<()> {
         "{records} records were written, for these requests: {statuses:?}"
     );
     println!(
-        "PostgreSQL: {:.1} µs of CPU time per usage record ({records} records, written with {:.0} records/s).",
+        "PostgreSQL: {:.1} µs of CPU time per usage record ({records} records, from a load of {:.0} requests/s).",
         cpu.as_secs_f64() * 1e6 / f64::from(u32::try_from(records)?),
         f64::from(u32::try_from(records)?) / STORED_FOR.as_secs_f64(),
     );
