@@ -34,8 +34,9 @@ const FRACTION: f64 = 0.7;
 const CHANGE_MAX: f64 = 0.15;
 /// The minimum number of rounds that must remain.
 const ROUNDS_MIN: usize = 5;
-/// If more requests than this are due but unsent at the end of a round, the server did not keep up.
-const UNSENT_MAX: u64 = CONNECTIONS * 50;
+/// If more than this fraction of a round's requests are due but unsent at the end of the round, the server did not keep
+/// up.
+const UNSENT_MAX: f64 = 0.01;
 
 struct Case {
     name: &'static str,
@@ -48,11 +49,11 @@ struct Case {
 #[derive(Default)]
 struct Outcome {
     times: Vec<Duration>,
-    /// The number of requests that were due but had not been sent at the end.
-    unsent: u64,
+    /// The fraction of the requests that were due but unsent at the end. They were sent later.
+    unsent: f64,
 }
 
-/// Percentiles in microseconds. A percentile is infinite if it falls on a request that was not sent.
+/// Percentiles in microseconds.
 #[derive(Clone, Copy)]
 struct Percentiles {
     p50: f64,
@@ -77,7 +78,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         ("quota without direct responses, denied", &general, 429),
     ] {
         let server = Server::quota(quota, "info", cores, settings)?;
-        server.run_database_when_idle()?;
+        server.give_database_lowest_priority()?;
         let (ample, scant) = keys(&server)?;
         cases.push(Case {
             name,
@@ -127,10 +128,6 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         rates.len()
     );
     let measured = measured.into_iter().map(percentiles).collect::<Vec<_>>();
-    ensure!(
-        measured[0].p99.is_finite(),
-        "bare poem did not keep up with 1% of the requests"
-    );
     print(&cases, &measured, &rates, rounds, time, cores);
     Ok(())
 }
@@ -213,6 +210,8 @@ async fn open_loop(case: &Case, rate: f64, time: Duration) -> Result<Outcome> {
         !times.is_empty() && others * 100 <= times.len(),
         "unexpected responses: {others}"
     );
+    #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
+    let unsent = unsent as f64 / times.len() as f64;
     Ok(Outcome { times, unsent })
 }
 
@@ -251,14 +250,11 @@ async fn connection(
 
 /// Returns the percentiles of all requests in all rounds.
 fn percentiles(rounds: Vec<Outcome>) -> Percentiles {
-    let unsent = rounds.iter().map(|it| it.unsent).sum::<u64>();
     let mut times: Vec<_> = rounds.into_iter().flat_map(|it| it.times).collect();
     times.sort_unstable();
-    let all = times.len() as u64 + unsent;
-    let at = |percent: u64| {
-        let index = (all * percent).div_ceil(100).max(1) - 1;
-        let time = usize::try_from(index).ok().and_then(|it| times.get(it));
-        time.map_or(f64::INFINITY, |it| it.as_secs_f64() * 1e6)
+    let at = |percent: usize| {
+        let index = (times.len() * percent).div_ceil(100).max(1) - 1;
+        times[index].as_secs_f64() * 1e6
     };
     Percentiles {
         p50: at(50),
@@ -277,26 +273,21 @@ fn print(
     println!("| `GET /v1/echo` | p50 µs | p99 µs | p99, bare poem = 1 |");
     println!("|---|---:|---:|---:|");
     for (case, it) in cases.iter().zip(measured) {
-        if it.p99.is_finite() {
-            println!(
-                "| {} | {:.0} | {:.0} | {:.2} |",
-                case.name,
-                it.p50,
-                it.p99,
-                it.p99 / measured[0].p99,
-            );
-        } else {
-            println!("| {} | – | – | – |", case.name);
-        }
+        println!(
+            "| {} | {:.0} | {:.0} | {:.2} |",
+            case.name,
+            it.p50,
+            it.p99,
+            it.p99 / measured[0].p99,
+        );
     }
     println!();
     println!(
         "Percentiles of all requests in the {} of {rounds} rounds in which the machine's speed was steady. In each \
          round, each case runs for {} ms. Requests are sent on {CONNECTIONS} keep-alive connections, at {:.0}% of the \
          rate at which bare poem was saturated in the same round (median: {:.0} requests/s). Response times count from \
-         the time at which a request is due. {} –: more than 1% of the requests were due but could not be sent. \
-         PostgreSQL, to which `quota` writes usage, runs on the servers' core whenever that core is idle. Target: at \
-         most 1.2.",
+         the time at which a request is due. {} PostgreSQL, to which `quota` writes usage, has the lowest priority. \
+         Target: at most 1.2.",
         rates.len(),
         time.as_millis(),
         FRACTION * 100.0,
@@ -321,20 +312,18 @@ mod tests {
 
     #[test]
     fn percentiles_are_those_of_all_requests() {
-        let round = |micros: std::ops::RangeInclusive<u64>, unsent| Outcome {
+        let round = |micros: std::ops::RangeInclusive<u64>| Outcome {
             times: micros.rev().map(Duration::from_micros).collect(),
-            unsent,
+            unsent: 0.0,
         };
         let rounded = |rounds| {
             let it = percentiles(rounds);
             (it.p50.round(), it.p99.round())
         };
-        assert_eq!(rounded(vec![round(1..=200, 0)]), (100.0, 198.0));
-        let parts = vec![round(101..=200, 0), round(1..=100, 0)];
+        assert_eq!(rounded(vec![round(1..=200)]), (100.0, 198.0));
+        let parts = vec![round(101..=200), round(1..=100)];
         assert_eq!(rounded(parts), (100.0, 198.0));
-        assert_eq!(rounded(vec![round(7..=7, 0)]), (7.0, 7.0));
-        assert_eq!(rounded(vec![round(1..=198, 2)]), (100.0, 198.0));
-        assert_eq!(rounded(vec![round(1..=197, 3)]), (100.0, f64::INFINITY));
+        assert_eq!(rounded(vec![round(7..=7)]), (7.0, 7.0));
     }
 
     #[test]

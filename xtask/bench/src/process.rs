@@ -167,20 +167,17 @@ impl Server {
         Ok(bytes)
     }
 
-    /// Lets the server's private PostgreSQL run only when no other process needs its core. In production, PostgreSQL has
-    /// cores of its own.
-    pub(crate) fn run_database_when_idle(&self) -> Result<()> {
-        let (main, children) = self.database()?;
-        // Processes that PostgreSQL starts later inherit the policy.
-        for pid in children.into_iter().chain([main]) {
-            let status = Command::new("chrt")
-                .args(["--idle", "--pid", "0", &pid.to_string()])
-                .status()
-                .context("cannot run chrt (from util-linux)")?;
-            ensure!(
-                status.success(),
-                "chrt failed for PostgreSQL's process {pid}"
-            );
+    /// Gives the server's private PostgreSQL the lowest priority. In production, PostgreSQL has cores of its own.
+    pub(crate) fn give_database_lowest_priority(&self) -> Result<()> {
+        let (main, _) = self.database()?;
+        make_idle(main)?;
+        // Processes that PostgreSQL starts from now on inherit the policy.
+        for pid in self.database()?.1 {
+            let result = make_idle(pid);
+            let has_ended = !Path::new(&format!("/proc/{pid}")).exists();
+            if !has_ended {
+                result?;
+            }
         }
         Ok(())
     }
@@ -194,7 +191,7 @@ impl Server {
         let per_second =
             sysconf(SysconfVar::CLK_TCK)?.context("the length of a tick is unknown")?;
         let ended = Duration::from_secs(ended) / u32::try_from(per_second)?;
-        // A process that has just ended is counted next time.
+        // A process that ends at this moment is not counted.
         let running = children.into_iter().filter_map(|pid| cpu(pid).ok());
         Ok(cpu(main)? + ended + running.sum::<Duration>())
     }
@@ -231,6 +228,16 @@ impl Server {
 /// Returns the user and system time of all threads of a process so far.
 pub(crate) fn cpu(pid: Pid) -> Result<Duration> {
     Ok(clock_getcpuclockid(pid)?.now()?.into())
+}
+
+fn make_idle(pid: Pid) -> Result<()> {
+    let output = Command::new("chrt")
+        .args(["--idle", "--pid", "0", &pid.to_string()])
+        .output()
+        .context("cannot run chrt (from util-linux)")?;
+    let error = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "chrt failed: {error}");
+    Ok(())
 }
 
 /// Returns the user and system time of a process's children that have ended, from its file `stat` in `/proc`.
@@ -303,7 +310,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_of_ended_children_follow_the_own_times() {
+    fn times_of_ended_children_follow_its_own_times() {
         let stat = "7 (a) S b) S 1 7 7 0 -1 4194560 10 20 0 0 31 32 41 42 20 0 1 0 99 1000 50";
         assert_eq!(ticks_of_ended_children(stat), Some(83));
         assert_eq!(ticks_of_ended_children("7 (a) S 1 7 7"), None);
