@@ -11,7 +11,7 @@ export async function roles(world) {
   for (let n = 0; n < 9; n += 1) await fetch(`${base}/v1/echo`, { headers: { "x-api-key": secret } });
   while (!(await my.api("GET", "/admin/stats")).closest_to_limit) await page.waitForTimeout(200);
 
-  // The page stops, because it still loads and refreshes its data for an owner.
+  // Leave the page: it would keep loading data as an owner.
   await page.goto("about:blank");
   let role;
   const denied = [];
