@@ -1,8 +1,8 @@
 //! Request bodies that nobody has read to the end.
 //!
 //! If the end of a request's body has not arrived when the response is sent, hyper closes the connection instead of
-//! reading the rest later. hyper does not announce this. A proxy could then send another client's
-//! request on the connection, and that client would get no response.
+//! reading the rest later. hyper does not announce this. A proxy could then send another client's request on the
+//! connection, and that client would get no response.
 
 use std::{
     io,
@@ -19,7 +19,7 @@ use parking_lot::Mutex;
 use poem::http::header::{CONNECTION, EXPECT, HeaderMap, HeaderValue};
 use tokio::time::timeout;
 
-/// A longer rest of a body is not read: closing the connection costs less.
+/// If more than this remains of a body, the rest is not read: closing the connection costs less.
 const READ_MAX: u64 = 64 * 1024;
 /// How long a response waits for the rest of a body. Many clients send the head and the body in two packets.
 const WAIT: Duration = Duration::from_millis(30);
@@ -27,13 +27,13 @@ const WAIT: Duration = Duration::from_millis(30);
 /// Finds out whether the end of a request's body arrives in time.
 pub(super) struct BodyEnd {
     state: Arc<Mutex<State>>,
-    /// Whether the client waits for permission to send the body. Reading the body would give that permission.
+    /// Whether the client may be waiting for permission to send the body. Reading the body would give that permission.
     is_withheld: bool,
 }
 
 enum State {
-    /// A handler has the body.
-    InUse,
+    /// A handler has the body, or reading the body has failed.
+    NotEnded,
     Ended,
     /// The handler has dropped the body before its end.
     Dropped(Incoming),
@@ -42,10 +42,11 @@ enum State {
 impl BodyEnd {
     /// Returns the body to pass to a handler.
     pub(super) fn watch(headers: &HeaderMap, body: Incoming) -> (Self, poem::Body) {
-        let state = Arc::new(Mutex::new(State::InUse));
+        let state = Arc::new(Mutex::new(State::NotEnded));
         let watched = WatchedBody {
             body: Some(body),
             has_ended: false,
+            has_failed: false,
             state: state.clone(),
         };
         let end = Self {
@@ -58,11 +59,15 @@ impl BodyEnd {
     /// Announces in the head of a response that the connection is about to be closed, unless the end of the request's
     /// body has arrived or arrives soon.
     pub(super) async fn announce_close(self, response: &mut HeaderMap) {
-        let state = std::mem::replace(&mut *self.state.lock(), State::InUse);
+        if response.contains_key(CONNECTION) {
+            // The server is stopping, so the connection closes in any case.
+            return;
+        }
+        let state = std::mem::replace(&mut *self.state.lock(), State::NotEnded);
         let has_ended = match state {
             State::Ended => true,
             State::Dropped(body) => !self.is_withheld && ends_soon(body).await,
-            State::InUse => false,
+            State::NotEnded => false,
         };
         if !has_ended {
             response.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -99,6 +104,7 @@ async fn ends_soon(mut body: Incoming) -> bool {
 struct WatchedBody {
     body: Option<Incoming>,
     has_ended: bool,
+    has_failed: bool,
     state: Arc<Mutex<State>>,
 }
 
@@ -114,6 +120,8 @@ impl Body for WatchedBody {
             return Poll::Ready(None);
         };
         let frame = ready!(Pin::new(body).poll_frame(context));
+        // After an error, hyper reports the end of the body.
+        self.has_failed |= matches!(frame, Some(Err(_)));
         self.has_ended |= frame.is_none();
         Poll::Ready(frame.map(|frame| frame.map_err(io::Error::other)))
     }
@@ -131,6 +139,9 @@ impl Body for WatchedBody {
 
 impl Drop for WatchedBody {
     fn drop(&mut self) {
+        if self.has_failed {
+            return;
+        }
         let has_ended = self.has_ended || self.is_end_stream();
         *self.state.lock() = match self.body.take() {
             Some(body) if !has_ended => State::Dropped(body),

@@ -37,6 +37,10 @@ async fn endpoint(request: poem::Request) -> poem::Body {
             assert_eq!(body.expect("the body arrives"), "abc");
             "here".into()
         }
+        "/tolerant" => {
+            let _ = request.into_body().into_bytes().await;
+            "here".into()
+        }
         "/events" => quiet_events(request.data().expect("an HTTP/2 connection")),
         _ => "here".into(),
     }
@@ -66,7 +70,7 @@ impl DirectEndpoint for Plain {
     type Context = ();
 
     fn route(&self, request: &PlainRequest<'_>) -> Option<()> {
-        (!matches!(request.target, "/foreign" | "/unread")).then_some(())
+        (!matches!(request.target, "/foreign" | "/unread" | "/tolerant")).then_some(())
     }
 
     async fn answer(
@@ -648,7 +652,8 @@ async fn body_that_nobody_reads_is_not_answered() {
 #[tokio::test]
 async fn response_before_the_end_of_a_body_announces_that_the_connection_closes() {
     let body = b"abcdefghij".repeat(2_000);
-    let head = |rest: &str| format!("POST /unread HTTP/1.1\r\nHost: q\r\n{rest}\r\n\r\n");
+    let to = |path, rest: &str| format!("POST {path} HTTP/1.1\r\nHost: q\r\n{rest}\r\n\r\n");
+    let head = |rest: &str| to("/unread", rest);
     let length = head(&format!("Content-Length: {}", body.len()));
     let waiting = head(&format!(
         "Expect: 100-continue\r\nContent-Length: {}",
@@ -658,6 +663,10 @@ async fn response_before_the_end_of_a_body_announces_that_the_connection_closes(
     let too_large = head("Content-Length: 100000000");
     let chunk = [b"4e20\r\n", &body[..], b"\r\n"].concat();
     let all_chunks = [&chunk, &b"0\r\n\r\n"[..]].concat();
+    let many_chunks = [&chunk.repeat(4), &b"0\r\n\r\n"[..]].concat();
+    let wrong_trailer = [&chunk, &b"0\r\nX: \x01y\r\n\r\n"[..]].concat();
+    let read = to("/tolerant", &format!("Content-Length: {}", body.len()));
+    let read_chunks = to("/tolerant", "Transfer-Encoding: chunked");
     for (sent, is_complete) in [
         ((&length, &body[..]), true),
         ((&length, &body[..body.len() - 1]), false),
@@ -667,6 +676,13 @@ async fn response_before_the_end_of_a_body_announces_that_the_connection_closes(
         ((&chunks, &chunk), false),
         ((&chunks, b"4e21\r\n"), false),
         ((&chunks, b"wrong\r\n"), false),
+        ((&chunks, &wrong_trailer), false),
+        ((&chunks, &many_chunks), false),
+        ((&read, &body), true),
+        ((&read_chunks, &all_chunks), true),
+        ((&read_chunks, &many_chunks), true),
+        ((&read_chunks, b"wrong\r\n"), false),
+        ((&read_chunks, &wrong_trailer), false),
         ((&too_large, &body), false),
     ] {
         let (head, body) = sent;
