@@ -1,4 +1,4 @@
-//! Request bodies that nobody has read to the end.
+//! Handles request bodies that are not read to the end.
 //!
 //! If the end of a request's body has not arrived when the response is sent, hyper closes the connection instead of
 //! reading the rest later. hyper does not announce this. A proxy could then send another client's request on the

@@ -46,7 +46,6 @@ struct Case {
 }
 
 /// What happened to the requests of one case in one round.
-#[derive(Default)]
 struct Outcome {
     times: Vec<Duration>,
     /// The fraction of the requests that were due but unsent at the end. They were sent later.
