@@ -384,6 +384,7 @@ diesel::table! {
         policy -> Nullable<Text>,
         endpoint -> Text,
         request_id -> Text,
+        request_id_has_time -> Bool,
     }
 }
 

@@ -84,6 +84,7 @@ pub mod usage_check;
 pub mod usage_endpoint;
 pub mod usage_log;
 pub mod usage_partition;
+mod usage_request_id;
 mod usage_rollup;
 mod usage_rows;
 pub mod usage_shipper;

@@ -52,13 +52,14 @@ const TAKE_NUMBERS: &str = "\
 /// number.
 const ADD_ROWS: &str = "\
     INSERT INTO usage_log (tenant_id, seq, \"timestamp\", event_id, key_id, plan_id, cost, retry_after_seconds, \
-        was_rejected, billing, policy, endpoint, request_id) \
+        was_rejected, billing, policy, endpoint, request_id, request_id_has_time) \
     SELECT g.tenant_id, g.numbered_before + r.place, r.at, r.event_id, g.key_id, g.plan_id, r.cost, \
-        r.retry_after_seconds, g.was_rejected, g.billing, g.policy, g.endpoint, r.request_id \
+        r.retry_after_seconds, g.was_rejected, g.billing, g.policy, g.endpoint, r.request_id, g.request_id_has_time \
     FROM unnest($1, $2, $3, $4, $5, $6) WITH ORDINALITY \
         AS r (group_place, at, event_id, cost, retry_after_seconds, request_id, place) \
-    JOIN unnest($7, $8, $9, $10, $11, $12, $13, $14) WITH ORDINALITY \
-        AS g (tenant_id, numbered_before, key_id, plan_id, was_rejected, billing, policy, endpoint, place) \
+    JOIN unnest($7, $8, $9, $10, $11, $12, $13, $14, $15) WITH ORDINALITY \
+        AS g (tenant_id, numbered_before, key_id, plan_id, was_rejected, billing, policy, endpoint, \
+            request_id_has_time, place) \
         ON g.place = r.group_place";
 
 /// Updates the `last_used_at` of a key at most once per second, so that busy keys do not cause many writes. Skips keys
@@ -264,6 +265,7 @@ async fn add_rows(tx: &mut SystemTx, rows: &LogRows, numbers: &[i64]) -> Result<
         .bind::<Array<Text>, _>(&groups.billing)
         .bind::<Array<Nullable<Text>>, _>(&groups.policy)
         .bind::<Array<Text>, _>(&groups.endpoint)
+        .bind::<Array<Bool>, _>(&groups.request_id_has_time)
         .execute(&mut **tx)
         .await?;
     Ok(())

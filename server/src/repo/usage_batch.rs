@@ -6,6 +6,7 @@ use chrono::{DateTime, Utc};
 use uuid::Uuid;
 
 use super::{
+    usage_request_id,
     usage_rollup::{ALL_ENDPOINTS, EndpointOf, FURTHER_ENDPOINTS, Rollup, Rollups, RowKey, Sums},
     usage_rows::{LogGroup, LogRow, LogRows, encode},
 };
@@ -37,7 +38,7 @@ pub struct UsageRecord<Text = String> {
     pub request_id: Text,
 }
 
-/// The fields that the records of a group have in common. These records are counted in the same rows of the rollups.
+/// What the records of a group have in common. These records are counted in the same rows of the rollups.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 struct GroupKey {
     tenant: Uuid,
@@ -50,16 +51,24 @@ struct GroupKey {
     was_rejected: bool,
     policy: Option<&'static str>,
     billing: &'static str,
+    /// Whether the request ID contains the time of the decision.
+    request_id_has_time: bool,
 }
 
 impl GroupKey {
-    fn contains<Text: AsRef<str>>(&self, record: &UsageRecord<Text>, endpoints: &[String]) -> bool {
+    fn contains<Text: AsRef<str>>(
+        &self,
+        record: &UsageRecord<Text>,
+        request_id_has_time: bool,
+        endpoints: &[String],
+    ) -> bool {
         self.key == record.key_id
             && self.plan == record.plan_id
             && self.tenant == record.tenant_id
             && self.was_rejected == record.was_rejected
             && self.policy == record.policy
             && self.billing == record.billing
+            && self.request_id_has_time == request_id_has_time
             && (0..QUARTER).contains(&(record.at.timestamp() - self.start))
             && endpoints[self.endpoint] == record.endpoint.as_ref()
     }
@@ -105,9 +114,12 @@ impl UsageBatchBuilder {
             first_at: record.at,
             last_at: record.at,
         };
+        let has_time = usage_request_id::has_time(record.request_id.as_ref(), record.at);
         match self.groups.get_mut(self.last_group) {
-            Some((group, total)) if group.contains(record, &self.endpoints) => total.add(&sums),
-            _ => self.last_group = self.count(record, sums),
+            Some((group, total)) if group.contains(record, has_time, &self.endpoints) => {
+                total.add(&sums);
+            }
+            _ => self.last_group = self.count(record, has_time, sums),
         }
         let begin = self.request_ids.len();
         self.request_ids.push_str(record.request_id.as_ref());
@@ -122,7 +134,12 @@ impl UsageBatchBuilder {
     }
 
     /// Adds a record to its group, and returns the group's index.
-    fn count<Text: AsRef<str>>(&mut self, record: &UsageRecord<Text>, sums: Sums) -> usize {
+    fn count<Text: AsRef<str>>(
+        &mut self,
+        record: &UsageRecord<Text>,
+        request_id_has_time: bool,
+        sums: Sums,
+    ) -> usize {
         let name = record.endpoint.as_ref();
         let endpoint = match self.endpoint_indexes.get(name) {
             Some(index) => *index,
@@ -143,6 +160,7 @@ impl UsageBatchBuilder {
             was_rejected: record.was_rejected,
             policy: record.policy,
             billing: record.billing,
+            request_id_has_time,
         };
         let next = self.groups.len();
         let index = *self.group_indexes.entry(key).or_insert(next);
@@ -233,6 +251,7 @@ impl UsageBatchBuilder {
                 was_rejected: group.was_rejected,
                 policy: group.policy,
                 billing: group.billing,
+                request_id_has_time: group.request_id_has_time,
                 endpoint: &self.endpoints[group.endpoint],
             })
             .collect::<Vec<_>>();

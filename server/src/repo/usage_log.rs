@@ -5,6 +5,8 @@
 //! the lock lasts until the commit. So on every replica, a reader that sees a row also sees all rows with lower
 //! numbers. No other code may insert into the log.
 
+use std::ops::RangeInclusive;
+
 use chrono::{DateTime, Utc};
 use diesel::{
     prelude::*,
@@ -13,6 +15,7 @@ use diesel::{
 use diesel_async::RunQueryDsl;
 use uuid::Uuid;
 
+use super::usage_request_id;
 use crate::db::{DbError, TenantTx};
 
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -65,23 +68,53 @@ pub struct DecisionRow {
 const COLUMNS: &str = r#"l.seq, l.event_id, l."timestamp", l.key_id, k.name AS key_name, l.plan_id, l.endpoint,
     l.was_rejected, l.policy, l.retry_after_seconds, l.cost, l.request_id"#;
 
-/// Returns the conditions of a filter: those that an index covers if `of_index` is set, and the others if not.
-/// Parameters: `$3` key, `$4` endpoint, `$5` whether the request was denied, `$6` request ID.
-fn conditions(filter: &Filter, of_index: bool) -> String {
-    let indexed = [
-        (filter.key.is_some(), " AND l.key_id = $3"),
-        (filter.request_id.is_some(), " AND l.request_id = $6"),
-    ];
-    let others = [
-        (filter.endpoint.is_some(), " AND l.endpoint = $4"),
-        (filter.was_rejected.is_some(), " AND l.was_rejected = $5"),
-    ];
-    let chosen = if of_index { indexed } else { others };
-    chosen
-        .into_iter()
-        .filter(|(is_set, _)| *is_set)
-        .map(|(_, sql)| sql)
+/// Returns conditions of a query, if the filter requires them.
+fn conditions<const COUNT: usize>(conditions: [(bool, &str); COUNT]) -> String {
+    let required = conditions.into_iter().filter(|(is_set, _)| *is_set);
+    required
+        .flat_map(|(_, condition)| [" AND ", condition])
         .collect()
+}
+
+fn key_condition(filter: &Filter) -> String {
+    conditions([(filter.key.is_some(), "l.key_id = $3")])
+}
+
+/// Returns the conditions of a filter that no index covers.
+fn searched_conditions(filter: &Filter) -> String {
+    conditions([
+        (filter.endpoint.is_some(), "l.endpoint = $4"),
+        (filter.was_rejected.is_some(), "l.was_rejected = $5"),
+    ])
+}
+
+/// Returns a query for the rows before a position that match the filter, apart from [`searched_conditions`]. Its result
+/// is called `l`.
+///
+/// Parameters: `$1` tenant, `$2` position, `$3` key, `$4` endpoint, `$5` whether the request was denied, `$6` request
+/// ID, `$7` and `$8` the earliest and the latest time of a decision if the time is in the request ID.
+fn indexed_rows(filter: &Filter) -> String {
+    let rows = format!(
+        "SELECT l.* FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{}",
+        key_condition(filter),
+    );
+    let Some(request_id) = &filter.request_id else {
+        return rows;
+    };
+    let mut with_id = format!("{rows} AND l.request_id = $6 AND NOT l.request_id_has_time");
+    if usage_request_id::times(request_id).is_some() {
+        // Materialized, because PostgreSQL could otherwise decide to read the rows in order of position.
+        with_id = format!(
+            "WITH of_time AS MATERIALIZED ({rows} AND l.request_id = $6 AND l.request_id_has_time \
+                 AND l.\"timestamp\" BETWEEN $7 AND $8) \
+             {with_id} UNION ALL SELECT * FROM of_time"
+        );
+    }
+    format!("SELECT l.* FROM ({with_id}) l")
+}
+
+fn times(filter: &Filter) -> Option<RangeInclusive<DateTime<Utc>>> {
+    usage_request_id::times(filter.request_id.as_deref()?)
 }
 
 macro_rules! bind_filter {
@@ -93,6 +126,8 @@ macro_rules! bind_filter {
             .bind::<Nullable<Text>, _>($filter.endpoint.as_deref())
             .bind::<Nullable<Bool>, _>($filter.was_rejected)
             .bind::<Nullable<Text>, _>($filter.request_id.as_deref())
+            .bind::<Nullable<Timestamptz>, _>(times($filter).map(|it| *it.start()))
+            .bind::<Nullable<Timestamptz>, _>(times($filter).map(|it| *it.end()))
     };
 }
 
@@ -118,16 +153,13 @@ pub async fn list(
     limit: u32,
 ) -> Result<Page, DbError> {
     let (tenant, before) = (tx.tenant().0, before.unwrap_or(i64::MAX));
-    let rows = format!(
-        "SELECT l.* FROM usage_log l WHERE l.tenant_id = $1 AND l.seq < $2{} ORDER BY l.seq DESC",
-        conditions(filter, true),
-    );
+    let rows = format!("{} ORDER BY l.seq DESC", indexed_rows(filter));
     // PostgreSQL reads only as many rows of a materialized query as are needed.
     let sql = format!(
-        "WITH searched AS MATERIALIZED ({rows} LIMIT $8) \
-         SELECT {COLUMNS} FROM (SELECT * FROM searched l WHERE true{} ORDER BY l.seq DESC LIMIT $7) l \
+        "WITH searched AS MATERIALIZED ({rows} LIMIT $10) \
+         SELECT {COLUMNS} FROM (SELECT * FROM searched l WHERE true{} ORDER BY l.seq DESC LIMIT $9) l \
          LEFT JOIN api_keys k ON k.tenant_id = $1 AND k.id = l.key_id ORDER BY l.seq DESC",
-        conditions(filter, false),
+        searched_conditions(filter),
     );
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     let fetched = i64::try_from(limit).unwrap_or(i64::MAX).saturating_add(1);
@@ -150,7 +182,7 @@ pub async fn list(
             before: None,
         });
     }
-    let last = format!("SELECT seq FROM ({rows} OFFSET $7 LIMIT 1) l");
+    let last = format!("SELECT seq FROM ({rows} OFFSET $9 LIMIT 1) l");
     let last = bind_filter!(last, tenant, before, filter)
         .bind::<BigInt, _>(SEARCHED_ROWS - 1)
         .get_result::<Seq>(&mut **tx)
@@ -177,11 +209,10 @@ pub async fn total(tx: &mut TenantTx, filter: &Filter) -> Result<Option<u64>, Db
     let tenant = tx.tenant().0;
     let sql = if filter.request_id.is_some() {
         format!(
-            "SELECT CASE WHEN count(*) <= $7 THEN count(*) FILTER (WHERE true{}) END AS total \
-             FROM (SELECT l.endpoint, l.was_rejected FROM usage_log l \
-                 WHERE l.tenant_id = $1 AND l.seq < $2{} LIMIT $7 + 1) l",
-            conditions(filter, false),
-            conditions(filter, true),
+            "SELECT CASE WHEN count(*) <= $9 THEN count(*) FILTER (WHERE true{}) END AS total \
+             FROM (SELECT l.endpoint, l.was_rejected FROM ({}) l LIMIT $9 + 1) l",
+            searched_conditions(filter),
+            indexed_rows(filter),
         )
     } else {
         let key = if filter.key.is_some() {
@@ -241,9 +272,10 @@ pub async fn between(
     let tenant = tx.tenant().0;
     let sql = format!(
         "SELECT {COLUMNS} FROM usage_log l LEFT JOIN api_keys k ON k.tenant_id = $1 AND k.id = l.key_id \
-         WHERE l.tenant_id = $1 AND l.seq > $2 AND l.seq <= $7{}{} ORDER BY l.seq",
-        conditions(filter, true),
-        conditions(filter, false),
+         WHERE l.tenant_id = $1 AND l.seq > $2 AND l.seq <= $9{}{}{} ORDER BY l.seq",
+        key_condition(filter),
+        conditions([(filter.request_id.is_some(), "l.request_id = $6")]),
+        searched_conditions(filter),
     );
     Ok(bind_filter!(sql, tenant, after, filter)
         .bind::<BigInt, _>(last)

@@ -38,6 +38,7 @@ pub(super) struct LogGroup<'a> {
     pub was_rejected: bool,
     pub billing: &'static str,
     pub policy: Option<&'static str>,
+    pub request_id_has_time: bool,
     pub endpoint: &'a str,
 }
 
@@ -67,6 +68,7 @@ pub(super) struct LogGroups {
     pub was_rejected: EncodedArray<Bool>,
     pub billing: EncodedArray<Text>,
     pub policy: EncodedArray<Nullable<Text>>,
+    pub request_id_has_time: EncodedArray<Bool>,
     pub endpoint: EncodedArray<Text>,
 }
 
@@ -80,6 +82,7 @@ impl LogGroups {
             was_rejected: EncodedArray::with_capacity(0, 0),
             billing: EncodedArray::with_capacity(0, 0),
             policy: EncodedArray::with_capacity(0, 0),
+            request_id_has_time: EncodedArray::with_capacity(0, 0),
             endpoint: EncodedArray::with_capacity(0, 0),
         }
     }
@@ -92,6 +95,7 @@ impl LogGroups {
         self.was_rejected.push(group.was_rejected);
         self.billing.push(group.billing);
         self.policy.push(group.policy);
+        self.request_id_has_time.push(group.request_id_has_time);
         self.endpoint.push(group.endpoint);
     }
 }

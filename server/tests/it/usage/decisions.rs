@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use chrono::TimeDelta;
+use chrono::{DateTime, DurationRound as _, TimeDelta, Utc};
 use quota_server::repo::usage_batch::UsageRecord;
 use reqwest::Response;
 use serde_json::{Value, json};
@@ -525,6 +525,129 @@ async fn a_search_for_rare_matches_is_bounded_and_can_be_continued() {
     let second = list(&app, &account, &format!("outcome=rejected&cursor={cursor}")).await;
     assert_eq!(request_ids(&second), ["r3"]);
     assert_eq!(second["next_cursor"], Value::Null);
+}
+
+/// A request ID that contains this time.
+fn request_id_at(time: DateTime<Utc>, random: u8) -> String {
+    let millis = u64::try_from(time.timestamp_millis()).expect("after 1970");
+    let random = [random; 10];
+    uuid::Builder::from_unix_timestamp_millis(millis, &random)
+        .into_uuid()
+        .to_string()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_are_found_by_an_id_that_contains_a_time() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let stranger = app.register().await;
+    let time = (now() - TimeDelta::hours(1)).duration_trunc(TimeDelta::seconds(1));
+    let time = time.expect("a time");
+    let of = |account: &Account, key: &str, at: DateTime<Utc>, id: &str| UsageRecord {
+        request_id: id.into(),
+        ..record(account, key, PLAN, at)
+    };
+    let own = request_id_at(time, 1);
+    let early = request_id_at(time - TimeDelta::seconds(1), 2);
+    let late = request_id_at(time + TimeDelta::seconds(1), 3);
+    let stale = request_id_at(time - TimeDelta::milliseconds(1001), 4);
+    let of_another_version = "019ab4e1-7c00-4000-8000-000000000001";
+    let records = [
+        of(&account, KEY, time, &own),
+        of(&account, KEY, time, &early),
+        of(&account, KEY, time, &late),
+        of(&account, KEY, time, &stale),
+        of(&account, KEY, time, of_another_version),
+        of(&account, KEY, time, &own.to_uppercase()),
+        of(&stranger, KEY, time, &own),
+        // The client sent the same ID again.
+        rejected(
+            of(&account, KEY, time + TimeDelta::seconds(10), &own),
+            "rpm",
+        ),
+        of(&account, OTHER_KEY, time - TimeDelta::days(3), &own),
+        of(
+            &account,
+            OTHER_KEY,
+            time + TimeDelta::milliseconds(20),
+            &own,
+        ),
+    ];
+    append(&app, &records).await;
+    let client = app.database.connect().await;
+    let with_time = "SELECT count(*) FROM usage_log WHERE request_id_has_time";
+    let with_time = client.query_one(with_time, &[]).await.expect("a count");
+    assert_eq!(with_time.get::<_, i64>(0), 6);
+    // Rows of previous versions do not say that their request IDs contain a time.
+    for change in ["", "UPDATE usage_log SET request_id_has_time = false"] {
+        client.batch_execute(change).await.expect("a change");
+        for (query, wanted) in [
+            (format!("request_id={own}"), 4),
+            (format!("request_id={own}&limit=1"), 4),
+            (format!("request_id={own}&key_id={OTHER_KEY}"), 2),
+            (format!("request_id={own}&outcome=rejected"), 1),
+            (
+                format!("request_id={own}&outcome=rejected&key_id={OTHER_KEY}"),
+                0,
+            ),
+            (format!("request_id={own}&endpoint=GET%20/none"), 0),
+            (format!("request_id={}", own.to_uppercase()), 1),
+            (format!("request_id={early}"), 1),
+            (format!("request_id={late}"), 1),
+            (format!("request_id={stale}"), 1),
+            (format!("request_id={of_another_version}"), 1),
+            (format!("request_id={}", request_id_at(time, 9)), 0),
+        ] {
+            let (mut found, mut cursor) = (Vec::new(), String::new());
+            loop {
+                let page = list(&app, &account, &format!("{query}{cursor}")).await;
+                assert_eq!(page["total"], json!(wanted), "{query} {change}");
+                found.extend(page["items"].as_array().expect("items").clone());
+                match page["next_cursor"].as_str() {
+                    Some(next) => cursor = format!("&cursor={next}"),
+                    None => break,
+                }
+            }
+            assert_eq!(found.len(), wanted, "{query} {change}");
+            let times = found.iter().map(|it| it["at"].as_str().expect("a time"));
+            assert!(times.rev().is_sorted(), "{query} {change}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_search_for_an_id_with_a_time_uses_the_index_on_times() {
+    let app = TestApp::setup().without_jobs().start().await;
+    let account = app.register().await;
+    let start = now() - TimeDelta::hours(1);
+    let records = (0..20_000)
+        .map(|n| {
+            let at = start + TimeDelta::milliseconds(n * 20);
+            UsageRecord {
+                request_id: request_id_at(at, 1),
+                ..record(&account, KEY, PLAN, at)
+            }
+        })
+        .collect::<Vec<_>>();
+    append(&app, &records).await;
+    let client = app.database.connect().await;
+    let vacuum = client.batch_execute("VACUUM (ANALYZE) usage_log").await;
+    vacuum.expect("a vacuum");
+    let id = &records[7_000].request_id;
+    let found = list(&app, &account, &format!("request_id={id}")).await;
+    assert_eq!(request_ids(&found), [id.as_str()]);
+    let scans = "SELECT coalesce(sum(idx_scan), 0)::bigint FROM pg_stat_user_indexes s \
+        JOIN pg_class c ON c.oid = s.indexrelid JOIN pg_am a ON a.oid = c.relam \
+        WHERE s.relname LIKE 'usage_log%' AND a.amname = 'brin'";
+    // PostgreSQL updates its statistics late.
+    for attempt in 0.. {
+        let count = client.query_one(scans, &[]).await.expect("a count");
+        if count.get::<_, i64>(0) > 0 {
+            break;
+        }
+        assert!(attempt < 100, "the index was not used");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
