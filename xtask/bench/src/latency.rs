@@ -1,6 +1,7 @@
 //! Response times of all servers at the same constant rate. In each round, the rate is 70% of the rate at which the plain
 //! poem server is saturated. That rate is measured at the beginning and at the end of the round, because the speed of a
-//! virtual machine can change, and rounds in which it has changed are omitted.
+//! virtual machine can change, and rounds in which it has changed are omitted. Requests that were due while a core was
+//! not running, or shortly thereafter, are omitted too.
 //!
 //! Each request has a time at which it is due. Response times are measured from that time, so they include the delay of
 //! requests that had to wait for a connection because earlier responses were late.
@@ -24,6 +25,7 @@ use crate::{
     load::{CONNECTIONS, Load, echo},
     process::{Cores, Server},
     rounds::{keys, median},
+    stalls::{StallWatch, Stalls},
 };
 
 const WARM_UP: Duration = Duration::from_millis(500);
@@ -34,6 +36,8 @@ const FRACTION: f64 = 0.7;
 const CHANGE_MAX: f64 = 0.15;
 /// The minimum number of rounds that must remain.
 const ROUNDS_MIN: usize = 5;
+/// The minimum number of requests per case that must remain.
+const REQUESTS_MIN: usize = 10_000;
 /// If more than this fraction of a round's requests are due but unsent at the end of the round, the server did not keep
 /// up.
 const UNSENT_MAX: f64 = 0.01;
@@ -47,7 +51,8 @@ struct Case {
 
 /// What happened to the requests of one case in one round.
 struct Outcome {
-    times: Vec<Duration>,
+    /// When each request was due, and its response time.
+    times: Vec<(Instant, Duration)>,
     /// The fraction of the requests that were due but unsent at the end. They were sent later.
     unsent: f64,
 }
@@ -90,7 +95,14 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let load = Load::new()?;
     for case in &cases {
         load.put(case.server.addr, WARM_UP, &case.request)?;
+        case.server.cpu_when_idle()?;
     }
+    let watched = cores.map_or(vec![], |it| vec![it.servers, it.load]);
+    let watch = StallWatch::start(&watched)
+        .inspect_err(|error| eprintln!("stalls of the machine are not omitted: {error:#}"))
+        .ok()
+        .filter(|_| !watched.is_empty());
+    let mut requests = Requests::default();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -99,18 +111,25 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let mut rates = Vec::new();
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
-        let before = saturated(&load, &cases[0], time)?;
+        let before = saturated(&load, &cases[0], time, watch.as_ref())?;
         let rate = FRACTION * before;
         rates.push(rate);
         for (case, outcomes) in cases.iter().zip(&mut measured) {
             let local = LocalSet::new();
-            let outcome = local
+            stalls_since_last_call(watch.as_ref());
+            let mut outcome = local
                 .block_on(&runtime, open_loop(case, rate, time))
                 .with_context(|| case.name)?;
+            let stalls = stalls_since_last_call(watch.as_ref());
+            // Usage that is stored later must not disturb the next case.
+            case.server.cpu_when_idle()?;
             case.server.empty_log()?;
+            requests.all += outcome.times.len();
+            outcome.times.retain(|(due, _)| !stalls.delayed(*due));
+            requests.counted += outcome.times.len();
             outcomes.push(outcome);
         }
-        let after = saturated(&load, &cases[0], time)?;
+        let after = saturated(&load, &cases[0], time, watch.as_ref())?;
         let is_steady = (after - before).abs() <= CHANGE_MAX * before;
         // If the plain server did not keep up, the machine was slower for a while, and the round says nothing about the
         // other servers either.
@@ -126,9 +145,43 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         "the machine's speed was steady in only {} of {rounds} rounds, and {ROUNDS_MIN} are needed",
         rates.len()
     );
+    for (case, outcomes) in cases.iter().zip(&measured) {
+        let counted = outcomes.iter().map(|it| it.times.len()).sum::<usize>();
+        ensure!(
+            counted >= REQUESTS_MIN,
+            "{}: stalls of the machine delayed all but {counted} requests",
+            case.name
+        );
+    }
     let measured = measured.into_iter().map(percentiles).collect::<Vec<_>>();
     print(&cases, &measured, &rates, rounds, time, cores);
+    match watch {
+        Some(_) => println!("{requests}"),
+        None => println!("Stalls of the machine are not omitted."),
+    }
     Ok(())
+}
+
+/// How many requests were sent, in all rounds, and how many of them no stall delayed.
+#[derive(Default)]
+struct Requests {
+    all: usize,
+    counted: usize,
+}
+
+impl std::fmt::Display for Requests {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let percent = 100 * (self.all - self.counted) / self.all.max(1);
+        write!(
+            f,
+            "{percent}% of the requests are omitted, because they were due while a core was not running, or before \
+             the delay was caught up with."
+        )
+    }
+}
+
+fn stalls_since_last_call(watch: Option<&StallWatch>) -> Stalls {
+    watch.map(StallWatch::take).unwrap_or_default()
 }
 
 /// Removes the values of rounds that are not kept.
@@ -137,12 +190,16 @@ fn retain<T>(values: &mut Vec<T>, kept: &[bool]) {
     values.retain(|_| kept.next().is_some_and(|is_kept| *is_kept));
 }
 
-/// Returns the requests per second of a closed loop.
-fn saturated(load: &Load, case: &Case, time: Duration) -> Result<f64> {
+/// Returns the requests per second of a closed loop, without the time of stalls.
+fn saturated(load: &Load, case: &Case, time: Duration, watch: Option<&StallWatch>) -> Result<f64> {
+    stalls_since_last_call(watch);
     let began = Instant::now();
     let statuses = load.put(case.server.addr, time, &case.request)?;
+    let stalled = stalls_since_last_call(watch).total();
     let total = u32::try_from(statuses.values().sum::<u64>())?;
-    Ok(f64::from(total) / began.elapsed().as_secs_f64())
+    let running = began.elapsed().saturating_sub(stalled);
+    ensure!(!running.is_zero(), "the machine was stalled");
+    Ok(f64::from(total) / running.as_secs_f64())
 }
 
 /// The requests that are due during a round.
@@ -221,7 +278,7 @@ async fn connection(
     schedule: Rc<Schedule>,
     request: Vec<u8>,
     expected: u16,
-) -> Result<(Vec<Duration>, usize)> {
+) -> Result<(Vec<(Instant, Duration)>, usize)> {
     let mut bytes = vec![0; 16 * 1024];
     let (mut times, mut others) = (Vec::new(), 0);
     while let Some(due) = schedule.take() {
@@ -241,7 +298,7 @@ async fn connection(
                 break status;
             }
         };
-        times.push(due.elapsed());
+        times.push((due, due.elapsed()));
         others += usize::from(status != expected);
     }
     Ok((times, others))
@@ -249,7 +306,8 @@ async fn connection(
 
 /// Returns the percentiles of all requests in all rounds.
 fn percentiles(rounds: Vec<Outcome>) -> Percentiles {
-    let mut times: Vec<_> = rounds.into_iter().flat_map(|it| it.times).collect();
+    let times = rounds.into_iter().flat_map(|it| it.times);
+    let mut times: Vec<_> = times.map(|(_, time)| time).collect();
     times.sort_unstable();
     let at = |percent: usize| {
         let index = (times.len() * percent).div_ceil(100).max(1) - 1;
@@ -312,7 +370,10 @@ mod tests {
     #[test]
     fn percentiles_are_those_of_all_requests() {
         let round = |micros: std::ops::RangeInclusive<u64>| Outcome {
-            times: micros.rev().map(Duration::from_micros).collect(),
+            times: micros
+                .rev()
+                .map(|it| (Instant::now(), Duration::from_micros(it)))
+                .collect(),
             unsent: 0.0,
         };
         let rounded = |rounds| {

@@ -29,6 +29,7 @@ mod replica;
 mod replicas;
 mod rounds;
 mod scale;
+mod stalls;
 mod traces;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -50,7 +51,7 @@ enum Command {
         /// The `quota` binary, a release build
         quota: PathBuf,
         /// The number of rounds per case
-        #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..=200))]
+        #[arg(long, default_value_t = 21, value_parser = clap::value_parser!(u32).range(1..=200))]
         rounds: u32,
         /// The length of a round, in milliseconds
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
@@ -61,7 +62,7 @@ enum Command {
         /// The `quota` binary, a release build
         quota: PathBuf,
         /// The number of rounds per case
-        #[arg(long, default_value_t = 41, value_parser = clap::value_parser!(u32).range(1..=60))]
+        #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=20))]
         rounds: u32,
         /// The length of a round in milliseconds
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=300))]

@@ -25,6 +25,11 @@ use tempfile::TempDir;
 /// The time within which a server must be ready. The first startup creates a database.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
+/// How long a server must have been idle before its CPU time is read. Longer than the interval at which usage is stored.
+const IDLE_FOR: Duration = Duration::from_millis(300);
+/// The CPU time that an idle server and its PostgreSQL may use in this time.
+const IDLE_CPU_MAX: Duration = Duration::from_millis(15);
+const IDLE_WITHIN: Duration = Duration::from_secs(60);
 
 /// The cores for the servers and for the load.
 #[derive(Clone, Copy)]
@@ -58,7 +63,8 @@ impl Cores {
     }
 }
 
-fn stay_on(core: usize) -> Result<()> {
+/// Pins the calling thread to this core.
+pub(crate) fn stay_on(core: usize) -> Result<()> {
     let mut set = CpuSet::new();
     set.set(core)?;
     sched_setaffinity(Pid::from_raw(0), &set).with_context(|| format!("cannot stay on core {core}"))
@@ -222,6 +228,34 @@ impl Server {
     /// Returns the user and system time of all threads of the process so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
         cpu(self.pid()?)
+    }
+
+    /// Waits until the server and its private PostgreSQL have done all work that earlier requests caused, such as
+    /// storing usage. Then returns the same as [`Self::cpu`], but without the time that an idle server would have used
+    /// since now.
+    pub(crate) fn cpu_when_idle(&self) -> Result<Duration> {
+        let began = Instant::now();
+        loop {
+            let (busy_for, own, all) = (began.elapsed(), self.cpu()?, self.cpu_with_database()?);
+            std::thread::sleep(IDLE_FOR);
+            if self.cpu_with_database()?.saturating_sub(all) <= IDLE_CPU_MAX {
+                let idle_for = began.elapsed().saturating_sub(busy_for);
+                let share = self.cpu()?.saturating_sub(own).div_duration_f64(idle_for);
+                return Ok(own.saturating_sub(busy_for.mul_f64(share)));
+            }
+            ensure!(
+                began.elapsed() < IDLE_WITHIN,
+                "a server does not become idle"
+            );
+        }
+    }
+
+    fn cpu_with_database(&self) -> Result<Duration> {
+        let database = match self.data {
+            Some(_) => self.database_cpu()?,
+            None => Duration::ZERO,
+        };
+        Ok(self.cpu()? + database)
     }
 }
 

@@ -30,8 +30,6 @@ use crate::{
 };
 
 const WARM_UP: Duration = Duration::from_millis(500);
-/// Time for Quota to write the usage of a round to PostgreSQL, so that the writes do not disturb the next server.
-const SHIPPED: Duration = Duration::from_millis(300);
 const KEYS: usize = 100;
 const ECHO: &str = "/v1/echo";
 /// The limit of the key whose requests are denied, per minute.
@@ -287,18 +285,20 @@ impl Running {
         }
     }
 
-    /// Empties the server's log, and waits until Quota has written the usage of the last round.
-    fn settle(&self) -> Result<()> {
+    /// Returns the CPU time that the server has used so far. Quota stores the usage of a round later. This is a part of
+    /// the requests' cost, and must not disturb the next server.
+    fn cpu_at_end(&self) -> Result<Duration> {
         match self {
-            Self::Ours(server) => {
-                // The bare server writes no log and has no usage.
-                if server.empty_log()? > 0 {
-                    std::thread::sleep(SHIPPED);
-                }
-            }
-            Self::Peer(peer) => peer.empty_log()?,
+            Self::Ours(server) => server.cpu_when_idle(),
+            Self::Peer(peer) => cpu(peer.pid()),
         }
-        Ok(())
+    }
+
+    fn empty_log(&self) -> Result<()> {
+        match self {
+            Self::Ours(server) => server.empty_log().map(|_| ()),
+            Self::Peer(peer) => peer.empty_log(),
+        }
     }
 }
 
@@ -316,9 +316,9 @@ impl Contender {
         let (before, began) = (cpu(pid)?, Instant::now());
         let log = runtime.block_on(drive(&plan))?;
         let took = began.elapsed();
-        let used = cpu(pid)?.saturating_sub(before);
         let calls = self.calls(runtime)?.saturating_sub(calls);
-        self.server.settle()?;
+        let used = self.server.cpu_at_end()?.saturating_sub(before);
+        self.server.empty_log()?;
         let (allowed, denied) = (count(&log, 200), count(&log, 429));
         let is_right = match situation {
             0 => denied == 0,

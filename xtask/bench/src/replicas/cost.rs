@@ -239,7 +239,7 @@ async fn next_to_memory(options: &Options, table: &mut Table) -> Result<()> {
                         let (cpu, began) = (server.cpu()?, std::time::Instant::now());
                         let statuses = load.put(server.addr, time, request)?;
                         let took = began.elapsed();
-                        let cpu = server.cpu()?.saturating_sub(cpu);
+                        let cpu = server.cpu_when_idle()?.saturating_sub(cpu);
                         let total = statuses.values().sum::<u64>();
                         let right = statuses.keys().all(|it| matches!(it, 200 | 429));
                         ensure!(right && total > 0, "unexpected responses: {statuses:?}");
