@@ -89,7 +89,8 @@ fn searched_conditions(filter: &Filter) -> String {
 }
 
 /// Returns a query for the rows before a position that match the filter, apart from [`searched_conditions`]. Its result
-/// is called `l`.
+/// is called `l`. If there are more than [`SEARCHED_ROWS`], the query may omit the oldest ones, but returns more than
+/// that.
 ///
 /// Parameters: `$1` tenant, `$2` position, `$3` key, `$4` endpoint, `$5` whether the request was denied, `$6` request
 /// ID, `$7` and `$8` the earliest and the latest time of a decision if the time is in the request ID.
@@ -101,16 +102,20 @@ fn indexed_rows(filter: &Filter) -> String {
     let Some(request_id) = &filter.request_id else {
         return rows;
     };
-    let mut with_id = format!("{rows} AND l.request_id = $6 AND NOT l.request_id_has_time");
-    if usage_request_id::times(request_id).is_some() {
-        // Materialized, because PostgreSQL could otherwise decide to read the rows in order of position.
-        with_id = format!(
-            "WITH of_time AS MATERIALIZED ({rows} AND l.request_id = $6 AND l.request_id_has_time \
-                 AND l.\"timestamp\" BETWEEN $7 AND $8) \
-             {with_id} UNION ALL SELECT * FROM of_time"
-        );
+    let without_time = format!("{rows} AND l.request_id = $6 AND NOT l.request_id_has_time");
+    if usage_request_id::times(request_id).is_none() {
+        return without_time;
     }
-    format!("SELECT l.* FROM ({with_id}) l")
+    // PostgreSQL does not read the rows of a union in order. So the number of rows is limited in the first part, for
+    // which it uses an index in the order of positions. It must not do so in the second part, which is materialized for
+    // this reason, and has only the rows of a short time.
+    format!(
+        "SELECT l.* FROM ( \
+             WITH of_time AS MATERIALIZED ({rows} AND l.request_id = $6 AND l.request_id_has_time \
+                 AND l.\"timestamp\" BETWEEN $7 AND $8) \
+             ({without_time} ORDER BY l.seq DESC LIMIT {}) UNION ALL SELECT * FROM of_time) l",
+        SEARCHED_ROWS + 1,
+    )
 }
 
 fn times(filter: &Filter) -> Option<RangeInclusive<DateTime<Utc>>> {

@@ -1,7 +1,8 @@
 //! Request IDs that contain the time of their request.
 //!
-//! Quota's own request IDs are UUIDs of version 7. The log is almost in order of time, so a small index on the time is
-//! enough to find their rows. Only the rows of other request IDs have entries in an index on request IDs.
+//! Quota's own request IDs are UUIDs of version 7. Rows that are stored together are mostly from the same time, so a
+//! small index on the time is enough to find their rows. Only the rows of other request IDs have entries in an index on
+//! request IDs.
 
 use std::ops::RangeInclusive;
 
@@ -10,6 +11,8 @@ use uuid::Uuid;
 
 /// How much the time in a request ID and the time of the decision may differ. The request may have waited, and the
 /// clocks of the server and of PostgreSQL may differ.
+///
+/// Never reduce this: rows in the log depend on it.
 const DIFFERENCE_MAX: TimeDelta = TimeDelta::seconds(1);
 
 /// Returns the time in a request ID, if the ID is a UUID of version 7.
