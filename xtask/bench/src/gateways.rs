@@ -212,7 +212,7 @@ impl Bench {
         let statuses = self.load.put(gateway.addr, time, request.as_bytes())?;
         let took = began.elapsed();
         let gateway = cpu(pid)?.saturating_sub(gateway_before);
-        let quota = self.quota.cpu()?.saturating_sub(quota_before);
+        let quota = self.quota.cpu_when_idle()?.saturating_sub(quota_before);
         self.quota.empty_log()?;
         let total = statuses.values().sum::<u64>();
         let right = statuses.get(&status).copied().unwrap_or(0);

@@ -275,8 +275,9 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     println!();
     println!(
         "Medians of {} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections on \
-         loopback. CPU is user and system time of the server's process. {} The access log is written to a file, \
-         one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
+         loopback. CPU is user and system time of the server's process, including what it does after the load, such \
+         as storing usage. {} PostgreSQL, which has the lowest priority, runs on the core of the servers and is not included. The access log is written to a file, one \
+         line per request; quota always has metrics, request IDs and usage records. The bare servers are \
          ordinary release builds. Target: at most 1.25; with direct responses 0.95, with Redis 1.00, and 1.05 \
          for check.",
         measured[0].len(),
