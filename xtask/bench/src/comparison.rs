@@ -28,7 +28,6 @@ impl Case {
         settings: &[(&str, String)],
     ) -> Result<Self> {
         let server = Server::quota(quota, "info,quota_server::access=off", cores, settings)?;
-        server.give_database_lowest_priority()?;
         let (key, _) = keys(&server)?;
         Ok(Self {
             name,
@@ -81,7 +80,7 @@ pub(crate) fn compare(subject: &str, cases: &[Case], rounds: u32, time: Duration
     println!();
     println!(
         "`GET /v1/echo` without access log; medians of {rounds} rounds of {} ms, with the cases taking turns; {CONNECTIONS} \
-         connections.",
+         connections. CPU is that of the server, including what it does after the load, but not that of PostgreSQL.",
         time.as_millis()
     );
     Ok(())

@@ -256,7 +256,8 @@ fn print(cases: &[Case], rounds: u32, time: Duration, cores: Option<Cores>) {
     println!();
     println!(
         "Medians of {rounds} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections. {} Quota \
-         responds directly, and is called over plain HTTP. Target: nginx with at most {} CPU µs per allowed \
+         responds directly, and is called over plain HTTP; its CPU time includes what it does after the load, but not \
+         the CPU time of PostgreSQL. Target: nginx with at most {} CPU µs per allowed \
          request, which is {TARGET} requests/s on its core.",
         time.as_millis(),
         match cores {

@@ -51,8 +51,10 @@ struct Case {
 
 /// What happened to the requests of one case in one round.
 struct Outcome {
-    /// When each request was due, and its response time.
-    times: Vec<(Instant, Duration)>,
+    /// The response times of all requests.
+    all: Vec<Duration>,
+    /// The response times of the requests that no stall delayed.
+    times: Vec<Duration>,
     /// The fraction of the requests that were due but unsent at the end. They were sent later.
     unsent: f64,
 }
@@ -62,6 +64,10 @@ struct Outcome {
 struct Percentiles {
     p50: f64,
     p99: f64,
+    /// The 99th percentile, including requests that stalls delayed.
+    p99_of_all: f64,
+    /// The fraction of the requests that stalls delayed.
+    delayed: f64,
 }
 
 pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
@@ -102,7 +108,6 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         .inspect_err(|error| eprintln!("stalls of the machine are not omitted: {error:#}"))
         .ok()
         .filter(|_| !watched.is_empty());
-    let mut requests = Requests::default();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
@@ -116,17 +121,12 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         rates.push(rate);
         for (case, outcomes) in cases.iter().zip(&mut measured) {
             let local = LocalSet::new();
-            stalls_since_last_call(watch.as_ref());
-            let mut outcome = local
-                .block_on(&runtime, open_loop(case, rate, time))
+            let outcome = local
+                .block_on(&runtime, open_loop(case, rate, time, watch.as_ref()))
                 .with_context(|| case.name)?;
-            let stalls = stalls_since_last_call(watch.as_ref());
             // Usage that is stored later must not disturb the next case.
             case.server.cpu_when_idle()?;
             case.server.empty_log()?;
-            requests.all += outcome.times.len();
-            outcome.times.retain(|(due, _)| !stalls.delayed(*due));
-            requests.counted += outcome.times.len();
             outcomes.push(outcome);
         }
         let after = saturated(&load, &cases[0], time, watch.as_ref())?;
@@ -153,31 +153,15 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
             case.name
         );
     }
-    let measured = measured.into_iter().map(percentiles).collect::<Vec<_>>();
+    let measured = measured
+        .iter()
+        .map(|it| percentiles(it))
+        .collect::<Vec<_>>();
     print(&cases, &measured, &rates, rounds, time, cores);
-    match watch {
-        Some(_) => println!("{requests}"),
-        None => println!("Stalls of the machine are not omitted."),
+    if watch.is_none() {
+        println!("Stalls of the machine are not omitted.");
     }
     Ok(())
-}
-
-/// How many requests were sent, in all rounds, and how many of them no stall delayed.
-#[derive(Default)]
-struct Requests {
-    all: usize,
-    counted: usize,
-}
-
-impl std::fmt::Display for Requests {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let percent = 100 * (self.all - self.counted) / self.all.max(1);
-        write!(
-            f,
-            "{percent}% of the requests are omitted, because they were due while a core was not running, or before \
-             the delay was caught up with."
-        )
-    }
 }
 
 fn stalls_since_last_call(watch: Option<&StallWatch>) -> Stalls {
@@ -232,7 +216,13 @@ impl Schedule {
 }
 
 /// Sends requests at this rate.
-async fn open_loop(case: &Case, rate: f64, time: Duration) -> Result<Outcome> {
+async fn open_loop(
+    case: &Case,
+    rate: f64,
+    time: Duration,
+    watch: Option<&StallWatch>,
+) -> Result<Outcome> {
+    stalls_since_last_call(watch);
     let mut streams = Vec::new();
     for _ in 0..CONNECTIONS {
         let stream = TcpStream::connect(case.server.addr).await?;
@@ -268,7 +258,11 @@ async fn open_loop(case: &Case, rate: f64, time: Duration) -> Result<Outcome> {
     );
     #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
     let unsent = unsent as f64 / times.len() as f64;
-    Ok(Outcome { times, unsent })
+    let stalls = stalls_since_last_call(watch);
+    let all = times.iter().map(|(_, time)| *time).collect();
+    times.retain(|(due, _)| !stalls.delayed(*due));
+    let times = times.into_iter().map(|(_, time)| time).collect();
+    Ok(Outcome { all, times, unsent })
 }
 
 /// Sends requests when they are due, or as soon as the response to the previous one has arrived. Returns the response
@@ -304,18 +298,25 @@ async fn connection(
     Ok((times, others))
 }
 
-/// Returns the percentiles of all requests in all rounds.
-fn percentiles(rounds: Vec<Outcome>) -> Percentiles {
-    let times = rounds.into_iter().flat_map(|it| it.times);
-    let mut times: Vec<_> = times.map(|(_, time)| time).collect();
-    times.sort_unstable();
-    let at = |percent: usize| {
+/// Returns the percentiles of the requests in all rounds.
+fn percentiles(rounds: &[Outcome]) -> Percentiles {
+    let sorted = |of: fn(&Outcome) -> &[Duration]| {
+        let mut times: Vec<_> = rounds.iter().flat_map(of).copied().collect();
+        times.sort_unstable();
+        times
+    };
+    let at = |times: &[Duration], percent: usize| {
         let index = (times.len() * percent).div_ceil(100).max(1) - 1;
         times[index].as_secs_f64() * 1e6
     };
+    let (all, times) = (sorted(|it| &it.all), sorted(|it| &it.times));
+    #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
+    let delayed = 1.0 - times.len() as f64 / all.len() as f64;
     Percentiles {
-        p50: at(50),
-        p99: at(99),
+        p50: at(&times, 50),
+        p99: at(&times, 99),
+        p99_of_all: at(&all, 99),
+        delayed,
     }
 }
 
@@ -327,21 +328,25 @@ fn print(
     time: Duration,
     cores: Option<Cores>,
 ) {
-    println!("| `GET /v1/echo` | p50 µs | p99 µs | p99, bare poem = 1 |");
-    println!("|---|---:|---:|---:|");
+    println!(
+        "| `GET /v1/echo` | p50 µs | p99 µs | p99, bare poem = 1 | delayed by stalls | p99 µs with them |"
+    );
+    println!("|---|---:|---:|---:|---:|---:|");
     for (case, it) in cases.iter().zip(measured) {
         println!(
-            "| {} | {:.0} | {:.0} | {:.2} |",
+            "| {} | {:.0} | {:.0} | {:.2} | {:.1}% | {:.0} |",
             case.name,
             it.p50,
             it.p99,
             it.p99 / measured[0].p99,
+            it.delayed * 100.0,
+            it.p99_of_all,
         );
     }
     println!();
     println!(
-        "Percentiles of all requests in the {} of {rounds} rounds in which the machine's speed was steady. In each \
-         round, each case runs for {} ms. Requests are sent on {CONNECTIONS} keep-alive connections, at {:.0}% of the \
+        "Percentiles of the requests in the {} of {rounds} rounds in which the machine's speed was steady, without \
+         requests that were due while a core was not running, or before the delay was caught up with. In each round, each case runs for {} ms. Requests are sent on {CONNECTIONS} keep-alive connections, at {:.0}% of the \
          rate at which bare poem was saturated in the same round (median: {:.0} requests/s). Response times count from \
          the time at which a request is due. {} PostgreSQL, to which `quota` writes usage, has the lowest priority. \
          Target: at most 1.2.",
@@ -368,22 +373,29 @@ mod tests {
     use super::{Outcome, Schedule, percentiles};
 
     #[test]
-    fn percentiles_are_those_of_all_requests() {
-        let round = |micros: std::ops::RangeInclusive<u64>| Outcome {
-            times: micros
-                .rev()
-                .map(|it| (Instant::now(), Duration::from_micros(it)))
-                .collect(),
-            unsent: 0.0,
+    fn percentiles_are_those_of_all_rounds() {
+        let round = |micros: std::ops::RangeInclusive<u64>, delayed: usize| {
+            let times: Vec<_> = micros.rev().map(Duration::from_micros).collect();
+            let late = std::iter::repeat_n(Duration::from_secs(1), delayed);
+            Outcome {
+                all: late.chain(times.iter().copied()).collect(),
+                times,
+                unsent: 0.0,
+            }
         };
-        let rounded = |rounds| {
+        let rounded = |rounds: &[Outcome]| {
             let it = percentiles(rounds);
-            (it.p50.round(), it.p99.round())
+            let percent = it.delayed * 100.0;
+            format!(
+                "{:.0} {:.0} {:.0} {percent:.0}%",
+                it.p50, it.p99, it.p99_of_all
+            )
         };
-        assert_eq!(rounded(vec![round(1..=200)]), (100.0, 198.0));
-        let parts = vec![round(101..=200), round(1..=100)];
-        assert_eq!(rounded(parts), (100.0, 198.0));
-        assert_eq!(rounded(vec![round(7..=7)]), (7.0, 7.0));
+        let whole = [round(1..=200, 0)];
+        assert_eq!(rounded(&whole), "100 198 198 0%");
+        let parts = [round(101..=200, 50), round(1..=100, 0)];
+        assert_eq!(rounded(&parts), "100 198 1000000 20%");
+        assert_eq!(rounded(&[round(7..=7, 0)]), "7 7 7 0%");
     }
 
     #[test]

@@ -62,7 +62,7 @@ enum Command {
         /// The `quota` binary, a release build
         quota: PathBuf,
         /// The number of rounds per case
-        #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u32).range(1..=20))]
+        #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=12))]
         rounds: u32,
         /// The length of a round in milliseconds
         #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=300))]

@@ -25,10 +25,11 @@ use tempfile::TempDir;
 /// The time within which a server must be ready. The first startup creates a database.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
 const ENDED_WITHIN: Duration = Duration::from_secs(30);
-/// How long a server must have been idle before its CPU time is read. Longer than the interval at which usage is stored.
-const IDLE_FOR: Duration = Duration::from_millis(300);
+/// How long a server must have been idle before its CPU time is read. Longer than the intervals at which usage is stored
+/// and spans are sent.
+const IDLE_FOR: Duration = Duration::from_millis(600);
 /// The CPU time that an idle server and its PostgreSQL may use in this time.
-const IDLE_CPU_MAX: Duration = Duration::from_millis(15);
+const IDLE_CPU_MAX: Duration = Duration::from_millis(30);
 const IDLE_WITHIN: Duration = Duration::from_secs(60);
 
 /// The cores for the servers and for the load.
@@ -177,7 +178,7 @@ impl Server {
     pub(crate) fn give_database_lowest_priority(&self) -> Result<()> {
         let (main, _) = self.database()?;
         make_idle(main)?;
-        // Processes that PostgreSQL starts from now on inherit the policy.
+        // If there are no autogroups, processes that PostgreSQL starts from now on inherit the priority.
         for pid in self.database()?.1 {
             let result = make_idle(pid);
             let has_ended = !Path::new(&format!("/proc/{pid}")).exists();
@@ -230,7 +231,7 @@ impl Server {
         cpu(self.pid()?)
     }
 
-    /// Waits until the server and its private PostgreSQL have done all work that earlier requests caused, such as
+    /// Waits until the server and its private PostgreSQL have done almost all work that earlier requests caused, such as
     /// storing usage. Then returns the same as [`Self::cpu`], but without the time that an idle server would have used
     /// since now.
     pub(crate) fn cpu_when_idle(&self) -> Result<Duration> {
@@ -238,7 +239,9 @@ impl Server {
         loop {
             let (busy_for, own, all) = (began.elapsed(), self.cpu()?, self.cpu_with_database()?);
             std::thread::sleep(IDLE_FOR);
-            if self.cpu_with_database()?.saturating_sub(all) <= IDLE_CPU_MAX {
+            // If a process of PostgreSQL has ended in between, less time can be measured than before.
+            let used = self.cpu_with_database()?.checked_sub(all);
+            if used.is_some_and(|it| it <= IDLE_CPU_MAX) {
                 let idle_for = began.elapsed().saturating_sub(busy_for);
                 let share = self.cpu()?.saturating_sub(own).div_duration_f64(idle_for);
                 return Ok(own.saturating_sub(busy_for.mul_f64(share)));
@@ -264,7 +267,13 @@ pub(crate) fn cpu(pid: Pid) -> Result<Duration> {
     Ok(clock_getcpuclockid(pid)?.now()?.into())
 }
 
+/// Gives a process the lowest priority, also if the kernel shares the time among sessions (autogroups): every process of
+/// PostgreSQL has a session of its own. Processes that start later then have normal priority.
 fn make_idle(pid: Pid) -> Result<()> {
+    match fs::write(format!("/proc/{pid}/autogroup"), "19") {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
     let output = Command::new("chrt")
         .args(["--idle", "--pid", "0", &pid.to_string()])
         .output()

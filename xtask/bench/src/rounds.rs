@@ -176,9 +176,6 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     // With the default timeout, a slow response on a busy machine would count as an outage of Redis.
     settings.push(("QUOTA_REDIS_TIMEOUT", "250ms".to_owned()));
     let redis = Server::quota(quota, "info", cores, &settings)?;
-    for server in [&logging, &silent, &memory, &redis] {
-        server.give_database_lowest_priority()?;
-    }
 
     let bare = |name: &str, server| Case {
         name: name.to_owned(),
@@ -276,8 +273,8 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     println!(
         "Medians of {} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections on \
          loopback. CPU is user and system time of the server's process, including what it does after the load, such \
-         as storing usage. {} PostgreSQL, which has the lowest priority, runs on the core of the servers and is not included. The access log is written to a file, one \
-         line per request; quota always has metrics, request IDs and usage records. The bare servers are \
+         as storing usage. {} PostgreSQL, to which quota writes usage, runs on the core of the servers, and its CPU \
+         time is not included. The access log is written to a file, one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
          ordinary release builds. Target: at most 1.25; with direct responses 0.95, with Redis 1.00, and 1.05 \
          for check.",
         measured[0].len(),

@@ -205,7 +205,6 @@ fn quota(
         settings.push(("QUOTA_DIRECT_RESPONSES", "off".to_owned()));
     }
     let server = Server::quota(binary, "info", cores, &settings)?;
-    server.give_database_lowest_priority()?;
     let (ample, scant) = quota_keys(server.addr)?;
     Ok(Contender {
         name,

@@ -57,7 +57,7 @@ impl Report<'_> {
              `--ordinary`, as an ordinary release build). Bare poem is an ordinary release build, and the other \
              servers are those of the packages. \
              Quota's CPU time includes storing usage after the load has ended. It does not include the CPU time of \
-             PostgreSQL, which runs on the same core with the lowest priority. \
+             PostgreSQL, which runs on the same core. \
              Counts, such as requests above a limit, are exact. Times depend on the machine, so compare only figures \
              from the same run. The [glossary](../GLOSSARY.md) defines Quota's terms, such as *direct response*, \
              *lease* and *strict*.\n\n\
