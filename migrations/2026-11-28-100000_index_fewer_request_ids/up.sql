@@ -1,8 +1,8 @@
 -- Most request IDs are UUIDs of version 7 that were generated when the request arrived. Their rows are found by time,
 -- so only other request IDs need an index with an entry per row.
 --
--- While the new index is built, for up to about a second per million rows, usage is not shipped, and decisions cannot
--- be listed. Requests are still decided, and their usage is shipped afterward. Servers of the previous version read the
+-- While the new index is built, for a second or two per million rows, usage is not shipped, and decisions cannot be
+-- listed. Requests are still decided, and their usage is shipped afterward. Servers of the previous version read the
 -- whole log to find a request ID.
 
 ALTER TABLE usage_log ADD COLUMN request_id_has_time boolean NOT NULL DEFAULT false;
