@@ -123,7 +123,10 @@ async fn is_known(state: &AppState, demo: &Demo) -> Result<bool, Unconfirmed> {
         return Ok(false);
     };
     let now = state.clock.monotonic();
-    let found = state.keys.key(&key, now, LookupCaller::default()).await?;
+    let found = state
+        .keys
+        .key(key.hash(), now, LookupCaller::default())
+        .await?;
     Ok(found.is_some())
 }
 

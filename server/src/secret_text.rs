@@ -132,28 +132,47 @@ impl SecretText {
     }
 }
 
+/// The number of hashes that each thread keeps.
+const KEPT: usize = 512;
+
 thread_local! {
-    /// The last well-formed service token, and its hash.
-    static LAST_TOKEN: RefCell<Option<(SecretText, Hash)>> = const { RefCell::new(None) };
+    /// Well-formed secrets that were sent recently, and their hashes. A secret's place depends on its text.
+    static RECENT: RefCell<Vec<Option<(SecretText, Hash)>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Parses a service token, and returns its hash. Returns `None` if the token is malformed.
+/// Parses a secret that authenticates a request, and returns its hash. Returns `None` if the secret is malformed.
 ///
-/// Each thread keeps the last token and its hash until another token replaces them, because a gateway sends the same
-/// token with every request. Comparing a token with the last one takes the same time wherever they differ, so the time
-/// does not help attackers guess a token.
-pub fn hash_of_service_token(text: &[u8]) -> Option<Hash> {
-    LAST_TOKEN.with_borrow_mut(|last| {
-        if let Some((token, hash)) = last
-            && constant_time::verify_slices_are_equal(&token.0, text).is_ok()
+/// Each thread keeps the hashes of recent secrets, because clients send the same secret with every request. Comparing a
+/// secret with a kept one takes the same time wherever they differ, so the time does not help attackers guess a secret.
+pub fn hash_of(kind: Kind, text: &[u8]) -> Option<Hash> {
+    let text: &[u8; LENGTH] = text.try_into().ok()?;
+    RECENT.with_borrow_mut(|recent| {
+        recent.resize(KEPT, None);
+        let place = &mut recent[place(text)];
+        if let Some((secret, hash)) = place
+            && is_equal(&secret.0, text)
         {
-            return Some(*hash);
+            return text.starts_with(kind.prefix().as_bytes()).then_some(*hash);
         }
-        let token = SecretText::parse(Kind::ServiceToken, text)?;
-        let hash = token.hash();
-        *last = Some((token, hash));
+        let secret = SecretText::parse(kind, text)?;
+        let hash = secret.hash();
+        *place = Some((secret, hash));
         Some(hash)
     })
+}
+
+/// Returns the place of a secret among those that are kept. Depends only on characters that are not secret: see
+/// [`PREFIX`].
+fn place(text: &[u8; LENGTH]) -> usize {
+    let [.., a, b, c] = text[..PREFIX] else {
+        return 0;
+    };
+    (usize::from(a) * 961 + usize::from(b) * 31 + usize::from(c)) % KEPT
+}
+
+/// Compares two secrets, in the same time for all of them.
+fn is_equal(one: &[u8; LENGTH], other: &[u8; LENGTH]) -> bool {
+    constant_time::verify_slices_are_equal(one, other).is_ok()
 }
 
 impl fmt::Debug for SecretText {
@@ -175,6 +194,8 @@ fn checksum(bytes: &[u8]) -> [u8; CHECKSUM] {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use proptest::prelude::*;
 
     use super::*;
@@ -206,20 +227,37 @@ mod tests {
     }
 
     #[test]
-    fn hash_of_a_service_token_does_not_depend_on_earlier_tokens() {
-        let tokens = [0, 1].map(|_| SecretText::generate(Kind::ServiceToken).unwrap());
-        let key = SecretText::generate(Kind::ApiKey).unwrap();
-        for index in [0, 0, 1, 0, 1, 1] {
-            let text = tokens[index].reveal();
+    fn hash_does_not_depend_on_earlier_secrets() {
+        // Some of these secrets have the same place, in particular each token and the key with the same characters.
+        let secrets: Vec<_> = (0..600_u32)
+            .flat_map(|n| {
+                let mut bytes = [0; 32];
+                bytes[4..8].copy_from_slice(&n.to_be_bytes());
+                [Kind::ApiKey, Kind::ServiceToken]
+                    .map(|kind| (kind, SecretText::from_bytes(kind, &bytes)))
+            })
+            .collect();
+        let places: HashSet<_> = secrets.iter().map(|(_, it)| place(&it.0)).collect();
+        assert!((100..secrets.len()).contains(&places.len()));
+        for index in (0..secrets.len()).chain([7, 7, 6, 7, 6, 6, 9, 6]) {
+            let (kind, secret) = &secrets[index];
+            let text = secret.reveal();
             let expected = digest::digest(&digest::SHA256, text.as_bytes());
-            let hash = hash_of_service_token(text.as_bytes());
-            assert_eq!(hash.unwrap(), expected.as_ref());
-            for malformed in [&text[1..], &text[..40], "", &key.reveal()] {
-                assert_eq!(hash_of_service_token(malformed.as_bytes()), None);
+            for _ in 0..2 {
+                let hash = hash_of(*kind, text.as_bytes());
+                assert_eq!(hash.unwrap(), expected.as_ref());
             }
-            let last = if text.ends_with('0') { "1" } else { "0" };
-            let changed = [&text[..40], last].concat();
-            assert_eq!(hash_of_service_token(changed.as_bytes()), None);
+            for other in KINDS.into_iter().filter(|it| it != kind) {
+                assert_eq!(hash_of(other, text.as_bytes()), None);
+            }
+            for malformed in [&text[1..], &text[..40], ""] {
+                assert_eq!(hash_of(*kind, malformed.as_bytes()), None);
+            }
+            for at in [3, 10, 11, 40] {
+                let mut changed = text.clone().into_bytes();
+                changed[at] = if changed[at] == b'z' { b'y' } else { b'z' };
+                assert_eq!(hash_of(*kind, &changed), None);
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use quota_server::{
     keys::{KeyRecord, LookupCaller},
     plain_request::{DirectEndpoint as _, Parsed, parse},
     router,
-    secret_text::{Kind, SecretText, hash_of_service_token},
+    secret_text::{Kind, SecretText, hash_of},
     telemetry::log::Log,
 };
 use quota_testkit::redis::RedisServer;
@@ -79,7 +79,7 @@ impl Side {
         let exhausted = Key::create(&app, &account, 1).await;
         let service_token = app.service_token(&account).await;
         // Loads the token into the cache.
-        let hash = hash_of_service_token(service_token.as_bytes()).expect("a token");
+        let hash = hash_of(Kind::ServiceToken, service_token.as_bytes()).expect("a token");
         let found = app.state.keys.service_token(hash, NO_CALLER).await;
         assert!(found.expect("the token is found").is_some());
         for _ in 0..2 {
@@ -119,7 +119,7 @@ impl Key {
         let text = app.key(account, &plan).await.text;
         let secret = SecretText::parse(Kind::ApiKey, text.as_bytes()).expect("a key");
         let now = app.state.clock.monotonic();
-        let record = app.state.keys.key(&secret, now, NO_CALLER).await;
+        let record = app.state.keys.key(secret.hash(), now, NO_CALLER).await;
         Self {
             text,
             record: record.expect("the key is found").expect("the key exists"),

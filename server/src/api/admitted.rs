@@ -27,7 +27,7 @@ use crate::{
     auth::session::{LiveSession, Origin},
     keys::{KeyRecord, Rejection, ServiceRecord},
     limiter::{Decision, Policy},
-    secret_text::{Kind, SecretText, hash_of_service_token},
+    secret_text::{Kind, hash_of},
     spans::{self, Span, SpanKind},
 };
 
@@ -186,11 +186,11 @@ async fn decide_in_span(
         .inc();
         Ok(Err(RejectedKey { rejection, record }))
     };
-    let Some(text) = SecretText::parse(Kind::ApiKey, text.as_bytes()) else {
+    let Some(hash) = hash_of(Kind::ApiKey, text.as_bytes()) else {
         state.metrics.keys_malformed.inc();
         return refused(Rejection::Unknown, None);
     };
-    let Some(record) = state.keys.key(&text, began, context.source(tenant)).await? else {
+    let Some(record) = state.keys.key(hash, began, context.source(tenant)).await? else {
         return refused(Rejection::Unknown, None);
     };
     if tenant.is_some_and(|tenant| tenant != record.tenant()) {
@@ -353,7 +353,7 @@ async fn service_token(
 ) -> Result<Arc<ServiceRecord>, ApiError> {
     let state = &context.state;
     let refused = || ApiError::unauthorized(true, "This service token is invalid.");
-    let hash = hash_of_service_token(token.as_bytes()).ok_or_else(refused)?;
+    let hash = hash_of(Kind::ServiceToken, token.as_bytes()).ok_or_else(refused)?;
     let known = state
         .keys
         .known_service_token(&hash, context.decision_begins());

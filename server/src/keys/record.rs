@@ -195,15 +195,14 @@ impl KeyStore {
         }
     }
 
-    /// Returns the record of the key with this secret, even if the key is inactive. If the key is not cached on this
-    /// replica, the lookup counts toward the limit of `caller`.
+    /// Returns the record of the key whose secret has this hash, even if the key is inactive. If the key is not cached
+    /// on this replica, the lookup counts toward the limit of `caller`.
     pub async fn key(
         &self,
-        text: &SecretText,
+        hash: Hash,
         now: Monotonic,
         caller: LookupCaller,
     ) -> Result<Option<Arc<KeyRecord>>, Unconfirmed> {
-        let hash = text.hash();
         if let Some(known) = self.keys.peek_at(&start(&hash), now) {
             return Ok(known);
         }

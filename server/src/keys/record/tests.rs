@@ -182,8 +182,12 @@ async fn plan_edit_reaches_a_key_that_is_being_cached() {
     let paused = {
         let keys = keys.clone();
         tokio::spawn(async move {
-            keys.key(&secret(0), Monotonic::default(), LookupCaller::default())
-                .await
+            keys.key(
+                secret(0).hash(),
+                Monotonic::default(),
+                LookupCaller::default(),
+            )
+            .await
         })
     };
     // Blocks only the test's own thread, which runs no loads.
@@ -191,7 +195,7 @@ async fn plan_edit_reaches_a_key_that_is_being_cached() {
     // More keys than the cache has room for.
     for n in 1..=300 {
         let (secret, now) = (secret(n), clock.monotonic());
-        let found = keys.key(&secret, now, LookupCaller::default()).await;
+        let found = keys.key(secret.hash(), now, LookupCaller::default()).await;
         assert!(found.unwrap().is_some());
     }
     resume.send(()).unwrap();
@@ -199,7 +203,7 @@ async fn plan_edit_reaches_a_key_that_is_being_cached() {
     assert_eq!(cached.plan.name, "old");
     let name = async || {
         let (secret, now) = (secret(0), clock.monotonic());
-        let found = keys.key(&secret, now, LookupCaller::default()).await;
+        let found = keys.key(secret.hash(), now, LookupCaller::default()).await;
         found.unwrap().unwrap().plan.name.clone()
     };
     assert_eq!(name().await, "old", "the old record is cached");

@@ -1306,7 +1306,7 @@ async fn a_denial_that_names_no_policy_is_429_and_reduced_capacity() {
     let record = app
         .state
         .keys
-        .key(&text, now, LookupCaller::default())
+        .key(text.hash(), now, LookupCaller::default())
         .await
         .unwrap()
         .unwrap();
