@@ -10,10 +10,11 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::{self, Duration, SystemTime, UNIX_EPOCH},
+    time::Duration,
 };
 
 use chrono::{DateTime, Utc};
+use nix::time::{ClockId, clock_gettime};
 
 /// A length of time in nanoseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
@@ -159,15 +160,31 @@ impl governor::clock::Clock for GovernorClock {
 /// The clocks of the operating system.
 #[derive(Debug, Clone)]
 pub struct SystemClock {
-    start: time::Instant,
+    /// The reading of the operating system's monotonic clock at which this clock was zero.
+    start: u64,
 }
 
 impl SystemClock {
     pub fn new() -> Self {
         Self {
-            start: time::Instant::now(),
+            start: reading(ClockId::CLOCK_MONOTONIC),
         }
     }
+}
+
+/// Reads a clock of the operating system, in nanoseconds. A time before the clock's zero becomes zero.
+///
+/// The clocks are read several times per request. `Instant` and `SystemTime` would read the same clocks, but calculate
+/// with seconds and nanoseconds.
+#[inline]
+fn reading(clock: ClockId) -> u64 {
+    // The clocks that are read always exist.
+    let Ok(time) = clock_gettime(clock) else {
+        return 0;
+    };
+    let secs = u64::try_from(time.tv_sec()).unwrap_or(0);
+    let nanos = u64::try_from(time.tv_nsec()).unwrap_or(0);
+    secs.saturating_mul(1_000_000_000).saturating_add(nanos)
 }
 
 impl Default for SystemClock {
@@ -177,20 +194,15 @@ impl Default for SystemClock {
 }
 
 impl Clock for SystemClock {
-    #[expect(
-        clippy::disallowed_methods,
-        reason = "the only place that reads the system clock"
-    )]
+    #[inline]
     fn now(&self) -> UnixNanos {
         // A time before 1970 becomes 1970, and a time after 2554 becomes the last time that can be represented.
-        let since = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .unwrap_or_default();
-        UnixNanos(Nanos::from(since).0)
+        UnixNanos(reading(ClockId::CLOCK_REALTIME))
     }
 
+    #[inline]
     fn monotonic(&self) -> Monotonic {
-        Monotonic(Nanos::from(self.start.elapsed()).0)
+        Monotonic(reading(ClockId::CLOCK_MONOTONIC).saturating_sub(self.start))
     }
 }
 

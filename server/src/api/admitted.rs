@@ -237,6 +237,7 @@ async fn decide_in_span(
     } else {
         decided_at
     };
+    context.decided_at(recorded_at);
     state
         .metrics
         .decision_seconds

@@ -289,7 +289,8 @@ impl DirectEndpoint for DirectDecisions {
         let parent = span.as_ref().map(Span::as_parent);
         let decision = pin!(self.decide(context, route, request));
         let result = request_log::run(state, parent, decision).await;
-        let took = state.clock.monotonic().saturating_since(began);
+        // Nothing waits between the decision and the response.
+        let took = context.decision_ended().saturating_since(began);
         let now = arrived.saturating_add(took);
         let status = self.write(context, route, result.flatten(), now, out).await;
         if let Some(span) = span {

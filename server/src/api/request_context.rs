@@ -88,6 +88,8 @@ pub struct RequestContext {
     /// The time by which the request had arrived completely. Unknown if its body may still be arriving, or if work on
     /// the request has waited since.
     complete_at: OptionalTime,
+    /// When the last decision was made and recorded. Unknown if there was no decision.
+    decided_at: OptionalTime,
     /// Reports to the listener what happens on the request's connection. `None` if the listener does not need any
     /// reports.
     marks: Option<ConnectionMarks>,
@@ -114,6 +116,7 @@ impl RequestContext {
             ip,
             arrived,
             complete_at: OptionalTime::unknown(),
+            decided_at: OptionalTime::unknown(),
             marks,
             caller: Mutex::default(),
         }
@@ -137,6 +140,18 @@ impl RequestContext {
     pub fn decision_begins(&self) -> Monotonic {
         let begins = self.complete_at.get();
         begins.unwrap_or_else(|| self.state.clock.monotonic())
+    }
+
+    /// Records when a decision was made and recorded.
+    pub fn decided_at(&self, time: Monotonic) {
+        self.decided_at.set(Some(time));
+    }
+
+    /// Returns the time at which the last decision was made and recorded, without reading the clock. If there was no
+    /// decision, returns the current time.
+    pub fn decision_ended(&self) -> Monotonic {
+        let ended = self.decided_at.get();
+        ended.unwrap_or_else(|| self.state.clock.monotonic())
     }
 
     /// Returns the context that `request_log` has stored with the request.

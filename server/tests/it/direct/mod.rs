@@ -184,8 +184,10 @@ impl Clock for PanickingClock {
 #[tokio::test(flavor = "multi_thread")]
 async fn response_after_a_panic_has_the_id_of_the_recorded_request() {
     let clock = PanickingClock(SystemClock::new());
+    // With this setting, the clock is read after the usage has been recorded.
     let app = TestApp::setup()
         .clock(Arc::new(clock))
+        .flag("--durability=machine")
         .without_jobs()
         .start()
         .await;
