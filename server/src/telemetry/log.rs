@@ -25,7 +25,7 @@ use crate::{clock::UnixNanos, config::LogFormat};
 /// How long access log lines are collected before they are written together.
 const FLUSH_EVERY: Duration = Duration::from_millis(50);
 /// The number of collected bytes at which access log lines are written early.
-const FLUSH_AT: usize = 64 * 1024;
+const FLUSH_AT: usize = 256 * 1024;
 /// The maximum number of bytes that wait for standard output. Further access log lines are dropped.
 const MAX_WAITING: usize = 4 * 1024 * 1024;
 /// The maximum number of bytes that wait for standard output, including both access log lines and other events. Further
