@@ -21,6 +21,9 @@ pub const FOLDER: &str = "usage";
 const LOCK: &str = "lock";
 /// The folder for files that are not shipped but kept for the operator. It is next to the directories of the replicas.
 const REJECTED: &str = "rejected";
+/// The end of the name of a directory whose segments contain records of version 2. Earlier versions of the server cannot
+/// read these records. They leave such directories alone, because for them, the name of a directory is only an ID.
+const VERSION_2: &str = "-v2";
 /// The extension of rejected files that an earlier version of the server left in the directory of their replica.
 const EARLIER_EXTENSION: &str = "refused";
 
@@ -46,10 +49,8 @@ impl Directory {
             }
         }
         let id = Uuid::now_v7();
-        let (unfinished, path) = (
-            root.join(format!("{id}.{UNFINISHED}")),
-            root.join(id.to_string()),
-        );
+        let name = format!("{id}{VERSION_2}");
+        let (unfinished, path) = (root.join(format!("{name}.{UNFINISHED}")), root.join(name));
         folder(&unfinished, false)?;
         let locked = (|| {
             let lock = open_lock(&unfinished)?;
@@ -142,7 +143,8 @@ fn open_lock(directory: &Path) -> io::Result<File> {
 
 /// Returns the ID of a replica's directory. Returns `None` if the path is not a replica's directory.
 pub(super) fn id_of(path: &Path) -> Option<Uuid> {
-    Uuid::try_parse(path.file_name()?.to_str()?).ok()
+    let name = path.file_name()?.to_str()?;
+    Uuid::try_parse(name.strip_suffix(VERSION_2).unwrap_or(name)).ok()
 }
 
 /// Returns the directories in `root`, oldest first.

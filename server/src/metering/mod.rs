@@ -255,7 +255,8 @@ impl Metering {
         } else {
             decision.retry_after_secs()
         };
-        let segment = reserved.fill(&DecisionRecord {
+        let segment = self.0.is_durable.then(|| reserved.segment.clone());
+        reserved.fill(&DecisionRecord {
             tenant: key.tenant(),
             key: key.id(),
             plan: key.plan.id,
@@ -267,7 +268,7 @@ impl Metering {
             endpoint: reservation.endpoint,
             request_id: reservation.request_id,
         });
-        if self.0.is_durable
+        if let Some(segment) = segment
             && let Some(recorder) = &self.0.recorder
             && !recorder.made_durable(segment).await
         {
@@ -377,7 +378,8 @@ impl Metering {
     }
 }
 
-/// Measures how long it takes to reserve and fill `count` records, including the time to create their segments.
+/// Measures how long it takes to reserve and fill `count` records, including the time to create their segments, of which
+/// all but the first reuse a file.
 pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
     const SIZE: u64 = 8 << 20;
     let clock = crate::clock::SystemClock::new();
@@ -394,22 +396,22 @@ pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
         request_id: "019ab4e1-7c00-7000-8000-000000000001",
     };
     let began = clock.monotonic();
-    let mut segment = None::<Arc<Segment>>;
+    let mut segment = Arc::new(Segment::create(directory, SIZE, clock.now(), false)?);
     let mut left = count;
     while left > 0 {
-        let reserved = segment
-            .as_ref()
-            .and_then(|segment| segment.reserve(record.endpoint.len(), record.request_id.len()));
+        let reserved = segment.reserve(record.endpoint.len(), record.request_id.len());
         if let Some(reserved) = reserved {
             reserved.fill(&record);
             left -= 1;
             continue;
         }
-        let next = Segment::create(directory, SIZE, clock.now(), false)?;
-        std::fs::remove_file(&next.path)?;
-        segment = Some(Arc::new(next));
+        segment.retire()?;
+        let full = Arc::try_unwrap(segment).map_err(|_| io::ErrorKind::ResourceBusy)?;
+        segment = Arc::new(full.reuse(clock.now())?);
     }
-    Ok(clock.monotonic().saturating_since(began).into())
+    let took = clock.monotonic().saturating_since(began);
+    std::fs::remove_file(&segment.path)?;
+    Ok(took.into())
 }
 
 /// Returns the usage directories at a path, which is either the directory of one replica or a folder that contains

@@ -11,7 +11,7 @@ use arc_swap::ArcSwapOption;
 use parking_lot::Mutex;
 
 use super::{
-    directory::Directory,
+    directory::{self, Directory},
     record::{ENDPOINT_MAX, REQUEST_ID_MAX},
     reusable::{Reusable, ReusableSpace},
     segment::{ReservedRecord, Segment},
@@ -81,7 +81,9 @@ struct Files {
     spare: Option<Arc<Segment>>,
     /// Sealed segments that have not been removed yet, oldest first.
     sealed: Vec<Arc<Segment>>,
-    /// The number of segments, including a spare one that is being created.
+    /// A segment whose records have been shipped, and whose file can be used for the next spare segment.
+    retired: Option<Arc<Segment>>,
+    /// The number of segments, including a spare one that is being created, and a retired one.
     count: usize,
     /// The cause of the last failure to create a segment, and when the next attempt is allowed.
     failed: Option<(Unrecordable, Monotonic)>,
@@ -95,6 +97,12 @@ impl Files {
     fn remove_unused(&mut self, segment: &Segment) {
         self.count -= 1;
         let _ = std::fs::remove_file(&segment.path);
+    }
+
+    fn take_retired(&mut self) -> Option<Arc<Segment>> {
+        let retired = self.retired.take()?;
+        self.count -= 1;
+        Some(retired)
     }
 }
 
@@ -216,11 +224,12 @@ impl Recorder {
         {
             return Err(reason);
         }
+        let retired = files.take_retired();
         let created = if files.count >= self.max_segments {
             Err(Unrecordable::BacklogFull)
         } else {
             self.directory(files)
-                .and_then(|directory| self.create_in(&directory))
+                .and_then(|directory| self.create_in(&directory, retired))
                 .map_err(|error| {
                     self.log_failure(files, &error);
                     Unrecordable::from(&error)
@@ -268,8 +277,25 @@ impl Recorder {
         Ok(directory)
     }
 
-    fn create_in(&self, directory: &Directory) -> io::Result<Arc<Segment>> {
+    /// Creates a segment, from the file of a retired one if there is one.
+    fn create_in(
+        &self,
+        directory: &Directory,
+        retired: Option<Arc<Segment>>,
+    ) -> io::Result<Arc<Segment>> {
         let started_at = self.now();
+        match retired.map(Arc::try_unwrap) {
+            Some(Ok(retired)) => {
+                if let Ok(segment) = retired.reuse(started_at) {
+                    return Ok(Arc::new(segment));
+                }
+            }
+            // A thread may still be about to find out that the segment is sealed, so its memory cannot be used.
+            Some(Err(shared)) => {
+                let _ = shared.delete_retired();
+            }
+            None => {}
+        }
         let created = Segment::create(
             &directory.path,
             self.segment_size,
@@ -294,7 +320,7 @@ impl Recorder {
     /// Returns whether a spare segment must be created or replaced.
     fn needs_spare(&self, files: &Files) -> bool {
         match &files.spare {
-            None => files.count < self.max_segments,
+            None => files.count < self.max_segments || files.retired.is_some(),
             Some(spare) => self.is_old(spare),
         }
     }
@@ -315,7 +341,7 @@ impl Recorder {
     /// Creates the spare segment, and replaces segments that are too old. Blocks the calling thread. Decisions do not
     /// wait, unless there is no segment yet.
     pub fn create_spare(&self) {
-        let directory = {
+        let (directory, retired) = {
             let mut files = self.files.lock();
             if files.is_closed {
                 return;
@@ -336,10 +362,11 @@ impl Recorder {
                 return;
             };
             files.is_creating_spare = true;
+            let retired = files.take_retired();
             files.count += 1;
-            directory
+            (directory, retired)
         };
-        let spare = self.create_in(&directory);
+        let spare = self.create_in(&directory, retired);
         let mut files = self.files.lock();
         files.is_creating_spare = false;
         if spare.is_ok() {
@@ -390,14 +417,33 @@ impl Recorder {
         remove: impl FnOnce(&Path) -> io::Result<()>,
     ) -> io::Result<bool> {
         let mut files = self.files.lock();
-        let is_it = |it: &Arc<Segment>| it.head.id == segment.head.id;
-        let Some(at) = files.sealed.iter().position(is_it) else {
+        let Some(at) = files.sealed.iter().position(|it| it.is(segment)) else {
             return Ok(false);
         };
         remove(&segment.path)?;
         files.sealed.remove(at);
         files.count -= 1;
         Ok(true)
+    }
+
+    /// Removes a segment whose records have all been shipped, unless the segment is still in use. Keeps its file for
+    /// another segment if there is no such file yet. Returns whether the segment was removed.
+    pub fn remove_shipped(&self, segment: &Segment) -> io::Result<bool> {
+        // A reused file would not survive a machine crash.
+        if !self.is_durable() {
+            let mut files = self.files.lock();
+            let at = files.sealed.iter().position(|it| it.is(segment));
+            if let Some(at) = at
+                && files.retired.is_none()
+                && files.count <= self.max_segments
+                && !files.is_closed
+                && segment.retire().is_ok()
+            {
+                files.retired = Some(files.sealed.remove(at));
+                return Ok(true);
+            }
+        }
+        self.remove(segment, directory::delete)
     }
 
     /// Stops recording. Call after the last request. Existing records can still be shipped.
@@ -410,6 +456,9 @@ impl Recorder {
         }
         if let Some(spare) = files.spare.take() {
             files.remove_unused(&spare);
+        }
+        if let Some(retired) = files.take_retired() {
+            let _ = retired.delete_retired();
         }
     }
 

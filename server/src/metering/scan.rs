@@ -6,7 +6,7 @@
 use std::{fs::File, io, os::unix::fs::FileExt};
 
 use super::{
-    record::{self, Header, RECORD_WORDS_MAX, RecordRead, RecordState, WORD, header_word},
+    record::{self, Header, HeaderWords, RECORD_WORDS_MAX, RecordRead, RecordState, WORD},
     segment::SegmentHead,
 };
 
@@ -38,8 +38,9 @@ pub(super) struct Span {
     is_in_gap: bool,
 }
 
-/// How many bytes to read at a time: enough for many records of maximum length.
-const CHUNK: usize = 1 << 20;
+/// How many bytes to read at a time: enough for many records of maximum length, and few enough to stay in the
+/// processor's cache.
+const CHUNK: usize = 256 << 10;
 const _: () = assert!(RECORD_WORDS_MAX * WORD * 100 < CHUNK);
 
 /// Passes at most `max` records to `take`, starting at `position`. Returns where and why reading stopped.
@@ -56,6 +57,7 @@ pub(super) fn read(
         ..Span::default()
     };
     let mut left = max;
+    let headers = HeaderWords::of(head.id);
     let mut bytes = vec![0; CHUNK];
     let mut at = position;
     while left > 0 && !span.is_complete {
@@ -65,6 +67,7 @@ pub(super) fn read(
         let is_last = read as u64 == rest || read < wanted;
         let scan = Scan {
             head,
+            headers: &headers,
             base: at,
             bytes: &bytes[..read],
             is_last,
@@ -113,6 +116,7 @@ enum Found<'a> {
 
 struct Scan<'a> {
     head: &'a SegmentHead,
+    headers: &'a HeaderWords,
     /// The position of `bytes` in the segment.
     base: u64,
     bytes: &'a [u8],
@@ -147,7 +151,8 @@ impl<'a> Scan<'a> {
             _ => &[],
         };
         let position = usize::try_from(self.base).unwrap_or(usize::MAX) + at;
-        if header_word(self.head.id, position, header.state, header.words, body) != word {
+        let headers = self.headers;
+        if headers.word(header.version, position, header.state, header.words, body) != word {
             return Found::Damaged;
         }
         match header.state {

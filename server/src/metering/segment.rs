@@ -10,7 +10,7 @@
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -22,7 +22,7 @@ use memmap2::{Advice, MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use uuid::Uuid;
 
-use super::record::{Body, DecisionRecord, Header, RecordState, WORD, header_word, words};
+use super::record::{Body, DecisionRecord, Header, HeaderWords, RecordState, Version, WORD, words};
 use crate::clock::UnixNanos;
 
 /// The suffix of a segment's file name.
@@ -82,6 +82,7 @@ pub(super) struct Segment {
     pub path: PathBuf,
     pub file: Arc<File>,
     map: MmapRaw,
+    headers: HeaderWords,
     /// The index of the word where the next record begins. The index may lag behind: a writer that finds a header there
     /// advances the index.
     tail: AtomicUsize,
@@ -142,21 +143,82 @@ impl Segment {
             }
         })();
         match created {
-            Ok((map, file)) => Ok(Self {
-                head,
-                path,
-                file: Arc::new(file),
-                map,
-                tail: AtomicUsize::new(RECORDS_AT / WORD),
-                records: AtomicU64::new(0),
-                is_broken: AtomicBool::new(false),
-            }),
+            Ok((map, file)) => Ok(Self::empty(head, path, Arc::new(file), map)),
             Err(error) => {
                 // Removing the file frees its space for other files.
                 let _ = std::fs::remove_file(&unfinished);
                 let _ = std::fs::remove_file(&path);
                 Err(error)
             }
+        }
+    }
+
+    /// Renames the file of a segment that is no longer needed, so that nothing reads it again. If the process exits
+    /// before the file is reused or deleted, the file is deleted like any other unfinished file.
+    pub fn retire(&self) -> io::Result<()> {
+        let (found, own) = (
+            std::fs::symlink_metadata(&self.path)?,
+            self.file.metadata()?,
+        );
+        if (found.dev(), found.ino()) != (own.dev(), own.ino()) {
+            return Err(io::Error::other("the file of a segment was replaced"));
+        }
+        std::fs::rename(&self.path, self.retired_path())
+    }
+
+    /// Deletes the file of a retired segment.
+    pub fn delete_retired(&self) -> io::Result<()> {
+        std::fs::remove_file(self.retired_path())
+    }
+
+    fn retired_path(&self) -> PathBuf {
+        self.path.with_extension(UNFINISHED)
+    }
+
+    /// Makes an empty segment of a retired one. This takes much less time than allocating another file. The new segment
+    /// does not survive a machine crash. If this fails, the file is deleted.
+    pub fn reuse(self, started_at: UnixNanos) -> io::Result<Self> {
+        // A file system that never overwrites blocks, such as Btrfs, allocates new ones for pages that have been written
+        // to disk since. If there is no space, this fails, while writing to the memory would kill the process. Linux
+        // before 5.14 returns `EINVAL`.
+        match self.map.advise(Advice::PopulateWrite) {
+            Err(error) if error.kind() != io::ErrorKind::InvalidInput => {
+                let _ = self.delete_retired();
+                return Err(error);
+            }
+            _ => {}
+        }
+        // The whole segment is owned, so no other thread writes to it.
+        for word in self.words() {
+            word.store(0, Ordering::Relaxed);
+        }
+        let head = SegmentHead {
+            id: Uuid::now_v7(),
+            started_at,
+            size: self.head.size,
+        };
+        let path = self.path.with_file_name(format!("{}.{EXTENSION}", head.id));
+        let written = self
+            .file
+            .write_all_at(&head.bytes(), 0)
+            .and_then(|()| std::fs::rename(self.retired_path(), &path));
+        if let Err(error) = written {
+            let _ = self.delete_retired();
+            return Err(error);
+        }
+        Ok(Self::empty(head, path, self.file, self.map))
+    }
+
+    fn empty(head: SegmentHead, path: PathBuf, file: Arc<File>, map: MmapRaw) -> Self {
+        Self {
+            head,
+            path,
+            file,
+            map,
+            headers: HeaderWords::of(head.id),
+            tail: AtomicUsize::new(RECORDS_AT / WORD),
+            records: AtomicU64::new(0),
+            is_broken: AtomicBool::new(false),
         }
     }
 
@@ -179,7 +241,8 @@ impl Segment {
     }
 
     fn header(&self, index: usize, state: RecordState, words: usize, body: &[u8]) -> u64 {
-        header_word(self.head.id, index * WORD, state, words, body)
+        self.headers
+            .word(Version::Two, index * WORD, state, words, body)
     }
 
     /// Reserves `len` words. Returns `None` if fewer words are left.
@@ -248,6 +311,11 @@ impl Segment {
         }
     }
 
+    /// Returns whether both are the same segment.
+    pub fn is(&self, other: &Self) -> bool {
+        self.head.id == other.head.id
+    }
+
     /// Marks the segment as broken, because the file could not be written to disk.
     pub fn has_broken(&self) {
         self.is_broken.store(true, Ordering::Relaxed);
@@ -275,7 +343,7 @@ pub struct ReservedRecord {
 
 impl ReservedRecord {
     /// Writes the record. Its strings must not exceed the lengths that were reserved.
-    pub fn fill(mut self, record: &DecisionRecord<'_>) -> Arc<Segment> {
+    pub fn fill(mut self, record: &DecisionRecord<'_>) {
         let body = Body::of(record);
         let bytes = body.padded(self.words);
         debug_assert!(bytes.is_some());
@@ -289,7 +357,6 @@ impl ReservedRecord {
             self.close(RecordState::Done, bytes);
             self.segment.records.fetch_add(1, Ordering::Relaxed);
         }
-        self.segment.clone()
     }
 
     fn close(&mut self, state: RecordState, body: &[u8]) {

@@ -91,8 +91,9 @@ fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
         Err(error) => return Err(error),
     };
     let Some(head) = SegmentHead::read(&file)? else {
-        tracing::error!(path = %path.display(), "this file is not a usage segment");
+        // The owner of the directory may be clearing the file, for its next segment.
         if writer == Writer::Ended {
+            tracing::error!(path = %path.display(), "this file is not a usage segment");
             directory::set_aside(path)?;
         }
         return Ok(None);
@@ -156,7 +157,7 @@ impl Shipper {
         self.own.retain(|(source, segment)| {
             let is_removed = match source.state {
                 SourceState::Open => Ok(false),
-                SourceState::Complete => recorder.remove(segment, directory::delete),
+                SourceState::Complete => recorder.remove_shipped(segment),
                 SourceState::Rejected => recorder.remove(segment, directory::set_aside),
             };
             match is_removed {

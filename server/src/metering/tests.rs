@@ -1,7 +1,7 @@
 use std::{
     collections::BTreeSet,
     fs::File,
-    os::unix::fs::FileExt,
+    os::unix::fs::{FileExt, MetadataExt},
     path::Path,
     sync::{
         Arc, Mutex,
@@ -331,6 +331,80 @@ fn a_clients_text_does_not_pass_for_a_record() {
     bytes[second..second + forged.len()].copy_from_slice(&forged);
     let batch = read(&image(directory.path(), &bytes), Writer::Ended);
     assert_eq!(request_ids(&batch), ["a"]);
+}
+
+/// Segments with two records and a seal, in both versions of the layout. They were made by a Python script, with the
+/// CRC-32 of its standard library and a CRC-32C that processes one bit at a time.
+const IMAGES: [&str; 2] = [
+    concat!(
+        "71756f746175736501a219684ea17052b7e7a828c3c9daa20000f323845bd718400100000000000013dba605000000000000",
+        "0000000000000000000000000000",
+        "0b000201179e7fbb000000000000000000000000000000010000000000000000000000000000000200000000000000000000",
+        "00000000000300ca4e2b845bd71807000000000105010000000000000000474554202f610000",
+        "0b0002016bf918c5000000000000000000000000000000010000000000000000000000000000000200000000000000000000",
+        "00000000000300ca4e2b845bd71807000000010105022a00000000000000474554202f626300",
+        "00000401d59d223b",
+    ),
+    concat!(
+        "71756f746175736501a219684ea17052b7e7a828c3c9daa20000f323845bd718400100000000000013dba605000000000000",
+        "0000000000000000000000000000",
+        "0b00020251d3d077000000000000000000000000000000010000000000000000000000000000000200000000000000000000",
+        "00000000000300ca4e2b845bd71807000000000105010000000000000000474554202f610000",
+        "0b000202659d75b5000000000000000000000000000000010000000000000000000000000000000200000000000000000000",
+        "00000000000300ca4e2b845bd71807000000010105022a00000000000000474554202f626300",
+        "00000402cccd4c05",
+    ),
+];
+
+#[test]
+fn segments_of_both_versions_are_read() {
+    let directory = TempDir::new().unwrap();
+    for image_text in IMAGES {
+        let digits = image_text.as_bytes().chunks(2);
+        let digits = digits.map(|it| u8::from_str_radix(str::from_utf8(it).unwrap(), 16).unwrap());
+        let mut bytes: Vec<u8> = digits.collect();
+        bytes.resize(320, 0);
+        let batch = read(&image(directory.path(), &bytes), Writer::Ended);
+        assert_eq!(request_ids(&batch), ["a", "bc"]);
+        assert!(batch.span.is_complete && batch.span.damaged == 0);
+        let [a, bc] = &batch.rows[..] else {
+            panic!("{batch:?}");
+        };
+        assert_eq!((a.tenant_id, a.cost), (Uuid::from_u128(1), 7));
+        assert_eq!((a.was_rejected, bc.was_rejected), (false, true));
+        assert_eq!(bc.retry_after_seconds, Some(42));
+        // Every changed bit is detected.
+        let records = RECORDS_AT..RECORDS_AT + 2 * 88;
+        for bit in records.start * 8..records.end * 8 {
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            let changed = read(&image(directory.path(), &bytes), Writer::Ended);
+            let rest = if bit / 8 < RECORDS_AT + 88 { "bc" } else { "a" };
+            assert_eq!(request_ids(&changed), [rest], "bit {bit}");
+            bytes[bit / 8] ^= 1 << (bit % 8);
+        }
+    }
+}
+
+#[test]
+fn earlier_versions_leave_directories_with_records_of_version_2_alone() {
+    let root = TempDir::new().unwrap();
+    let directory = Directory::create(root.path(), false).unwrap();
+    let name = directory.path.file_name().unwrap().to_str().unwrap();
+    // Earlier versions take over directories whose names are IDs.
+    assert!(Uuid::try_parse(name).is_err(), "{name}");
+    let earlier = root.path().join(Uuid::nil().to_string());
+    for other in ["1", "lock", "rejected"] {
+        std::fs::create_dir(root.path().join(other)).unwrap();
+    }
+    std::fs::create_dir(&earlier).unwrap();
+    let found = directory::list(root.path()).unwrap();
+    assert_eq!(found, [earlier.clone(), directory.path.clone()]);
+    assert_eq!(directory::id_of(&directory.path), Some(directory.id));
+    assert!(Directory::adopt(&earlier).unwrap().is_some());
+    assert!(Directory::adopt(&directory.path).unwrap().is_none());
+    let path = directory.path.clone();
+    drop(directory);
+    assert!(Directory::adopt(&path).unwrap().is_some());
 }
 
 /// Several threads write to a segment while its file is copied. Each copy contains what a killed process would leave
@@ -684,6 +758,156 @@ fn an_outage_ends_when_the_next_segment_is_created_in_advance() {
     assert!(recorder.reserve(ENDPOINT.len(), 1).is_ok());
 }
 
+/// Writes records until the recorder uses another segment, which contains the last of these records. Returns the
+/// segments.
+fn fill_segment(recorder: &Recorder, request_id: &str) -> (Arc<Segment>, Arc<Segment>) {
+    let current = |recorder: &Recorder| recorder.segments().pop().expect("a segment is in use");
+    let full = current(recorder);
+    loop {
+        let reserved = recorder.reserve(ENDPOINT.len(), request_id.len());
+        reserved.expect("there is space").fill(&record(request_id));
+        let next = current(recorder);
+        if next.head != full.head {
+            assert!(full.records.load(Ordering::Relaxed) > 400);
+            return (full, next);
+        }
+    }
+}
+
+/// Returns the number of files of retired segments.
+fn retired(recorder: &Recorder) -> usize {
+    let directory = recorder.own_directory().expect("a directory");
+    let files = std::fs::read_dir(&directory.path).expect("a directory");
+    let names = files.map(|it| it.expect("a file").path());
+    names
+        .filter(|it| it.extension().is_some_and(|it| it == "new"))
+        .count()
+}
+
+fn inode(file: &File) -> u64 {
+    file.metadata().expect("the file is open").ino()
+}
+
+#[test]
+fn the_file_of_a_shipped_segment_is_used_again() {
+    let directory = TempDir::new().unwrap();
+    let recorder = recorder(directory.path(), 8 * SIZE, Arc::default());
+    recorder.create_spare();
+    let mut shipped_file = None;
+    for round in 0..5 {
+        let id = format!("record of round {round}");
+        let (full, next) = fill_segment(&recorder, &id);
+        if let Some(shipped_file) = shipped_file {
+            assert_eq!(inode(&next.file), shipped_file);
+        }
+        // The first record was written at the end of the previous round.
+        let batch = read(&full.file, Writer::Running);
+        assert!(batch.span.is_complete);
+        let new = usize::from(round > 0);
+        assert!(request_ids(&batch)[new..].iter().all(|it| *it == id));
+        // Earlier records have left no trace.
+        let batch = read(&next.file, Writer::Ended);
+        assert_eq!(
+            (request_ids(&batch), batch.span.damaged),
+            (vec![id.as_str()], 0)
+        );
+        assert!(bytes_of(&next)[300..].iter().all(|it| *it == 0));
+        assert_ne!(full.head.id, next.head.id);
+
+        assert!(recorder.remove_shipped(&full).unwrap());
+        assert!(!recorder.remove_shipped(&full).unwrap());
+        assert!(!recorder.remove_shipped(&next).unwrap());
+        assert!(!full.path.exists() && next.path.exists());
+        assert_eq!(retired(&recorder), 1);
+        shipped_file = Some(inode(&full.file));
+        drop(full);
+        recorder.create_spare();
+        assert_eq!(retired(&recorder), 0);
+    }
+}
+
+#[test]
+fn a_retired_segment_that_is_still_in_use_is_not_used_again() {
+    let directory = TempDir::new().unwrap();
+    let recorder = recorder(directory.path(), 8 * SIZE, Arc::default());
+    recorder.create_spare();
+    let (full, _) = fill_segment(&recorder, "a");
+    let before = bytes_of(&full);
+    assert!(recorder.remove_shipped(&full).unwrap());
+    recorder.create_spare();
+    assert_eq!(retired(&recorder), 0);
+    let (_, next) = fill_segment(&recorder, "b");
+    assert_ne!(inode(&next.file), inode(&full.file));
+    assert!(full.reserve(1, 1).is_none());
+    assert_eq!(bytes_of(&full), before);
+}
+
+#[test]
+fn a_file_that_was_replaced_is_not_used_again() {
+    let directory = TempDir::new().unwrap();
+    let recorder = recorder(directory.path(), 8 * SIZE, Arc::default());
+    recorder.create_spare();
+    let (full, _) = fill_segment(&recorder, "a");
+    std::fs::remove_file(&full.path).unwrap();
+    std::fs::write(&full.path, "another file").unwrap();
+    assert!(recorder.remove_shipped(&full).unwrap());
+    assert!(!full.path.exists());
+    assert_eq!(retired(&recorder), 0);
+}
+
+#[test]
+fn a_retired_segment_counts_as_space_and_is_deleted_at_the_end() {
+    let directory = TempDir::new().unwrap();
+    let metrics = Arc::<Metrics>::default();
+    let recorder = recorder(directory.path(), 2 * SIZE, metrics.clone());
+    recorder.create_spare();
+    let first = fill_up(&recorder);
+    for round in 0..3 {
+        // The backlog has space for two segments, and the retired one is not a third.
+        if round > 0 {
+            assert_eq!(fill_up(&recorder) * 2, first);
+        }
+        assert_eq!(metrics.usage_unrecordable.get(), 1);
+        let shipped = recorder.segments().remove(0);
+        assert!(recorder.remove_shipped(&shipped).unwrap());
+        drop(shipped);
+        assert!(recorder.wants_spare());
+        recorder.create_spare();
+        assert_eq!(metrics.usage_unrecordable.get(), 0);
+    }
+    fill_up(&recorder);
+    for shipped in recorder.segments() {
+        recorder.remove_shipped(&shipped).unwrap();
+    }
+    assert_eq!(retired(&recorder), 1);
+    recorder.close();
+    assert_eq!(retired(&recorder), 0);
+    for last in recorder.segments() {
+        // Nothing is kept any more.
+        assert!(recorder.remove_shipped(&last).unwrap());
+    }
+    assert!(recorder.remove_directory().unwrap());
+}
+
+#[test]
+fn a_segment_that_must_survive_a_machine_crash_gets_a_new_file() {
+    let directory = TempDir::new().unwrap();
+    let recorder = Recorder::new(
+        directory.path().to_owned(),
+        8 * SIZE,
+        Durability::Machine,
+        Arc::new(TestClock::default()),
+        Arc::new(EventClock::new(UnixNanos(0), Monotonic(0))),
+        Arc::default(),
+    )
+    .unwrap();
+    recorder.create_spare();
+    let (full, _) = fill_segment(&recorder, "a");
+    assert!(recorder.remove_shipped(&full).unwrap());
+    assert!(!full.path.exists());
+    assert_eq!(retired(&recorder), 0);
+}
+
 #[test]
 fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     let directory = TempDir::new().unwrap();
@@ -723,7 +947,8 @@ fn a_tenant_that_may_not_record_more_denials_gets_space_before_the_decision() {
     let kept = recorder.reserve_reusable().expect("the same space");
     // Without space, there is no decision.
     assert!(recorder.reserve_reusable().is_err());
-    let segment = kept.record.fill(&record("last"));
+    let segment = kept.record.segment.clone();
+    kept.record.fill(&record("last"));
     let batch = read(&segment.file, Writer::Ended);
     let last = batch
         .rows

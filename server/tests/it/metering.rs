@@ -273,7 +273,9 @@ async fn without_postgresql_decisions_go_on_and_are_shipped_later() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
-    let world = World::start(|setup| setup).await;
+    // The requests fill several segments of 128 KiB, whose files are used again.
+    let flag = "--usage-backlog-max=1048576";
+    let world = World::start(|setup| setup.flag(flag)).await;
     let app = &world.app;
     let mut ids = world.echoes(1).await;
     let directory = world.usage_directory();
@@ -302,11 +304,19 @@ async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
         records
     };
     let load = async {
-        ids.extend(world.echoes(1_000).await);
+        for _ in 0..6 {
+            ids.extend(world.echoes(1_000).await);
+        }
         writing.store(false, Ordering::Relaxed);
     };
     let (owner, first, second, ()) = tokio::join!(owner(), replay(), replay(), load);
     app.ship_usage().await;
+    let retired = directory.read_dir().expect("a readable directory");
+    let retired = retired.filter(|it| {
+        let path = it.as_ref().expect("a readable entry").path();
+        path.extension().is_some_and(|it| it == "new")
+    });
+    assert_eq!(retired.count(), 1, "a file is kept for another segment");
     assert_eq!(world.logged().await, ids);
     let shares = [owner, first.0, second.0];
     let busy = shares.iter().filter(|records| **records > 0).count();
