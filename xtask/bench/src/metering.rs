@@ -81,7 +81,7 @@ fn append() -> Result<()> {
     let directory = TempDir::new()?;
     let took = quota_server::metering::measure_append(directory.path(), APPENDS)?;
     println!(
-        "One append: {:.0} ns (mean of {APPENDS}, including creating segments). Target: below 500 ns.",
+        "One append: {:.0} ns (mean of {APPENDS}, including preparing segments). Target: below 500 ns.",
         took.as_secs_f64() * 1e9 / f64::from(APPENDS)
     );
     println!();
