@@ -160,7 +160,7 @@ impl governor::clock::Clock for GovernorClock {
 /// The clocks of the operating system.
 #[derive(Debug, Clone)]
 pub struct SystemClock {
-    /// The reading of the operating system's monotonic clock at which this clock was zero.
+    /// What the operating system's monotonic clock showed when this clock was created, in nanoseconds.
     start: u64,
 }
 
@@ -172,16 +172,18 @@ impl SystemClock {
     }
 }
 
-/// Reads a clock of the operating system, in nanoseconds. A time before the clock's zero becomes zero.
+/// Reads a clock of the operating system, in nanoseconds. A time before the clock's zero becomes less than a second.
 ///
-/// The clocks are read several times per request. `Instant` and `SystemTime` would read the same clocks, but calculate
-/// with seconds and nanoseconds.
+/// The clocks are read several times per request. `Instant` and `SystemTime` read the same clocks, but keep seconds and
+/// nanoseconds apart, which makes calculations slower.
 #[inline]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the only place that reads the system clock"
+)]
 fn reading(clock: ClockId) -> u64 {
-    // The clocks that are read always exist.
-    let Ok(time) = clock_gettime(clock) else {
-        return 0;
-    };
+    // Without a time, expired keys would be accepted.
+    let time = clock_gettime(clock).expect("the operating system has this clock");
     let secs = u64::try_from(time.tv_sec()).unwrap_or(0);
     let nanos = u64::try_from(time.tv_nsec()).unwrap_or(0);
     secs.saturating_mul(1_000_000_000).saturating_add(nanos)
@@ -196,7 +198,7 @@ impl Default for SystemClock {
 impl Clock for SystemClock {
     #[inline]
     fn now(&self) -> UnixNanos {
-        // A time before 1970 becomes 1970, and a time after 2554 becomes the last time that can be represented.
+        // A time before 1970 becomes a time in the first second of 1970, and a time after 2554 becomes the last time that can be represented.
         UnixNanos(reading(ClockId::CLOCK_REALTIME))
     }
 

@@ -219,13 +219,22 @@ async fn response_after_a_panic_has_the_id_of_the_recorded_request() {
         if answered.is_err() {
             out.clear();
             direct
-                .answer_after_panic(route, &request, peer, context, &mut out)
+                .answer_after_panic(route, &request, peer, context.take(), &mut out)
                 .await;
         }
         let text = String::from_utf8(out).expect("text");
         let (_, id) = text.split_once("x-request-id: ").expect("an ID");
-        ids.insert(id[..id.find('\r').expect("a line")].to_owned());
+        let id = id[..id.find('\r').expect("a line")].to_owned();
+        ids.insert(id.clone());
         if text.starts_with("HTTP/1.1 200 ") {
+            // As if a panic had occurred while the response was being written.
+            let mut out = Vec::new();
+            direct
+                .answer_after_panic(route, &request, peer, context, &mut out)
+                .await;
+            let text = String::from_utf8(out).expect("text");
+            assert!(text.starts_with("HTTP/1.1 500 "), "{text}");
+            assert!(text.contains(&format!("x-request-id: {id}\r\n")), "{text}");
             break;
         }
         assert!(text.starts_with("HTTP/1.1 500 "), "{text}");
