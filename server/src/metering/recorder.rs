@@ -1,5 +1,5 @@
-//! The usage segments of this process: the current segment, a spare segment that is used next, and sealed segments that
-//! wait to be shipped.
+//! The usage segments of this process: the current segment, a spare segment that is used next, sealed segments that wait
+//! to be shipped, and a retired segment whose file is reused.
 
 use std::{
     io,
@@ -32,6 +32,9 @@ const SEGMENT_MIN: u64 = 64 << 10;
 /// older than the retention of the usage log (at least two days). Such a segment is rejected if it has no cursor in
 /// PostgreSQL.
 const MAX_AGE: u64 = 6 * 3_600_000_000_000;
+/// The maximum age of a file that is reused, in nanoseconds. Linux writes changed pages to disk after 30 seconds by
+/// default. From then on, the first write to each page could have to wait for the disk.
+const REUSED_MAX_AGE: u64 = 20_000_000_000;
 /// The minimum time between attempts to create a segment after a failure.
 const RETRY: Nanos = Nanos::from_millis(100);
 
@@ -63,7 +66,7 @@ pub(super) struct Recorder {
     /// The directory that contains the directories of all replicas.
     root: PathBuf,
     segment_size: u64,
-    /// The maximum number of segments, including the spare one.
+    /// The maximum number of segments, including the spare one and a retired one.
     max_segments: usize,
     durability: Durability,
     clock: Arc<dyn Clock>,
@@ -81,7 +84,7 @@ struct Files {
     spare: Option<Arc<Segment>>,
     /// Sealed segments that have not been removed yet, oldest first.
     sealed: Vec<Arc<Segment>>,
-    /// A segment whose records have been shipped, and whose file can be used for the next spare segment.
+    /// A segment whose records have all been shipped. The next segment reuses its file.
     retired: Option<Arc<Segment>>,
     /// The number of segments, including a spare one that is being created, and a retired one.
     count: usize,
@@ -277,7 +280,7 @@ impl Recorder {
         Ok(directory)
     }
 
-    /// Creates a segment, from the file of a retired one if there is one.
+    /// Creates a segment. Reuses the file of the retired segment if possible.
     fn create_in(
         &self,
         directory: &Directory,
@@ -289,8 +292,10 @@ impl Recorder {
                 if let Ok(segment) = retired.reuse(started_at) {
                     return Ok(Arc::new(segment));
                 }
+                // If that failed, the file was deleted.
             }
-            // A thread may still be about to find out that the segment is sealed, so its memory cannot be used.
+            // Another thread may still be about to find out that the segment is sealed, so its memory must not be
+            // reused.
             Some(Err(shared)) => {
                 let _ = shared.delete_retired();
             }
@@ -417,7 +422,7 @@ impl Recorder {
         remove: impl FnOnce(&Path) -> io::Result<()>,
     ) -> io::Result<bool> {
         let mut files = self.files.lock();
-        let Some(at) = files.sealed.iter().position(|it| it.is(segment)) else {
+        let Some(at) = files.sealed.iter().position(|it| it.is_same(segment)) else {
             return Ok(false);
         };
         remove(&segment.path)?;
@@ -426,16 +431,18 @@ impl Recorder {
         Ok(true)
     }
 
-    /// Removes a segment whose records have all been shipped, unless the segment is still in use. Keeps its file for
-    /// another segment if there is no such file yet. Returns whether the segment was removed.
+    /// Removes a segment whose records have all been shipped, unless the segment is still in use. If possible, keeps the
+    /// file for the next segment. Otherwise, deletes it. At most one file is kept. Returns whether the segment was
+    /// removed.
     pub fn remove_shipped(&self, segment: &Segment) -> io::Result<bool> {
-        // A reused file would not survive a machine crash.
+        // Reusing a file does not wait for the disk, so the new segment could be lost in a machine crash.
         if !self.is_durable() {
             let mut files = self.files.lock();
-            let at = files.sealed.iter().position(|it| it.is(segment));
+            let at = files.sealed.iter().position(|it| it.is_same(segment));
             if let Some(at) = at
                 && files.retired.is_none()
                 && files.count <= self.max_segments
+                && self.now().0.saturating_sub(segment.file_created_at.0) <= REUSED_MAX_AGE
                 && !files.is_closed
                 && segment.retire().is_ok()
             {

@@ -27,7 +27,7 @@ use crate::clock::UnixNanos;
 
 /// The suffix of a segment's file name.
 pub(super) const EXTENSION: &str = "segment";
-/// The suffix of a file that is being prepared.
+/// The suffix of a file that is being prepared, or that is kept for another segment.
 pub(super) const UNFINISHED: &str = "new";
 /// The byte offset of the first record.
 pub(super) const RECORDS_AT: usize = 64;
@@ -81,6 +81,8 @@ pub(super) struct Segment {
     pub head: SegmentHead,
     pub path: PathBuf,
     pub file: Arc<File>,
+    /// When the file was created. Earlier than the start of the segment if the file has been reused.
+    pub file_created_at: UnixNanos,
     map: MmapRaw,
     headers: HeaderWords,
     /// The index of the word where the next record begins. The index may lag behind: a writer that finds a header there
@@ -153,15 +155,17 @@ impl Segment {
         }
     }
 
-    /// Renames the file of a segment that is no longer needed, so that nothing reads it again. If the process exits
-    /// before the file is reused or deleted, the file is deleted like any other unfinished file.
+    /// Renames the file of a segment that is no longer needed, so that the file is no longer found. Fails if another file
+    /// has taken its place. A process that already has the file open cannot mistake the records of the next segment for
+    /// records of this one, because their CRCs cover another ID. If this process exits before the file is reused or
+    /// deleted, the file is deleted like any other unfinished file.
     pub fn retire(&self) -> io::Result<()> {
         let (found, own) = (
             std::fs::symlink_metadata(&self.path)?,
             self.file.metadata()?,
         );
         if (found.dev(), found.ino()) != (own.dev(), own.ino()) {
-            return Err(io::Error::other("the file of a segment was replaced"));
+            return Err(io::Error::other("the segment's file was replaced"));
         }
         std::fs::rename(&self.path, self.retired_path())
     }
@@ -175,8 +179,8 @@ impl Segment {
         self.path.with_extension(UNFINISHED)
     }
 
-    /// Makes an empty segment of a retired one. This takes much less time than allocating another file. The new segment
-    /// does not survive a machine crash. If this fails, the file is deleted.
+    /// Turns a retired segment into an empty one, which is much faster than allocating another file. The new segment may
+    /// not survive a machine crash. On failure, the file is deleted.
     pub fn reuse(self, started_at: UnixNanos) -> io::Result<Self> {
         // A file system that never overwrites blocks, such as Btrfs, allocates new ones for pages that have been written
         // to disk since. If there is no space, this fails, while writing to the memory would kill the process. Linux
@@ -188,7 +192,7 @@ impl Segment {
             }
             _ => {}
         }
-        // The whole segment is owned, so no other thread writes to it.
+        // `self` is the only reference to the segment, so no other thread writes to it.
         for word in self.words() {
             word.store(0, Ordering::Relaxed);
         }
@@ -206,7 +210,11 @@ impl Segment {
             let _ = self.delete_retired();
             return Err(error);
         }
-        Ok(Self::empty(head, path, self.file, self.map))
+        let file_created_at = self.file_created_at;
+        Ok(Self {
+            file_created_at,
+            ..Self::empty(head, path, self.file, self.map)
+        })
     }
 
     fn empty(head: SegmentHead, path: PathBuf, file: Arc<File>, map: MmapRaw) -> Self {
@@ -214,6 +222,7 @@ impl Segment {
             head,
             path,
             file,
+            file_created_at: head.started_at,
             map,
             headers: HeaderWords::of(head.id),
             tail: AtomicUsize::new(RECORDS_AT / WORD),
@@ -311,8 +320,8 @@ impl Segment {
         }
     }
 
-    /// Returns whether both are the same segment.
-    pub fn is(&self, other: &Self) -> bool {
+    /// Returns whether `other` is the same segment.
+    pub fn is_same(&self, other: &Self) -> bool {
         self.head.id == other.head.id
     }
 
