@@ -100,7 +100,7 @@ archive_usage() {
     [ -n "$replica" ] || fail "no replica is running, so its volume cannot be read; start one"
     docker cp "$replica:/var/lib/quota/usage" -
   elif [ -d "${QUOTA_DATA_DIR:-}/usage" ]; then
-    # While tar runs, servers may delete files whose usage records are in the database. This is not an error.
+    # While tar runs, servers may delete or reuse files whose usage records are in the database. This is not an error.
     tar --create --sparse --ignore-failed-read --warning=no-file-changed --warning=no-file-removed \
       --directory "$QUOTA_DATA_DIR" usage || [ $? = 1 ]
   else

@@ -132,18 +132,19 @@ impl SecretText {
     }
 }
 
-/// The number of hashes that each thread keeps.
+/// The maximum number of recent secrets whose hashes each thread keeps.
 const KEPT: usize = 512;
 
 thread_local! {
-    /// Well-formed secrets that were sent recently, and their hashes. A secret's place depends on its text.
+    /// Well-formed secrets that were sent recently, and their hashes. [`place`] returns a secret's index.
     static RECENT: RefCell<Vec<Option<(SecretText, Hash)>>> = const { RefCell::new(Vec::new()) };
 }
 
 /// Parses a secret that authenticates a request, and returns its hash. Returns `None` if the secret is malformed.
 ///
-/// Each thread keeps the hashes of recent secrets, because clients send the same secret with every request. Comparing a
-/// secret with a kept one takes the same time wherever they differ, so the time does not help attackers guess a secret.
+/// Each thread keeps recent secrets with their hashes, because most clients send the same secret with every request.
+/// Comparing a secret with a kept one takes the same time wherever they differ, so the time does not help attackers
+/// guess a secret.
 pub fn hash_of(kind: Kind, text: &[u8]) -> Option<Hash> {
     let text: &[u8; LENGTH] = text.try_into().ok()?;
     RECENT.with_borrow_mut(|recent| {
@@ -161,8 +162,7 @@ pub fn hash_of(kind: Kind, text: &[u8]) -> Option<Hash> {
     })
 }
 
-/// Returns the place of a secret among those that are kept. Depends only on characters that are not secret: see
-/// [`PREFIX`].
+/// Returns the index of a secret in [`RECENT`]. Depends only on characters that are not secret: see [`PREFIX`].
 fn place(text: &[u8; LENGTH]) -> usize {
     let [.., a, b, c] = text[..PREFIX] else {
         return 0;
@@ -170,7 +170,7 @@ fn place(text: &[u8; LENGTH]) -> usize {
     (usize::from(a) * 961 + usize::from(b) * 31 + usize::from(c)) % KEPT
 }
 
-/// Compares two secrets, in the same time for all of them.
+/// Returns whether two secrets are equal. Takes the same time wherever they differ.
 fn is_equal(one: &[u8; LENGTH], other: &[u8; LENGTH]) -> bool {
     constant_time::verify_slices_are_equal(one, other).is_ok()
 }
@@ -238,7 +238,8 @@ mod tests {
             })
             .collect();
         let places: HashSet<_> = secrets.iter().map(|(_, it)| place(&it.0)).collect();
-        assert!((100..secrets.len()).contains(&places.len()));
+        let distinct: HashSet<_> = secrets.iter().map(|(_, it)| it.reveal()).collect();
+        assert!((100..distinct.len()).contains(&places.len()));
         for index in (0..secrets.len()).chain([7, 7, 6, 7, 6, 6, 9, 6]) {
             let (kind, secret) = &secrets[index];
             let text = secret.reveal();

@@ -237,7 +237,7 @@ async fn decide_in_span(
     } else {
         decided_at
     };
-    context.decided_at(recorded_at);
+    context.set_decision_ended(recorded_at);
     state
         .metrics
         .decision_seconds

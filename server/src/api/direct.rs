@@ -289,7 +289,8 @@ impl DirectEndpoint for DirectDecisions {
         let parent = span.as_ref().map(Span::as_parent);
         let decision = pin!(self.decide(context, route, request));
         let result = request_log::run(state, parent, decision).await;
-        // Nothing waits between the decision and the response.
+        // Nothing is awaited after the decision, so its time is used instead of reading the clock again. This does not
+        // include the time to write the usage record to memory and to write the response.
         let took = context.decision_ended().saturating_since(began);
         let now = arrived.saturating_add(took);
         let status = self.write(context, route, result.flatten(), now, out).await;

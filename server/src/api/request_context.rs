@@ -88,8 +88,9 @@ pub struct RequestContext {
     /// The time by which the request had arrived completely. Unknown if its body may still be arriving, or if work on
     /// the request has waited since.
     complete_at: OptionalTime,
-    /// When the last decision was made and recorded. Unknown if there was no decision.
-    decided_at: OptionalTime,
+    /// When work on the last decision ended: when the decision was made or, if its usage record had to be written to
+    /// disk, when that was done. Unknown if there was no decision.
+    decision_ended: OptionalTime,
     /// Reports to the listener what happens on the request's connection. `None` if the listener does not need any
     /// reports.
     marks: Option<ConnectionMarks>,
@@ -116,7 +117,7 @@ impl RequestContext {
             ip,
             arrived,
             complete_at: OptionalTime::unknown(),
-            decided_at: OptionalTime::unknown(),
+            decision_ended: OptionalTime::unknown(),
             marks,
             caller: Mutex::default(),
         }
@@ -142,15 +143,15 @@ impl RequestContext {
         begins.unwrap_or_else(|| self.state.clock.monotonic())
     }
 
-    /// Records when a decision was made and recorded.
-    pub fn decided_at(&self, time: Monotonic) {
-        self.decided_at.set(Some(time));
+    /// Sets the time at which work on a decision ended. Call after the last wait.
+    pub fn set_decision_ended(&self, time: Monotonic) {
+        self.decision_ended.set(Some(time));
     }
 
-    /// Returns the time at which the last decision was made and recorded, without reading the clock. If there was no
-    /// decision, returns the current time.
+    /// Returns the time at which work on the last decision ended, without reading the clock. If there was no decision,
+    /// returns the current time.
     pub fn decision_ended(&self) -> Monotonic {
-        let ended = self.decided_at.get();
+        let ended = self.decision_ended.get();
         ended.unwrap_or_else(|| self.state.clock.monotonic())
     }
 
@@ -221,7 +222,8 @@ impl RequestContext {
         }
     }
 
-    /// Writes the access log line. `took` is the time since the request arrived.
+    /// Writes the access log line. `took` is the time from the request's arrival until it was processed. For a direct
+    /// response, this is until the decision ended.
     pub fn log(&self, method: &str, path: &str, status: u16, took: Nanos) {
         let identity = self.caller.lock().take();
         let (tenant, key) = match &identity {

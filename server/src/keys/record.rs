@@ -158,7 +158,7 @@ fn start(hash: &Hash) -> HashStart {
     start
 }
 
-/// Finds API keys and service tokens by their secrets. Cloning is cheap.
+/// Finds API keys and service tokens by the hashes of their secrets. Cloning is cheap.
 #[derive(Debug, Clone)]
 pub struct KeyStore {
     keys: Cached<HashStart, KeyRecord>,

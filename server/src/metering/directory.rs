@@ -22,7 +22,7 @@ const LOCK: &str = "lock";
 /// The folder for files that are not shipped but kept for the operator. It is next to the directories of the replicas.
 const REJECTED: &str = "rejected";
 /// The end of the name of a directory whose segments contain records of version 2. Earlier versions of the server cannot
-/// read these records. They leave such directories alone, because for them, the name of a directory is only an ID.
+/// read these records. They ignore such directories, because they expect the name to be only an ID.
 const VERSION_2: &str = "-v2";
 /// The extension of rejected files that an earlier version of the server left in the directory of their replica.
 const EARLIER_EXTENSION: &str = "refused";
@@ -226,7 +226,7 @@ fn paths(directory: &Path, is_wanted: impl Fn(&Path) -> bool) -> io::Result<Vec<
             found.push(path);
         }
     }
-    // The names are UUIDs of version 7, which sort by time.
+    // The names begin with UUIDs of version 7, which sort by time.
     found.sort();
     Ok(found)
 }

@@ -15,7 +15,7 @@
 //! | file | what it owns |
 //! |---|---|
 //! | `record.rs` | the layout of a record, its CRC and its ID |
-//! | `segment.rs` | a segment that is being written: reserving, filling, sealing |
+//! | `segment.rs` | a segment that is being written: reserving, filling, sealing, and reusing its file |
 //! | `scan.rs` | reading a segment, including one that a crash left behind |
 //! | `directory.rs` | a replica's directory and the lock on it |
 //! | `recorder.rs` | which segment is in use, and what to do when there is no space |
@@ -378,8 +378,8 @@ impl Metering {
     }
 }
 
-/// Measures how long it takes to reserve and fill `count` records, including the time to create their segments, of which
-/// all but the first reuse a file.
+/// Measures how long it takes to reserve and fill `count` records, including the time to create the segments. All
+/// segments but the first reuse a file.
 pub fn measure_append(directory: &Path, count: u32) -> io::Result<Duration> {
     const SIZE: u64 = 8 << 20;
     let clock = crate::clock::SystemClock::new();

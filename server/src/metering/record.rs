@@ -9,8 +9,8 @@
 //! bits 32..64  CRC of the segment's ID, the position, the other half of this word, and the body
 //! ```
 //!
-//! Version 2 has CRC-32C, for which processors have an instruction. Version 1, which earlier versions of the server
-//! wrote, has CRC-32.
+//! Version 2 uses CRC-32C, for which processors have an instruction. Its CRC also covers four zero bytes in place of the
+//! CRC itself. Version 1, which earlier versions of the server wrote, uses CRC-32 and does not cover these bytes.
 //!
 //! A header word of zero means that nothing has been written there yet. The CRC covers the segment's random ID, so that
 //! no text from a client can pass for a record.
@@ -49,7 +49,7 @@ pub(super) enum RecordState {
     Sealed = 4,
 }
 
-/// The version of a record's layout. The versions differ only in the CRC.
+/// The version of a record's layout. The versions differ only in how the CRC is calculated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Version {
@@ -138,7 +138,7 @@ impl HeaderWords {
                 crc.update(body);
                 crc.finalize()
             }
-            // The zeros for the CRC are included, because whole words are faster.
+            // Includes the zero bytes in the place of the CRC, because whole words are processed faster.
             Version::Two => {
                 crc32c::crc32c_append(crc32c::crc32c_append(self.crc_32c, &place), body)
             }

@@ -86,12 +86,13 @@ fn sources(directory: &Path, writer: Writer) -> io::Result<Sources> {
 fn open(path: &Path, writer: Writer) -> io::Result<Option<Source>> {
     let file = match File::open(path) {
         Ok(file) => file,
-        // The segment's owner has already shipped and deleted it.
+        // The segment's owner has already shipped it, and has deleted or renamed the file.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(error),
     };
     let Some(head) = SegmentHead::read(&file)? else {
-        // The owner of the directory may be clearing the file, for its next segment.
+        // If the directory's owner is running, it may have renamed the file since it was opened, and may be clearing it
+        // for another segment.
         if writer == Writer::Ended {
             tracing::error!(path = %path.display(), "this file is not a usage segment");
             directory::set_aside(path)?;

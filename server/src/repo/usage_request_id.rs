@@ -15,11 +15,12 @@ use uuid::Uuid;
 /// Never reduce this: rows in the log depend on it.
 const DIFFERENCE_MAX: TimeDelta = TimeDelta::seconds(1);
 
-/// Returns the time in a request ID, if the ID is a UUID of version 7: the first 48 bits, in milliseconds.
+/// Returns the time in a request ID, if the ID is a UUID of version 7.
 fn time_of(request_id: &str) -> Option<DateTime<Utc>> {
     DateTime::from_timestamp_millis(millis_of(request_id)?)
 }
 
+/// Returns the first 48 bits of a UUID of version 7: the time in milliseconds since the Unix epoch.
 fn millis_of(request_id: &str) -> Option<i64> {
     let id = Uuid::try_parse(request_id).ok()?;
     let (first, _) = id.as_u64_pair();
@@ -28,7 +29,7 @@ fn millis_of(request_id: &str) -> Option<i64> {
 
 /// Returns whether a request ID contains the time of the decision, `at`.
 pub(super) fn has_time(request_id: &str, at: DateTime<Utc>) -> bool {
-    // Called for each row, so it does not calculate with dates.
+    // This runs for each row, so it compares integers instead of dates, which is faster.
     let difference_max = DIFFERENCE_MAX.num_microseconds();
     millis_of(request_id)
         .zip(difference_max)

@@ -273,7 +273,7 @@ async fn without_postgresql_decisions_go_on_and_are_shipped_later() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
-    // The requests fill several segments of 128 KiB, whose files are used again.
+    // The requests fill several segments of 128 KiB, whose files are reused.
     let flag = "--usage-backlog-max=1048576";
     let world = World::start(|setup| setup.flag(flag)).await;
     let app = &world.app;
