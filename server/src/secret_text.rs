@@ -143,8 +143,7 @@ thread_local! {
 /// Parses a secret that authenticates a request, and returns its hash. Returns `None` if the secret is malformed.
 ///
 /// Each thread keeps recent secrets with their hashes, because most clients send the same secret with every request.
-/// Comparing a secret with a kept one takes the same time wherever they differ, so the time does not help attackers
-/// guess a secret.
+/// Secrets are compared in constant time, so the time that it takes does not help attackers guess a secret.
 pub fn hash_of(kind: Kind, text: &[u8]) -> Option<Hash> {
     let text: &[u8; LENGTH] = text.try_into().ok()?;
     RECENT.with_borrow_mut(|recent| {
@@ -170,7 +169,7 @@ fn place(text: &[u8; LENGTH]) -> usize {
     (usize::from(a) * 961 + usize::from(b) * 31 + usize::from(c)) % KEPT
 }
 
-/// Returns whether two secrets are equal. Takes the same time wherever they differ.
+/// Compares two secrets in constant time.
 fn is_equal(one: &[u8; LENGTH], other: &[u8; LENGTH]) -> bool {
     constant_time::verify_slices_are_equal(one, other).is_ok()
 }

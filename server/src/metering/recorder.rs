@@ -288,11 +288,14 @@ impl Recorder {
     ) -> io::Result<Arc<Segment>> {
         let started_at = self.now();
         match retired.map(Arc::try_unwrap) {
-            Some(Ok(retired)) => {
+            Some(Ok(retired)) if self.is_reusable(&retired) => {
                 if let Ok(segment) = retired.reuse(started_at) {
                     return Ok(Arc::new(segment));
                 }
                 // If that failed, the file was deleted.
+            }
+            Some(Ok(retired)) => {
+                let _ = retired.delete_retired();
             }
             // Another thread may still be about to find out that the segment is sealed, so its memory must not be
             // reused.
@@ -320,6 +323,11 @@ impl Recorder {
 
     fn is_old(&self, segment: &Segment) -> bool {
         self.now().0.saturating_sub(segment.head.started_at.0) > MAX_AGE
+    }
+
+    fn is_reusable(&self, segment: &Segment) -> bool {
+        let age = self.now().0.saturating_sub(segment.file_created_at.0);
+        age <= REUSED_MAX_AGE
     }
 
     /// Returns whether a spare segment must be created or replaced.
@@ -442,7 +450,7 @@ impl Recorder {
             if let Some(at) = at
                 && files.retired.is_none()
                 && files.count <= self.max_segments
-                && self.now().0.saturating_sub(segment.file_created_at.0) <= REUSED_MAX_AGE
+                && self.is_reusable(segment)
                 && !files.is_closed
                 && segment.retire().is_ok()
             {

@@ -628,15 +628,13 @@ fn a_quiet_server_replaces_its_segments_before_they_are_too_old_to_be_shipped() 
     const HOUR: u64 = 3_600_000_000_000;
     let directory = TempDir::new().unwrap();
     let clock = Arc::new(TestClock::default());
-    let recorder = Recorder::new(
-        directory.path().to_owned(),
+    let recorder = recorder_with(
+        directory.path(),
         8 << 20,
         Durability::Process,
         clock.clone(),
-        Arc::new(EventClock::new(UnixNanos(0), Monotonic(0))),
         Arc::default(),
-    )
-    .unwrap();
+    );
     recorder.create_spare();
     let reserved = recorder.reserve(ENDPOINT.len(), 1).unwrap();
     reserved.fill(&record("a"));
@@ -717,15 +715,20 @@ async fn a_failed_segment_does_not_affect_other_segments_of_its_group() {
 }
 
 fn recorder(directory: &Path, backlog_max: u64, metrics: Arc<Metrics>) -> Arc<Recorder> {
-    Recorder::new(
-        directory.to_owned(),
-        backlog_max,
-        Durability::Process,
-        Arc::new(TestClock::default()),
-        Arc::new(EventClock::new(UnixNanos(0), Monotonic(0))),
-        metrics,
-    )
-    .unwrap()
+    let clock = Arc::<TestClock>::default();
+    recorder_with(directory, backlog_max, Durability::Process, clock, metrics)
+}
+
+fn recorder_with(
+    directory: &Path,
+    backlog_max: u64,
+    durability: Durability,
+    clock: Arc<TestClock>,
+    metrics: Arc<Metrics>,
+) -> Arc<Recorder> {
+    let time = Arc::new(EventClock::new(UnixNanos(0), Monotonic(0)));
+    let directory = directory.to_owned();
+    Recorder::new(directory, backlog_max, durability, clock, time, metrics).unwrap()
 }
 
 /// Writes records until there is no space. Returns the number of records.
@@ -859,15 +862,13 @@ fn a_file_that_was_replaced_is_not_reused() {
 fn a_file_is_not_reused_after_it_may_have_been_written_to_disk() {
     let directory = TempDir::new().unwrap();
     let clock = Arc::new(TestClock::default());
-    let recorder = Recorder::new(
-        directory.path().to_owned(),
+    let recorder = recorder_with(
+        directory.path(),
         8 * SIZE,
         Durability::Process,
         clock.clone(),
-        Arc::new(EventClock::new(UnixNanos(0), Monotonic(0))),
         Arc::default(),
-    )
-    .unwrap();
+    );
     recorder.create_spare();
     // The files are created at 0 s and reused until they are 20 s old. Each round fills both files.
     for seconds in [0, 9, 18, 27] {
@@ -880,10 +881,23 @@ fn a_file_is_not_reused_after_it_may_have_been_written_to_disk() {
             recorder.create_spare();
         }
     }
-    // New files are reused again.
-    let (full, _) = fill_segment(&recorder, "a");
-    assert!(recorder.remove_shipped(&full).unwrap());
-    assert_eq!(retired(&recorder), 1);
+    // New files are reused again, but not after they have been kept for too long.
+    for (seconds, is_reused) in [(28, true), (60, false)] {
+        let (full, next) = fill_segment(&recorder, "a");
+        assert!(recorder.remove_shipped(&full).unwrap());
+        assert_eq!(retired(&recorder), 1);
+        clock.0.store(seconds * 1_000_000_000, Ordering::Relaxed);
+        let file = inode(&full.file);
+        let open = File::open(full.path.with_extension("new")).unwrap();
+        drop((full, next));
+        recorder.create_spare();
+        assert_eq!(retired(&recorder), 0);
+        let (_, next) = fill_segment(&recorder, "b");
+        assert_eq!(inode(&next.file) == file, is_reused, "{seconds} s");
+        // While the file is open, no other file gets its number.
+        drop(open);
+        recorder.create_spare();
+    }
 }
 
 #[test]
@@ -923,15 +937,13 @@ fn a_retired_segment_counts_toward_the_maximum_and_is_deleted_on_close() {
 #[test]
 fn files_are_not_reused_if_segments_must_survive_a_machine_crash() {
     let directory = TempDir::new().unwrap();
-    let recorder = Recorder::new(
-        directory.path().to_owned(),
+    let recorder = recorder_with(
+        directory.path(),
         8 * SIZE,
         Durability::Machine,
-        Arc::new(TestClock::default()),
-        Arc::new(EventClock::new(UnixNanos(0), Monotonic(0))),
         Arc::default(),
-    )
-    .unwrap();
+        Arc::default(),
+    );
     recorder.create_spare();
     let (full, _) = fill_segment(&recorder, "a");
     assert!(recorder.remove_shipped(&full).unwrap());
