@@ -11,6 +11,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
     time::{Duration, Instant},
 };
 
@@ -42,6 +43,10 @@ const LEAST: usize = 50;
 const SHORT: Duration = Duration::from_millis(300);
 /// If a transaction takes more time than this, the next batch is smaller.
 const LONG: Duration = Duration::from_millis(900);
+
+/// The thread that reads a segment yields to other threads after this many records. It rarely blocks, so without yielding,
+/// it would delay requests on the same core by milliseconds.
+const YIELD_EVERY: usize = 4_000;
 
 /// The maximum duration of a transaction. Its statements may take longer than the statements of a request.
 const COMMIT: Duration = Duration::from_secs(40);
@@ -98,7 +103,14 @@ impl Source {
         let position = self.position.unwrap_or(self.cursor);
         let read = move || {
             let mut batch = UsageBatchBuilder::default();
-            let span = scan::read(&file, &head, position, writer, max, |it| batch.push(it))?;
+            let mut records = 0;
+            let span = scan::read(&file, &head, position, writer, max, |it| {
+                batch.push(it);
+                records += 1;
+                if records % YIELD_EVERY == 0 {
+                    thread::yield_now();
+                }
+            })?;
             // The batch is also prepared on this thread, because the preparation takes milliseconds and would delay
             // requests on other threads.
             Ok((batch.build(), span))

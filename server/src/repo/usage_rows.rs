@@ -2,7 +2,7 @@
 //!
 //! Most columns have the same values in many rows, so they are sent once per group of rows.
 
-use std::ops::Range;
+use std::{ops::Range, thread};
 
 use chrono::{DateTime, Utc};
 use diesel::sql_types::{BigInt, Bool, Integer, Nullable, Text, Timestamptz, Uuid as SqlUuid};
@@ -136,6 +136,8 @@ pub(super) fn encode(
                 .request_id
                 .push(&request_ids[row.request_id.clone()]);
         }
+        // A large batch takes milliseconds, for which requests on the same core must not wait.
+        thread::yield_now();
         encoded
     };
     rows.chunks(CHUNK).enumerate().map(encode_chunk).collect()
