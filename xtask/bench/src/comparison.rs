@@ -5,7 +5,8 @@ use std::{path::Path, time::Duration};
 use anyhow::{Result, bail};
 
 use crate::{
-    load::{CONNECTIONS, Load, echo},
+    load::{CONNECTIONS, echo},
+    polling_load,
     process::{Cores, Server},
     rounds::{keys, median},
 };
@@ -37,9 +38,9 @@ impl Case {
     }
 
     /// Returns the requests per second, and the CPU time per request in microseconds.
-    fn round(&self, load: &Load, time: Duration) -> Result<(f64, f64)> {
+    fn round(&self, time: Duration) -> Result<(f64, f64)> {
         let before = self.server.cpu()?;
-        let statuses = load.put(self.server.addr, time, &self.request)?;
+        let statuses = polling_load::closed_loop(self.server.addr, time, &self.request)?;
         // The server writes usage later. This is a part of the requests' cost, and must not disturb the next case.
         let cpu = self.server.cpu_when_idle()?.saturating_sub(before);
         let total = statuses.values().sum::<u64>();
@@ -55,14 +56,13 @@ impl Case {
 /// Measures the cases, which take turns, and prints a table. The first case is the baseline. `subject` is the title of
 /// the first column.
 pub(crate) fn compare(subject: &str, cases: &[Case], rounds: u32, time: Duration) -> Result<()> {
-    let load = Load::new()?;
     for case in cases {
-        case.round(&load, WARM_UP)?;
+        case.round(WARM_UP)?;
     }
     let mut measured = vec![Vec::new(); cases.len()];
     for _ in 0..rounds {
         for (case, figures) in cases.iter().zip(&mut measured) {
-            figures.push(case.round(&load, time)?);
+            figures.push(case.round(time)?);
         }
     }
     let baseline = cases.first().map_or("", |case| case.name);

@@ -1,43 +1,30 @@
-//! Response times of all servers at the same constant rate. In each round, the rate is 70% of the rate at which the plain
-//! poem server is saturated. That rate is measured at the beginning and at the end of the round, because the speed of a
-//! virtual machine can change, and rounds in which it has changed are omitted. Requests that were due while a core was
-//! not running, or shortly thereafter, are omitted too.
-//!
-//! Each request has a time at which it is due. Response times are measured from that time, so they include the delay of
-//! requests that had to wait for a connection because earlier responses were late.
+//! Response times of all servers at the same constant rate. In each round, the rate is 70% of the rate at which bare poem
+//! is saturated, measured at the beginning of the round. Percentiles are calculated for each round, and their medians
+//! over the rounds are reported, because the speed of a virtual machine can change within seconds. Requests that were
+//! due while a core was not running, or shortly thereafter, are omitted.
 
 use std::{
-    cell::Cell,
     path::Path,
-    rc::Rc,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    task::LocalSet,
-};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    http1,
-    load::{CONNECTIONS, Load, echo},
+    load::{CONNECTIONS, echo},
+    polling_load,
     process::{Cores, Server},
     rounds::{keys, median},
     stalls::{StallWatch, Stalls},
 };
 
 const WARM_UP: Duration = Duration::from_millis(500);
-/// The rate of requests, as a fraction of the rate at which the plain poem server is saturated.
+/// The rate of requests, as a fraction of the rate at which bare poem is saturated.
 const FRACTION: f64 = 0.7;
-/// How much the rate at which the plain poem server is saturated may change during a round, as a fraction of the rate at
-/// the beginning.
-const CHANGE_MAX: f64 = 0.15;
 /// The minimum number of rounds that must remain.
 const ROUNDS_MIN: usize = 5;
-/// The minimum number of requests per case that must remain.
-const REQUESTS_MIN: usize = 10_000;
+/// The minimum number of requests per case and round that must remain.
+const REQUESTS_MIN: usize = 1000;
 /// If more than this fraction of a round's requests are due but unsent at the end of the round, the server did not keep
 /// up.
 const UNSENT_MAX: f64 = 0.01;
@@ -51,12 +38,20 @@ struct Case {
 
 /// What happened to the requests of one case in one round.
 struct Outcome {
-    /// The response times of all requests.
-    all: Vec<Duration>,
-    /// The response times of the requests that no stall delayed.
+    /// The response times of the requests that no stall delayed, in ascending order.
     times: Vec<Duration>,
+    /// The response times of the other requests.
+    delayed: Vec<Duration>,
     /// The fraction of the requests that were due but unsent at the end. They were sent later.
     unsent: f64,
+}
+
+/// A server under the load of a closed loop.
+struct Saturated {
+    /// Requests per second.
+    rate: f64,
+    /// The server's CPU time per second. Much less than 1 would mean that the load is the limit, not the server.
+    busy: f64,
 }
 
 /// Percentiles in microseconds.
@@ -64,9 +59,11 @@ struct Outcome {
 struct Percentiles {
     p50: f64,
     p99: f64,
-    /// The 99th percentile, including requests that stalls delayed.
-    p99_of_all: f64,
-    /// The fraction of the requests that stalls delayed.
+    /// The median of the rounds' ratios of the 99th percentile to that of bare poem.
+    ratio: f64,
+    /// The 99th percentile of all requests of all kept rounds combined, including those that stalls delayed.
+    p99_combined: f64,
+    /// The fraction of the requests in the kept rounds that stalls delayed.
     delayed: f64,
 }
 
@@ -88,7 +85,6 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         ("quota without direct responses, denied", &general, 429),
     ] {
         let server = Server::quota(quota, "info", cores, settings)?;
-        server.give_database_lowest_priority()?;
         let (ample, scant) = keys(&server)?;
         cases.push(Case {
             name,
@@ -98,9 +94,8 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         });
     }
 
-    let load = Load::new()?;
     for case in &cases {
-        load.put(case.server.addr, WARM_UP, &case.request)?;
+        polling_load::closed_loop(case.server.addr, WARM_UP, &case.request)?;
         case.server.cpu_when_idle()?;
     }
     let watched = cores.map_or(vec![], |it| vec![it.servers, it.load]);
@@ -108,56 +103,47 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         .inspect_err(|error| eprintln!("stalls of the machine are not omitted: {error:#}"))
         .ok()
         .filter(|_| !watched.is_empty());
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()?;
-    let mut measured: Vec<Vec<Outcome>> = cases.iter().map(|_| Vec::new()).collect();
-    let mut kept = Vec::new();
-    let mut rates = Vec::new();
+    let mut measured = Vec::new();
+    let mut saturations = Vec::new();
     for round in 0..rounds {
         eprintln!("round {} of {rounds}", round + 1);
-        let before = saturated(&load, &cases[0], time, watch.as_ref())?;
-        let rate = FRACTION * before;
-        rates.push(rate);
-        for (case, outcomes) in cases.iter().zip(&mut measured) {
-            let local = LocalSet::new();
-            let outcome = local
-                .block_on(&runtime, open_loop(case, rate, time, watch.as_ref()))
-                .with_context(|| case.name)?;
+        let poem = saturated(&cases[0], time, watch.as_ref())?;
+        let rate = FRACTION * poem.rate;
+        let mut outcomes = Vec::new();
+        for case in &cases {
+            if case.server.has_database() {
+                // In every round, because PostgreSQL starts new processes for new connections.
+                case.server.give_database_lowest_priority()?;
+            }
+            let outcome = measure(case, rate, time, watch.as_ref()).with_context(|| case.name)?;
             // Usage that is stored later must not disturb the next case.
             case.server.cpu_when_idle()?;
             case.server.empty_log()?;
             outcomes.push(outcome);
         }
-        let after = saturated(&load, &cases[0], time, watch.as_ref())?;
-        let is_steady = (after - before).abs() <= CHANGE_MAX * before;
-        // If the plain server did not keep up, the machine was slower for a while, and the round says nothing about the
-        // other servers either.
-        let kept_up = measured[0].last().is_some_and(|it| it.unsent <= UNSENT_MAX);
-        kept.push(is_steady && kept_up);
+        // If bare poem did not keep up, the machine was slower for a while, and the round says nothing about the other
+        // servers either. If stalls delayed most requests of a case, too few are left for a 99th percentile.
+        let is_kept = outcomes[0].unsent <= UNSENT_MAX
+            && outcomes.iter().all(|it| it.times.len() >= REQUESTS_MIN);
+        if is_kept {
+            measured.push(outcomes);
+            saturations.push(poem);
+        }
     }
-    for outcomes in &mut measured {
-        retain(outcomes, &kept);
-    }
-    retain(&mut rates, &kept);
     ensure!(
-        rates.len() >= ROUNDS_MIN,
-        "the machine's speed was steady in only {} of {rounds} rounds, and {ROUNDS_MIN} are needed",
-        rates.len()
+        measured.len() >= ROUNDS_MIN,
+        "only {} of {rounds} rounds are usable, and {ROUNDS_MIN} are needed: in the others, bare poem did not keep up, or \
+         stalls delayed too many requests",
+        measured.len()
     );
-    for (case, outcomes) in cases.iter().zip(&measured) {
-        let counted = outcomes.iter().map(|it| it.times.len()).sum::<usize>();
-        ensure!(
-            counted >= REQUESTS_MIN,
-            "{}: stalls of the machine delayed all but {counted} requests",
-            case.name
-        );
-    }
-    let measured = measured
-        .iter()
-        .map(|it| percentiles(it))
-        .collect::<Vec<_>>();
-    print(&cases, &measured, &rates, rounds, time, cores);
+    print(
+        &cases,
+        &percentiles(&measured),
+        &saturations,
+        rounds,
+        time,
+        cores,
+    );
     if watch.is_none() {
         println!("Stalls of the machine are not omitted.");
     }
@@ -168,192 +154,122 @@ fn stalls_since_last_call(watch: Option<&StallWatch>) -> Stalls {
     watch.map(StallWatch::take).unwrap_or_default()
 }
 
-/// Removes the values of rounds that are not kept.
-fn retain<T>(values: &mut Vec<T>, kept: &[bool]) {
-    let mut kept = kept.iter();
-    values.retain(|_| kept.next().is_some_and(|is_kept| *is_kept));
-}
-
-/// Returns the requests per second of a closed loop, without the time of stalls.
-fn saturated(load: &Load, case: &Case, time: Duration, watch: Option<&StallWatch>) -> Result<f64> {
+/// Runs a closed loop. Times do not include stalls.
+fn saturated(case: &Case, time: Duration, watch: Option<&StallWatch>) -> Result<Saturated> {
     stalls_since_last_call(watch);
-    let began = Instant::now();
-    let statuses = load.put(case.server.addr, time, &case.request)?;
+    let (began, cpu) = (Instant::now(), case.server.cpu()?);
+    let statuses = polling_load::closed_loop(case.server.addr, time, &case.request)?;
     let stalled = stalls_since_last_call(watch).total();
     let total = u32::try_from(statuses.values().sum::<u64>())?;
+    let cpu = case.server.cpu()?.saturating_sub(cpu);
     let running = began.elapsed().saturating_sub(stalled);
     ensure!(!running.is_zero(), "the machine was stalled");
-    Ok(f64::from(total) / running.as_secs_f64())
+    Ok(Saturated {
+        rate: f64::from(total) / running.as_secs_f64(),
+        busy: cpu.div_duration_f64(running),
+    })
 }
 
-/// The requests that are due during a round.
-struct Schedule {
-    start: Instant,
-    interval: Duration,
-    end: Instant,
-    next: Cell<u32>,
-}
-
-impl Schedule {
-    /// Returns the time at which the next request is due, or `None` after the last request.
-    fn take(&self) -> Option<Instant> {
-        let number = self.next.get();
-        let due = self.start + self.interval * number;
-        (due < self.end).then(|| {
-            self.next.set(number + 1);
-            due
-        })
-    }
-
-    /// Returns the number of requests that are due and have not been taken.
-    fn unsent(&self, now: Instant) -> u64 {
-        let elapsed = now.min(self.end).duration_since(self.start).as_nanos();
-        let due = elapsed.div_ceil(self.interval.as_nanos());
-        u64::try_from(due)
-            .unwrap_or(u64::MAX)
-            .saturating_sub(u64::from(self.next.get()))
-    }
-}
-
-/// Sends requests at this rate.
-async fn open_loop(
-    case: &Case,
-    rate: f64,
-    time: Duration,
-    watch: Option<&StallWatch>,
-) -> Result<Outcome> {
+/// Sends requests to a case's server at this rate for one round, and returns the outcome. Fails if more than 1% of the
+/// responses have an unexpected status.
+fn measure(case: &Case, rate: f64, time: Duration, watch: Option<&StallWatch>) -> Result<Outcome> {
     stalls_since_last_call(watch);
-    let mut streams = Vec::new();
-    for _ in 0..CONNECTIONS {
-        let stream = TcpStream::connect(case.server.addr).await?;
-        stream.set_nodelay(true)?;
-        streams.push(stream);
-    }
-    let start = Instant::now();
-    let schedule = Rc::new(Schedule {
-        start,
-        interval: Duration::from_secs_f64(1.0 / rate),
-        end: start + time,
-        next: Cell::new(0),
-    });
-    let connections: Vec<_> = streams
-        .into_iter()
-        .map(|stream| {
-            let (schedule, request) = (schedule.clone(), case.request.clone());
-            tokio::task::spawn_local(connection(stream, schedule, request, case.status))
-        })
-        .collect();
-    tokio::time::sleep_until((start + time).into()).await;
-    let unsent = schedule.unsent(Instant::now());
-    let (mut times, mut others) = (Vec::new(), 0);
-    for connection in connections {
-        let (of_connection, of_other_status) = connection.await??;
-        times.extend(of_connection);
-        others += of_other_status;
-    }
+    let responses = polling_load::open_loop(case.server.addr, rate, time, &case.request)?;
+    let stalls = stalls_since_last_call(watch);
+    let total = responses.times.len();
+    let expected = responses.statuses.get(&case.status).copied().unwrap_or(0);
+    let others = responses.statuses.values().sum::<u64>() - expected;
     // At one request per minute, a few requests are still allowed.
     ensure!(
-        !times.is_empty() && others * 100 <= times.len(),
-        "unexpected responses: {others}"
+        total > 0 && usize::try_from(others)? * 100 <= total,
+        "unexpected responses: {:?}",
+        responses.statuses
     );
-    #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
-    let unsent = unsent as f64 / times.len() as f64;
-    let stalls = stalls_since_last_call(watch);
-    let all = times.iter().map(|(_, time)| *time).collect();
-    times.retain(|(due, _)| !stalls.delayed(*due));
-    let times = times.into_iter().map(|(_, time)| time).collect();
-    Ok(Outcome { all, times, unsent })
-}
-
-/// Sends requests when they are due, or as soon as the response to the previous one has arrived. Returns the response
-/// times, and the number of responses whose status is not `expected`.
-async fn connection(
-    mut stream: TcpStream,
-    schedule: Rc<Schedule>,
-    request: Vec<u8>,
-    expected: u16,
-) -> Result<(Vec<(Instant, Duration)>, usize)> {
-    let mut bytes = vec![0; 16 * 1024];
-    let (mut times, mut others) = (Vec::new(), 0);
-    while let Some(due) = schedule.take() {
-        // Yield in a loop, because a timer would be up to a millisecond late.
-        while Instant::now() < due {
-            tokio::task::yield_now().await;
+    let (mut times, mut delayed) = (Vec::with_capacity(total), Vec::new());
+    for (due, time) in responses.times {
+        if stalls.delayed(due) {
+            delayed.push(time);
+        } else {
+            times.push(time);
         }
-        stream.write_all(&request).await?;
-        let mut read = 0;
-        let status = loop {
-            let length = stream.read(&mut bytes[read..]).await?;
-            if length == 0 {
-                bail!("the server closed a connection");
-            }
-            read += length;
-            if let Some((status, _)) = http1::answer(&bytes[..read])? {
-                break status;
-            }
-        };
-        times.push((due, due.elapsed()));
-        others += usize::from(status != expected);
     }
-    Ok((times, others))
+    times.sort_unstable();
+    #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
+    let unsent = responses.unsent as f64 / total as f64;
+    Ok(Outcome {
+        times,
+        delayed,
+        unsent,
+    })
 }
 
-/// Returns the percentiles of the requests in all rounds.
-fn percentiles(rounds: &[Outcome]) -> Percentiles {
-    let sorted = |of: fn(&Outcome) -> &[Duration]| {
-        let mut times: Vec<_> = rounds.iter().flat_map(of).copied().collect();
-        times.sort_unstable();
-        times
-    };
-    let at = |times: &[Duration], percent: usize| {
-        let index = (times.len() * percent).div_ceil(100).max(1) - 1;
-        times[index].as_secs_f64() * 1e6
-    };
-    let (all, times) = (sorted(|it| &it.all), sorted(|it| &it.times));
-    #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
-    let delayed = 1.0 - times.len() as f64 / all.len() as f64;
-    Percentiles {
-        p50: at(&times, 50),
-        p99: at(&times, 99),
-        p99_of_all: at(&all, 99),
-        delayed,
-    }
+/// Returns a percentile of times in ascending order, in microseconds.
+fn percentile(times: &[Duration], percent: usize) -> f64 {
+    let index = (times.len() * percent).div_ceil(100).max(1) - 1;
+    times[index].as_secs_f64() * 1e6
+}
+
+/// Returns the percentiles of each case. A round has the outcomes of all cases, and bare poem comes first.
+fn percentiles(rounds: &[Vec<Outcome>]) -> Vec<Percentiles> {
+    let p99 = |it: &Outcome| percentile(&it.times, 99);
+    (0..rounds[0].len())
+        .map(|case| {
+            let outcomes = || rounds.iter().map(|round| &round[case]);
+            let all = outcomes().flat_map(|it| it.times.iter().chain(&it.delayed));
+            let mut combined: Vec<_> = all.copied().collect();
+            combined.sort_unstable();
+            let delayed = outcomes().map(|it| it.delayed.len()).sum::<usize>();
+            let ratios = rounds.iter().map(|it| p99(&it[case]) / p99(&it[0]));
+            Percentiles {
+                p50: median(outcomes().map(|it| percentile(&it.times, 50))),
+                p99: median(outcomes().map(p99)),
+                ratio: median(ratios),
+                p99_combined: percentile(&combined, 99),
+                #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
+                delayed: delayed as f64 / combined.len() as f64,
+            }
+        })
+        .collect()
 }
 
 fn print(
     cases: &[Case],
     measured: &[Percentiles],
-    rates: &[f64],
+    saturations: &[Saturated],
     rounds: u32,
     time: Duration,
     cores: Option<Cores>,
 ) {
     println!(
-        "| `GET /v1/echo` | p50 µs | p99 µs | p99, bare poem = 1 | delayed by stalls | p99 µs with them |"
+        "| `GET /v1/echo` | p50 µs | p99 µs | p99, bare poem = 1 | combined p99 µs | combined, bare poem = 1 | delayed by stalls |"
     );
-    println!("|---|---:|---:|---:|---:|---:|");
+    println!("|---|---:|---:|---:|---:|---:|---:|");
     for (case, it) in cases.iter().zip(measured) {
         println!(
-            "| {} | {:.0} | {:.0} | {:.2} | {:.1}% | {:.0} |",
+            "| {} | {:.0} | {:.0} | {:.2} | {:.0} | {:.2} | {:.1}% |",
             case.name,
             it.p50,
             it.p99,
-            it.p99 / measured[0].p99,
+            it.ratio,
+            it.p99_combined,
+            it.p99_combined / measured[0].p99_combined,
             it.delayed * 100.0,
-            it.p99_of_all,
         );
     }
     println!();
     println!(
-        "Percentiles of the requests in the {} of {rounds} rounds in which the machine's speed was steady, without \
-         requests that were due while a core was not running, or before the delay was caught up with. In each round, each case runs for {} ms. Requests are sent on {CONNECTIONS} keep-alive connections, at {:.0}% of the \
-         rate at which bare poem was saturated in the same round (median: {:.0} requests/s). Response times count from \
-         the time at which a request is due. {} PostgreSQL, to which `quota` writes usage, has the lowest priority. \
-         Target: at most 1.2.",
-        rates.len(),
+        "p50 and p99 are medians of {} of {rounds} rounds. They omit requests that were due while a core was not running \
+         or while the server was still catching up afterwards. The combined p99 is that of all requests of these rounds. \
+         Rounds in which bare poem did not keep up, or in which stalls left too few requests, are omitted. In each round, \
+         each case runs for {} ms. Requests are sent on {CONNECTIONS} keep-alive connections, at {:.0}% of the rate at \
+         which bare poem was saturated in the same round (median: {:.0} requests/s; saturated, it used {:.0}% of its core). Response times count from the time \
+         at which a request is due. {} PostgreSQL, to which `quota` writes usage, has the lowest priority. Target: at \
+         most 1.2.",
+        saturations.len(),
         time.as_millis(),
         FRACTION * 100.0,
-        median(rates.iter().copied()),
+        FRACTION * median(saturations.iter().map(|it| it.rate)),
+        100.0 * median(saturations.iter().map(|it| it.busy)),
         match cores {
             Some(Cores { servers, load }) =>
                 format!("Servers run on core {servers}, the load on core {load}."),
@@ -365,52 +281,50 @@ fn print(
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        cell::Cell,
-        time::{Duration, Instant},
-    };
+    use std::time::Duration;
 
-    use super::{Outcome, Schedule, percentiles};
+    use super::{Outcome, percentiles};
 
     #[test]
-    fn percentiles_are_those_of_all_rounds() {
-        let round = |micros: std::ops::RangeInclusive<u64>, delayed: usize| {
-            let times: Vec<_> = micros.rev().map(Duration::from_micros).collect();
-            let late = std::iter::repeat_n(Duration::from_secs(1), delayed);
-            Outcome {
-                all: late.chain(times.iter().copied()).collect(),
-                times,
-                unsent: 0.0,
-            }
+    fn percentiles_are_medians_over_rounds() {
+        let outcome = |micros: std::ops::RangeInclusive<u64>| Outcome {
+            times: micros.map(Duration::from_micros).collect(),
+            delayed: vec![],
+            unsent: 0.0,
         };
-        let rounded = |rounds: &[Outcome]| {
-            let it = percentiles(rounds);
-            let percent = it.delayed * 100.0;
-            format!(
-                "{:.0} {:.0} {:.0} {percent:.0}%",
-                it.p50, it.p99, it.p99_of_all
-            )
-        };
-        let whole = [round(1..=200, 0)];
-        assert_eq!(rounded(&whole), "100 198 198 0%");
-        let parts = [round(101..=200, 50), round(1..=100, 0)];
-        assert_eq!(rounded(&parts), "100 198 1000000 20%");
-        assert_eq!(rounded(&[round(7..=7, 0)]), "7 7 7 0%");
+        let mut rounds = [
+            vec![outcome(1..=100), outcome(101..=200)],
+            vec![outcome(1..=50), outcome(901..=1000)],
+            vec![outcome(1..=200), outcome(1..=100)],
+        ];
+        rounds[2][1].delayed = vec![Duration::from_secs(1); 100];
+        let rounded: Vec<_> = percentiles(&rounds)
+            .iter()
+            .map(|it| {
+                format!(
+                    "{:.0} {:.0} {:.2} {:.0} {:.2}",
+                    it.p50, it.p99, it.ratio, it.p99_combined, it.delayed
+                )
+            })
+            .collect();
+        // The rounds' 99th percentiles are 99, 50 and 198 for the first case, and 199, 999 and 99 for the second.
+        assert_eq!(
+            rounded,
+            ["50 99 1.00 197 0.00", "150 199 2.01 1000000 0.25"]
+        );
     }
 
     #[test]
-    fn a_schedule_has_the_requests_of_its_time() {
-        let start = Instant::now();
-        let schedule = Schedule {
-            start,
-            interval: Duration::from_millis(10),
-            end: start + Duration::from_millis(35),
-            next: Cell::new(0),
+    fn with_one_request_every_percentile_is_its_time() {
+        let it = Outcome {
+            times: vec![Duration::from_micros(7)],
+            delayed: vec![],
+            unsent: 0.0,
         };
-        let at = |millis| start + Duration::from_millis(millis);
-        assert_eq!(schedule.unsent(at(25)), 3);
-        let due: Vec<_> = std::iter::from_fn(|| schedule.take()).collect();
-        assert_eq!(due, [at(0), at(10), at(20), at(30)]);
-        assert_eq!(schedule.unsent(at(1000)), 0);
+        let it = percentiles(&[vec![it]])[0];
+        assert_eq!(
+            format!("{:.0} {:.0} {:.0}", it.p50, it.p99, it.ratio),
+            "7 7 1"
+        );
     }
 }

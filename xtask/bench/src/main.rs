@@ -22,6 +22,7 @@ mod memory;
 mod metering;
 mod outage;
 mod peers;
+mod polling_load;
 mod postgres;
 mod process;
 mod production;
@@ -73,10 +74,10 @@ enum Command {
         /// The `quota` binary, a release build
         quota: PathBuf,
         /// The number of rounds per case
-        #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=200))]
+        #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u32).range(1..=200))]
         rounds: u32,
         /// The length of a round in milliseconds
-        #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(200..=5000))]
+        #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(200..=5000))]
         millis: u64,
     },
     /// Measure the cost of traces, and print a table

@@ -12,7 +12,7 @@ use tokio::runtime::Builder;
 
 use crate::{
     comparison::{Case, compare},
-    load::Load,
+    polling_load,
     process::Cores,
     replicas::tenant::counted,
 };
@@ -60,7 +60,7 @@ fn store(case: &Case) -> Result<()> {
     };
     wait_until_shipped()?;
     let (cpu, before) = (case.server.database_cpu()?, shipped()?);
-    let statuses = Load::new()?.put(case.server.addr, STORED_FOR, &case.request)?;
+    let statuses = polling_load::closed_loop(case.server.addr, STORED_FOR, &case.request)?;
     wait_until_shipped()?;
     let cpu = case.server.database_cpu()?.saturating_sub(cpu);
     let records = shipped()? - before;

@@ -174,7 +174,12 @@ impl Server {
         Ok(bytes)
     }
 
-    /// Gives the server's private PostgreSQL the lowest priority. In production, PostgreSQL has cores of its own.
+    /// Returns whether the server has a private PostgreSQL.
+    pub(crate) const fn has_database(&self) -> bool {
+        self.data.is_some()
+    }
+
+    /// Gives the processes of the server's private PostgreSQL the lowest priority. In production, PostgreSQL has cores of its own.
     pub(crate) fn give_database_lowest_priority(&self) -> Result<()> {
         let (main, _) = self.database()?;
         make_idle(main)?;
@@ -267,12 +272,22 @@ pub(crate) fn cpu(pid: Pid) -> Result<Duration> {
     Ok(clock_getcpuclockid(pid)?.now()?.into())
 }
 
-/// Gives a process the lowest priority, also if the kernel shares the time among sessions (autogroups): every process of
-/// PostgreSQL has a session of its own. Processes that start later then have normal priority.
+/// Gives a process the lowest priority, even if the kernel shares CPU time among sessions (autogroups). An autogroup's
+/// priority applies to all of its processes. It is not changed for this program's own autogroup, which contains the
+/// servers and PostgreSQL's main process. PostgreSQL's other processes have sessions of their own, so with autogroups,
+/// those that start later have normal priority.
 fn make_idle(pid: Pid) -> Result<()> {
-    match fs::write(format!("/proc/{pid}/autogroup"), "19") {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
-        _ => {}
+    let file = format!("/proc/{pid}/autogroup");
+    if let (Ok(own), Ok(its)) = (
+        fs::read_to_string("/proc/self/autogroup"),
+        fs::read_to_string(&file),
+    ) && autogroup(&its).is_some_and(|it| Some(it) != autogroup(&own))
+    {
+        // Linux lets a user without privileges change only one autogroup per 100 ms.
+        while let Err(error) = fs::write(&file, "19") {
+            ensure!(error.kind() == std::io::ErrorKind::WouldBlock, error);
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
     let output = Command::new("chrt")
         .args(["--idle", "--pid", "0", &pid.to_string()])
@@ -281,6 +296,11 @@ fn make_idle(pid: Pid) -> Result<()> {
     let error = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "chrt failed: {error}");
     Ok(())
+}
+
+/// Returns the autogroup's name from the content of `/proc/<pid>/autogroup`, such as `/autogroup-7 nice 0`.
+fn autogroup(text: &str) -> Option<&str> {
+    text.split_whitespace().next()
 }
 
 /// Returns the user and system time of a process's children that have ended, from its file `stat` in `/proc`.
@@ -357,6 +377,13 @@ mod tests {
         let stat = "7 (a) S b) S 1 7 7 0 -1 4194560 10 20 0 0 31 32 41 42 20 0 1 0 99 1000 50";
         assert_eq!(ticks_of_ended_children(stat), Some(83));
         assert_eq!(ticks_of_ended_children("7 (a) S 1 7 7"), None);
+    }
+
+    #[test]
+    fn the_name_of_an_autogroup_does_not_include_its_priority() {
+        assert_eq!(autogroup("/autogroup-7 nice 0\n"), Some("/autogroup-7"));
+        assert_eq!(autogroup("/autogroup-7 nice 19\n"), Some("/autogroup-7"));
+        assert_eq!(autogroup(""), None);
     }
 
     #[test]

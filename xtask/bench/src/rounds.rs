@@ -8,12 +8,19 @@ use serde_json::{Value, json};
 
 use crate::{
     http1,
-    load::{CONNECTIONS, Load, Statuses, check, echo, forward_auth},
+    load::{CONNECTIONS, Statuses, check, echo, forward_auth},
+    polling_load,
     process::{Cores, Server},
 };
 
 /// The duration of the load before measuring.
 const WARM_UP: Duration = Duration::from_millis(500);
+/// How long bare poem is measured before the first case and after each case.
+const BASELINE: Duration = Duration::from_millis(300);
+/// The duration of the load before bare poem is measured.
+const BASELINE_WARM_UP: Duration = Duration::from_millis(100);
+/// The time in which a bare server closes its connections after the last response.
+const CLOSED_WITHIN: Duration = Duration::from_millis(10);
 /// All responses have the same size if the names of plans have this length.
 pub(crate) const PLAN: &str = "ample";
 const NARROW: &str = "scant";
@@ -53,13 +60,15 @@ struct Case<'a> {
 struct Figures {
     per_second: f64,
     micros: f64,
+    /// The CPU time per request, divided by the mean of bare poem's directly before and after the case.
+    ratio: f64,
 }
 
 impl Case<'_> {
-    fn round(&self, load: &Load, time: Duration) -> Result<Figures> {
+    /// Returns the requests per second, and the CPU time per request in microseconds.
+    fn round(&self, time: Duration) -> Result<(f64, f64)> {
         let (cpu, began) = (self.server.cpu()?, std::time::Instant::now());
-        let statuses = load
-            .put(self.server.addr, time, &self.request)
+        let statuses = polling_load::closed_loop(self.server.addr, time, &self.request)
             .with_context(|| self.name.clone())?;
         let took = began.elapsed();
         // The server writes log lines and usage later. This is a part of the requests' cost, and must not disturb the
@@ -72,11 +81,22 @@ impl Case<'_> {
             .with_context(|| self.name.clone())?;
         #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
         let total = total as f64;
-        Ok(Figures {
-            per_second: total / took.as_secs_f64(),
-            micros: cpu.as_secs_f64() * 1e6 / total,
-        })
+        Ok((total / took.as_secs_f64(), cpu.as_secs_f64() * 1e6 / total))
     }
+}
+
+/// Measures bare poem for [`BASELINE`], and returns its CPU time per request in microseconds.
+fn baseline(poem: &Server) -> Result<f64> {
+    // The core has been idle after the last case.
+    polling_load::closed_loop(poem.addr, BASELINE_WARM_UP, &echo(""))?;
+    std::thread::sleep(CLOSED_WITHIN);
+    let cpu = poem.cpu()?;
+    let statuses = polling_load::closed_loop(poem.addr, BASELINE, &echo(""))?;
+    // A bare server has nothing to do after its last response, except for closing the connections.
+    std::thread::sleep(CLOSED_WITHIN);
+    let cpu = poem.cpu()?.saturating_sub(cpu);
+    let total = u32::try_from(Answers::Ok.check(&statuses)?)?;
+    Ok(cpu.as_secs_f64() * 1e6 / f64::from(total))
 }
 
 /// The credentials that requests to a server contain.
@@ -183,7 +203,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         request: echo(""),
         answers: Answers::Ok,
     };
-    // The plain poem server comes first, because the others are compared with it.
+    // Bare poem is also a case: how close its ratio is to 1 shows how precise the comparison is.
     let mut cases = vec![bare("bare poem", &poem), bare("bare hyper", &hyper)];
     for (server, prefix) in [
         (&logging, "not direct: "),
@@ -197,17 +217,26 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
             cases.extend(call.cases(server, &credentials, prefix)?);
         }
     }
-    let load = Load::new()?;
     for case in &cases {
-        case.round(&load, WARM_UP)?;
+        case.round(WARM_UP)?;
     }
     let mut measured = vec![Vec::new(); cases.len()];
     for round in 0..rounds {
         if round % 10 == 0 {
             eprintln!("round {} of {rounds}", round + 1);
         }
+        // The speed of a virtual machine can change within seconds, so each case is compared with bare poem directly
+        // before and after it.
+        let mut before = baseline(&poem)?;
         for (case, figures) in cases.iter().zip(&mut measured) {
-            figures.push(case.round(&load, time)?);
+            let (per_second, micros) = case.round(time)?;
+            let after = baseline(&poem)?;
+            figures.push(Figures {
+                per_second,
+                micros,
+                ratio: micros / f64::midpoint(before, after),
+            });
+            before = after;
         }
     }
     print(&cases, &measured, cores, time);
@@ -253,17 +282,10 @@ fn credentials(server: &Server) -> Result<Credentials> {
 fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, time: Duration) {
     println!("| request | requests/s | CPU µs per request | CPU, bare poem = 1 |");
     println!("|---|---:|---:|---:|");
-    let poem = &measured[0];
     for (case, figures) in cases.iter().zip(measured) {
         let per_second = median(figures.iter().map(|it| it.per_second));
         let micros = median(figures.iter().map(|it| it.micros));
-        // Compare per round, because a disturbance affects both servers.
-        let ratio = median(
-            figures
-                .iter()
-                .zip(poem)
-                .map(|(it, poem)| it.micros / poem.micros),
-        );
+        let ratio = median(figures.iter().map(|it| it.ratio));
         println!(
             "| {} | {per_second:.0} | {micros:.2} | {ratio:.3} |",
             case.name
@@ -272,13 +294,14 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     println!();
     println!(
         "Medians of {} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections on \
-         loopback. CPU is user and system time of the server's process, including what it does after the load, such \
+         loopback. Each case is compared with bare poem, which is measured for {} ms directly before and after it. CPU is user and system time of the server's process, including what it does after the load, such \
          as storing usage. {} PostgreSQL, to which quota writes usage, runs on the core of the servers, and its CPU \
          time is not included. The access log is written to a file, one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
          ordinary release builds. Target: at most 1.25; with direct responses 0.95, with Redis 1.00, and 1.05 \
          for check.",
         measured[0].len(),
         time.as_millis(),
+        BASELINE.as_millis(),
         match cores {
             Some(Cores { servers, load }) =>
                 format!("Servers run on core {servers}, the load on core {load}."),
