@@ -179,7 +179,8 @@ impl Server {
         self.data.is_some()
     }
 
-    /// Gives the processes of the server's private PostgreSQL the lowest priority. In production, PostgreSQL has cores of its own.
+    /// Gives the processes of the server's private PostgreSQL the lowest priority. In production, PostgreSQL has cores of
+    /// its own.
     pub(crate) fn give_database_lowest_priority(&self) -> Result<()> {
         let (main, _) = self.database()?;
         make_idle(main)?;
