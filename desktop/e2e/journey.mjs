@@ -33,12 +33,25 @@ const parts = { site, tour, keyboard, once, many, actions, usage, lists, names, 
 // for review.
 const onRequest = ["recount", "pictures", "walk"];
 
+/** Runs a part, and repeats it once in a new browser if it failed because the browser stopped drawing its page. */
+async function repeatedIfNotDrawn(world, name, part) {
+  try {
+    await part(world);
+  } catch (error) {
+    if (error.name !== "TimeoutError" || (await world.draws())) throw error;
+    console.log(`${name}: the browser stopped drawing the page, so this part is repeated: ${error.message}`);
+    await world.browser.close();
+    await world.launch();
+    await part(world);
+  }
+}
+
 const world = await World.start(executablePath, base, shots);
 world.second = process.env.SECOND_REPLICA;
 try {
   for (const [name, part] of Object.entries(parts)) {
     if (selected.length ? !selected.includes(name) : onRequest.includes(name)) continue;
-    await part(world);
+    await repeatedIfNotDrawn(world, name, part);
     assert.deepEqual([...world.violations, ...world.pageErrors], [], name);
     console.log(`${name}: passed`);
   }

@@ -3,6 +3,7 @@
 import { mkdirSync, readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { join } from "node:path";
+import { setTimeout } from "node:timers/promises";
 import { chromium } from "playwright-core";
 
 const axeSource = readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
@@ -23,10 +24,15 @@ export class World {
 
   static async start(executablePath, base, shots) {
     const world = new World();
-    Object.assign(world, { base, shots });
+    Object.assign(world, { executablePath, base, shots });
     if (shots) mkdirSync(shots, { recursive: true });
-    world.browser = await chromium.launch({
-      executablePath,
+    await world.launch();
+    return world;
+  }
+
+  async launch() {
+    this.browser = await chromium.launch({
+      executablePath: this.executablePath,
       args: [
         "--headless",
         "--no-sandbox",
@@ -38,7 +44,6 @@ export class World {
         "--disable-sync",
       ],
     });
-    return world;
   }
 
   /** Returns a new visitor, with separate cookies and storage. */
@@ -46,6 +51,22 @@ export class World {
     const context = await this.browser.newContext({ viewport: { width: 1280, height: 800 } });
     await context.grantPermissions(["clipboard-read", "clipboard-write"], { origin: this.base });
     return new Visitor(this, context, await this.window(context));
+  }
+
+  /**
+   * Returns whether the browser still draws the latest page. If it doesn't, every click fails, because Playwright waits
+   * until an element is in the same place in two frames.
+   */
+  async draws() {
+    const session = await this.latest.context().newCDPSession(this.latest);
+    const { frameTree } = await session.send("Page.getFrameTree");
+    // The page's own `requestAnimationFrame` may be a fake one, which does not wait for frames.
+    const frameId = frameTree.frame.id;
+    const { executionContextId: contextId } = await session.send("Page.createIsolatedWorld", { frameId });
+    const expression = "new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(true))))";
+    const drawn = session.send("Runtime.evaluate", { expression, contextId, awaitPromise: true });
+    const { result } = await Promise.race([drawn, setTimeout(5_000, { result: { value: false } })]);
+    return result.value;
   }
 
   /** Returns a page whose errors are collected. */
@@ -123,7 +144,10 @@ export class Visitor {
     for (const { theme, width, height } of forms) {
       await page.setViewportSize({ width, height });
       await page.emulateMedia({ colorScheme: theme, reducedMotion: "reduce" });
-      await page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve))));
+      // Unlike `evaluate`, this fails after a while if the browser does not draw the page.
+      await page.waitForFunction(
+        () => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(true)))),
+      );
       const form = `${name} ${theme} ${width}`;
       await page.evaluate(axeSource);
       const found = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
