@@ -3,10 +3,10 @@
 
 use std::{
     fs::{self, File},
-    io::{BufRead as _, BufReader},
+    io::{BufRead as _, BufReader, Write as _},
     net::SocketAddr,
     os::unix::fs::PermissionsExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -179,6 +179,18 @@ impl Server {
         self.data.is_some()
     }
 
+    /// Turns autovacuum off in the server's private PostgreSQL. With autogroups, each of its workers would start with
+    /// normal priority.
+    pub(crate) fn turn_off_autovacuum(&self) -> Result<()> {
+        let file = self.database_folder()?.join("postgresql.auto.conf");
+        File::options()
+            .append(true)
+            .open(&file)
+            .and_then(|mut it| it.write_all(b"autovacuum = off\n"))
+            .with_context(|| format!("cannot write {}", file.display()))?;
+        kill(self.database()?.0, Signal::SIGHUP).context("cannot signal PostgreSQL")
+    }
+
     /// Gives the processes of the server's private PostgreSQL the lowest priority. In production, PostgreSQL has cores of
     /// its own.
     pub(crate) fn give_database_lowest_priority(&self) -> Result<()> {
@@ -209,13 +221,15 @@ impl Server {
         Ok(cpu(main)? + ended + running.sum::<Duration>())
     }
 
+    fn database_folder(&self) -> Result<PathBuf> {
+        let data = self.data.as_ref();
+        let data = data.context("a bare server has no database")?;
+        Ok(data.path().join("postgres"))
+    }
+
     /// Returns the processes of the server's private PostgreSQL: the main process, and its children.
     fn database(&self) -> Result<(Pid, Vec<Pid>)> {
-        let data = self
-            .data
-            .as_ref()
-            .context("a bare server has no database")?;
-        let file = data.path().join("postgres/postmaster.pid");
+        let file = self.database_folder()?.join("postmaster.pid");
         let text =
             fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
         let main = text.lines().next().unwrap_or_default();
