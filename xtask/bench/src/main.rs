@@ -52,10 +52,10 @@ enum Command {
         /// The `quota` binary, a release build
         quota: PathBuf,
         /// The number of rounds per case
-        #[arg(long, default_value_t = 21, value_parser = clap::value_parser!(u32).range(1..=200))]
+        #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=200))]
         rounds: u32,
         /// The length of a round, in milliseconds
-        #[arg(long, default_value_t = 300, value_parser = clap::value_parser!(u64).range(50..=5000))]
+        #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(50..=5000))]
         millis: u64,
     },
     /// Measure the cost of recording usage, and print a table

@@ -67,6 +67,10 @@ struct Figures {
 impl Case<'_> {
     /// Returns the requests per second, and the CPU time per request in microseconds.
     fn round(&self, time: Duration) -> Result<(f64, f64)> {
+        if self.server.has_database() {
+            // In every round, because PostgreSQL starts new processes for new connections.
+            self.server.give_database_lowest_priority()?;
+        }
         let (cpu, began) = (self.server.cpu()?, std::time::Instant::now());
         let statuses = polling_load::closed_loop(self.server.addr, time, &self.request)
             .with_context(|| self.name.clone())?;
@@ -197,6 +201,10 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     settings.push(("QUOTA_REDIS_TIMEOUT", "250ms".to_owned()));
     let redis = Server::quota(quota, "info", cores, &settings)?;
 
+    for server in [&logging, &silent, &memory, &redis] {
+        server.turn_off_autovacuum()?;
+    }
+
     let bare = |name: &str, server| Case {
         name: name.to_owned(),
         server,
@@ -295,8 +303,8 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     println!(
         "Medians of {} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections on \
          loopback. Each case is compared with bare poem, which is measured for {} ms directly before and after it. CPU is user and system time of the server's process, including what it does after the load, such \
-         as storing usage. {} PostgreSQL, to which quota writes usage, runs on the core of the servers, and its CPU \
-         time is not included. The access log is written to a file, one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
+         as storing usage. {} PostgreSQL, to which quota writes usage, runs on the core of the servers with the lowest \
+         priority and without autovacuum, and its CPU time is not included. The access log is written to a file, one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
          ordinary release builds. Target: at most 1.25; with direct responses 0.95, with Redis 1.00, and 1.05 \
          for check.",
         measured[0].len(),
