@@ -54,19 +54,26 @@ export class World {
   }
 
   /**
-   * Returns whether the browser still draws the latest page. If it doesn't, every click fails, because Playwright waits
-   * until an element is in the same place in two frames.
+   * Returns whether the browser has stopped drawing the latest page, while timers still run in it. Then every click
+   * fails, because Playwright waits until an element is in the same place in two frames.
    */
-  async draws() {
-    const session = await this.latest.context().newCDPSession(this.latest);
-    const { frameTree } = await session.send("Page.getFrameTree");
-    // The page's own `requestAnimationFrame` may be a fake one, which does not wait for frames.
-    const frameId = frameTree.frame.id;
-    const { executionContextId: contextId } = await session.send("Page.createIsolatedWorld", { frameId });
-    const expression = "new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(true))))";
-    const drawn = session.send("Runtime.evaluate", { expression, contextId, awaitPromise: true });
-    const { result } = await Promise.race([drawn, setTimeout(5_000, { result: { value: false } })]);
-    return result.value;
+  async hasStoppedDrawing() {
+    const answer = async () => {
+      const session = await this.latest.context().newCDPSession(this.latest);
+      const { frameTree } = await session.send("Page.getFrameTree");
+      // The page's own timers and `requestAnimationFrame` may be fake ones.
+      const frameId = frameTree.frame.id;
+      const { executionContextId: contextId } = await session.send("Page.createIsolatedWorld", { frameId });
+      const expression = `new Promise((resolve) => {
+        let ticks = 0;
+        setInterval(() => ++ticks === 30 && resolve(true), 100);
+        requestAnimationFrame(() => requestAnimationFrame(() => resolve(false)));
+      })`;
+      const { result } = await session.send("Runtime.evaluate", { expression, contextId, awaitPromise: true });
+      return result.value;
+    };
+    // A page that is busy does not answer, and a closed page causes an error. Neither is the browser's fault.
+    return await Promise.race([answer(), setTimeout(15_000, false)]).catch(() => false);
   }
 
   /** Returns a page whose errors are collected. */
