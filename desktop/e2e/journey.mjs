@@ -33,19 +33,19 @@ const parts = { site, tour, keyboard, once, many, actions, usage, lists, names, 
 // for review.
 const onRequest = ["recount", "pictures", "walk"];
 
-let repeated = "";
+let repetition = "";
 
 /**
  * Runs a part, and repeats it in a new browser if it failed because the browser stopped drawing its page. Repeats only
  * one part, because the console itself would be a more likely cause of several such failures.
  */
-async function repeatedIfNotDrawn(world, name, part) {
+async function runPart(world, name, part) {
   try {
     await part(world);
   } catch (error) {
-    if (repeated || error.name !== "TimeoutError" || !(await world.hasStoppedDrawing())) throw error;
-    console.log(`${name}: the browser stopped drawing the page, so this part is repeated: ${error.message}`);
-    repeated = `; ${name} only in the second attempt`;
+    if (repetition || error.name !== "TimeoutError" || !(await world.hasStoppedDrawing())) throw error;
+    console.log(`${name}: repeating this part, because the browser stopped drawing the page: ${error.message}`);
+    repetition = `; ${name} passed only on the second attempt`;
     await world.browser.close();
     world.expected = undefined;
     await world.launch();
@@ -58,11 +58,11 @@ world.second = process.env.SECOND_REPLICA;
 try {
   for (const [name, part] of Object.entries(parts)) {
     if (selected.length ? !selected.includes(name) : onRequest.includes(name)) continue;
-    await repeatedIfNotDrawn(world, name, part);
+    await runPart(world, name, part);
     assert.deepEqual([...world.violations, ...world.pageErrors], [], name);
     console.log(`${name}: passed`);
   }
-  console.log(`all parts passed; ${world.inspected} views without axe violations${repeated}`);
+  console.log(`all parts passed; ${world.inspected} views without axe violations${repetition}`);
 } catch (error) {
   const page = world.latest;
   if (world.shots) await page?.screenshot({ path: join(world.shots, "failed.png") }).catch(() => {});

@@ -55,10 +55,10 @@ export class World {
 
   /**
    * Returns whether the browser has stopped drawing the latest page, while timers still run in it. Then every click
-   * fails, because Playwright waits until an element is in the same place in two frames.
+   * times out, because Playwright waits until an element keeps its position for two frames.
    */
   async hasStoppedDrawing() {
-    const answer = async () => {
+    const check = async () => {
       const session = await this.latest.context().newCDPSession(this.latest);
       const { frameTree } = await session.send("Page.getFrameTree");
       // The page's own timers and `requestAnimationFrame` may be fake ones.
@@ -72,8 +72,8 @@ export class World {
       const { result } = await session.send("Runtime.evaluate", { expression, contextId, awaitPromise: true });
       return result.value;
     };
-    // A page that is busy does not answer, and a closed page causes an error. Neither is the browser's fault.
-    return await Promise.race([answer(), setTimeout(15_000, false)]).catch(() => false);
+    // A busy page does not respond, and a closed page causes an error. In both cases, the browser is not at fault.
+    return await Promise.race([check(), setTimeout(15_000, false)]).catch(() => false);
   }
 
   /** Returns a page whose errors are collected. */
@@ -151,7 +151,7 @@ export class Visitor {
     for (const { theme, width, height } of forms) {
       await page.setViewportSize({ width, height });
       await page.emulateMedia({ colorScheme: theme, reducedMotion: "reduce" });
-      // Unlike `evaluate`, this fails after a while if the browser does not draw the page.
+      // Unlike `evaluate`, this times out if the browser does not draw the page.
       await page.waitForFunction(
         () => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(() => resolve(true)))),
       );

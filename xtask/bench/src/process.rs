@@ -179,8 +179,8 @@ impl Server {
         self.data.is_some()
     }
 
-    /// Turns autovacuum off in the server's private PostgreSQL. With autogroups, each of its workers would start with
-    /// normal priority.
+    /// Turns autovacuum off in the server's private PostgreSQL. If the kernel uses autogroups, each of its workers
+    /// would otherwise start with normal priority.
     pub(crate) fn turn_off_autovacuum(&self) -> Result<()> {
         let file = self.database_folder()?.join("postgresql.auto.conf");
         File::options()

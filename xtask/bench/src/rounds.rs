@@ -15,12 +15,6 @@ use crate::{
 
 /// The duration of the load before measuring.
 const WARM_UP: Duration = Duration::from_millis(500);
-/// How long bare poem is measured before the first case and after each case.
-const BASELINE: Duration = Duration::from_millis(300);
-/// The duration of the load before bare poem is measured.
-const BASELINE_WARM_UP: Duration = Duration::from_millis(100);
-/// The time in which a bare server closes its connections after the last response.
-const CLOSED_WITHIN: Duration = Duration::from_millis(10);
 /// All responses have the same size if the names of plans have this length.
 pub(crate) const PLAN: &str = "ample";
 const NARROW: &str = "scant";
@@ -60,17 +54,13 @@ struct Case<'a> {
 struct Figures {
     per_second: f64,
     micros: f64,
-    /// The CPU time per request, divided by the mean of bare poem's directly before and after the case.
+    /// The CPU time per request, divided by the mean of bare poem's before and after the case.
     ratio: f64,
 }
 
 impl Case<'_> {
     /// Returns the requests per second, and the CPU time per request in microseconds.
     fn round(&self, time: Duration) -> Result<(f64, f64)> {
-        if self.server.has_database() {
-            // In every round, because PostgreSQL starts new processes for new connections.
-            self.server.give_database_lowest_priority()?;
-        }
         let (cpu, began) = (self.server.cpu()?, std::time::Instant::now());
         let statuses = polling_load::closed_loop(self.server.addr, time, &self.request)
             .with_context(|| self.name.clone())?;
@@ -87,20 +77,6 @@ impl Case<'_> {
         let total = total as f64;
         Ok((total / took.as_secs_f64(), cpu.as_secs_f64() * 1e6 / total))
     }
-}
-
-/// Measures bare poem for [`BASELINE`], and returns its CPU time per request in microseconds.
-fn baseline(poem: &Server) -> Result<f64> {
-    // The core has been idle after the last case.
-    polling_load::closed_loop(poem.addr, BASELINE_WARM_UP, &echo(""))?;
-    std::thread::sleep(CLOSED_WITHIN);
-    let cpu = poem.cpu()?;
-    let statuses = polling_load::closed_loop(poem.addr, BASELINE, &echo(""))?;
-    // A bare server has nothing to do after its last response, except for closing the connections.
-    std::thread::sleep(CLOSED_WITHIN);
-    let cpu = poem.cpu()?.saturating_sub(cpu);
-    let total = u32::try_from(Answers::Ok.check(&statuses)?)?;
-    Ok(cpu.as_secs_f64() * 1e6 / f64::from(total))
 }
 
 /// The credentials that requests to a server contain.
@@ -201,7 +177,8 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     settings.push(("QUOTA_REDIS_TIMEOUT", "250ms".to_owned()));
     let redis = Server::quota(quota, "info", cores, &settings)?;
 
-    for server in [&logging, &silent, &memory, &redis] {
+    let with_databases = [&logging, &silent, &memory, &redis];
+    for server in with_databases {
         server.turn_off_autovacuum()?;
     }
 
@@ -211,6 +188,7 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         request: echo(""),
         answers: Answers::Ok,
     };
+    let baseline = bare("bare poem", &poem);
     // Bare poem is also a case: how close its ratio is to 1 shows how precise the comparison is.
     let mut cases = vec![bare("bare poem", &poem), bare("bare hyper", &hyper)];
     for (server, prefix) in [
@@ -233,12 +211,16 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         if round % 10 == 0 {
             eprintln!("round {} of {rounds}", round + 1);
         }
-        // The speed of a virtual machine can change within seconds, so each case is compared with bare poem directly
-        // before and after it.
-        let mut before = baseline(&poem)?;
+        for server in with_databases {
+            // In every round, because PostgreSQL starts new processes for new connections.
+            server.give_database_lowest_priority()?;
+        }
+        // The speed of a virtual machine can change within seconds, so each case is compared with bare poem before and
+        // after it.
+        let (_, mut before) = baseline.round(time)?;
         for (case, figures) in cases.iter().zip(&mut measured) {
             let (per_second, micros) = case.round(time)?;
-            let after = baseline(&poem)?;
+            let (_, after) = baseline.round(time)?;
             figures.push(Figures {
                 per_second,
                 micros,
@@ -302,14 +284,13 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     println!();
     println!(
         "Medians of {} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections on \
-         loopback. Each case is compared with bare poem, which is measured for {} ms directly before and after it. CPU is user and system time of the server's process, including what it does after the load, such \
-         as storing usage. {} PostgreSQL, to which quota writes usage, runs on the core of the servers with the lowest \
-         priority and without autovacuum, and its CPU time is not included. The access log is written to a file, one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
+         loopback. Each case is compared with bare poem, which is measured in the same way before and after it. CPU is user and system time of the server's process, including what it does after the load, such \
+         as storing usage. {} PostgreSQL, to which quota writes usage, runs on the servers' core at the lowest priority, with \
+         autovacuum off; its CPU time is not included. The access log is written to a file, one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
          ordinary release builds. Target: at most 1.25; with direct responses 0.95, with Redis 1.00, and 1.05 \
          for check.",
         measured[0].len(),
         time.as_millis(),
-        BASELINE.as_millis(),
         match cores {
             Some(Cores { servers, load }) =>
                 format!("Servers run on core {servers}, the load on core {load}."),
