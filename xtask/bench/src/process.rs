@@ -191,8 +191,8 @@ impl Server {
         kill(self.database()?.0, Signal::SIGHUP).context("cannot signal PostgreSQL")
     }
 
-    /// Gives the processes of the server's private PostgreSQL the lowest priority. In production, PostgreSQL has cores of
-    /// its own.
+    /// Gives the processes of the server's private PostgreSQL the lowest priority, to approximate a
+    /// deployment in which PostgreSQL runs on other cores.
     pub(crate) fn give_database_lowest_priority(&self) -> Result<()> {
         let (main, _) = self.database()?;
         make_idle(main)?;
