@@ -2,15 +2,15 @@
 //!
 //! [`Clock::now`] is calendar time, which jumps when an operator or NTP sets the clock. [`Clock::monotonic`] measures
 //! durations and never goes backward. The buckets and quotas of keys use calendar time, in nanoseconds since the Unix
-//! epoch. Deadlines and the ages of cache entries use monotonic time.
+//! epoch. Deadlines and the ages of cache entries use monotonic time. [`Clock::moment`] returns the current time on both.
 
 use std::{
     fmt::Debug,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI64, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{self, Duration},
 };
 
 use chrono::{DateTime, Utc};
@@ -135,6 +135,13 @@ impl From<UnixNanos> for DateTime<Utc> {
     }
 }
 
+/// A point in time, on the calendar clock and on the monotonic clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Moment {
+    pub calendar: UnixNanos,
+    pub monotonic: Monotonic,
+}
+
 /// A source of time.
 pub trait Clock: Debug + Send + Sync + 'static {
     /// Returns calendar time. Calendar time may stand still or go backward.
@@ -143,6 +150,20 @@ pub trait Clock: Debug + Send + Sync + 'static {
     /// Returns the time since an arbitrary point in time that is fixed for this process. Monotonic time never goes
     /// backward.
     fn monotonic(&self) -> Monotonic;
+
+    /// Returns the current time on both clocks.
+    fn moment(&self) -> Moment {
+        Moment {
+            calendar: self.now(),
+            monotonic: self.monotonic(),
+        }
+    }
+
+    /// Converts an instant to the time on both clocks. The instant must have just been read from the operating system's
+    /// monotonic clock. Clocks for tests ignore it and return their current time.
+    fn moment_of(&self, _just_read: time::Instant) -> Moment {
+        self.moment()
+    }
 }
 
 /// A [`Clock`] for the `governor` crate, based on monotonic time.
@@ -157,36 +178,110 @@ impl governor::clock::Clock for GovernorClock {
     }
 }
 
+/// How often the system clock checks whether the calendar clock has been set, in nanoseconds.
+const CHECK_EVERY: u64 = 1_000_000;
+/// The largest error of the offset, in nanoseconds, that is not corrected. It allows for rounding, and for the time between
+/// two readings.
+const TOLERANCE: i64 = 1_000;
+
 /// The clocks of the operating system.
-#[derive(Debug, Clone)]
+///
+/// On Linux, NTP changes the speed of the calendar clock and of the monotonic clock together. So unless the calendar clock
+/// is set, or the machine is suspended, the difference between them is constant. Therefore, calendar time is calculated
+/// from monotonic time, and one reading is enough for both. The difference is checked again by the first reading of
+/// calendar time that is at least a millisecond after the last check. Calendar time can be calculated from 1970 to 2262.
+#[derive(Debug)]
 pub struct SystemClock {
-    /// What the operating system's monotonic clock showed when this clock was created, in nanoseconds.
-    start: u64,
+    /// The operating system's monotonic clock when this clock was created.
+    start: time::Instant,
+    /// Calendar time minus monotonic time, in nanoseconds.
+    offset: AtomicI64,
+    /// The monotonic time at which the offset is checked again.
+    check_at: AtomicU64,
 }
 
 impl SystemClock {
     pub fn new() -> Self {
+        // The calendar clock is read first, so that calculated times are not ahead of it.
+        let now = calendar_time();
         Self {
-            start: reading(ClockId::CLOCK_MONOTONIC),
+            start: time::Instant::now(),
+            offset: AtomicI64::new(offset_at(now, Monotonic(0))),
+            check_at: AtomicU64::new(0),
         }
+    }
+
+    #[inline]
+    fn moment_at(&self, monotonic: Monotonic) -> Moment {
+        if monotonic.0 >= self.check_at.load(Ordering::Relaxed) {
+            self.check(monotonic);
+        }
+        let offset = self.offset.load(Ordering::Relaxed);
+        Moment {
+            calendar: UnixNanos(monotonic.0.saturating_add_signed(offset)),
+            monotonic,
+        }
+    }
+
+    #[cold]
+    fn check(&self, at: Monotonic) {
+        let next = at.0.saturating_add(CHECK_EVERY);
+        self.check_at.store(next, Ordering::Relaxed);
+        self.check_with(|| (self.monotonic(), calendar_time(), self.monotonic()));
+    }
+
+    /// Corrects the offset according to a reading of the calendar clock between two readings of the monotonic clock.
+    fn check_with(&self, read: impl FnOnce() -> (Monotonic, UnixNanos, Monotonic)) {
+        let offset = self.offset.load(Ordering::Relaxed);
+        let (before, now, after) = read();
+        if let Some(corrected) = corrected(offset, now, before, after) {
+            // If another thread has corrected the offset since, that correction may be more recent than these readings.
+            let _ = self.offset.compare_exchange(
+                offset,
+                corrected,
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+        }
+    }
+
+    #[inline]
+    fn since_start(&self, instant: time::Instant) -> Monotonic {
+        let time = instant.saturating_duration_since(self.start);
+        // 584 years pass before this overflows.
+        let secs = time.as_secs().wrapping_mul(1_000_000_000);
+        Monotonic(secs.wrapping_add(u64::from(time.subsec_nanos())))
     }
 }
 
-/// Reads a clock of the operating system, in nanoseconds. A time before the clock's zero becomes less than a second.
-///
-/// The clocks are read several times per request. `Instant` and `SystemTime` read the same clocks, but keep seconds and
-/// nanoseconds apart, which makes calculations slower.
-#[inline]
+/// Returns the new difference between calendar time and monotonic time if `offset` is no longer right. The calendar clock
+/// was `now` at some point between the monotonic times `before` and `after`.
+fn corrected(offset: i64, now: UnixNanos, before: Monotonic, after: Monotonic) -> Option<i64> {
+    let (lowest, highest) = (offset_at(now, after), offset_at(now, before));
+    let is_right =
+        (lowest.saturating_sub(TOLERANCE)..=highest.saturating_add(TOLERANCE)).contains(&offset);
+    // With the lowest of the possible offsets, no limit is reset too early.
+    (!is_right).then_some(lowest)
+}
+
+/// Returns calendar time minus monotonic time. Times that are too large are capped.
+fn offset_at(now: UnixNanos, monotonic: Monotonic) -> i64 {
+    let capped = |nanos| i64::try_from(nanos).unwrap_or(i64::MAX);
+    capped(now.0) - capped(monotonic.0)
+}
+
+/// Reads the operating system's calendar clock. A time before 1970 becomes a time in the first second of 1970, and a time
+/// after 2554 becomes the last time that can be represented.
 #[expect(
     clippy::disallowed_methods,
-    reason = "the only place that reads the system clock"
+    reason = "the only place that reads the system's calendar clock"
 )]
-fn reading(clock: ClockId) -> u64 {
+fn calendar_time() -> UnixNanos {
     // Without a time, expired keys would be accepted.
-    let time = clock_gettime(clock).expect("the operating system has this clock");
+    let time = clock_gettime(ClockId::CLOCK_REALTIME).expect("the operating system has this clock");
     let secs = u64::try_from(time.tv_sec()).unwrap_or(0);
     let nanos = u64::try_from(time.tv_nsec()).unwrap_or(0);
-    secs.saturating_mul(1_000_000_000).saturating_add(nanos)
+    UnixNanos(secs.saturating_mul(1_000_000_000).saturating_add(nanos))
 }
 
 impl Default for SystemClock {
@@ -198,13 +293,22 @@ impl Default for SystemClock {
 impl Clock for SystemClock {
     #[inline]
     fn now(&self) -> UnixNanos {
-        // A time before 1970 becomes a time in the first second of 1970, and a time after 2554 becomes the last time that can be represented.
-        UnixNanos(reading(ClockId::CLOCK_REALTIME))
+        self.moment().calendar
     }
 
     #[inline]
     fn monotonic(&self) -> Monotonic {
-        Monotonic(reading(ClockId::CLOCK_MONOTONIC).saturating_sub(self.start))
+        self.since_start(time::Instant::now())
+    }
+
+    #[inline]
+    fn moment(&self) -> Moment {
+        self.moment_at(self.monotonic())
+    }
+
+    #[inline]
+    fn moment_of(&self, just_read: time::Instant) -> Moment {
+        self.moment_at(self.since_start(just_read))
     }
 }
 
@@ -250,5 +354,137 @@ impl Clock for TestClock {
 
     fn monotonic(&self) -> Monotonic {
         Monotonic(self.time.monotonic.load(Ordering::SeqCst))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    const MINUTE: u64 = 60_000_000_000;
+
+    /// An offset of this many minutes.
+    fn minutes(minutes: i64) -> i64 {
+        minutes * 60_000_000_000
+    }
+
+    #[test]
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the clock is compared with another reading"
+    )]
+    fn calendar_time_follows_the_operating_system() {
+        let clock = SystemClock::new();
+        let system = || {
+            let time = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+            Nanos::from(time.expect("it is after 1970")).0
+        };
+        let mut closest = u64::MAX;
+        for _ in 0..200 {
+            let earliest = system();
+            let at = clock.moment().calendar.0;
+            let latest = system();
+            // Skip slow readings: if the process was paused between them, the calculated time may lag by the length of the
+            // pause.
+            if latest - earliest < 1_000_000 {
+                closest = closest.min(at.abs_diff(earliest));
+                assert!(at < latest + 2_000, "{earliest} {at} {latest}");
+                assert!(at + 1_000_000 > earliest, "{earliest} {at} {latest}");
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        assert!(closest < 20_000, "{closest} ns");
+    }
+
+    #[test]
+    fn moment_of_an_instant_is_between_earlier_and_later_moments() {
+        let clock = SystemClock::new();
+        let before = clock.moment();
+        let just_read = time::Instant::now();
+        let after = clock.moment();
+        std::thread::sleep(Duration::from_millis(2));
+        let at = clock.moment_of(just_read);
+        assert!(before.monotonic <= at.monotonic && at.monotonic <= after.monotonic);
+        assert!(before.calendar <= at.calendar && at.calendar <= after.calendar);
+    }
+
+    #[test]
+    fn offset_changes_only_if_the_calendar_clock_was_set() {
+        let (before, after) = (Monotonic(5 * MINUTE), Monotonic(5 * MINUTE + 40));
+        let offset = minutes(1_000);
+        let reading = |now: u64| corrected(offset, UnixNanos(now), before, after);
+        let right = 1_005 * MINUTE;
+        for rounded in [0, 40, 1_040] {
+            assert_eq!(reading(right + rounded), None);
+        }
+        assert_eq!(reading(right - 1_000), None);
+        assert_eq!(reading(right + 1_041), Some(offset + 1_001));
+        assert_eq!(reading(right - 1_001), Some(offset - 1_041));
+        assert_eq!(reading(right + MINUTE), Some(minutes(1_001) - 40));
+        assert_eq!(reading(right - MINUTE), Some(minutes(999) - 40));
+        // Calendar times smaller than the monotonic time, and the smallest and largest times.
+        assert_eq!(reading(3 * MINUTE), Some(minutes(-2) - 40));
+        assert_eq!(reading(0), Some(minutes(-5) - 40));
+        assert_eq!(reading(u64::MAX), Some(i64::MAX - minutes(5) - 40));
+    }
+
+    #[test]
+    fn slow_reading_does_not_change_a_right_offset() {
+        // The process was paused for an hour between the readings.
+        let (before, after) = (Monotonic(MINUTE), Monotonic(61 * MINUTE));
+        let reading = |minute| {
+            let now = UnixNanos(minute * MINUTE);
+            corrected(minutes(1_000), now, before, after)
+        };
+        for minute in [1_001, 1_031, 1_061] {
+            assert_eq!(reading(minute), None);
+        }
+        assert_eq!(reading(1_062), Some(minutes(1_001)));
+    }
+
+    #[test]
+    fn setting_the_clock_is_noticed_at_the_next_check() {
+        for set in [minutes(1), minutes(-1)] {
+            let clock = SystemClock::new();
+            let right = clock.moment().calendar;
+            clock.offset.fetch_add(set, Ordering::Relaxed);
+            std::thread::sleep(Duration::from_nanos(2 * CHECK_EVERY));
+            let after = clock.moment().calendar;
+            assert!(
+                after.abs_diff(right) < Nanos(MINUTE / 2),
+                "{right:?} {after:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn readings_from_before_another_correction_are_not_used() {
+        let clock = SystemClock::new();
+        let hour = minutes(60);
+        let right = clock.offset.load(Ordering::Relaxed);
+        let now = UnixNanos(clock.moment().calendar.0 + MINUTE);
+        clock.check_with(|| {
+            // While this thread is paused between its readings and the correction, the clock is set, and another thread
+            // notices it.
+            clock.offset.store(right + hour, Ordering::Relaxed);
+            (Monotonic(0), now, Monotonic(0))
+        });
+        assert_eq!(clock.offset.load(Ordering::Relaxed), right + hour);
+        // Without that, the same readings are used.
+        clock.check_with(|| (Monotonic(0), now, Monotonic(0)));
+        assert_eq!(
+            clock.offset.load(Ordering::Relaxed),
+            offset_at(now, Monotonic(0))
+        );
+    }
+
+    #[test]
+    fn calendar_time_is_never_before_1970() {
+        let clock = SystemClock::new();
+        clock.check_at.store(u64::MAX, Ordering::Relaxed);
+        clock.offset.store(minutes(-1), Ordering::Relaxed);
+        assert_eq!(clock.moment().calendar, UnixNanos(0));
     }
 }

@@ -6,7 +6,7 @@
 //!
 //! This module does not depend on which requests are accepted, or on the responses: see [`DirectEndpoint`].
 
-use std::{convert::Infallible, mem::MaybeUninit, net::IpAddr};
+use std::{convert::Infallible, mem::MaybeUninit, net::IpAddr, time::Instant};
 
 use crate::connection_marks::ConnectionMarks;
 
@@ -29,14 +29,13 @@ pub trait DirectEndpoint: Send + Sync + 'static {
     /// not accepted. The request's body may not have arrived yet.
     fn route(&self, request: &PlainRequest<'_>) -> Option<Self::Route>;
 
-    /// Appends the response to `out`. `marks` is `None` if the client has already authenticated on the connection.
-    /// `context` is `None` at first, and is set early, for [`answer_after_panic`](Self::answer_after_panic).
+    /// Appends the response to `out`. `context` is `None` at first, and is set early, for
+    /// [`answer_after_panic`](Self::answer_after_panic).
     fn answer(
         &self,
         route: Self::Route,
         request: &PlainRequest<'_>,
-        peer: IpAddr,
-        marks: Option<&ConnectionMarks>,
+        arrival: Arrival<'_>,
         context: &mut Option<Self::Context>,
         out: &mut Vec<u8>,
     ) -> impl Future<Output = ()> + Send;
@@ -53,6 +52,17 @@ pub trait DirectEndpoint: Send + Sync + 'static {
     ) -> impl Future<Output = ()> + Send;
 }
 
+/// The connection and the arrival time of a request.
+#[derive(Debug, Clone, Copy)]
+pub struct Arrival<'a> {
+    pub peer: IpAddr,
+    /// When the whole request was read from the socket. `None` if that is unknown or no longer recent; the endpoint then
+    /// reads the clock.
+    pub time: Option<Instant>,
+    /// `None` if the client has already authenticated on the connection.
+    pub marks: Option<&'a ConnectionMarks>,
+}
+
 /// For listeners without direct responses. No value of this type exists.
 impl DirectEndpoint for Infallible {
     type Route = Self;
@@ -66,8 +76,7 @@ impl DirectEndpoint for Infallible {
         &self,
         _: Self,
         _: &PlainRequest<'_>,
-        _: IpAddr,
-        _: Option<&ConnectionMarks>,
+        _: Arrival<'_>,
         _: &mut Option<Self>,
         _: &mut Vec<u8>,
     ) {

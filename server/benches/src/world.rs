@@ -9,7 +9,7 @@ use quota_server::{
     clock::{Clock as _, SystemClock, TestClock},
     config::LogFormat,
     keys::{KeyRecord, LookupCaller},
-    plain_request::{DirectEndpoint as _, Parsed, parse},
+    plain_request::{Arrival, DirectEndpoint as _, Parsed, parse},
     router,
     secret_text::{Kind, SecretText, hash_of},
     telemetry::log::Log,
@@ -292,7 +292,12 @@ fn respond(name: &'static str, side: &Side, request: String) -> Operation {
             };
             let route = direct.route(&request).expect("the request is accepted");
             let mut context = None;
-            let answer = direct.answer(route, &request, peer, None, &mut context, &mut out);
+            let arrival = Arrival {
+                peer,
+                time: None,
+                marks: None,
+            };
+            let answer = direct.answer(route, &request, arrival, &mut context, &mut out);
             answer
                 .now_or_never()
                 .expect("the response needs no waiting");

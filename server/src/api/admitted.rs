@@ -214,9 +214,9 @@ async fn decide_in_span(
     let decision = decided.inspect_err(|_| {
         state.metrics.limiter_errors.inc();
     })?;
-    // Read the time only after the reservation. The shipper relies on this when it reports a time before which all
-    // decisions are in the segments that it reads.
-    let decided_at = state.clock.monotonic();
+    // The decision's time was read after the reservation. The shipper relies on this when it reports a time before which
+    // all decisions are in the segments that it reads.
+    let decided_at = decision.monotonic;
     if decision.is_allowed() {
         &state.metrics.allowed
     } else {

@@ -26,9 +26,9 @@ use super::{
     trace,
 };
 use crate::{
-    clock::{Monotonic, Nanos, UnixNanos},
+    clock::{Moment, Nanos, UnixNanos},
     connection_marks::ConnectionMarks,
-    plain_request::{DirectEndpoint, PlainRequest},
+    plain_request::{Arrival, DirectEndpoint, PlainRequest},
     spans::Span,
     state::AppState,
     telemetry::request_id::RequestIds,
@@ -108,8 +108,7 @@ impl DirectDecisions {
         &self,
         request: &PlainRequest<'_>,
         peer: IpAddr,
-        arrived: UnixNanos,
-        began: Monotonic,
+        arrived: Moment,
         marks: Option<&ConnectionMarks>,
     ) -> RequestContext {
         let state = &self.state;
@@ -120,14 +119,14 @@ impl DirectDecisions {
         RequestContext::new(
             state,
             id.map_or_else(
-                || RequestId::Generated(self.ids.next(arrived)),
+                || RequestId::Generated(self.ids.next(arrived.calendar)),
                 RequestId::Sent,
             ),
             Some(client_of(peer, request, &state.config.trusted_proxies)),
-            arrived,
+            arrived.calendar,
             marks.cloned(),
         )
-        .complete_at(began)
+        .complete_at(arrived.monotonic)
     }
 
     async fn decide(
@@ -277,22 +276,24 @@ impl DirectEndpoint for DirectDecisions {
         &self,
         route: Route,
         request: &PlainRequest<'_>,
-        peer: IpAddr,
-        marks: Option<&ConnectionMarks>,
+        Arrival { peer, time, marks }: Arrival<'_>,
         context: &mut Option<RequestContext>,
         out: &mut Vec<u8>,
     ) {
         let (state, path, peer) = (&self.state, route.path(), peer.to_canonical());
-        let (arrived, began) = (state.clock.now(), state.clock.monotonic());
+        let arrived = match time {
+            Some(just_read) => state.clock.moment_of(just_read),
+            None => state.clock.moment(),
+        };
         let span = trace::begin(state, Some(peer), request, path);
-        let context = &*context.insert(self.context(request, peer, arrived, began, marks));
+        let context = &*context.insert(self.context(request, peer, arrived, marks));
         let parent = span.as_ref().map(Span::as_parent);
         let decision = pin!(self.decide(context, route, request));
         let result = request_log::run(state, parent, decision).await;
         // Nothing is awaited after the decision, so its time is used instead of reading the clock again. This does not
-        // include the time to write the usage record to memory and to write the response.
-        let took = context.decision_ended().saturating_since(began);
-        let now = arrived.saturating_add(took);
+        // include the time to record usage and to write the response.
+        let took = context.decision_ended().saturating_since(arrived.monotonic);
+        let now = arrived.calendar.saturating_add(took);
         let status = self.write(context, route, result.flatten(), now, out).await;
         if let Some(span) = span {
             trace::end(span, context, request.method, Some(path), status.as_u16());
@@ -310,10 +311,11 @@ impl DirectEndpoint for DirectDecisions {
     ) {
         let state = &self.state;
         state.metrics.panics.inc();
-        let (now, began) = (state.clock.now(), state.clock.monotonic());
+        let at = state.clock.moment();
         // The usage of the request may have been recorded with the ID of the context.
         let context =
-            context.unwrap_or_else(|| self.context(request, peer.to_canonical(), now, began, None));
+            context.unwrap_or_else(|| self.context(request, peer.to_canonical(), at, None));
+        let now = at.calendar;
         let error = ApiError::internal("a response could not be written because of a panic");
         let status = self.write(&context, route, Err(error), now, out).await;
         let took = now.saturating_since(context.arrived);

@@ -324,7 +324,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        clock::UnixNanos,
+        clock::{Monotonic, UnixNanos},
         limiter::{Outcome, Policy, PolicyState},
     };
 
@@ -332,6 +332,7 @@ mod tests {
         let at = UnixNanos::from_secs(secs);
         Decision {
             at,
+            monotonic: Monotonic(0),
             outcome: Outcome::Allowed,
             rpm: NonZeroU32::MIN,
             rate: PolicyState {

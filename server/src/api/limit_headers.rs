@@ -311,7 +311,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        clock::UnixNanos,
+        clock::{Monotonic, UnixNanos},
         limiter::{Outcome, PolicySet, PolicyState, RatePolicy, Zone},
     };
 
@@ -340,6 +340,7 @@ mod tests {
         };
         Decision {
             at: NOW,
+            monotonic: Monotonic(0),
             outcome: Outcome::Allowed,
             rpm: NonZeroU32::new(600).unwrap(),
             rate: state(Policy::Rpm, 600, 412, 23),

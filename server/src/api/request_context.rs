@@ -83,7 +83,7 @@ pub struct RequestContext {
     pub id: RequestId,
     /// The client's address. `None` for a peer without an address, such as a Unix socket.
     pub ip: Option<IpAddr>,
-    /// When the server started to process the request.
+    /// When the server started to process the request. For some direct responses, this is when the request was read.
     pub arrived: UnixNanos,
     /// The time by which the request had arrived completely. Unknown if its body may still be arriving, or if work on
     /// the request has waited since.

@@ -5,7 +5,7 @@
 use std::num::{NonZeroU32, NonZeroU64};
 
 use super::policy::{Policy, PolicySet};
-use crate::clock::UnixNanos;
+use crate::clock::{Monotonic, UnixNanos};
 
 /// Whether the request was allowed. A denial consumes nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -52,6 +52,8 @@ impl PolicyState {
 pub struct Decision {
     /// When the decision was made.
     pub at: UnixNanos,
+    /// The same time on the monotonic clock. If a tenant's quota was applied too, when that was done.
+    pub monotonic: Monotonic,
     pub outcome: Outcome,
     /// The sustained rate per minute. The burst is `rate.limit`.
     pub rpm: NonZeroU32,
@@ -144,6 +146,7 @@ mod tests {
     fn decision(outcome: Outcome) -> Decision {
         Decision {
             at: UnixNanos(1),
+            monotonic: Monotonic(0),
             outcome,
             rpm: NonZeroU32::new(600).unwrap(),
             rate: state(Policy::Rpm, 600, 412, 18_800_000_001),

@@ -23,7 +23,7 @@ use super::{
     policy::{Policy, PolicySet},
     rate::gcra::{Gcra, Verdict},
 };
-use crate::clock::{Clock, Monotonic, Nanos, UnixNanos};
+use crate::clock::{Clock, Moment, Monotonic, Nanos};
 
 /// A key's denial cache. Empty until the first decision by a remote store.
 #[derive(Debug, Default)]
@@ -118,9 +118,9 @@ impl DenialCache {
         if self.fingerprint != Some(policies.fingerprint()) {
             return None;
         }
-        let (monotonic, now) = (clock.monotonic(), clock.now());
-        self.remembered(policies, cost, monotonic, now)
-            .or_else(|| self.over_rate(policies, cost, monotonic, now))
+        let at = clock.moment();
+        self.remembered(policies, cost, at)
+            .or_else(|| self.over_rate(policies, cost, at))
     }
 
     /// Records a decision by the store, which must not be degraded. A denial is cached for at most [`DENIAL`], and a
@@ -169,13 +169,8 @@ impl DenialCache {
         self.tat <= now && self.full_at <= now && self.denied.as_deref().is_none_or(is_over)
     }
 
-    fn remembered(
-        &self,
-        policies: &Policies,
-        cost: NonZeroU32,
-        monotonic: Monotonic,
-        now: UnixNanos,
-    ) -> Option<Decision> {
+    fn remembered(&self, policies: &Policies, cost: NonZeroU32, at: Moment) -> Option<Decision> {
+        let (now, monotonic) = (at.calendar, at.monotonic);
         let denied = self
             .denied
             .as_deref()
@@ -190,6 +185,7 @@ impl DenialCache {
         decision.rate.remaining = policies.gcra().remaining(self.full_at, monotonic);
         decision.rate.reset_at = now.saturating_add(self.full_at.saturating_since(monotonic));
         decision.at = now;
+        decision.monotonic = monotonic;
         decision.outcome = Outcome::Denied {
             violated,
             retry_after: Some(left),
@@ -197,13 +193,8 @@ impl DenialCache {
         Some(decision)
     }
 
-    fn over_rate(
-        &self,
-        policies: &Policies,
-        cost: NonZeroU32,
-        monotonic: Monotonic,
-        now: UnixNanos,
-    ) -> Option<Decision> {
+    fn over_rate(&self, policies: &Policies, cost: NonZeroU32, at: Moment) -> Option<Decision> {
+        let (now, monotonic) = (at.calendar, at.monotonic);
         let gcra = policies.gcra();
         // If the request fits into the local bucket, or its cost exceeds the burst, the store decides.
         let Verdict::Wait { .. } = gcra.decide(self.tat, monotonic, cost) else {
@@ -236,6 +227,7 @@ impl DenialCache {
         }
         Some(Decision {
             at: now,
+            monotonic,
             outcome: Outcome::Denied {
                 violated,
                 retry_after: Some(retry_after),

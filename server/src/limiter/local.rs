@@ -54,8 +54,8 @@ impl LocalStore {
         cost: NonZeroU32,
         on_unknown: OnUnknown,
     ) -> Result<Decision, MissingBlocks> {
-        let (mut state, now) = self.keys.lock_state(handle, policies);
-        let step = state.step(policies, cost, now, on_unknown);
+        let (mut state, at) = self.keys.lock_state(handle, policies);
+        let step = state.step(policies, cost, at, on_unknown);
         self.keys.follow_up(handle, &mut state, step.as_ref().ok());
         step
     }
@@ -88,8 +88,8 @@ impl LimitStore for LocalStore {
     }
 
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
-        let (state, now) = self.keys.lock_state(handle, policies);
-        state.decision(policies, now, Outcome::Allowed)
+        let (state, at) = self.keys.lock_state(handle, policies);
+        state.decision(policies, at, Outcome::Allowed)
     }
 
     fn is_local(&self) -> bool {

@@ -123,7 +123,7 @@ impl Limiter {
         // A denial without a call only repeats the store's last denial. If such a denial were recorded, repeated
         // requests would prolong it.
         if decision.is_allowed() {
-            let now = self.clock.monotonic();
+            let now = decision.monotonic;
             let times = Times { asked_at: now, now };
             self.remember(handle, policies, cost, &decision, times);
         }
@@ -164,7 +164,10 @@ impl Limiter {
         };
         let peek = || self.peek(handle, policies);
         let admit = self.admit(handle, policies, cost);
-        quotas.admit(quota, cost, peek, admit).await
+        let mut decision = quotas.admit(quota, cost, peek, admit).await?;
+        // Since the decision about the key, this may have waited for other requests of the tenant.
+        decision.monotonic = self.clock.monotonic();
+        Ok(decision)
     }
 
     fn remember(

@@ -116,16 +116,16 @@ impl TenantQuotas {
     ) -> Result<Result<(), Decision>, LimiterError> {
         let tokens = u64::from(cost.get());
         let mut attempt = || {
-            let (mut state, now) = self.keys.lock_state(&quota.handle, &quota.policies);
-            if demand.reserve(&mut state, now) {
+            let (mut state, at) = self.keys.lock_state(&quota.handle, &quota.policies);
+            if demand.reserve(&mut state, at.calendar) {
                 return Ok(Ok(()));
             }
-            let quotas = state.quotas(tokens, now);
+            let quotas = state.quotas(tokens, at.calendar);
             if let Some(missing) = quotas.missing(false, OnUnknown::Wait) {
                 self.keys.follow_up(&quota.handle, &mut state, None);
                 return Err(missing);
             }
-            let denied = state.decision(&quota.policies, now, quotas.denial.outcome());
+            let denied = state.decision(&quota.policies, at, quotas.denial.outcome());
             self.keys
                 .follow_up(&quota.handle, &mut state, Some(&denied));
             Ok(Err(denied))
@@ -142,17 +142,17 @@ impl TenantQuotas {
     /// Spends the reserved tokens, even if their month has ended: the key's own tokens are already spent, so the
     /// request can no longer be denied.
     fn spend(&self, quota: &TenantQuota, demand: &mut DemandGuard<'_>) -> Option<PolicyState> {
-        let (mut state, now) = self.keys.lock_state(&quota.handle, &quota.policies);
+        let (mut state, at) = self.keys.lock_state(&quota.handle, &quota.policies);
         demand.spend_in_any_window(&mut state);
-        let spent = state.decision(&quota.policies, now, Outcome::Allowed);
+        let spent = state.decision(&quota.policies, at, Outcome::Allowed);
         self.keys.follow_up(&quota.handle, &mut state, Some(&spent));
         shared_state(&spent)
     }
 
     fn release(&self, quota: &TenantQuota, demand: &mut DemandGuard<'_>) -> Option<PolicyState> {
-        let (mut state, now) = self.keys.lock_state(&quota.handle, &quota.policies);
+        let (mut state, at) = self.keys.lock_state(&quota.handle, &quota.policies);
         demand.release(&mut state);
-        let released = state.decision(&quota.policies, now, Outcome::Allowed);
+        let released = state.decision(&quota.policies, at, Outcome::Allowed);
         shared_state(&released)
     }
 

@@ -125,7 +125,7 @@ impl Connection {
         u64::try_from(nanos).unwrap_or(u64::MAX - 1) + 1
     }
 
-    fn at(&self, nanos: u64) -> Instant {
+    pub(super) fn at(&self, nanos: u64) -> Instant {
         self.accepted + Duration::from_nanos(nanos.saturating_sub(1))
     }
 
@@ -258,9 +258,10 @@ impl Connection {
         resumes
     }
 
-    /// Returns when the first byte of the arriving request head was read.
-    pub(super) fn head_began(&self) -> u64 {
-        self.head_began.load(Ordering::Relaxed)
+    /// Returns when the first byte of the arriving request head was read, or `None` if no head is arriving.
+    pub(super) fn head_began(&self) -> Option<u64> {
+        let began = self.head_began.load(Ordering::Relaxed);
+        (began > 0).then_some(began)
     }
 
     /// Returns the number of HTTP/1 requests so far. Requests that are served directly and arrive together count as

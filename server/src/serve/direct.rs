@@ -30,7 +30,7 @@ use super::{
     stream::{LentStream, WatchedStream},
     table::Slot,
 };
-use crate::plain_request::{DirectEndpoint, Parsed, parse};
+use crate::plain_request::{Arrival, DirectEndpoint, Parsed, parse};
 
 /// The size of the first read. Most requests are smaller.
 const FIRST_READ: usize = 2 * 1024;
@@ -87,6 +87,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         // The number of unread bytes, and the number of parts in which they have arrived.
         let (mut end, mut parts) = (0, 0);
         loop {
+            let is_new_head = self.connection.head_began().is_none();
             match self.read(&mut stream, &mut input[end..]).await? {
                 Read::Bytes(0) => return Ok(None),
                 Read::Stop if end == 0 => return Ok(None),
@@ -99,10 +100,18 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             }
             parts += 1;
             let mut start = 0;
+            // When the bytes were read, if a single read returned all of them. Used only for the first call of `answer`,
+            // because later calls happen later.
+            let mut just_read = self.connection.head_began();
+            just_read = just_read.filter(|_| is_new_head && parts == 1);
             loop {
-                let is_whole = parts == 1;
                 let (length, next) = self
-                    .answer(&input[start..end], is_whole, &mut stream, &mut output)
+                    .answer(
+                        &input[start..end],
+                        just_read.take(),
+                        &mut stream,
+                        &mut output,
+                    )
                     .await?;
                 start += length;
                 if start > 0 {
@@ -190,18 +199,17 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
     }
 
     /// Responds to the requests at the start of `bytes`, up to the first request that is incomplete or not accepted.
-    /// Returns the total length of the requests that got a response, and what follows them. `is_whole` means that the
-    /// bytes arrived together.
+    /// Returns the total length of the requests that got a response, and what follows them. `just_read` is when the bytes
+    /// were read, as returned by [`Connection::head_began`]. `None` if that is unknown or no longer recent.
     async fn answer(
         &self,
         bytes: &[u8],
-        is_whole: bool,
+        just_read: Option<u64>,
         stream: &mut WatchedStream,
         output: &mut Vec<u8>,
     ) -> io::Result<(usize, Next)> {
-        let arrived = self.connection.head_began();
         let mut in_flight = None;
-        let mut has_waited = !is_whole;
+        let mut has_waited = just_read.is_none();
         let mut answered = 0;
         // The response to a pipelined request while earlier responses are in `output`. Kept apart from them, so that they
         // can be sent while this one waits.
@@ -222,6 +230,10 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
             let Some(route) = route.filter(|_| !self.is_stopping()) else {
                 break Next::Foreign(length);
             };
+            let is_authenticated = self.connection.marks.is_authenticated();
+            // Uses the time of the read, to save a reading of the clock. Later requests have waited for the first one. An
+            // unauthenticated connection may have waited for the lock of the connection table since the read.
+            let time = just_read.filter(|_| in_flight.is_none() && is_authenticated);
             if in_flight.is_none() {
                 let (is_first, request) = self.connection.begin_request(0);
                 if is_first {
@@ -230,7 +242,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                 in_flight = Some(request);
             }
             let marks = &self.connection.marks;
-            let marks = (!marks.is_authenticated()).then_some(marks);
+            let marks = (!is_authenticated).then_some(marks);
             let (finished, response) = if output.is_empty() {
                 (None, &mut *output)
             } else {
@@ -242,8 +254,11 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
                 let answering = pin!(self.endpoint.answer(
                     route,
                     &request,
-                    self.peer,
-                    marks,
+                    Arrival {
+                        peer: self.peer,
+                        time: time.map(|it| self.connection.at(it).into_std()),
+                        marks,
+                    },
                     &mut context,
                     response
                 ));
@@ -286,6 +301,7 @@ impl<D: DirectEndpoint> DirectService<'_, D> {
         }
         if let Some(request) = &mut in_flight
             && !has_waited
+            && let Some(arrived) = just_read
         {
             // Only microseconds have passed since the requests arrived, so the clock is not read again.
             request.ends_at(arrived);

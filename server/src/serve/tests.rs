@@ -16,7 +16,7 @@ use tokio::{
 use super::*;
 use crate::{
     connection_marks::ConnectionMarks,
-    plain_request::{DirectEndpoint, PlainRequest},
+    plain_request::{Arrival, DirectEndpoint, PlainRequest},
 };
 
 const HEADER: Duration = Duration::from_millis(300);
@@ -77,8 +77,7 @@ impl DirectEndpoint for Plain {
         &self,
         (): (),
         request: &PlainRequest<'_>,
-        _: std::net::IpAddr,
-        _: Option<&ConnectionMarks>,
+        arrival: Arrival<'_>,
         _: &mut Option<()>,
         out: &mut Vec<u8>,
     ) {
@@ -105,6 +104,17 @@ impl DirectEndpoint for Plain {
                 Vec::new()
             }
             "/open" => NEW.load(Ordering::Relaxed).to_string().into_bytes(),
+            "/arrival" => {
+                if let Some(marks) = arrival.marks {
+                    marks.set_authenticated();
+                }
+                let is_recent = arrival.time.is_some_and(|it| it.elapsed() < HEADER / 15);
+                match (arrival.time, is_recent) {
+                    (None, _) => b"unknown;".to_vec(),
+                    (Some(_), true) => b"known;".to_vec(),
+                    (Some(_), false) => b"outdated;".to_vec(),
+                }
+            }
             _ => b"here".to_vec(),
         };
         let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", body.len());
@@ -280,6 +290,52 @@ async fn panic_in_a_direct_response_affects_no_other_response() {
     // No request is in flight any longer, so the connection is idle.
     let ended = ended_after(&mut stream).await;
     assert!(ended >= IDLE * 9 / 10, "{ended:?}");
+}
+
+/// With an outdated arrival time, a stale key record could be used without being reloaded.
+#[tokio::test]
+async fn arrival_time_is_known_only_if_the_whole_request_was_just_read() {
+    let arrival = "GET /arrival HTTP/1.1\r\nHost: q\r\n\r\n";
+    let foreign = "POST /foreign HTTP/1.1\r\nHost: q\r\nContent-Length: 3\r\n\r\nabc";
+    let late = "POST /tolerant HTTP/1.1\r\nHost: q\r\nContent-Length: 3\r\n\r\n";
+    let (first, rest) = arrival.split_at(20);
+    let two = arrival.repeat(2);
+    let [after_foreign, before_foreign] =
+        [[foreign, arrival], [arrival, foreign]].map(|it| it.concat());
+    let steps: &[(&[&str], &[&str])] = &[
+        // The connection has not authenticated yet.
+        (&[arrival], &["unknown"]),
+        (&[arrival], &["known"]),
+        (&[&two], &["known", "unknown"]),
+        (&[first, rest], &["unknown"]),
+        (&[arrival], &["known"]),
+        (&[&after_foreign], &["here", "unknown"]),
+        (&[arrival], &["known"]),
+        (&[&before_foreign, arrival], &["known", "here", "known"]),
+        (&[late, "abc", arrival], &["here", "known"]),
+    ];
+    let mut stream = connect_by(Way::Direct).await;
+    for (parts, expected) in steps {
+        for part in *parts {
+            stream.write_all(part.as_bytes()).await.unwrap();
+            time::sleep(HEADER / 15).await;
+        }
+        let mut answers = Vec::new();
+        let mut bodies = Vec::new();
+        while bodies.len() < expected.len() {
+            let length = stream.read_buf(&mut answers).await.unwrap();
+            assert_ne!(length, 0, "the connection ended: {parts:?}");
+            let text = String::from_utf8_lossy(&answers);
+            let responses = text
+                .split("HTTP/1.1 ")
+                .filter_map(|it| it.split("\r\n\r\n").nth(1));
+            bodies = responses
+                .filter_map(|it| it.strip_suffix(';').or((it == "here").then_some(it)))
+                .map(str::to_owned)
+                .collect();
+        }
+        assert_eq!(bodies, *expected, "{parts:?}");
+    }
 }
 
 /// Returns the status of each response.

@@ -9,7 +9,7 @@ use quota_common::plan::OnRedisFailure;
 
 use super::breaker::CircuitBreaker;
 use crate::{
-    clock::{Clock, Monotonic, Nanos, UnixNanos},
+    clock::{Clock, Nanos},
     limiter::{
         key::table::{KeyTable, KeyTableSettings},
         membership::Membership,
@@ -53,22 +53,4 @@ pub(super) enum AfterDeadline {
     Wait,
     /// Do not wait: the call takes no tokens.
     GiveUp,
-}
-
-/// The same instant on the calendar clock and on the monotonic clock.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Moment {
-    pub(super) now: UnixNanos,
-    pub(super) monotonic: Monotonic,
-}
-
-impl StoreCore {
-    /// Pairs a calendar time that was just read with the monotonic time.
-    #[inline]
-    pub(super) fn moment(&self, now: UnixNanos) -> Moment {
-        Moment {
-            now,
-            monotonic: self.clock.monotonic(),
-        }
-    }
 }

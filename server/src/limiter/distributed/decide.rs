@@ -15,9 +15,9 @@ use std::{
 
 use quota_common::plan::OnRedisFailure;
 
-use super::core::{Moment, StoreCore};
+use super::core::StoreCore;
 use crate::{
-    clock::{Monotonic, Nanos, UnixNanos},
+    clock::{Moment, Monotonic, Nanos, UnixNanos},
     deadline,
     limiter::{
         decision::{Decision, Outcome, PolicyState},
@@ -60,9 +60,8 @@ impl StoreCore {
         cost: NonZeroU32,
         demand: Option<&mut DemandGuard<'_>>,
     ) -> Result<LocalOutcome, MissingBlocks> {
-        let (mut state, now) = self.keys.lock_state(handle, policies);
-        let moment = self.moment(now);
-        let monotonic = moment.monotonic;
+        let (mut state, at) = self.keys.lock_state(handle, policies);
+        let (now, monotonic) = (at.calendar, at.monotonic);
         let tokens = u64::from(cost.get());
         if !state.quotas_fit(tokens) {
             self.keys.follow_up(handle, &mut state, None);
@@ -80,7 +79,7 @@ impl StoreCore {
             if low {
                 self.fetch_ahead(handle, &mut state, policies);
             }
-            decision(&mut state, policies, moment, Outcome::Allowed)
+            decision(&mut state, policies, at, Outcome::Allowed)
         } else if let Some(until) = lease.denied_until(tokens, monotonic)
             && !self.breaker(handle).is_open()
         {
@@ -93,7 +92,7 @@ impl StoreCore {
             let debt = lease.debt(gcra, monotonic);
             denial.add_rate(gcra.decide(now.saturating_add(debt), now, cost));
             let outcome = denial.outcome();
-            decision(&mut state, policies, moment, outcome)
+            decision(&mut state, policies, at, outcome)
         } else {
             let never = policies.gcra().price(cost) > policies.gcra().tau();
             if let Some(demand) = demand
@@ -157,8 +156,8 @@ impl StoreCore {
         demand: &mut DemandGuard<'_>,
         grant: Grant,
     ) -> Option<Decision> {
-        let (mut state, now) = self.keys.lock_state(handle, policies);
-        if !demand.spend(&mut state, now) {
+        let (mut state, at) = self.keys.lock_state(handle, policies);
+        if !demand.spend(&mut state, at.calendar) {
             // Dropping `grant` takes the lock to return its tokens, so the lock is released first.
             drop(state);
             return None;
@@ -167,8 +166,7 @@ impl StoreCore {
         self.metrics
             .lease_tokens_spent
             .inc_by(u64::from(cost.get()));
-        let now = self.moment(now);
-        let decision = decision(&mut state, policies, now, Outcome::Allowed);
+        let decision = decision(&mut state, policies, at, Outcome::Allowed);
         self.keys.follow_up(handle, &mut state, Some(&decision));
         Some(decision)
     }
@@ -183,10 +181,9 @@ impl StoreCore {
         demand: &mut DemandGuard<'_>,
         wait: Option<NonZeroU64>,
     ) -> Option<Decision> {
-        let (mut state, now) = self.keys.lock_state(handle, policies);
+        let (mut state, at) = self.keys.lock_state(handle, policies);
+        let (now, monotonic) = (at.calendar, at.monotonic);
         demand.release(&mut state);
-        let moment = self.moment(now);
-        let monotonic = moment.monotonic;
         let mut denial = state.quotas(u64::from(cost.get()), now).denial;
         let gcra = policies.gcra();
         let lease = state.lease();
@@ -201,7 +198,7 @@ impl StoreCore {
             return None;
         }
         let outcome = denial.outcome();
-        let decision = decision(&mut state, policies, moment, outcome);
+        let decision = decision(&mut state, policies, at, outcome);
         self.keys.follow_up(handle, &mut state, Some(&decision));
         Some(decision)
     }
@@ -217,8 +214,8 @@ impl StoreCore {
     ) -> Result<Option<Decision>, LimiterError> {
         let on_failure = policies.on_failure().unwrap_or(self.settings.on_failure);
         let outage = self.breaker(handle).outage();
-        let (mut state, now) = self.keys.lock_state(handle, policies);
-        let monotonic = self.clock.monotonic();
+        let (mut state, at) = self.keys.lock_state(handle, policies);
+        let (now, monotonic) = (at.calendar, at.monotonic);
         let tokens = u64::from(cost.get());
         if let Some(demand) = demand {
             demand.release(&mut state);
@@ -277,7 +274,7 @@ impl StoreCore {
             state.spend_quotas(tokens, now);
             self.metrics.allowed_degraded.inc();
         }
-        let mut decision = state.decision_with(policies, now, outcome, rate);
+        let mut decision = state.decision_with(policies, at, outcome, rate);
         decision.degraded = true;
         self.keys.follow_up(handle, &mut state, Some(&decision));
         Ok(Some(decision))
@@ -353,12 +350,12 @@ impl StoreCore {
 pub(super) fn decision(
     state: &mut KeyState,
     policies: &Policies,
-    Moment { now, monotonic }: Moment,
+    at: Moment,
     outcome: Outcome,
 ) -> Decision {
     let gcra = policies.gcra();
-    let debt = state.lease().debt(gcra, monotonic);
-    state.decision_with(policies, now, outcome, rate(policies, now, debt))
+    let debt = state.lease().debt(gcra, at.monotonic);
+    state.decision_with(policies, at, outcome, rate(policies, at.calendar, debt))
 }
 
 fn left(until: Monotonic, now: Monotonic) -> Option<NonZeroU64> {

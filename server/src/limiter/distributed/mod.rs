@@ -181,9 +181,8 @@ impl LimitStore for DistributedStore {
     }
 
     fn peek(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
-        let (mut state, now) = self.0.keys.lock_state(handle, policies);
-        let now = self.0.moment(now);
-        decision(&mut state, policies, now, Outcome::Allowed)
+        let (mut state, at) = self.0.keys.lock_state(handle, policies);
+        decision(&mut state, policies, at, Outcome::Allowed)
     }
 
     async fn inspect(&self, handle: &KeyHandle, policies: &Policies) -> Decision {
@@ -191,15 +190,15 @@ impl LimitStore for DistributedStore {
             .0
             .look_up_debt(handle, policies.terms(self.0.ttl))
             .await;
-        let (mut state, now) = self.0.keys.lock_state(handle, policies);
+        let (mut state, at) = self.0.keys.lock_state(handle, policies);
         match debt {
             Some(debt) => state.decision_with(
                 policies,
-                now,
+                at,
                 Outcome::Allowed,
-                decide::rate(policies, now, debt),
+                decide::rate(policies, at.calendar, debt),
             ),
-            None => decision(&mut state, policies, self.0.moment(now), Outcome::Allowed),
+            None => decision(&mut state, policies, at, Outcome::Allowed),
         }
     }
 

@@ -13,7 +13,7 @@ use tokio::sync::Notify;
 use super::quotas::QuotaBlocks;
 pub(in crate::limiter) use super::quotas::{Denial, MissingBlocks, OnUnknown, Quotas};
 use crate::{
-    clock::{Monotonic, Nanos, UnixNanos},
+    clock::{Moment, Monotonic, Nanos, UnixNanos},
     limiter::{
         decision::{Decision, Outcome, PolicyState},
         denial_cache::DenialCache,
@@ -241,21 +241,21 @@ impl KeyState {
     }
 
     /// Takes `cost` from the local bucket and every quota, or takes nothing. Returns the decision, or the blocks that
-    /// must be fetched first. Call [`apply_policies`](Self::apply_policies) with `now` first.
+    /// must be fetched first. Call [`apply_policies`](Self::apply_policies) with the same time first.
     pub(in crate::limiter) fn step(
         &mut self,
         policies: &Policies,
         cost: NonZeroU32,
-        now: UnixNanos,
+        at: Moment,
         on_unknown: OnUnknown,
     ) -> Result<Decision, MissingBlocks> {
-        let tokens = u64::from(cost.get());
+        let (tokens, now) = (u64::from(cost.get()), at.calendar);
         let rate = policies.gcra().decide(self.tat, now, cost);
         if let Verdict::Fits { tat } = rate
             && self.spend_quotas(tokens, now)
         {
             self.charge(tat, now);
-            return Ok(self.decision(policies, now, Outcome::Allowed));
+            return Ok(self.decision(policies, at, Outcome::Allowed));
         }
         let Quotas { mut denial, .. } = {
             let quotas = self.quotas(tokens, now);
@@ -266,7 +266,7 @@ impl KeyState {
             quotas
         };
         denial.add_rate(rate);
-        Ok(self.decision(policies, now, denial.outcome()))
+        Ok(self.decision(policies, at, denial.outcome()))
     }
 
     /// Takes `cost` from the local bucket only, if it contains that many tokens.
@@ -404,9 +404,10 @@ impl KeyState {
     pub(in crate::limiter) fn decision(
         &self,
         policies: &Policies,
-        now: UnixNanos,
+        at: Moment,
         outcome: Outcome,
     ) -> Decision {
+        let now = at.calendar;
         let rate = PolicyState {
             policy: Policy::Rpm,
             limit: u64::from(policies.rate().burst.get()),
@@ -414,13 +415,13 @@ impl KeyState {
             reset_at: self.tat.max(now),
             shortened_to: None,
         };
-        self.decision_with(policies, now, outcome, rate)
+        self.decision_with(policies, at, outcome, rate)
     }
 
     pub(in crate::limiter) fn decision_with(
         &self,
         policies: &Policies,
-        now: UnixNanos,
+        at: Moment,
         outcome: Outcome,
         rate: PolicyState,
     ) -> Decision {
@@ -435,7 +436,8 @@ impl KeyState {
             })
         };
         Decision {
-            at: now,
+            at: at.calendar,
+            monotonic: at.monotonic,
             outcome,
             rpm: policies.rate().rpm,
             rate,

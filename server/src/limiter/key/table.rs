@@ -30,7 +30,7 @@ use super::{
     state::{KeyState, MissingBlocks, OnUnknown},
 };
 use crate::{
-    clock::{Clock, Nanos, UnixNanos},
+    clock::{Clock, Moment, Nanos, UnixNanos},
     limiter::{
         decision::Decision,
         error::LimiterError,
@@ -216,13 +216,13 @@ impl KeyTable {
         &self,
         handle: &'a KeyHandle,
         policies: &Policies,
-    ) -> (MutexGuard<'a, KeyState>, UnixNanos) {
+    ) -> (MutexGuard<'a, KeyState>, Moment) {
         let mut state = handle.state.lock();
         // The time is read under the lock, so that the time does not decrease from one decision to the next. If a
         // thread read the time and then waited for the lock, the clock would seem to have been set back.
-        let now = self.clock.now();
-        state.apply_policies(policies, now, self.membership.replica_count());
-        (state, now)
+        let at = self.clock.moment();
+        state.apply_policies(policies, at.calendar, self.membership.replica_count());
+        (state, at)
     }
 
     /// Does the follow-up work after a decision, or after an attempt that could not make one: marks surplus tokens to

@@ -18,7 +18,7 @@ use std::{
 use futures_util::FutureExt as _;
 use quota_server::{
     clock::{Clock, Monotonic, SystemClock, TestClock, UnixNanos},
-    plain_request::{DirectEndpoint as _, Parsed, parse},
+    plain_request::{Arrival, DirectEndpoint as _, Parsed, parse},
     router,
 };
 use serde_json::json;
@@ -213,7 +213,12 @@ async fn response_after_a_panic_has_the_id_of_the_recorded_request() {
         let mut out = Vec::new();
         CALLS_LEFT.set(Some(calls));
         let mut context = None;
-        let answering = direct.answer(route, &request, peer, None, &mut context, &mut out);
+        let arrival = Arrival {
+            peer,
+            time: None,
+            marks: None,
+        };
+        let answering = direct.answer(route, &request, arrival, &mut context, &mut out);
         let answered = AssertUnwindSafe(answering).catch_unwind().await;
         CALLS_LEFT.set(None);
         if answered.is_err() {
