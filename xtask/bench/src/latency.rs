@@ -44,6 +44,8 @@ struct Outcome {
     delayed: Vec<Duration>,
     /// The fraction of the requests that were due but unsent at the end. They were sent later.
     unsent: f64,
+    /// The fraction of the requests whose usage had been committed when the last response arrived. 0 for bare poem.
+    stored: f64,
 }
 
 /// A server under the load of a closed loop.
@@ -72,6 +74,8 @@ struct Percentiles {
     p99_combined: f64,
     /// The fraction of the requests in the kept rounds that stalls delayed.
     delayed: f64,
+    /// The median of the rounds' fractions of stored usage.
+    stored: f64,
 }
 
 pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
@@ -183,9 +187,12 @@ fn saturated(case: &Case, time: Duration, watch: Option<&StallWatch>) -> Result<
 /// Sends requests to a case's server at this rate for one round, and returns the outcome. Fails if more than 1% of the
 /// responses have an unexpected status.
 fn measure(case: &Case, rate: f64, time: Duration, watch: Option<&StallWatch>) -> Result<Outcome> {
+    const STORED: &str = "quota_usage_records_shipped_total";
+    let stored = case.server.metric(STORED)?;
     stalls_since_last_call(watch);
     let responses = polling_load::open_loop(case.server.addr, rate, time, &case.request)?;
     let stalls = stalls_since_last_call(watch);
+    let stored = case.server.metric(STORED)? - stored;
     let total = responses.times.len();
     let expected = responses.statuses.get(&case.status).copied().unwrap_or(0);
     let others = responses.statuses.values().sum::<u64>() - expected;
@@ -205,11 +212,12 @@ fn measure(case: &Case, rate: f64, time: Duration, watch: Option<&StallWatch>) -
     }
     times.sort_unstable();
     #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
-    let unsent = responses.unsent as f64 / total as f64;
+    let of_total = |number: u64| number as f64 / total as f64;
     Ok(Outcome {
         times,
         delayed,
-        unsent,
+        unsent: of_total(responses.unsent),
+        stored: of_total(stored),
     })
 }
 
@@ -237,6 +245,7 @@ fn percentiles(rounds: &[Vec<Outcome>]) -> Vec<Percentiles> {
                 p99_combined: percentile(&combined, 99),
                 #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
                 delayed: delayed as f64 / combined.len() as f64,
+                stored: median(outcomes().map(|it| it.stored)),
             }
         })
         .collect()
@@ -251,12 +260,12 @@ fn print(
     cores: Option<Cores>,
 ) {
     println!(
-        "| `GET /v1/echo` | p50 µs | p99 µs | p99, bare poem = 1 | combined p99 µs | combined, bare poem = 1 | delayed by stalls |"
+        "| `GET /v1/echo` | p50 µs | p99 µs | p99, bare poem = 1 | combined p99 µs | combined, bare poem = 1 | delayed by stalls | usage stored |"
     );
-    println!("|---|---:|---:|---:|---:|---:|---:|");
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|");
     for (case, it) in cases.iter().zip(measured) {
         println!(
-            "| {} | {:.0} | {:.0} | {:.2} | {:.0} | {:.2} | {:.1}% |",
+            "| {} | {:.0} | {:.0} | {:.2} | {:.0} | {:.2} | {:.1}% | {:.0}% |",
             case.name,
             it.p50,
             it.p99,
@@ -264,6 +273,7 @@ fn print(
             it.p99_combined,
             it.p99_combined / measured[0].p99_combined,
             it.delayed * 100.0,
+            it.stored * 100.0,
         );
     }
     println!();
@@ -275,7 +285,8 @@ fn print(
          poem's capacity in the same round (median: {:.0} requests/s). Its capacity is its rate in a closed loop divided by \
          the share of its core that it used (medians: {:.0} requests/s, {:.0}%). Response times count from the time \
          at which a request is due. {} PostgreSQL, to which `quota` writes usage, has the lowest priority, and autovacuum \
-         is off. Target: at most 1.2.",
+         is off. *Usage stored* is the share of a case's usage records that were committed at the end of its load; the rest \
+         are committed before the next case starts. Target: at most 1.2.",
         saturations.len(),
         time.as_millis(),
         FRACTION * 100.0,
@@ -303,6 +314,7 @@ mod tests {
             times: micros.map(Duration::from_micros).collect(),
             delayed: vec![],
             unsent: 0.0,
+            stored: 0.0,
         };
         let mut rounds = [
             vec![outcome(1..=100), outcome(101..=200)],
@@ -341,6 +353,7 @@ mod tests {
             times: vec![Duration::from_micros(7)],
             delayed: vec![],
             unsent: 0.0,
+            stored: 0.0,
         };
         let it = percentiles(&[vec![it]])[0];
         assert_eq!(

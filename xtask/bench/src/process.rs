@@ -8,6 +8,7 @@ use std::{
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    sync::OnceLock,
     time::{Duration, Instant},
 };
 
@@ -21,6 +22,9 @@ use nix::{
 use quota_server::config::variables;
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::runtime::Builder;
+
+use crate::replicas::tenant::counted;
 
 /// The time within which a server must be ready. The first startup creates a database.
 const STARTED_WITHIN: Duration = Duration::from_secs(120);
@@ -30,6 +34,8 @@ const ENDED_WITHIN: Duration = Duration::from_secs(30);
 const IDLE_FOR: Duration = Duration::from_millis(600);
 /// The CPU time that an idle server and its PostgreSQL may use in this time.
 const IDLE_CPU_MAX: Duration = Duration::from_millis(30);
+/// How long to measure the CPU time of an idle server.
+const IDLE_MEASURED_FOR: Duration = Duration::from_secs(3);
 const IDLE_WITHIN: Duration = Duration::from_secs(60);
 
 /// The cores for the servers and for the load.
@@ -82,6 +88,8 @@ pub(crate) struct Server {
     log: Option<File>,
     /// The server's data directory, which is removed at the end.
     data: Option<TempDir>,
+    /// The share of a core that the server uses while it is idle, once measured.
+    idle_share: OnceLock<f64>,
 }
 
 impl Server {
@@ -103,6 +111,7 @@ impl Server {
             grpc_addr: None,
             log: None,
             data: None,
+            idle_share: OnceLock::new(),
         };
         read?;
         server.addr = addr.with_context(|| format!("the plain {name} server did not start"))??;
@@ -139,6 +148,7 @@ impl Server {
             grpc_addr: None,
             log: Some(log),
             data: Some(data),
+            idle_share: OnceLock::new(),
         };
         let line = server.ready(&path)?;
         let address = |name: &str| line[name].as_str().map(str::parse).transpose();
@@ -253,24 +263,48 @@ impl Server {
 
     /// Waits until the server and its private PostgreSQL have done almost all work that earlier requests caused, such as
     /// storing usage. Then returns the same as [`Self::cpu`], but without the time that an idle server would have used
-    /// since now.
+    /// while this function waited.
     pub(crate) fn cpu_when_idle(&self) -> Result<Duration> {
         let began = Instant::now();
         loop {
-            let (busy_for, own, all) = (began.elapsed(), self.cpu()?, self.cpu_with_database()?);
+            let all = self.cpu_with_database()?;
             std::thread::sleep(IDLE_FOR);
             // If a process of PostgreSQL has ended in between, less time can be measured than before.
             let used = self.cpu_with_database()?.checked_sub(all);
             if used.is_some_and(|it| it <= IDLE_CPU_MAX) {
-                let idle_for = began.elapsed().saturating_sub(busy_for);
-                let share = self.cpu()?.saturating_sub(own).div_duration_f64(idle_for);
-                return Ok(own.saturating_sub(busy_for.mul_f64(share)));
+                let (own, waited) = (self.cpu()?, began.elapsed());
+                // A server whose commit waits for the disk uses no CPU time either.
+                if self.metric("quota_usage_backlog_records")? == 0 {
+                    return Ok(own.saturating_sub(waited.mul_f64(self.idle_share()?)));
+                }
             }
             ensure!(
                 began.elapsed() < IDLE_WITHIN,
                 "a server does not become idle"
             );
         }
+    }
+
+    /// Returns the share of a core that the server uses while it is idle. The first call measures it, and the server must
+    /// be idle then.
+    fn idle_share(&self) -> Result<f64> {
+        if let Some(share) = self.idle_share.get() {
+            return Ok(*share);
+        }
+        let (began, cpu) = (Instant::now(), self.cpu()?);
+        std::thread::sleep(IDLE_MEASURED_FOR);
+        let cpu = self.cpu()?.saturating_sub(cpu);
+        let share = cpu.div_duration_f64(began.elapsed());
+        Ok(*self.idle_share.get_or_init(|| share))
+    }
+
+    /// Returns the value of one of the server's metrics, or 0 for a bare server.
+    pub(crate) fn metric(&self, name: &str) -> Result<u64> {
+        let Some(metrics) = self.metrics_addr else {
+            return Ok(0);
+        };
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(counted(metrics, name))
     }
 
     fn cpu_with_database(&self) -> Result<Duration> {

@@ -51,20 +51,28 @@ struct Case<'a> {
 }
 
 #[derive(Clone, Copy)]
-struct Figures {
+struct Round {
     per_second: f64,
+    /// The share of its core that the server used during the load.
+    busy: f64,
+    /// The CPU time per request, in microseconds.
     micros: f64,
+}
+
+#[derive(Clone, Copy)]
+struct Figures {
+    round: Round,
     /// The CPU time per request, divided by the mean of bare poem's before and after the case.
     ratio: f64,
 }
 
 impl Case<'_> {
-    /// Returns the requests per second, and the CPU time per request in microseconds.
-    fn round(&self, time: Duration) -> Result<(f64, f64)> {
+    fn round(&self, time: Duration) -> Result<Round> {
         let (cpu, began) = (self.server.cpu()?, std::time::Instant::now());
         let statuses = polling_load::closed_loop(self.server.addr, time, &self.request)
             .with_context(|| self.name.clone())?;
         let took = began.elapsed();
+        let busy = self.server.cpu()?.saturating_sub(cpu);
         // The server writes log lines and usage later. This is a part of the requests' cost, and must not disturb the
         // next case.
         let cpu = self.server.cpu_when_idle()?.saturating_sub(cpu);
@@ -75,7 +83,11 @@ impl Case<'_> {
             .with_context(|| self.name.clone())?;
         #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
         let total = total as f64;
-        Ok((total / took.as_secs_f64(), cpu.as_secs_f64() * 1e6 / total))
+        Ok(Round {
+            per_second: total / took.as_secs_f64(),
+            busy: busy.div_duration_f64(took),
+            micros: cpu.as_secs_f64() * 1e6 / total,
+        })
     }
 }
 
@@ -217,14 +229,13 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         }
         // The speed of a virtual machine can change within seconds, so each case is compared with bare poem before and
         // after it.
-        let (_, mut before) = baseline.round(time)?;
+        let mut before = baseline.round(time)?.micros;
         for (case, figures) in cases.iter().zip(&mut measured) {
-            let (per_second, micros) = case.round(time)?;
-            let (_, after) = baseline.round(time)?;
+            let round = case.round(time)?;
+            let after = baseline.round(time)?.micros;
             figures.push(Figures {
-                per_second,
-                micros,
-                ratio: micros / f64::midpoint(before, after),
+                round,
+                ratio: round.micros / f64::midpoint(before, after),
             });
             before = after;
         }
@@ -270,22 +281,25 @@ fn credentials(server: &Server) -> Result<Credentials> {
 }
 
 fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, time: Duration) {
-    println!("| request | requests/s | CPU µs per request | CPU, bare poem = 1 |");
-    println!("|---|---:|---:|---:|");
+    println!("| request | requests/s | core used | CPU µs per request | CPU, bare poem = 1 |");
+    println!("|---|---:|---:|---:|---:|");
     for (case, figures) in cases.iter().zip(measured) {
-        let per_second = median(figures.iter().map(|it| it.per_second));
-        let micros = median(figures.iter().map(|it| it.micros));
+        let per_second = median(figures.iter().map(|it| it.round.per_second));
+        let busy = median(figures.iter().map(|it| 100.0 * it.round.busy));
+        let micros = median(figures.iter().map(|it| it.round.micros));
         let ratio = median(figures.iter().map(|it| it.ratio));
         println!(
-            "| {} | {per_second:.0} | {micros:.2} | {ratio:.3} |",
+            "| {} | {per_second:.0} | {busy:.0}% | {micros:.2} | {ratio:.3} |",
             case.name
         );
     }
     println!();
     println!(
         "Medians of {} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections on \
-         loopback. Each case is compared with bare poem, which is measured in the same way before and after it. CPU is user and system time of the server's process, including what it does after the load, such \
-         as storing usage. {} PostgreSQL, to which quota writes usage, runs on the servers' core at the lowest priority, with \
+         loopback. Each case is compared with bare poem, which is measured in the same way before and after it. *Core used* \
+         is the share of its core that the server's process used during the load; the load generator polls, so its own \
+         core is always busy. CPU per request is user and system time of the server's process, including what it does after \
+         the load, such as storing usage. {} PostgreSQL, to which quota writes usage, runs on the servers' core at the lowest priority, with \
          autovacuum off; its CPU time is not included. The access log is written to a file, one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
          ordinary release builds. Target: at most 1.25; with direct responses 0.95, with Redis 1.00, and 1.05 \
          for check.",
