@@ -70,61 +70,64 @@ pub(super) fn picture(file: &str) -> Option<Response> {
     Some(respond(*bytes, WEBP, HOUR, CSP))
 }
 
-/// Returns the paragraphs and the table of the first section of `docs/PERFORMANCE.md` as HTML.
+/// Returns the part of `docs/PERFORMANCE.md` before the comparison with other rate limiters as HTML, without the page's
+/// title.
 fn performance() -> String {
-    let mut paragraphs = String::new();
-    let mut rows = Vec::new();
-    let first_section = PERFORMANCE
-        .lines()
-        .take_while(|line| !line.starts_with("## "));
-    for line in first_section {
-        let line = without_links(line);
-        match line.strip_prefix("| ").and_then(|it| it.strip_suffix(" |")) {
-            Some(row) => rows.push(row.split(" | ").map(marked).collect::<Vec<_>>()),
-            None if line.is_empty() || line.starts_with(['#', '|']) => {}
-            None => paragraphs.push_str(&["<p>", &marked(&line), "</p>\n"].concat()),
-        }
-    }
-    let row = |(number, cells): (usize, &Vec<String>)| {
-        let cells = cells
-            .iter()
-            .enumerate()
-            .map(|(column, cell)| match (number, column) {
-                (0, _) => format!("<th scope=\"col\">{cell}</th>"),
-                (_, 0) => format!("<th scope=\"row\">{cell}</th>"),
-                _ => format!("<td>{cell}</td>"),
-            });
-        format!("<tr>{}</tr>\n", cells.collect::<String>())
+    let text = PERFORMANCE
+        .strip_prefix("# Performance\n\n")
+        .unwrap_or_default();
+    let (text, _) = text.split_once("\n\n## Comparison ").unwrap_or_default();
+    let html = |block: &str| match block.strip_prefix("## ") {
+        Some(title) => format!("<h3>{}</h3>\n", with_links(&marked(title))),
+        None if block.starts_with('|') => table(block),
+        None => format!("<p>{}</p>\n", with_links(&marked(block))),
     };
-    let mut rows = rows.iter().enumerate().map(row);
-    let head = rows.next().unwrap_or_default();
-    let body: String = rows.collect();
+    text.split("\n\n").map(html).collect()
+}
+
+/// Returns a Markdown table as HTML. A table with right-aligned columns gets the class `figures`, other tables `facts`.
+fn table(block: &str) -> String {
+    let (head, rest) = block.split_once('\n').unwrap_or_default();
+    let (alignment, body) = rest.split_once('\n').unwrap_or_default();
+    let class = if alignment.contains("-:") {
+        "figures"
+    } else {
+        "facts"
+    };
+    let cells = |line: &str, first: &str, other: &str| {
+        let cells = line.trim_matches('|').split('|').enumerate();
+        let cells = cells.map(|(column, cell)| {
+            let open = if column == 0 { first } else { other };
+            let close = &open[..2];
+            format!("<{open}>{}</{close}>", with_links(&marked(cell.trim())))
+        });
+        cells.collect::<String>()
+    };
+    let head = cells(head, r#"th scope="col""#, r#"th scope="col""#);
+    let row = |line| format!("<tr>{}</tr>\n", cells(line, r#"th scope="row""#, "td"));
+    let body = body.lines().map(row).collect::<String>();
     format!(
-        "{paragraphs}<table class=\"facts\">\n<thead>{head}</thead>\n<tbody>\n{body}</tbody>\n</table>"
+        "<table class=\"{class}\">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>\n"
     )
 }
 
-/// Replaces Markdown links with their text, because the links lead to other files of the repository.
-fn without_links(line: &str) -> String {
-    let (mut text, mut rest) = (String::new(), line);
-    while let Some((before, after)) = rest.split_once('[') {
-        text.push_str(before);
-        let link = after.split_once("](").and_then(|(label, target)| {
-            let (_, after) = target.split_once(')')?;
-            Some((label, after))
-        });
-        rest = match link {
-            Some((label, after)) => {
-                text.push_str(label);
-                after
-            }
-            None => {
-                text.push('[');
-                after
-            }
+/// Converts Markdown links in `docs/PERFORMANCE.md` to HTML links to files in the repository.
+fn with_links(html: &str) -> String {
+    let (mut result, mut rest) = (String::new(), html);
+    while let Some((before, after)) = rest.split_once('[')
+        && let Some((label, after)) = after.split_once("](")
+        && let Some((target, after)) = after.split_once(')')
+    {
+        let path = match (target.strip_prefix("../"), target.strip_prefix('#')) {
+            (Some(path), _) => path,
+            (_, Some(_)) => &format!("docs/PERFORMANCE.md{target}"),
+            _ => &format!("docs/{target}"),
         };
+        let url = format!("{}/blob/main/{path}", env!("CARGO_PKG_REPOSITORY"));
+        result += &[before, "<a href=\"", &url, "\">", label, "</a>"].concat();
+        rest = after;
     }
-    text + rest
+    result + rest
 }
 
 /// Returns the page at `/`: the page about Quota, or a short page with links to the operator's console and API docs.
@@ -178,20 +181,40 @@ mod tests {
     use super::*;
 
     #[test]
-    fn links_become_their_texts() {
-        assert_eq!(without_links("a [b](c.md) d [e](f#g)."), "a b d e.");
-        assert_eq!(without_links("[a], [b] (c)"), "[a], [b] (c)");
+    fn links_lead_to_the_repository() {
+        let url = |path: &str| format!("{}/blob/main/{path}", env!("CARGO_PKG_REPOSITORY"));
+        for (target, path) in [
+            ("../SECURITY.md#a", "SECURITY.md#a"),
+            ("#b", "docs/PERFORMANCE.md#b"),
+            ("bench/PEERS.md", "docs/bench/PEERS.md"),
+        ] {
+            assert_eq!(
+                with_links(&format!("1 [two]({target}), [3]")),
+                format!("1 <a href=\"{}\">two</a>, [3]", url(path))
+            );
+        }
+    }
+
+    #[test]
+    fn performance_section_has_two_tables_with_headings() {
+        let html = performance();
+        let count = |part: &str| html.matches(part).count();
+        assert_eq!(count("<h3>"), 2, "{html}");
+        assert_eq!(count("<table class=\"figures\">"), 1, "{html}");
+        assert_eq!(count("<table class=\"facts\">"), 1, "{html}");
+        assert_eq!(count("<th scope=\"col\">"), 6, "{html}");
+        assert_eq!(count("<td>"), 2 * count("<th scope=\"row\">"), "{html}");
+        assert!(count("<td>") > 20, "{html}");
+        for markdown in ["|", "](", "##", "---", "\n- "] {
+            assert!(!html.contains(markdown), "{markdown}: {html}");
+        }
     }
 
     #[test]
     fn front_page_fills_every_placeholder_and_escapes_values() {
         let full = front_page(&Landing::Full, "https://quota.example.com");
         assert!(!full.contains("{{"), "{full}");
-        assert!(!full.contains("]("), "a link in Markdown");
-        let facts = performance();
-        let cells = |tag: &str| facts.matches(tag).count();
-        assert_eq!(cells("<th scope=\"col\">"), 3);
-        assert_eq!(cells("<td>"), 2 * cells("<th scope=\"row\">"));
+        assert!(!full.contains("style="), "the CSP forbids inline styles");
         assert!(
             full.contains("git clone https://"),
             "the address of the source"
@@ -205,14 +228,12 @@ mod tests {
         for text in [
             "<th scope=\"col\">Command</th>",
             "<td><code>cargo xtask bench metering</code></td>",
-            "<p>These figures are",
+            "<h2>Numbers</h2>\n<p>",
+            "<h3>CPU time of a request</h3>\n<p><code>cargo xtask bench</code> ",
+            "<tr><th scope=\"row\"><code>/v1/echo</code></th><td>",
         ] {
             assert!(full.contains(text), "{text}");
         }
-        assert!(
-            !full.contains("---"),
-            "the line below a table's head is left out"
-        );
         assert!(
             !full.contains("Caddy 2.6 or later"),
             "opening comments are left out"
@@ -227,13 +248,16 @@ mod tests {
     #[test]
     fn files_that_the_landing_page_links_to_exist() {
         let root = std::path::Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-        let paths: Vec<_> = LANDING
-            .split("{{source}}/")
+        let page = front_page(&Landing::Full, "https://quota.example.com");
+        let paths: Vec<_> = page
+            .split(concat!("href=\"", env!("CARGO_PKG_REPOSITORY"), "/"))
             .skip(1)
-            .filter_map(|rest| rest.split('"').next()?.split_once("/main/"))
+            .filter_map(|rest| rest.split(['"', '#']).next()?.split_once("/main/"))
             .map(|(_, path)| path)
             .collect();
-        assert!(paths.len() > 8, "{paths:?}");
+        assert!(paths.len() > 10, "{paths:?}");
+        assert!(paths.contains(&"SECURITY.md"), "{paths:?}");
+        assert!(paths.contains(&"docs/PERFORMANCE.md"), "{paths:?}");
         for path in paths {
             assert!(root.join(path).exists(), "{path}");
         }
