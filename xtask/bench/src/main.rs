@@ -2,10 +2,10 @@
 //! Quota with other rate limiters, and test gateways, several replicas, and deployments with outages, crashes, restarts
 //! and slow clients.
 //!
-//! The cost of a request is measured by comparing Quota with a plain poem handler and a plain hyper handler in the same
+//! The cost of a request is measured by comparing Quota, and a plain hyper handler, with a plain poem handler in the same
 //! run. Each of these servers is a separate process with the same tokio runtime, pinned to one core. The benchmark's
-//! own process generates the load, pinned to another core. There are many short rounds in which the servers take turns,
-//! so that other load on the machine affects all of them equally. Compare ratios: absolute figures depend on the
+//! own process generates the load, pinned to another core. Each case alternates with the poem handler in short slices of
+//! time, so that other load on the machine affects both about equally. Compare ratios: absolute figures depend on the
 //! machine.
 //!
 //! The behavior of several replicas is measured in [`replicas`].
@@ -54,7 +54,7 @@ enum Command {
         /// The number of rounds per case
         #[arg(long, default_value_t = 11, value_parser = clap::value_parser!(u32).range(1..=200))]
         rounds: u32,
-        /// The length of a round, in milliseconds
+        /// The duration of the load on each server in a round, in milliseconds
         #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u64).range(50..=5000))]
         millis: u64,
     },

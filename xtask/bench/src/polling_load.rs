@@ -34,35 +34,69 @@ pub(crate) struct Responses {
     pub(crate) unsent: u64,
 }
 
-/// Runs a closed loop for `time`: each connection sends the same `request` again after the response to the previous one.
-/// Returns the number of responses by status.
-pub(crate) fn closed_loop(server: SocketAddr, time: Duration, request: &[u8]) -> Result<Statuses> {
-    let mut connections = Connections::open(server)?;
-    let mut statuses = Statuses::new();
-    let end = Instant::now() + time;
-    let mut waiting = connections.all.len();
-    for index in 0..waiting {
-        connections.send(index, request)?;
+/// A closed loop: each connection sends the same request again as soon as the response has arrived. It can run several
+/// times on the same connections.
+pub(crate) struct ClosedLoop<'a> {
+    connections: Connections,
+    request: &'a [u8],
+    /// The number of responses by status, since the last reset.
+    statuses: Statuses,
+}
+
+impl<'a> ClosedLoop<'a> {
+    pub(crate) fn open(server: SocketAddr, request: &'a [u8]) -> Result<Self> {
+        Ok(Self {
+            connections: Connections::open(server)?,
+            request,
+            statuses: Statuses::new(),
+        })
     }
-    while waiting > 0 {
-        let now = Instant::now();
-        ensure!(
-            now < end + FINISHED_WITHIN,
-            "not all responses arrived within {FINISHED_WITHIN:?} after the end of the load"
-        );
-        for event in 0..connections.ready()? {
-            let Some((index, status)) = connections.receive(event)? else {
-                continue;
-            };
-            *statuses.entry(status).or_default() += 1;
-            if now < end {
-                connections.send(index, request)?;
-            } else {
-                waiting -= 1;
+
+    /// Closes the connections, and returns the number of responses by status since the last reset.
+    pub(crate) fn finish(self) -> Statuses {
+        self.statuses
+    }
+
+    /// Resets the numbers of responses.
+    pub(crate) fn reset(&mut self) {
+        self.statuses.clear();
+    }
+
+    /// Sends requests for `time`, then waits for the remaining responses.
+    pub(crate) fn run(&mut self, time: Duration) -> Result<()> {
+        let connections = &mut self.connections;
+        let end = Instant::now() + time;
+        let mut waiting = connections.all.len();
+        for index in 0..waiting {
+            connections.send(index, self.request)?;
+        }
+        while waiting > 0 {
+            let now = Instant::now();
+            ensure!(
+                now < end + FINISHED_WITHIN,
+                "not all responses arrived within {FINISHED_WITHIN:?} after the end of the load"
+            );
+            for event in 0..connections.ready()? {
+                let Some((index, status)) = connections.receive(event)? else {
+                    continue;
+                };
+                *self.statuses.entry(status).or_default() += 1;
+                if now < end {
+                    connections.send(index, self.request)?;
+                } else {
+                    waiting -= 1;
+                }
             }
         }
+        Ok(())
     }
-    Ok(statuses)
+}
+
+/// Runs a closed loop for `time`. Returns the number of responses by status.
+pub(crate) fn closed_loop(server: SocketAddr, time: Duration, request: &[u8]) -> Result<Statuses> {
+    let mut load = ClosedLoop::open(server, request)?;
+    load.run(time)?;
+    Ok(load.finish())
 }
 
 /// Runs an open loop for `time`: sends the same `request` at this rate per second, however late the responses to earlier
@@ -253,7 +287,7 @@ mod tests {
         time::{Duration, Instant},
     };
 
-    use super::{Schedule, closed_loop, open_loop};
+    use super::{ClosedLoop, Schedule, closed_loop, open_loop};
 
     #[test]
     fn each_request_is_taken_once_and_not_before_it_is_due() {
@@ -302,6 +336,17 @@ mod tests {
         // Each of the 32 connections sends up to three requests, and fewer on a busy machine.
         assert_eq!(statuses.keys().copied().collect::<Vec<_>>(), [200]);
         assert!((32..=96).contains(&statuses[&200]), "{statuses:?}");
+    }
+
+    #[test]
+    fn a_closed_loop_can_run_several_times() {
+        let mut load = ClosedLoop::open(slow_server(), b"GET / HTTP/1.1\r\n\r\n").unwrap();
+        load.run(Duration::ZERO).unwrap();
+        load.reset();
+        load.run(Duration::ZERO).unwrap();
+        load.run(Duration::ZERO).unwrap();
+        // Each run sends one request on each of the 32 connections. The first run is not counted.
+        assert_eq!(load.finish(), [(200, 64)].into());
     }
 
     #[test]

@@ -15,7 +15,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
-    sys::signal::{Signal, kill},
+    sys::signal::{SigSet, SigmaskHow, Signal, kill},
     time::clock_getcpuclockid,
     unistd::{Pid, SysconfVar, sysconf},
 };
@@ -37,6 +37,7 @@ const IDLE_CPU_MAX: Duration = Duration::from_millis(30);
 /// How long to measure the CPU time of an idle server.
 const IDLE_MEASURED_FOR: Duration = Duration::from_secs(3);
 const IDLE_WITHIN: Duration = Duration::from_secs(60);
+const SUSPENDED_WITHIN: Duration = Duration::from_secs(10);
 
 /// The cores for the servers and for the load.
 #[derive(Clone, Copy)]
@@ -217,6 +218,19 @@ impl Server {
         Ok(())
     }
 
+    /// Suspends the server and its private PostgreSQL, if it has one, until the result is dropped.
+    pub(crate) fn suspend(&self) -> Result<Suspended> {
+        let mut suspended = Suspended::begin()?;
+        suspended.add(&[self.pid()?])?;
+        if self.has_database() {
+            // PostgreSQL's main process is suspended before its children are listed, so that it cannot start others or
+            // reap those that have ended.
+            suspended.add(&[self.database()?.0])?;
+            suspended.add(&self.database()?.1)?;
+        }
+        Ok(suspended)
+    }
+
     /// Returns the user and system time of all processes of the server's private PostgreSQL so far, including processes
     /// that have ended.
     pub(crate) fn database_cpu(&self) -> Result<Duration> {
@@ -265,6 +279,13 @@ impl Server {
     /// storing usage. Then returns the same as [`Self::cpu`], but without the time that an idle server would have used
     /// while this function waited.
     pub(crate) fn cpu_when_idle(&self) -> Result<Duration> {
+        self.cpu_when_stored(0)
+    }
+
+    /// Works like [`Self::cpu_when_idle`], but also waits until [`Self::decisions_accounted_for`] is at least `decisions`. The
+    /// reported backlog is updated only when the server tries to store usage, so it can be 0 although newer usage has
+    /// not been stored. If `decisions` is 0, this is the same as [`Self::cpu_when_idle`].
+    pub(crate) fn cpu_when_stored(&self, decisions: u64) -> Result<Duration> {
         let began = Instant::now();
         loop {
             let all = self.cpu_with_database()?;
@@ -274,13 +295,15 @@ impl Server {
             if used.is_some_and(|it| it <= IDLE_CPU_MAX) {
                 let (own, waited) = (self.cpu()?, began.elapsed());
                 // A server whose commit waits for the disk uses no CPU time either.
-                if self.metric("quota_usage_backlog_records")? == 0 {
+                if self.metric("quota_usage_backlog_records")? == 0
+                    && (decisions == 0 || self.decisions_accounted_for()? >= decisions)
+                {
                     return Ok(own.saturating_sub(waited.mul_f64(self.idle_share()?)));
                 }
             }
             ensure!(
                 began.elapsed() < IDLE_WITHIN,
-                "a server does not become idle"
+                "the server was not idle, or had not stored all usage, within {IDLE_WITHIN:?}"
             );
         }
     }
@@ -307,6 +330,14 @@ impl Server {
         runtime.block_on(counted(metrics, name))
     }
 
+    /// Returns the number of decisions so far whose usage has been stored in PostgreSQL or will not be recorded. Always 0
+    /// for a bare server.
+    pub(crate) fn decisions_accounted_for(&self) -> Result<u64> {
+        let stored = self.metric("quota_usage_records_shipped_total")?;
+        // While the backlog is large, some denials are counted but not recorded.
+        Ok(stored + self.metric("quota_usage_denials_unrecorded_total")?)
+    }
+
     fn cpu_with_database(&self) -> Result<Duration> {
         let database = match self.data {
             Some(_) => self.database_cpu()?,
@@ -314,6 +345,82 @@ impl Server {
         };
         Ok(self.cpu()? + database)
     }
+}
+
+/// Processes that are suspended until this value is dropped.
+///
+/// Until then, SIGINT, SIGTERM, SIGHUP and SIGQUIT are blocked on the current thread. If they ended this program,
+/// PostgreSQL would remain suspended, and could not shut down. Drop this value on the thread that created it, because the
+/// signal mask belongs to the thread.
+#[must_use]
+pub(crate) struct Suspended {
+    pids: Vec<Pid>,
+    /// The thread's signal mask before processes were suspended.
+    previous_mask: SigSet,
+}
+
+/// The signals that are blocked while processes are suspended.
+const BLOCKED_SIGNALS: [Signal; 4] = [
+    Signal::SIGINT,
+    Signal::SIGTERM,
+    Signal::SIGHUP,
+    Signal::SIGQUIT,
+];
+
+impl Suspended {
+    fn begin() -> Result<Self> {
+        let blocked: SigSet = BLOCKED_SIGNALS.into_iter().collect();
+        Ok(Self {
+            pids: Vec::new(),
+            previous_mask: blocked.thread_swap_mask(SigmaskHow::SIG_BLOCK)?,
+        })
+    }
+
+    /// Suspends processes, and waits until their threads have stopped. Does not wait for threads in uninterruptible sleep,
+    /// such as disk I/O, because that can take long. These threads stop before they return from the kernel.
+    fn add(&mut self, pids: &[Pid]) -> Result<()> {
+        for pid in pids {
+            kill(*pid, Signal::SIGSTOP).context("cannot suspend a process")?;
+            self.pids.push(*pid);
+        }
+        let began = Instant::now();
+        for pid in pids {
+            while has_active_thread(*pid) {
+                ensure!(
+                    began.elapsed() < SUSPENDED_WITHIN,
+                    "a process was not suspended within {SUSPENDED_WITHIN:?}"
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Suspended {
+    fn drop(&mut self) {
+        for pid in self.pids.iter().rev() {
+            let _ = kill(*pid, Signal::SIGCONT);
+        }
+        let _ = self.previous_mask.thread_set_mask();
+    }
+}
+
+/// Returns whether a process has a thread that is runnable or in interruptible sleep, and so has not stopped.
+fn has_active_thread(pid: Pid) -> bool {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return false;
+    };
+    threads.flatten().any(|thread| {
+        let stat = fs::read_to_string(thread.path().join("stat"));
+        stat.is_ok_and(|stat| is_active(&stat))
+    })
+}
+
+/// Returns whether a thread is runnable or in interruptible sleep, from its file `stat` in `/proc`.
+fn is_active(stat: &str) -> bool {
+    // The name of the thread may contain spaces and parentheses.
+    let fields = stat.rsplit_once(')').map_or("", |it| it.1);
+    fields.trim_start().starts_with(['R', 'S'])
 }
 
 /// Returns the user and system time of all threads of a process so far.
@@ -426,6 +533,47 @@ mod tests {
         let stat = "7 (a) S b) S 1 7 7 0 -1 4194560 10 20 0 0 31 32 41 42 20 0 1 0 99 1000 50";
         assert_eq!(ticks_of_ended_children(stat), Some(83));
         assert_eq!(ticks_of_ended_children("7 (a) S 1 7 7"), None);
+    }
+
+    #[test]
+    fn processes_are_suspended_and_signals_blocked_until_the_drop() {
+        let mut child = Command::new("cat")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = child.stdin.take().unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut answer = || {
+            let mut line = String::new();
+            output.read_line(&mut line).unwrap();
+            line
+        };
+        input.write_all(b"one\n").unwrap();
+        assert_eq!(answer(), "one\n");
+        let pid = Pid::from_raw(i32::try_from(child.id()).unwrap());
+        let before = SigSet::thread_get_mask().unwrap();
+        let mut suspended = Suspended::begin().unwrap();
+        suspended.add(&[pid]).unwrap();
+        assert!(!has_active_thread(pid));
+        let blocked = SigSet::thread_get_mask().unwrap();
+        assert!(BLOCKED_SIGNALS.into_iter().all(|it| blocked.contains(it)));
+        input.write_all(b"two\n").unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        assert!(!has_active_thread(pid));
+        drop(suspended);
+        assert_eq!(answer(), "two\n");
+        assert_eq!(SigSet::thread_get_mask().unwrap(), before);
+        drop(input);
+        assert!(child.wait().unwrap().success());
+    }
+
+    #[test]
+    fn thread_state_is_read_after_a_name_with_parentheses() {
+        for (state, expected) in [("S", true), ("R", true), ("T", false), ("Z", false)] {
+            let stat = format!("7 (a) R b) {state} 1 7 7 0");
+            assert_eq!(is_active(&stat), expected, "{stat}");
+        }
     }
 
     #[test]

@@ -1,6 +1,9 @@
 //! The cases that are compared, their order, and the resulting table.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use quota_testkit::redis::RedisServer;
@@ -9,12 +12,17 @@ use serde_json::{Value, json};
 use crate::{
     http1,
     load::{CONNECTIONS, Statuses, check, echo, forward_auth},
-    polling_load,
+    polling_load::ClosedLoop,
     process::{Cores, Server},
 };
 
-/// The duration of the load before measuring.
-const WARM_UP: Duration = Duration::from_millis(500);
+/// How long each case is under load before the first round, and the baseline before every round.
+const WARM_UP: Duration = Duration::from_millis(300);
+/// The number of bare poem processes that take turns as the baseline, one per round. Some processes of the same program
+/// use a few percent more CPU time than others, perhaps because their memory is at different addresses.
+const BASELINES: usize = 5;
+/// How long one server is under load before it is the other server's turn.
+const SLICE: Duration = Duration::from_millis(50);
 /// All responses have the same size if the names of plans have this length.
 pub(crate) const PLAN: &str = "ample";
 const NARROW: &str = "scant";
@@ -53,41 +61,84 @@ struct Case<'a> {
 #[derive(Clone, Copy)]
 struct Round {
     per_second: f64,
-    /// The share of its core that the server used during the load.
+    /// The share of its core that the server used during its load.
     busy: f64,
     /// The CPU time per request, in microseconds.
     micros: f64,
-}
-
-#[derive(Clone, Copy)]
-struct Figures {
-    round: Round,
-    /// The CPU time per request, divided by the mean of bare poem's before and after the case.
+    /// The CPU time per request, divided by that of the baseline.
     ratio: f64,
 }
 
-impl Case<'_> {
-    fn round(&self, time: Duration) -> Result<Round> {
-        let (cpu, began) = (self.server.cpu()?, std::time::Instant::now());
-        let statuses = polling_load::closed_loop(self.server.addr, time, &self.request)
-            .with_context(|| self.name.clone())?;
-        let took = began.elapsed();
-        let busy = self.server.cpu()?.saturating_sub(cpu);
+impl<'a> Case<'a> {
+    fn bare(name: &str, server: &'a Server) -> Self {
+        Self {
+            name: name.to_owned(),
+            server,
+            request: echo(""),
+            answers: Answers::Ok,
+        }
+    }
+
+    /// Warms up bare poem, the baseline. Then alternates slices of load on bare poem and on the case's server, until the
+    /// latter has been under load for `time`.
+    ///
+    /// The slices are short, because the speed of a virtual machine can change within a second. While bare poem is under
+    /// load, the case's server and its PostgreSQL are suspended, so that storing usage does not slow bare poem down.
+    /// While the case's server is under load, bare poem is suspended.
+    fn round(&self, poem: &Server, time: Duration) -> Result<Round> {
+        let baseline = Case::bare("bare poem, the baseline", poem);
+        let mut load = self.load()?;
+        let mut baseline_load = baseline.load()?;
+        baseline_load.run(WARM_UP)?;
+        baseline_load.reset();
+        let done = self.server.decisions_accounted_for()?;
+        let (cpu_before, baseline_cpu) = (self.server.cpu()?, poem.cpu()?);
+        let (mut under_load, mut busy) = (Duration::ZERO, Duration::ZERO);
+        while under_load < time {
+            {
+                let _suspended = self.server.suspend()?;
+                baseline_load.run(SLICE)?;
+            }
+            let _suspended = poem.suspend()?;
+            let (began, before) = (Instant::now(), self.server.cpu()?);
+            load.run(SLICE).with_context(|| self.name.clone())?;
+            under_load += began.elapsed();
+            busy += self.server.cpu()?.saturating_sub(before);
+        }
+        let total = self.total(load)?;
+        let baseline_total = baseline.total(baseline_load)?;
         // The server writes log lines and usage later. This is a part of the requests' cost, and must not disturb the
         // next case.
-        let cpu = self.server.cpu_when_idle()?.saturating_sub(cpu);
+        let decisions = if self.server.has_database() {
+            done + total
+        } else {
+            0
+        };
+        let cpu = self.server.cpu_when_stored(decisions);
+        let cpu = cpu
+            .with_context(|| self.name.clone())?
+            .saturating_sub(cpu_before);
+        let baseline_cpu = poem.cpu()?.saturating_sub(baseline_cpu);
         self.server.empty_log()?;
-        let total = self
-            .answers
-            .check(&statuses)
-            .with_context(|| self.name.clone())?;
         #[expect(clippy::cast_precision_loss, reason = "fewer requests than 2^52")]
-        let total = total as f64;
+        let (total, baseline_total) = (total as f64, baseline_total as f64);
+        let micros = cpu.as_secs_f64() * 1e6 / total;
         Ok(Round {
-            per_second: total / took.as_secs_f64(),
-            busy: busy.div_duration_f64(took),
-            micros: cpu.as_secs_f64() * 1e6 / total,
+            per_second: total / under_load.as_secs_f64(),
+            busy: busy.div_duration_f64(under_load),
+            micros,
+            ratio: micros / (baseline_cpu.as_secs_f64() * 1e6 / baseline_total),
         })
+    }
+
+    fn load(&self) -> Result<ClosedLoop<'_>> {
+        ClosedLoop::open(self.server.addr, &self.request).with_context(|| self.name.clone())
+    }
+
+    /// Checks the responses, and returns their number.
+    fn total(&self, load: ClosedLoop<'_>) -> Result<u64> {
+        let total = self.answers.check(&load.finish());
+        total.with_context(|| self.name.clone())
     }
 }
 
@@ -175,6 +226,8 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
     let cores = Cores::pick();
     let hyper = Server::bare("hyper", cores)?;
     let poem = Server::bare("poem", cores)?;
+    let baselines = [(); BASELINES].map(|()| Server::bare("poem", cores));
+    let baselines = baselines.into_iter().collect::<Result<Vec<_>>>()?;
     let mut settings = vec![("QUOTA_DIRECT_RESPONSES", "off".to_owned())];
     let logging = Server::quota(quota, "info", cores, &settings)?;
     let silent = Server::quota(quota, "info,quota_server::access=off", cores, &settings)?;
@@ -194,15 +247,11 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
         server.turn_off_autovacuum()?;
     }
 
-    let bare = |name: &str, server| Case {
-        name: name.to_owned(),
-        server,
-        request: echo(""),
-        answers: Answers::Ok,
-    };
-    let baseline = bare("bare poem", &poem);
     // Bare poem is also a case: how close its ratio is to 1 shows how precise the comparison is.
-    let mut cases = vec![bare("bare poem", &poem), bare("bare hyper", &hyper)];
+    let mut cases = vec![
+        Case::bare("bare poem", &poem),
+        Case::bare("bare hyper", &hyper),
+    ];
     for (server, prefix) in [
         (&logging, "not direct: "),
         (&silent, "not direct, without access log: "),
@@ -215,11 +264,11 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
             cases.extend(call.cases(server, &credentials, prefix)?);
         }
     }
-    for case in &cases {
-        case.round(WARM_UP)?;
+    for (case, baseline) in cases.iter().zip(baselines.iter().cycle()) {
+        case.round(baseline, WARM_UP)?;
     }
     let mut measured = vec![Vec::new(); cases.len()];
-    for round in 0..rounds {
+    for (round, baseline) in (0..rounds).zip(baselines.iter().cycle()) {
         if round % 10 == 0 {
             eprintln!("round {} of {rounds}", round + 1);
         }
@@ -227,17 +276,8 @@ pub(crate) fn run(quota: &Path, rounds: u32, time: Duration) -> Result<()> {
             // In every round, because PostgreSQL starts new processes for new connections.
             server.give_database_lowest_priority()?;
         }
-        // The speed of a virtual machine can change within seconds, so each case is compared with bare poem before and
-        // after it.
-        let mut before = baseline.round(time)?.micros;
-        for (case, figures) in cases.iter().zip(&mut measured) {
-            let round = case.round(time)?;
-            let after = baseline.round(time)?.micros;
-            figures.push(Figures {
-                round,
-                ratio: round.micros / f64::midpoint(before, after),
-            });
-            before = after;
+        for (case, measured) in cases.iter().zip(&mut measured) {
+            measured.push(case.round(baseline, time)?);
         }
     }
     print(&cases, &measured, cores, time);
@@ -280,14 +320,14 @@ fn credentials(server: &Server) -> Result<Credentials> {
     })
 }
 
-fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, time: Duration) {
+fn print(cases: &[Case<'_>], measured: &[Vec<Round>], cores: Option<Cores>, time: Duration) {
     println!("| request | requests/s | core used | CPU µs per request | CPU, bare poem = 1 |");
     println!("|---|---:|---:|---:|---:|");
-    for (case, figures) in cases.iter().zip(measured) {
-        let per_second = median(figures.iter().map(|it| it.round.per_second));
-        let busy = median(figures.iter().map(|it| 100.0 * it.round.busy));
-        let micros = median(figures.iter().map(|it| it.round.micros));
-        let ratio = median(figures.iter().map(|it| it.ratio));
+    for (case, rounds) in cases.iter().zip(measured) {
+        let per_second = median(rounds.iter().map(|it| it.per_second));
+        let busy = median(rounds.iter().map(|it| 100.0 * it.busy));
+        let micros = median(rounds.iter().map(|it| it.micros));
+        let ratio = median(rounds.iter().map(|it| it.ratio));
         println!(
             "| {} | {per_second:.0} | {busy:.0}% | {micros:.2} | {ratio:.3} |",
             case.name
@@ -295,16 +335,20 @@ fn print(cases: &[Case<'_>], measured: &[Vec<Figures>], cores: Option<Cores>, ti
     }
     println!();
     println!(
-        "Medians of {} rounds of {} ms, with the cases taking turns; {CONNECTIONS} keep-alive connections on \
-         loopback. Each case is compared with bare poem, which is measured in the same way before and after it. *Core used* \
-         is the share of its core that the server's process used during the load; the load generator polls, so its own \
-         core is always busy. CPU per request is user and system time of the server's process, including what it does after \
-         the load, such as storing usage. {} PostgreSQL, to which quota writes usage, runs on the servers' core at the lowest priority, with \
-         autovacuum off; its CPU time is not included. The access log is written to a file, one line per request; quota always has metrics, request IDs and usage records. The bare servers are \
-         ordinary release builds. Target: at most 1.25; with direct responses 0.95, with Redis 1.00, and 1.05 \
-         for check.",
+        "Medians of {} rounds with {} ms of load on each server; {CONNECTIONS} keep-alive connections on loopback. In each \
+         round, the case and bare poem receive load alternately, {} ms at a time. While bare poem is under load, the \
+         case's server and its PostgreSQL are suspended; while the case is under load, bare poem is suspended. The \
+         baseline is one of {BASELINES} bare poem processes, which take turns. The row \"bare poem\" measures another \
+         process. *Core used* is the share of its core that the server's process used during its load; the load \
+         generator polls, so its own core is always busy. CPU per request is user and system time of the server's \
+         process, including what it does after the load, such as storing usage. {} PostgreSQL, to which quota writes \
+         usage, runs on the servers' core at the lowest priority, with autovacuum off; its CPU time is not included. The \
+         access log is written to a file, one line per request; quota always has metrics, request IDs and usage records. \
+         The bare servers are ordinary release builds. Target: at most 1.25; with direct responses 0.95, with Redis 1.00, \
+         and 1.05 for check.",
         measured[0].len(),
         time.as_millis(),
+        SLICE.as_millis(),
         match cores {
             Some(Cores { servers, load }) =>
                 format!("Servers run on core {servers}, the load on core {load}."),
