@@ -282,9 +282,9 @@ impl Server {
         self.cpu_when_stored(0)
     }
 
-    /// Works like [`Self::cpu_when_idle`], but also waits until [`Self::decisions_accounted_for`] is at least `decisions`. The
-    /// reported backlog is updated only when the server tries to store usage, so it can be 0 although newer usage has
-    /// not been stored. If `decisions` is 0, this is the same as [`Self::cpu_when_idle`].
+    /// Works like [`Self::cpu_when_idle`], but also waits until [`Self::decisions_accounted_for`] is at least
+    /// `decisions`, unless that is 0. The reported backlog is updated only when the server tries to store usage, so it can
+    /// be 0 although newer usage has not been stored.
     pub(crate) fn cpu_when_stored(&self, decisions: u64) -> Result<Duration> {
         let began = Instant::now();
         loop {
@@ -558,8 +558,8 @@ mod tests {
         assert!(!has_active_thread(pid));
         let blocked = SigSet::thread_get_mask().unwrap();
         assert!(BLOCKED_SIGNALS.into_iter().all(|it| blocked.contains(it)));
+        // Input does not wake the process.
         input.write_all(b"two\n").unwrap();
-        std::thread::sleep(Duration::from_millis(20));
         assert!(!has_active_thread(pid));
         drop(suspended);
         assert_eq!(answer(), "two\n");

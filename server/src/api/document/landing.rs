@@ -72,6 +72,8 @@ pub(super) fn picture(file: &str) -> Option<Response> {
 
 /// Returns the part of `docs/PERFORMANCE.md` before the comparison with other rate limiters as HTML, without the page's
 /// title.
+///
+/// Converts only the Markdown that this part uses. A library would be a dependency of the server for a single page.
 fn performance() -> String {
     let text = PERFORMANCE
         .strip_prefix("# Performance\n\n")
