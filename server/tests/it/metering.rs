@@ -273,9 +273,11 @@ async fn without_postgresql_decisions_go_on_and_are_shipped_later() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
-    // The requests fill several segments of 128 KiB, whose files are reused.
+    // The requests fill several segments of 128 KiB. Their files are reused however long the test takes, because they do
+    // not become too old on this clock.
     let flag = "--usage-backlog-max=1048576";
-    let world = World::start(|setup| setup.flag(flag)).await;
+    let clock = Arc::new(TestClock::at(SystemClock::new().now()));
+    let world = World::start(|setup| setup.flag(flag).clock(clock)).await;
     let app = &world.app;
     let mut ids = world.echoes(1).await;
     let directory = world.usage_directory();
