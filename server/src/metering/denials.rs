@@ -28,15 +28,14 @@ const SECOND: Nanos = Nanos::from_secs(1);
 pub(super) struct DenialLog {
     /// When the current second began, in monotonic time.
     began: AtomicU64,
-    lines: AtomicU64,
+    /// The number of denials in the current second.
+    denials: AtomicU64,
+    /// The number of lines omitted in earlier seconds, since the last line was written.
     suppressed: AtomicU64,
 }
 
 impl DenialLog {
     pub fn log(&self, key: &KeyRecord, endpoint: &str, outcome: RecordedOutcome, now: Monotonic) {
-        if !tracing::enabled!(target: "quota_server::denials", tracing::Level::INFO) {
-            return;
-        }
         let Some(suppressed) = self.admit(now) else {
             return;
         };
@@ -65,14 +64,13 @@ impl DenialLog {
                 .compare_exchange(began, now.0, Ordering::Relaxed, Ordering::Relaxed)
                 .is_ok()
         {
-            self.lines.store(0, Ordering::Relaxed);
+            let denials = self.denials.swap(0, Ordering::Relaxed);
+            let omitted = denials.saturating_sub(LINES);
+            self.suppressed.fetch_add(omitted, Ordering::Relaxed);
         }
-        if self.lines.fetch_add(1, Ordering::Relaxed) < LINES {
-            Some(self.suppressed.swap(0, Ordering::Relaxed))
-        } else {
-            self.suppressed.fetch_add(1, Ordering::Relaxed);
-            None
-        }
+        // For an omitted line, this is the only atomic read-modify-write operation.
+        let is_written = self.denials.fetch_add(1, Ordering::Relaxed) < LINES;
+        is_written.then(|| self.suppressed.swap(0, Ordering::Relaxed))
     }
 }
 

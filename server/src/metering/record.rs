@@ -126,25 +126,59 @@ impl HeaderWords {
         words: usize,
         body: &[u8],
     ) -> u64 {
-        let [a, b] = u16::try_from(words).unwrap_or(0).to_le_bytes();
-        let mut head = [a, b, state as u8, version as u8, 0, 0, 0, 0];
-        let mut place = [0; 16];
-        place[..8].copy_from_slice(&(position as u64).to_le_bytes());
-        place[8..].copy_from_slice(&head);
+        let word = word_without_crc(version, state, words);
+        let prefix = CrcPrefix::of(position, word);
         let crc = match version {
             Version::One => {
                 let mut crc = self.crc_32.clone();
-                crc.update(&place[..12]);
+                crc.update(&prefix.0[..12]);
                 crc.update(body);
                 crc.finalize()
             }
-            // Includes the zero bytes in the place of the CRC, because whole words are processed faster.
             Version::Two => {
-                crc32c::crc32c_append(crc32c::crc32c_append(self.crc_32c, &place), body)
+                let crc = crc32c::crc32c_append(self.crc_32c, &prefix.0);
+                if body.is_empty() {
+                    crc
+                } else {
+                    crc32c::crc32c_append(crc, body)
+                }
             }
         };
-        head[4..].copy_from_slice(&crc.to_le_bytes());
-        u64::from_le_bytes(head)
+        word | u64::from(crc) << 32
+    }
+
+    /// Returns the header word of a record that is done, in the current version.
+    #[inline]
+    pub fn word_of_done(&self, position: usize, words: usize, body: &mut Body) -> u64 {
+        let word = word_without_crc(Version::Two, RecordState::Done, words);
+        let crc = crc32c::crc32c_append(
+            self.crc_32c,
+            body.with_crc_prefix(&CrcPrefix::of(position, word), words),
+        );
+        word | u64::from(crc) << 32
+    }
+}
+
+/// Returns a header word without its CRC.
+fn word_without_crc(version: Version, state: RecordState, words: usize) -> u64 {
+    let [a, b] = u16::try_from(words).unwrap_or(0).to_le_bytes();
+    u64::from_le_bytes([a, b, state as u8, version as u8, 0, 0, 0, 0])
+}
+
+/// The bytes that the CRC covers before the body: the position, and the header word with zeros in place of the CRC.
+/// Version 1 omits these zeros. Version 2 includes them, because whole words are processed faster. Aligned for the same
+/// reason.
+#[repr(align(8))]
+struct CrcPrefix([u8; CRC_PREFIX]);
+
+const CRC_PREFIX: usize = 2 * WORD;
+
+impl CrcPrefix {
+    fn of(position: usize, word: u64) -> Self {
+        let mut prefix = [0; CRC_PREFIX];
+        prefix[..WORD].copy_from_slice(&(position as u64).to_le_bytes());
+        prefix[WORD..].copy_from_slice(&word.to_le_bytes());
+        Self(prefix)
     }
 }
 
@@ -215,9 +249,11 @@ pub(super) fn cut(text: &str, max: usize) -> &str {
     &text[..end.unwrap_or(0)]
 }
 
-/// The body of a record: everything except its header word.
+/// The body of a record (everything except its header word), preceded by space for a [`CrcPrefix`].
+#[repr(align(8))]
 pub(super) struct Body {
-    bytes: [u8; (RECORD_WORDS_MAX - 1) * WORD],
+    /// The space makes it possible to calculate the CRC in one call. The body is padded with zeros.
+    bytes: [u8; CRC_PREFIX + (RECORD_WORDS_MAX - 1) * WORD],
     len: usize,
 }
 
@@ -225,7 +261,8 @@ impl Body {
     pub fn of(record: &DecisionRecord<'_>) -> Self {
         let (endpoint, request_id) = (record.endpoint.as_bytes(), record.request_id.as_bytes());
         let len = (words(endpoint.len(), request_id.len()) - 1) * WORD;
-        let mut bytes = [0; (RECORD_WORDS_MAX - 1) * WORD];
+        let mut all = [0; CRC_PREFIX + (RECORD_WORDS_MAX - 1) * WORD];
+        let bytes = &mut all[CRC_PREFIX..];
         bytes[..16].copy_from_slice(record.tenant.0.as_bytes());
         bytes[16..32].copy_from_slice(record.key.0.as_bytes());
         bytes[32..48].copy_from_slice(record.plan.0.as_bytes());
@@ -239,18 +276,27 @@ impl Body {
         let texts = &mut bytes[TEXTS_AT..];
         texts[..endpoint.len()].copy_from_slice(endpoint);
         texts[endpoint.len()..][..request_id.len()].copy_from_slice(request_id);
-        Self { bytes, len }
+        Self { bytes: all, len }
     }
 
     #[cfg(test)]
     fn bytes(&self) -> &[u8] {
-        &self.bytes[..self.len]
+        &self.bytes[CRC_PREFIX..][..self.len]
     }
 
     /// Returns the body of a record of `words` words, padded with zeros. Returns `None` if the body does not fit.
     pub fn padded(&self, words: usize) -> Option<&[u8]> {
         let len = words.checked_sub(1)? * WORD;
-        (len >= self.len).then(|| self.bytes.get(..len)).flatten()
+        (len >= self.len)
+            .then(|| self.bytes[CRC_PREFIX..].get(..len))
+            .flatten()
+    }
+
+    /// Writes the prefix before the body of a record of `words` words, and returns both.
+    fn with_crc_prefix(&mut self, prefix: &CrcPrefix, words: usize) -> &[u8] {
+        self.bytes[..CRC_PREFIX].copy_from_slice(&prefix.0);
+        let len = CRC_PREFIX + words.saturating_sub(1) * WORD;
+        &self.bytes[..len.min(self.bytes.len())]
     }
 }
 

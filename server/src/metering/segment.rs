@@ -249,9 +249,10 @@ impl Segment {
         unsafe { std::slice::from_raw_parts(self.map.as_ptr().cast::<AtomicU64>(), count) }
     }
 
-    fn header(&self, index: usize, state: RecordState, words: usize, body: &[u8]) -> u64 {
+    /// Returns the header word of a record that is not done.
+    fn header(&self, index: usize, state: RecordState, words: usize) -> u64 {
         self.headers
-            .word(Version::Two, index * WORD, state, words, body)
+            .word(Version::Two, index * WORD, state, words, &[])
     }
 
     /// Reserves `len` words. Returns `None` if fewer words are left.
@@ -262,7 +263,7 @@ impl Segment {
             if index + len > words.len() {
                 return None;
             }
-            let open = self.header(index, RecordState::Open, len, &[]);
+            let open = self.header(index, RecordState::Open, len);
             let found = words[index].compare_exchange(0, open, Ordering::AcqRel, Ordering::Acquire);
             let next = match found {
                 Ok(_) => index + len,
@@ -308,7 +309,7 @@ impl Segment {
             if index >= words.len() {
                 return;
             }
-            let seal = self.header(index, RecordState::Sealed, 0, &[]);
+            let seal = self.header(index, RecordState::Sealed, 0);
             let next =
                 match words[index].compare_exchange(0, seal, Ordering::AcqRel, Ordering::Acquire) {
                     Ok(_) => words.len(),
@@ -353,7 +354,7 @@ pub struct ReservedRecord {
 impl ReservedRecord {
     /// Writes the record. Its strings must not exceed the lengths that were reserved.
     pub fn fill(mut self, record: &DecisionRecord<'_>) {
-        let body = Body::of(record);
+        let mut body = Body::of(record);
         let bytes = body.padded(self.words);
         debug_assert!(bytes.is_some());
         if let Some(bytes) = bytes {
@@ -363,13 +364,14 @@ impl ReservedRecord {
                 word.store(chunk, Ordering::Relaxed);
             }
             // The header is written last, so that only a complete record is marked as done.
-            self.close(RecordState::Done, bytes);
+            let position = self.index * WORD;
+            let headers = &self.segment.headers;
+            self.close(headers.word_of_done(position, self.words, &mut body));
             self.segment.records.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    fn close(&mut self, state: RecordState, body: &[u8]) {
-        let header = self.segment.header(self.index, state, self.words, body);
+    fn close(&mut self, header: u64) {
         self.segment.words()[self.index].store(header, Ordering::Release);
         self.is_open = false;
     }
@@ -378,7 +380,10 @@ impl ReservedRecord {
 impl Drop for ReservedRecord {
     fn drop(&mut self) {
         if self.is_open {
-            self.close(RecordState::Void, &[]);
+            let header = self
+                .segment
+                .header(self.index, RecordState::Void, self.words);
+            self.close(header);
         }
     }
 }
