@@ -25,6 +25,7 @@ pub mod health_check;
 pub mod heap;
 pub mod invalidations;
 pub mod jobs;
+mod json_text;
 pub mod keys;
 pub mod limiter;
 pub mod mail;

@@ -53,10 +53,14 @@ impl Prefix {
         Self(prefix)
     }
 
-    pub fn as_str(&self) -> &str {
+    /// Returns the prefix as ASCII bytes.
+    pub fn as_bytes(&self) -> &[u8] {
         let length = self.0.iter().position(|byte| *byte == 0);
-        let text = &self.0[..length.unwrap_or(PREFIX)];
-        str::from_utf8(text).expect("a prefix consists of ASCII characters")
+        &self.0[..length.unwrap_or(PREFIX)]
+    }
+
+    pub fn as_str(&self) -> &str {
+        str::from_utf8(self.as_bytes()).expect("a prefix consists of ASCII characters")
     }
 }
 

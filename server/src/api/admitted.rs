@@ -283,22 +283,15 @@ pub struct RejectedKey {
     pub record: Option<Arc<KeyRecord>>,
 }
 
-/// The API key of a request that has been allowed and has consumed tokens.
+/// A usable API key, and the limiter's decision on a request with it.
 #[derive(Debug)]
-pub struct AdmittedKey {
+pub struct DecidedKey {
     pub record: Arc<KeyRecord>,
     pub decision: Decision,
 }
 
-impl AdmittedKey {
-    /// Makes a decision on a request to `GET /v1/echo`, with a cost of 1, and records the decision. Returns an error if
-    /// the request is not allowed.
-    pub async fn admit(request: &Request) -> Result<Self, ApiError> {
-        let query = request.uri().query();
-        Self::of(RequestContext::of(request)?, request.headers(), query).await
-    }
-
-    /// Works like [`admit`](Self::admit), but takes the request's header fields and query.
+impl DecidedKey {
+    /// Makes a decision on a request to `GET /v1/echo`, with a cost of 1, and records the decision.
     pub async fn of(
         context: &RequestContext,
         fields: &impl Fields,
@@ -311,8 +304,8 @@ impl AdmittedKey {
         pin!(Self::decide(context, text, NonZeroU32::MIN, None, endpoint)).await
     }
 
-    /// Calls [`decide`]. Returns a 401, 402 or 429 error if the request is not allowed.
-    pub async fn decide(
+    /// Calls [`decide`]. Returns a 401 or 402 error if the key is not usable.
+    async fn decide(
         context: &RequestContext,
         text: &str,
         cost: NonZeroU32,
@@ -320,8 +313,7 @@ impl AdmittedKey {
         endpoint: &str,
     ) -> Result<Self, ApiError> {
         match pin!(decide(context, text, cost, tenant, endpoint)).await? {
-            Ok((record, decision)) if decision.is_allowed() => Ok(Self { record, decision }),
-            Ok((record, decision)) => Err(ApiError::denied(record, decision)),
+            Ok((record, decision)) => Ok(Self { record, decision }),
             Err(RejectedKey {
                 rejection: Rejection::PaymentRequired,
                 ..
@@ -332,6 +324,46 @@ impl AdmittedKey {
                 "This API key is invalid, inactive or expired.",
             )),
         }
+    }
+
+    /// Returns a 429 error if the request was denied.
+    fn require_admitted(self) -> Result<AdmittedKey, ApiError> {
+        let Self { record, decision } = self;
+        if decision.is_allowed() {
+            Ok(AdmittedKey { record, decision })
+        } else {
+            Err(ApiError::denied(record, decision))
+        }
+    }
+}
+
+/// The API key of a request that has been allowed and has consumed tokens.
+#[derive(Debug)]
+pub struct AdmittedKey {
+    pub record: Arc<KeyRecord>,
+    pub decision: Decision,
+}
+
+impl AdmittedKey {
+    /// Makes a decision on a request to `GET /v1/echo`, like [`DecidedKey::of`]. Returns an error if the request is not
+    /// allowed.
+    pub async fn admit(request: &Request) -> Result<Self, ApiError> {
+        let query = request.uri().query();
+        let context = RequestContext::of(request)?;
+        let decided = pin!(DecidedKey::of(context, request.headers(), query));
+        decided.await?.require_admitted()
+    }
+
+    /// Calls [`decide`]. Returns a 401, 402 or 429 error if the request is not allowed.
+    pub async fn decide(
+        context: &RequestContext,
+        text: &str,
+        cost: NonZeroU32,
+        tenant: Option<TenantId>,
+        endpoint: &str,
+    ) -> Result<Self, ApiError> {
+        let decided = DecidedKey::decide(context, text, cost, tenant, endpoint);
+        decided.await?.require_admitted()
     }
 }
 

@@ -13,25 +13,27 @@ use quota_common::limit::Check;
 
 use self::response::{CommonHeaders, ResponseWriter};
 use super::{
-    admitted::{AdmittedKey, GatewayCaller, ServiceCaller},
+    admitted::{DecidedKey, GatewayCaller, ServiceCaller},
     client_ip::client_of,
     fast_path::{CHECK, ECHO, FORWARD_AUTH},
     fields::text,
     json,
-    limit::{self, Checked, Deny, StatusOnly},
+    limit::{self, Deny},
     limit_headers::{self, HeaderSink as _},
-    problem::ApiError,
+    problem::{ApiError, denial},
     request_context::{RequestContext, RequestId},
     request_log::{self, REQUEST_ID},
     trace,
 };
 use crate::{
-    clock::{Moment, Nanos, UnixNanos},
+    clock::{Moment, Nanos},
     connection_marks::ConnectionMarks,
+    keys::KeyRecord,
+    limiter::Decision,
     plain_request::{Arrival, DirectEndpoint, PlainRequest},
     spans::Span,
     state::AppState,
-    telemetry::request_id::RequestIds,
+    telemetry::{log::Log, request_id::RequestIds},
 };
 
 /// Responds to plain requests for decisions.
@@ -76,13 +78,6 @@ impl Route {
     }
 }
 
-enum Success {
-    /// The admitted key, whose limits the headers report, and the time for the body, formatted as JSON.
-    Echo(AdmittedKey, [u8; limit::TIME]),
-    Check(Checked),
-    ForwardAuth(StatusOnly),
-}
-
 thread_local! {
     /// The buffer for response bodies, which the thread reuses.
     static BODY: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
@@ -124,22 +119,40 @@ impl DirectDecisions {
             ),
             Some(client_of(peer, request, &state.config.trusted_proxies)),
             arrived.calendar,
+            Some(arrived.monotonic),
             marks.cloned(),
         )
-        .complete_at(arrived.monotonic)
     }
 
-    async fn decide(
+    /// Makes a decision, appends the response, and returns the response's status. Appends nothing if it returns an error.
+    ///
+    /// The response is written here, because returning the decision through the layers around this future would copy it
+    /// several times.
+    async fn respond(
         &self,
         context: &RequestContext,
         route: Route,
         request: &PlainRequest<'_>,
-    ) -> Result<Success, ApiError> {
+        arrived: Moment,
+        out: &mut Vec<u8>,
+    ) -> Result<StatusCode, Box<ApiError>> {
         Ok(match route {
             Route::Echo => {
-                let caller = pin!(AdmittedKey::of(context, request, None)).await?;
-                let time = limit::echo_time_json(&caller.decision)?;
-                Success::Echo(caller, time)
+                let decided = pin!(DecidedKey::of(context, request, None)).await?;
+                let DecidedKey { record, decision } = &decided;
+                if !decision.is_allowed() {
+                    return Ok(self.write_denial(context, record, decision, arrived, out));
+                }
+                let time = limit::echo_time_json(decision)?;
+                with_empty_body(|body| {
+                    let written = limit::write_echo(record.id(), &record.plan.name, &time, body);
+                    debug_assert!(written.is_ok(), "writing to memory does not fail");
+                    let mut response = ResponseWriter::begin(out, StatusCode::OK);
+                    response.set_static(header::CONTENT_TYPE, json::MEDIA_TYPE);
+                    limit_headers::write(&mut response, record, decision);
+                    self.finish(context, response, body, arrived);
+                });
+                StatusCode::OK
             }
             Route::Check => {
                 let caller = pin!(ServiceCaller::of(context, request)).await?;
@@ -147,74 +160,56 @@ impl DirectDecisions {
                 json::check_media_type(media_type)?;
                 let body = json::parse_body::<Check>(media_type, request.body)?;
                 let checked = pin!(limit::check(context, &caller, &body)).await?;
-                Success::Check(checked)
-            }
-            Route::ForwardAuth(deny) => {
-                let caller = pin!(GatewayCaller::of(context, request)).await?;
-                let answer = pin!(limit::forward_auth(context, &caller, request, deny));
-                Success::ForwardAuth(answer.await?)
-            }
-        })
-    }
-
-    /// Writes a response, and returns its status. `now` is used for the `Date` header.
-    async fn write(
-        &self,
-        context: &RequestContext,
-        route: Route,
-        result: Result<Success, ApiError>,
-        now: UnixNanos,
-        out: &mut Vec<u8>,
-    ) -> StatusCode {
-        let (id, base) = (context.id(), &self.state.config.public_url);
-        let response = match result {
-            // These responses are frequent, so they are written without an intermediate [`Response`].
-            Ok(Success::Echo(caller, time)) => {
-                return with_empty_body(|body| {
-                    let record = &caller.record;
-                    let written = limit::write_echo(record.id(), &record.plan.name, &time, body);
-                    debug_assert!(written.is_ok(), "writing to memory does not fail");
-                    let mut response = ResponseWriter::begin(out, StatusCode::OK);
-                    response.set_static(header::CONTENT_TYPE, json::MEDIA_TYPE);
-                    limit_headers::write(&mut response, record, &caller.decision);
-                    self.finish(id, response, body, now);
-                    StatusCode::OK
-                });
-            }
-            Ok(Success::Check(checked)) => {
-                return with_empty_body(|body| {
+                with_empty_body(|body| {
                     let written = checked.write(body);
                     debug_assert!(written.is_ok(), "writing to memory does not fail");
                     let mut response = ResponseWriter::begin(out, StatusCode::OK);
                     response.set_static(header::CONTENT_TYPE, json::MEDIA_TYPE);
-                    self.finish(id, response, body, now);
-                    StatusCode::OK
+                    self.finish(context, response, body, arrived);
                 });
+                StatusCode::OK
             }
-            Ok(Success::ForwardAuth(answer)) => {
+            Route::ForwardAuth(deny) => {
+                let caller = pin!(GatewayCaller::of(context, request)).await?;
+                let answer = pin!(limit::forward_auth(context, &caller, request, deny)).await?;
                 let mut response = ResponseWriter::begin(out, answer.status);
                 answer.write_headers(&mut response);
-                self.finish(id, response, &[], now);
-                return answer.status;
+                self.finish(context, response, &[], arrived);
+                answer.status
             }
-            Err(error) if error.denied.is_some() && matches!(route, Route::Echo) => {
-                return with_empty_body(|body| {
-                    error.write_body(id, base, body);
-                    let status = error.status_code();
-                    let mut response = ResponseWriter::begin(out, status);
-                    error.write_headers(&mut response);
-                    self.finish(id, response, body, now);
-                    status
-                });
-            }
-            Err(error) => {
-                let response = error.into_response(id, base);
-                match route {
-                    Route::ForwardAuth(_) => request_log::for_gateway(response),
-                    Route::Echo | Route::Check => response,
-                }
-            }
-        };
+        })
+    }
+
+    fn write_denial(
+        &self,
+        context: &RequestContext,
+        record: &KeyRecord,
+        decision: &Decision,
+        arrived: Moment,
+        out: &mut Vec<u8>,
+    ) -> StatusCode {
+        with_empty_body(|body| {
+            denial::write_body(decision, context.id(), body);
+            let mut response = ResponseWriter::begin(out, denial::STATUS);
+            denial::write_headers(&mut response, record, decision);
+            self.finish(context, response, body, arrived);
+        });
+        denial::STATUS
+    }
+
+    /// Appends the response for an error, and returns its status.
+    async fn write_error(
+        &self,
+        context: &RequestContext,
+        route: Route,
+        error: ApiError,
+        arrived: Moment,
+        out: &mut Vec<u8>,
+    ) -> StatusCode {
+        let mut response = error.into_response(context.id(), &self.state.config.public_url);
+        if let Route::ForwardAuth(_) = route {
+            response = request_log::for_gateway(response);
+        }
         let status = response.status();
         let (parts, body) = response.into_parts();
         let body = body.into_bytes().await.unwrap_or_default();
@@ -222,7 +217,7 @@ impl DirectDecisions {
         for (name, value) in &parts.headers {
             response.set(name.clone(), value);
         }
-        self.finish(id, response, &body, now);
+        self.finish(context, response, &body, arrived);
         status
     }
 
@@ -238,16 +233,30 @@ impl DirectDecisions {
         let metrics = &self.state.metrics;
         metrics.answered(status.as_u16());
         metrics.direct_responses.inc();
-        if tracing::enabled!(target: "quota_server::access", tracing::Level::INFO) {
+        if Log::is_access_log_on() {
             context.log(method, path, status.as_u16(), took);
         }
     }
 
     /// Writes the remaining headers and the body.
-    fn finish(&self, id: &str, mut response: ResponseWriter<'_>, body: &[u8], now: UnixNanos) {
-        response.set_text(REQUEST_ID, id.as_bytes());
+    fn finish(
+        &self,
+        context: &RequestContext,
+        mut response: ResponseWriter<'_>,
+        body: &[u8],
+        arrived: Moment,
+    ) {
+        response.set_text(REQUEST_ID, context.id().as_bytes());
+        let now = arrived.calendar.saturating_add(elapsed(context, arrived));
         response.finish(&self.common, body, now);
     }
+}
+
+/// Returns the time from a request's arrival until the decision ended. This does not include the time to record usage
+/// and to write the response, because the clock is not read again. If there was no decision, the time ends at the first
+/// call.
+fn elapsed(context: &RequestContext, arrived: Moment) -> Nanos {
+    context.decision_ended().saturating_since(arrived.monotonic)
 }
 
 impl DirectEndpoint for DirectDecisions {
@@ -288,16 +297,24 @@ impl DirectEndpoint for DirectDecisions {
         let span = trace::begin(state, Some(peer), request, path);
         let context = &*context.insert(self.context(request, peer, arrived, marks));
         let parent = span.as_ref().map(Span::as_parent);
-        let decision = pin!(self.decide(context, route, request));
-        let result = request_log::run(state, parent, decision).await;
-        // Nothing is awaited after the decision, so its time is used instead of reading the clock again. This does not
-        // include the time to record usage and to write the response.
-        let took = context.decision_ended().saturating_since(arrived.monotonic);
-        let now = arrived.calendar.saturating_add(took);
-        let status = self.write(context, route, result.flatten(), now, out).await;
+        let response_start = out.len();
+        let result = {
+            let responding = pin!(self.respond(context, route, request, arrived, out));
+            request_log::run(state, parent, responding).await
+        };
+        let status = match result {
+            Ok(Ok(status)) => status,
+            Ok(Err(error)) => self.write_error(context, route, *error, arrived, out).await,
+            Err(error) => {
+                // A panic may have left an incomplete response.
+                out.truncate(response_start);
+                self.write_error(context, route, error, arrived, out).await
+            }
+        };
         if let Some(span) = span {
             trace::end(span, context, request.method, Some(path), status.as_u16());
         }
+        let took = elapsed(context, arrived);
         self.record(context, request.method, path, status, took);
     }
 
@@ -315,10 +332,9 @@ impl DirectEndpoint for DirectDecisions {
         // The usage of the request may have been recorded with the ID of the context.
         let context =
             context.unwrap_or_else(|| self.context(request, peer.to_canonical(), at, None));
-        let now = at.calendar;
         let error = ApiError::internal("a response could not be written because of a panic");
-        let status = self.write(&context, route, Err(error), now, out).await;
-        let took = now.saturating_since(context.arrived);
+        let status = self.write_error(&context, route, error, at, out).await;
+        let took = at.calendar.saturating_since(context.arrived);
         self.record(&context, request.method, route.path(), status, took);
     }
 }

@@ -30,8 +30,10 @@ use super::{
     trace,
 };
 use crate::{
-    connection_marks::ConnectionMarks, spans::Span, state::AppState,
-    telemetry::request_id::RequestIds,
+    connection_marks::ConnectionMarks,
+    spans::Span,
+    state::AppState,
+    telemetry::{log::Log, request_id::RequestIds},
 };
 
 const SHOULD_RATE_LIMIT: &str = "/envoy.service.ratelimit.v3.RateLimitService/ShouldRateLimit";
@@ -102,6 +104,7 @@ impl Endpoint for GrpcService {
             ),
             peer.map(|peer| client_of(peer, request.headers(), &state.config.trusted_proxies)),
             arrived,
+            None,
             request.data::<ConnectionMarks>().cloned(),
         );
         let body = request.take_body();
@@ -135,7 +138,7 @@ impl Endpoint for GrpcService {
                 status.as_u16(),
             );
         }
-        if tracing::enabled!(target: "quota_server::access", tracing::Level::INFO) {
+        if Log::is_access_log_on() {
             let (method, path) = (request.method().as_str(), request.uri().path());
             context.log(method, path, status.as_u16(), took);
         }

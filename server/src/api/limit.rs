@@ -26,12 +26,12 @@ use super::{
     credentials::{consumer_key, forwarded_endpoint},
     fields::Fields,
     json::Json,
-    json_text,
     limit_headers::{self, GatewayDecision, HeaderSink},
     problem::{ApiError, challenge},
     request_context::RequestContext,
 };
 use crate::{
+    json_text,
     keys::{KeyRecord, Rejection},
     limiter::Decision,
 };
@@ -129,7 +129,7 @@ impl StatusOnly {
     pub fn write_headers(&self, headers: &mut impl HeaderSink) {
         headers.expect(limit_headers::FIELDS);
         headers.set_number(header::CONTENT_LENGTH, 0);
-        headers.set(limit_headers::DECISION, &self.decision.value());
+        headers.set_static(limit_headers::DECISION, self.decision.name());
         if let Some((record, decision)) = &self.decided {
             limit_headers::write(headers, record, decision);
         }

@@ -1,7 +1,8 @@
 //! The headers that report a decision.
 //!
 //! Only this module writes these headers, with two exceptions: the code that responds to gateways writes
-//! `X-Quota-Decision`, and `problem.rs` writes `Retry-After` and `X-Quota-Degraded` if this module has not done so.
+//! `X-Quota-Decision`, and the `problem` module writes `Retry-After` and `X-Quota-Degraded` if this module has not done
+//! so.
 //!
 //! `RateLimit` and `RateLimit-Policy` follow draft-ietf-httpapi-ratelimit-headers-11 and are structured fields (RFC
 //! 9651). `X-RateLimit-*` follow the older convention. `X-Quota-Decision` is for gateways.

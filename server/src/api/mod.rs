@@ -31,7 +31,6 @@ pub mod health;
 pub mod idempotency;
 pub mod ip_guard;
 pub mod json;
-pub mod json_text;
 pub mod key_limits;
 pub mod large_response;
 pub mod limit;

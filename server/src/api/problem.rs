@@ -2,6 +2,7 @@
 
 mod body;
 mod convert;
+pub mod denial;
 mod example;
 
 use std::{sync::Arc, time::Duration};
@@ -17,13 +18,13 @@ use poem_openapi::{
 };
 use quota_common::{FieldError, ProblemCode, problem::MEDIA_TYPE};
 
-use self::body::Body;
+use self::body::{Body, Start};
 pub use self::{body::wire_name, example::example};
 use super::limit_headers::{self, HeaderSink};
 use crate::{
     db::{self, DbError},
     keys::KeyRecord,
-    limiter::{Decision, LimiterError, Policy},
+    limiter::{Decision, LimiterError},
 };
 
 /// Converts a missing row to a 404 error.
@@ -206,34 +207,11 @@ impl ApiError {
     }
 
     pub fn denied(record: Arc<KeyRecord>, decision: Decision) -> Self {
-        let secs = decision.retry_after_secs();
-        if decision.violated().is_empty() {
-            // The shared counters could not be queried, so it is unknown whether a limit has been reached.
-            return Self {
-                retry_after: Some(Duration::from_secs(secs.unwrap_or(1))),
-                denied: Some(Box::new((record, decision))),
-                ..Self::new(
-                    ProblemCode::ReducedCapacity,
-                    "Rate limits can't be checked right now. Try again in a few seconds.",
-                )
-            };
-        }
-        let mut detail = String::with_capacity(96);
-        for (n, policy) in decision.violated().iter().enumerate() {
-            detail.push_str(if n == 0 { "This key's " } else { " and " });
-            detail.push_str(policy_name(policy));
-        }
-        match secs {
-            Some(secs) => {
-                detail.push_str(" has been reached. Retry in ");
-                detail.push_str(itoa::Buffer::new().format(secs));
-                detail.push_str(if secs == 1 { " second." } else { " seconds." });
-            }
-            None => detail.push_str(" is lower than the cost of this request."),
-        }
+        let mut detail = Vec::with_capacity(96);
+        denial::write_detail(&decision, &mut detail);
         Self {
             denied: Some(Box::new((record, decision))),
-            ..Self::new(ProblemCode::QuotaExceeded, detail)
+            ..Self::new(denial::code(&decision), String::from_utf8_lossy(&detail))
         }
     }
 
@@ -247,10 +225,9 @@ impl ApiError {
         error.into()
     }
 
-    /// Returns the status. Every denial is 429, regardless of its problem type.
-    const fn http_status(&self) -> u16 {
+    fn http_status(&self) -> u16 {
         match self.denied {
-            Some(_) => 429,
+            Some(_) => denial::STATUS.as_u16(),
             None => self.code.status(),
         }
     }
@@ -291,6 +268,10 @@ impl ApiError {
     /// Writes the body of the problem. If the server failed, also logs the error.
     pub fn write_body(&self, request_id: &str, base: &str, out: &mut Vec<u8>) {
         self.log(request_id);
+        if let Some(denied) = &self.denied {
+            denial::write_body(&denied.1, request_id, out);
+            return;
+        }
         let detail = match self.code {
             ProblemCode::Internal if !request_id.is_empty() => &format!(
                 "{} Quote request ID {request_id} when reporting it.",
@@ -298,20 +279,17 @@ impl ApiError {
             ),
             _ => &self.detail,
         };
-        let problem = Body {
-            kind: &self.code.type_uri(base),
-            title: self.code.title(),
-            status: self.http_status(),
+        let body = Body {
+            start: Start {
+                kind: &self.code.type_uri(base),
+                title: self.code.title(),
+                status: self.http_status(),
+            },
             detail,
             request_id,
             errors: &self.errors,
-            violated_policies: self
-                .denied
-                .as_ref()
-                .map(|denied| denied.1.violated())
-                .unwrap_or_default(),
         };
-        if let Err(error) = problem.write(out) {
+        if let Err(error) = body.write(out) {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
                 "problem serialization failed"
@@ -320,16 +298,14 @@ impl ApiError {
     }
 
     pub fn write_headers(&self, headers: &mut impl HeaderSink) {
+        if let Some(denied) = &self.denied {
+            denial::write_headers(headers, &denied.0, &denied.1);
+            return;
+        }
         headers.expect(limit_headers::FIELDS);
         headers.set_static(header::CONTENT_TYPE, MEDIA_TYPE);
-        if let Some(denied) = &self.denied {
-            limit_headers::write(headers, &denied.0, &denied.1);
-        } else {
-            headers.set_static(header::CACHE_CONTROL, "no-store");
-        }
-        if let Some(after) = self.retry_after
-            && !headers.contains(&header::RETRY_AFTER)
-        {
+        headers.set_static(header::CACHE_CONTROL, "no-store");
+        if let Some(after) = self.retry_after {
             headers.set_number(header::RETRY_AFTER, whole_secs(after));
         }
         if self.is_without_counters() {
@@ -358,15 +334,6 @@ pub fn challenge(credential_sent: bool) -> HeaderValue {
     } else {
         "Bearer realm=\"quota\""
     })
-}
-
-const fn policy_name(policy: Policy) -> &'static str {
-    match policy {
-        Policy::Rpm => "rate limit",
-        Policy::Daily => "daily quota",
-        Policy::Monthly => "monthly quota",
-        Policy::TenantMonthly => "organization's monthly quota",
-    }
 }
 
 impl ResponseError for ApiError {

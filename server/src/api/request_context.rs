@@ -62,13 +62,16 @@ impl From<RequestId> for HeaderValue {
 struct OptionalTime(AtomicU64);
 
 impl OptionalTime {
-    const fn unknown() -> Self {
-        Self(AtomicU64::new(u64::MAX))
+    fn new(time: Option<Monotonic>) -> Self {
+        Self(AtomicU64::new(Self::encode(time)))
     }
 
     fn set(&self, time: Option<Monotonic>) {
-        self.0
-            .store(time.map_or(u64::MAX, |it| it.0), Ordering::Relaxed);
+        self.0.store(Self::encode(time), Ordering::Relaxed);
+    }
+
+    fn encode(time: Option<Monotonic>) -> u64 {
+        time.map_or(u64::MAX, |it| it.0)
     }
 
     fn get(&self) -> Option<Monotonic> {
@@ -109,6 +112,7 @@ impl RequestContext {
         id: RequestId,
         ip: Option<IpAddr>,
         arrived: UnixNanos,
+        complete_at: Option<Monotonic>,
         marks: Option<ConnectionMarks>,
     ) -> Self {
         Self {
@@ -116,18 +120,11 @@ impl RequestContext {
             id,
             ip,
             arrived,
-            complete_at: OptionalTime::unknown(),
-            decision_ended: OptionalTime::unknown(),
+            complete_at: OptionalTime::new(complete_at),
+            decision_ended: OptionalTime::new(None),
             marks,
             caller: Mutex::default(),
         }
-    }
-
-    /// Sets the time by which the request had arrived completely.
-    #[must_use]
-    pub fn complete_at(self, time: Monotonic) -> Self {
-        self.complete_at.set(Some(time));
-        self
     }
 
     /// Records that work on the request has waited, so that [`decision_begins`](Self::decision_begins) reads the clock.
@@ -149,10 +146,14 @@ impl RequestContext {
     }
 
     /// Returns the time at which work on the last decision ended, without reading the clock. If there was no decision,
-    /// returns the current time.
+    /// returns the time of the first call.
     pub fn decision_ended(&self) -> Monotonic {
         let ended = self.decision_ended.get();
-        ended.unwrap_or_else(|| self.state.clock.monotonic())
+        ended.unwrap_or_else(|| {
+            let now = self.state.clock.monotonic();
+            self.set_decision_ended(now);
+            now
+        })
     }
 
     /// Returns the context that `request_log` has stored with the request.
@@ -228,7 +229,7 @@ impl RequestContext {
         let identity = self.caller.lock().take();
         let (tenant, key) = match &identity {
             Some(Identity::Tenant(tenant)) => (Some(tenant.0), None),
-            Some(Identity::Key(key)) => (Some(key.tenant().0), Some(key.prefix.as_str())),
+            Some(Identity::Key(key)) => (Some(key.tenant().0), Some(key.prefix.as_bytes())),
             None => (None, None),
         };
         self.state.log.access(&AccessLine {

@@ -34,7 +34,7 @@ use crate::{
     connection_marks::ConnectionMarks,
     spans::{self, Parent, Span},
     state::AppState,
-    telemetry::request_id::RequestIds,
+    telemetry::{log::Log, request_id::RequestIds},
     tenant_places::TenantPlaces,
 };
 
@@ -96,6 +96,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
             self.request_id(&request, arrived),
             peer.map(|peer| client_of(peer, request.headers(), &state.config.trusted_proxies)),
             arrived,
+            None,
             request.data::<ConnectionMarks>().cloned(),
         ));
         let method = request.method().clone();
@@ -136,9 +137,7 @@ impl<E: Endpoint> Endpoint for RequestLogEndpoint<E> {
         // Routine probes arrive every few seconds, so they are not logged.
         let is_routine_probe =
             uri.path().starts_with("/health/") && (status < 500 || state.is_draining());
-        if !is_routine_probe
-            && tracing::enabled!(target: "quota_server::access", tracing::Level::INFO)
-        {
+        if !is_routine_probe && Log::is_access_log_on() {
             context.log(method.as_str(), uri.path(), status, took);
         }
 

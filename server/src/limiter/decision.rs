@@ -106,8 +106,16 @@ impl Decision {
         .flatten()
     }
 
+    /// Returns whether any quota applies.
+    fn has_quotas(&self) -> bool {
+        self.daily.is_some() || self.monthly.is_some() || self.tenant_monthly.is_some()
+    }
+
     /// Returns the policy closest to exhaustion. If any policies are violated, returns one of these.
     pub fn nearest(&self) -> PolicyState {
+        if !self.has_quotas() {
+            return self.rate;
+        }
         let violated = self.violated();
         let mut nearest = None::<PolicyState>;
         for state in self.states() {

@@ -9,7 +9,10 @@ use std::{
     cell::RefCell,
     io::{self, Write},
     net::IpAddr,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -20,7 +23,7 @@ use tracing_subscriber::{
     EnvFilter, fmt::MakeWriter, layer::SubscriberExt, util::SubscriberInitExt,
 };
 
-use crate::{clock::UnixNanos, config::LogFormat};
+use crate::{clock::UnixNanos, config::LogFormat, json_text::write_text};
 
 /// How long access log lines are collected before they are written together.
 const FLUSH_EVERY: Duration = Duration::from_millis(50);
@@ -42,6 +45,10 @@ const MAX_METHOD: usize = 32;
 /// The length in bytes that most access log lines do not exceed.
 const USUAL_LINE: usize = 512;
 
+/// Whether access log lines are written. This never changes after a log has been installed. Querying `tracing`
+/// for every request would be slower.
+static IS_ACCESS_LOG_ON: AtomicBool = AtomicBool::new(false);
+
 /// A completed request.
 #[derive(Debug)]
 pub struct AccessLine<'a> {
@@ -55,7 +62,7 @@ pub struct AccessLine<'a> {
     pub ip: Option<IpAddr>,
     pub tenant: Option<uuid::Uuid>,
     /// The prefix of the API key, which is not secret: letters, digits and an underscore.
-    pub key: Option<&'a str>,
+    pub key: Option<&'a [u8]>,
 }
 
 /// Shortens text to at most `max` bytes, including the ellipsis.
@@ -88,17 +95,7 @@ impl AccessLine<'_> {
         out.extend_from_slice(b"\",\"method\":\"");
         out.extend_from_slice(shorten(self.method, MAX_METHOD).as_bytes());
         out.extend_from_slice(b"\",\"path\":");
-        let path = shorten(self.path, MAX_PATH);
-        if path
-            .bytes()
-            .all(|byte| byte > b' ' && byte != b'"' && byte != b'\\')
-        {
-            out.push(b'"');
-            out.extend_from_slice(path.as_bytes());
-            out.push(b'"');
-        } else {
-            serde_json::to_writer(&mut *out, &path)?;
-        }
+        write_text(&shorten(self.path, MAX_PATH), out)?;
         out.extend_from_slice(b",\"status\":");
         out.extend_from_slice(number.format(self.status).as_bytes());
         out.extend_from_slice(b",\"micros\":");
@@ -126,7 +123,7 @@ impl AccessLine<'_> {
         }
         if let Some(key) = self.key {
             out.extend_from_slice(b",\"key\":\"");
-            out.extend_from_slice(key.as_bytes());
+            out.extend_from_slice(key);
             out.push(b'"');
         }
         out.extend_from_slice(b"}\n");
@@ -243,12 +240,20 @@ impl Log {
         let layer = tracing_subscriber::fmt::layer()
             .with_writer(self.clone())
             .with_ansi(false);
-        match self.format {
+        let installed = match self.format {
             LogFormat::Json => registry
                 .with(layer.json().flatten_event(true).with_current_span(false))
                 .try_init(),
             LogFormat::Text => registry.with(layer).try_init(),
-        }
+        };
+        let is_on = tracing::enabled!(target: "quota_server::access", tracing::Level::INFO);
+        IS_ACCESS_LOG_ON.store(is_on, Ordering::Relaxed);
+        installed
+    }
+
+    /// Returns whether the filter of the installed log includes access log lines.
+    pub fn is_access_log_on() -> bool {
+        IS_ACCESS_LOG_ON.load(Ordering::Relaxed)
     }
 
     /// Returns the number of lines dropped because standard output was blocked.

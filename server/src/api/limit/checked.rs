@@ -19,12 +19,12 @@ use crate::{
     api::{
         admitted::{RejectedKey, ServiceCaller, decide},
         json::{self, Json},
-        json_text::write_text,
         limit_headers,
         problem::{ApiError, wire_name},
         request_context::RequestContext,
     },
     clock::UnixNanos,
+    json_text::write_text,
     keys::{KeyRecord, Rejection},
     limiter::Decision,
 };

@@ -1,9 +1,6 @@
 use quota_common::{FieldError, limit::PolicyName};
 
-use crate::{
-    api::json_text::write_text,
-    limiter::{Policy, PolicySet},
-};
+use crate::{json_text::write_text, limiter::Policy};
 
 pub fn wire_name(policy: Policy) -> PolicyName {
     match policy {
@@ -14,20 +11,15 @@ pub fn wire_name(policy: Policy) -> PolicyName {
     }
 }
 
-/// A [`Problem`](quota_common::Problem) with borrowed fields, which makes denials cheaper.
-pub(super) struct Body<'a> {
+/// The fields of a [`Problem`](quota_common::Problem) before `detail`.
+pub(super) struct Start<'a> {
     pub(super) kind: &'a str,
     pub(super) title: &'a str,
     pub(super) status: u16,
-    pub(super) detail: &'a str,
-    pub(super) request_id: &'a str,
-    pub(super) errors: &'a [FieldError],
-    pub(super) violated_policies: PolicySet,
 }
 
-impl Body<'_> {
-    /// Appends the body as JSON. Formats the JSON without serde where possible, because this method runs for every
-    /// denial.
+impl Start<'_> {
+    /// Appends the JSON before the value of `detail`.
     pub(super) fn write(&self, out: &mut Vec<u8>) -> serde_json::Result<()> {
         out.extend_from_slice(b"{\"type\":");
         write_text(self.kind, out)?;
@@ -36,21 +28,28 @@ impl Body<'_> {
         out.extend_from_slice(b",\"status\":");
         out.extend_from_slice(itoa::Buffer::new().format(self.status).as_bytes());
         out.extend_from_slice(b",\"detail\":");
+        Ok(())
+    }
+}
+
+/// A [`Problem`](quota_common::Problem) without violated policies, with borrowed fields.
+pub(super) struct Body<'a> {
+    pub(super) start: Start<'a>,
+    pub(super) detail: &'a str,
+    pub(super) request_id: &'a str,
+    pub(super) errors: &'a [FieldError],
+}
+
+impl Body<'_> {
+    /// Appends the body as JSON.
+    pub(super) fn write(&self, out: &mut Vec<u8>) -> serde_json::Result<()> {
+        self.start.write(out)?;
         write_text(self.detail, out)?;
         out.extend_from_slice(b",\"request_id\":");
         write_text(self.request_id, out)?;
         if !self.errors.is_empty() {
             out.extend_from_slice(b",\"errors\":");
             serde_json::to_writer(&mut *out, self.errors)?;
-        }
-        let mut before = &b",\"violated-policies\":["[..];
-        for policy in self.violated_policies.iter() {
-            out.extend_from_slice(before);
-            write_text(wire_name(policy).as_str(), out)?;
-            before = b",";
-        }
-        if !self.violated_policies.is_empty() {
-            out.push(b']');
         }
         out.push(b'}');
         Ok(())
@@ -80,17 +79,18 @@ mod tests {
             message: "is \"odd\"".into(),
         }];
         let mut body = Body {
-            kind: "https://q.example/problems/invalid",
-            title: "Validation failed",
-            status: 422,
+            start: Start {
+                kind: "https://q.example/problems/invalid",
+                title: "Validation failed",
+                status: 422,
+            },
             detail: "name: is \"odd\"",
             request_id: "r-1",
             errors: &errors,
-            violated_policies: PolicySet::EMPTY,
         };
         let mut expected = Problem {
-            kind: body.kind.into(),
-            title: body.title.into(),
+            kind: body.start.kind.into(),
+            title: body.start.title.into(),
             status: 422,
             detail: body.detail.into(),
             request_id: "r-1".into(),
@@ -101,10 +101,6 @@ mod tests {
 
         body.errors = &[];
         expected.errors.clear();
-        for policy in Policy::ALL {
-            body.violated_policies = body.violated_policies.with(policy);
-            expected.violated_policies.push(wire_name(policy));
-            assert_eq!(json(&body), expected_json(&expected));
-        }
+        assert_eq!(json(&body), expected_json(&expected));
     }
 }

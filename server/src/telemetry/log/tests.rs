@@ -153,7 +153,7 @@ fn access_line_has_the_client_tenant_and_key_if_known() {
     let known = AccessLine {
         ip: Some("2001:db8::5".parse().unwrap()),
         tenant: Some(tenant),
-        key: Some("qk_abcdefgh"),
+        key: Some(b"qk_abcdefgh"),
         ..line("/")
     };
     let written = json(&known);

@@ -180,6 +180,59 @@ impl Clock for PanickingClock {
     }
 }
 
+/// A response without a decision reads the clock after its first headers have been written.
+#[tokio::test(flavor = "multi_thread")]
+async fn panic_leaves_no_part_of_a_response() {
+    let clock = PanickingClock(SystemClock::new());
+    let setup = TestApp::setup().clock(Arc::new(clock)).without_jobs();
+    let app = setup.start().await;
+    let account = app.register().await;
+    let token = app.service_token(&account).await;
+    let without_key = || {
+        let request = app.get("/v1/forward-auth");
+        request.header("X-Service-Token", &token).send()
+    };
+    // The first request loads the token.
+    assert_eq!(without_key().await.status, 401);
+
+    let direct = router::direct(&app.state).expect("direct responses are on");
+    let bytes =
+        format!("GET /v1/forward-auth HTTP/1.1\r\nHost: q\r\nX-Service-Token: {token}\r\n\r\n");
+    let Parsed::Plain(request, _) = parse(bytes.as_bytes()) else {
+        panic!("the request is plain");
+    };
+    let route = direct.route(&request).expect("the request is accepted");
+    let mut statuses = Vec::new();
+    for calls in 0.. {
+        let mut out = b"an earlier response".to_vec();
+        CALLS_LEFT.set(Some(calls));
+        let arrival = Arrival {
+            peer: IpAddr::V4(Ipv4Addr::LOCALHOST),
+            time: None,
+            marks: None,
+        };
+        let mut context = None;
+        let answering = direct.answer(route, &request, arrival, &mut context, &mut out);
+        let answered = AssertUnwindSafe(answering).catch_unwind().await;
+        CALLS_LEFT.set(None);
+        if answered.is_err() {
+            continue;
+        }
+        let text = String::from_utf8(out).expect("text");
+        let responses = text.split("HTTP/1.1 ").collect::<Vec<_>>();
+        assert_eq!(
+            (responses[0], responses.len()),
+            ("an earlier response", 2),
+            "{text}"
+        );
+        statuses.push(responses[1][..3].to_owned());
+        if statuses.last().is_some_and(|status| status == "401") {
+            break;
+        }
+    }
+    assert!(statuses.contains(&"500".to_owned()), "{statuses:?}");
+}
+
 /// A panic at each call of the clock covers the time before, during and after the decision.
 #[tokio::test(flavor = "multi_thread")]
 async fn response_after_a_panic_has_the_id_of_the_recorded_request() {
