@@ -19,6 +19,7 @@ const RANKS: &[&[&str]] = &[
         "file_limit",
         "health_check",
         "heap",
+        "json_text",
         "schema",
         "seal",
         "secret_text",
