@@ -305,7 +305,7 @@ impl DecidedKey {
     }
 
     /// Calls [`decide`]. Returns a 401 or 402 error if the key is not usable.
-    async fn decide(
+    pub async fn decide(
         context: &RequestContext,
         text: &str,
         cost: NonZeroU32,
@@ -327,7 +327,7 @@ impl DecidedKey {
     }
 
     /// Returns a 429 error if the request was denied.
-    fn require_admitted(self) -> Result<AdmittedKey, ApiError> {
+    pub fn require_admitted(self) -> Result<AdmittedKey, ApiError> {
         let Self { record, decision } = self;
         if decision.is_allowed() {
             Ok(AdmittedKey { record, decision })
@@ -351,18 +351,6 @@ impl AdmittedKey {
         let query = request.uri().query();
         let context = RequestContext::of(request)?;
         let decided = pin!(DecidedKey::of(context, request.headers(), query));
-        decided.await?.require_admitted()
-    }
-
-    /// Calls [`decide`]. Returns a 401, 402 or 429 error if the request is not allowed.
-    pub async fn decide(
-        context: &RequestContext,
-        text: &str,
-        cost: NonZeroU32,
-        tenant: Option<TenantId>,
-        endpoint: &str,
-    ) -> Result<Self, ApiError> {
-        let decided = DecidedKey::decide(context, text, cost, tenant, endpoint);
         decided.await?.require_admitted()
     }
 }

@@ -26,7 +26,7 @@ use super::message::{
 };
 use crate::{
     api::{
-        admitted::AdmittedKey,
+        admitted::{AdmittedKey, DecidedKey},
         credentials::{consumer_key, forwarded_endpoint},
         fields::{Fields, text},
         limit_headers::{self, DECISION, GatewayDecision, HeaderSink},
@@ -114,7 +114,8 @@ async fn check(
     let cost = NonZeroU32::new(cost).unwrap_or(NonZeroU32::MIN);
     let key = consumer_key(descriptor).ok_or_else(ApiError::key_missing)?;
     let endpoint = endpoint(descriptor);
-    AdmittedKey::decide(context, key, cost, Some(tenant), &endpoint).await
+    let decided = DecidedKey::decide(context, key, cost, Some(tenant), &endpoint);
+    decided.await?.require_admitted()
 }
 
 /// Returns the response to a request that is not allowed. `statuses` contains the statuses of the descriptors before
