@@ -328,7 +328,7 @@ mod tests {
         tokio::time::timeout(limit, answer).await.ok()
     }
 
-    const LONG: Duration = Duration::from_secs(10);
+    const LONG: Duration = Duration::from_secs(60);
     const SHORT: Duration = Duration::from_millis(200);
 
     #[tokio::test]
@@ -406,11 +406,13 @@ mod tests {
     /// Delayed data does not add delay to data sent after it.
     #[tokio::test]
     async fn a_delay_does_not_reduce_the_bandwidth() {
+        // If the delays added up, 20 of them would take 40 seconds.
+        const DELAY: Duration = Duration::from_secs(2);
         let proxy = FaultProxy::start_apart(Upstream::Tcp(echo().await)).await;
         let mut stream = TcpStream::connect(proxy.addr())
             .await
             .expect("the server listens");
-        proxy.set(Fault::Late(SHORT));
+        proxy.set(Fault::Late(DELAY));
         let before = std::time::Instant::now();
         let (mut from, mut to) = stream.split();
         let send = async {
@@ -426,8 +428,8 @@ mod tests {
         tokio::time::timeout(LONG, async { tokio::join!(send, receive) })
             .await
             .expect("in time");
-        assert!(before.elapsed() >= SHORT);
-        assert!(before.elapsed() < 10 * SHORT, "the delays do not add up");
+        assert!(before.elapsed() >= DELAY);
+        assert!(before.elapsed() < 10 * DELAY, "the delays do not add up");
     }
 
     #[tokio::test]

@@ -17,7 +17,11 @@ use tokio::{
 
 use crate::Process;
 
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a running server may take to reply. A busy machine may pause it for seconds.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to wait for a server that may never reply, because it is starting or frozen.
+const SHORT_REPLY_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 pub struct RedisServer {
@@ -77,7 +81,7 @@ impl RedisServer {
 
     /// Sends one line and returns the reply, if there is one.
     pub(crate) async fn answer(&self, line: &str) -> Option<String> {
-        command(self.addr(), self.password(), line).await
+        command(self.addr(), self.password(), line, REPLY_TIMEOUT).await
     }
 
     pub fn pid(&self) -> Option<Pid> {
@@ -150,7 +154,8 @@ impl RedisServer {
         let deadline = Instant::now() + PATIENCE;
         loop {
             // The reply must come from this process, not from another process on the same port.
-            if process_id(self.addr(), self.password()).await == Some(process.pid()) {
+            let pid = process_id(self.addr(), self.password(), SHORT_REPLY_TIMEOUT).await;
+            if pid == Some(process.pid()) {
                 self.running = Some(process);
                 return true;
             }
@@ -164,17 +169,22 @@ impl RedisServer {
 }
 
 /// Returns the PID that the Redis at `addr` reports.
-async fn process_id(addr: SocketAddr, password: Option<&str>) -> Option<Pid> {
-    let answer = command(addr, password, "INFO server").await?;
+async fn process_id(addr: SocketAddr, password: Option<&str>, limit: Duration) -> Option<Pid> {
+    let answer = command(addr, password, "INFO server", limit).await?;
     let pid = answer
         .lines()
         .find_map(|line| line.strip_prefix("process_id:"))?;
     Some(Pid::from_raw(pid.trim().parse().ok()?))
 }
 
-/// Sends one line to the Redis at `addr` and returns the reply, or `None` if the call fails or takes longer than a
-/// second.
-async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option<String> {
+/// Sends one line to the Redis at `addr` and returns the reply, or `None` if the call fails or takes longer than
+/// `limit`.
+async fn command(
+    addr: SocketAddr,
+    password: Option<&str>,
+    line: &str,
+    limit: Duration,
+) -> Option<String> {
     let asked = async {
         let mut stream = TcpStream::connect(addr).await.ok()?;
         let login = password.map(|it| format!("AUTH {it}\r\n"));
@@ -186,7 +196,7 @@ async fn command(addr: SocketAddr, password: Option<&str>, line: &str) -> Option
         stream.read_to_string(&mut answer).await.ok()?;
         Some(answer)
     };
-    timeout(Duration::from_secs(1), asked).await.ok()?
+    timeout(limit, asked).await.ok()?
 }
 
 /// Returns a port that was free a moment ago.
@@ -206,16 +216,17 @@ mod tests {
         let mut redis = RedisServer::start().await;
         assert!(redis.url().starts_with("redis://127.0.0.1:"));
         redis.stop();
-        assert_eq!(process_id(redis.addr(), None).await, None);
+        let frozen = process_id(redis.addr(), None, SHORT_REPLY_TIMEOUT).await;
+        assert_eq!(frozen, None);
         redis.cont();
-        let first = process_id(redis.addr(), None)
+        let first = process_id(redis.addr(), None, REPLY_TIMEOUT)
             .await
             .expect("Redis responds again");
         redis.kill().await;
         assert!(TcpStream::connect(redis.addr()).await.is_err());
         redis.restart().await;
         assert_ne!(
-            process_id(redis.addr(), None)
+            process_id(redis.addr(), None, REPLY_TIMEOUT)
                 .await
                 .expect("Redis is running again"),
             first

@@ -9,6 +9,16 @@ use tokio::time::sleep;
 
 use crate::redis::{PATIENCE, RedisServer};
 
+/// After how many milliseconds of silence the sentinels consider a server down. Short pauses of the master must not
+/// cause a failover. After a failover, the old master must be considered down within eight seconds, because otherwise a
+/// sentinel that does not know of the failover yet could undo it.
+const DOWN_AFTER: u32 = 5_000;
+/// Replaces [`DOWN_AFTER`] while a test waits for a failover.
+const DOWN_AFTER_IN_FAILOVER: u32 = 400;
+/// After how many milliseconds of silence the nodes of a cluster consider each other down. No test waits for this, and
+/// a pause of the machine must not make a cluster unavailable.
+const CLUSTER_NODE_TIMEOUT: &str = "60000";
+
 /// Waits until a condition holds. Panics after [`PATIENCE`].
 async fn until<F: Future<Output = bool>>(what: &str, is_so: impl Fn() -> F) {
     let deadline = Instant::now() + PATIENCE;
@@ -38,7 +48,7 @@ impl SentinelGroup {
             let (_, path) = file.keep().expect("the file is kept");
             let config = format!(
                 "sentinel monitor main 127.0.0.1 {port} 2\n\
-                 sentinel down-after-milliseconds main 400\n\
+                 sentinel down-after-milliseconds main {DOWN_AFTER}\n\
                  sentinel failover-timeout main 2000\n"
             );
             std::fs::write(&path, config).expect("the file is writable");
@@ -81,8 +91,9 @@ impl SentinelGroup {
         )
     }
 
-    /// Waits until the initial replica is the master.
+    /// Waits until the initial replica is the master. The initial master must have been killed or frozen.
     pub async fn failed_over(&self) {
+        self.set_down_after(DOWN_AFTER_IN_FAILOVER).await;
         until("the replica is the master", async || {
             // Sentinel closes all connections to the server that it promotes, including this one, so there may be no
             // reply.
@@ -90,6 +101,15 @@ impl SentinelGroup {
             role.is_some_and(|role| role.contains("role:master"))
         })
         .await;
+        self.set_down_after(DOWN_AFTER).await;
+    }
+
+    async fn set_down_after(&self, millis: u32) {
+        let line = format!("SENTINEL SET main down-after-milliseconds {millis}");
+        for sentinel in &self.sentinels {
+            let reply = sentinel.command(&line).await;
+            assert!(reply.starts_with("+OK"), "{reply}");
+        }
     }
 }
 
@@ -115,7 +135,7 @@ impl RedisCluster {
                 "--cluster-enabled",
                 "yes",
                 "--cluster-node-timeout",
-                "1000",
+                CLUSTER_NODE_TIMEOUT,
                 "--cluster-port",
                 "{free}",
             ];

@@ -20,7 +20,7 @@ use tokio::{
 use crate::{Process, envoy, redis::free_port, traefik};
 
 /// The time within which a gateway must start, even on a busy machine.
-const STARTED_WITHIN: Duration = Duration::from_secs(30);
+const STARTED_WITHIN: Duration = Duration::from_secs(120);
 
 /// A gateway. nginx, HAProxy and Caddy must be installed; Envoy and Traefik are downloaded if they are missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
