@@ -61,10 +61,12 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap();
         let (ask, asked) = mpsc::channel();
+        let (confirm, written) = mpsc::channel();
         let answer = thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             asked.recv().unwrap();
             stream.write_all(b"!").unwrap();
+            confirm.send(()).unwrap();
             // The read completes when the other side closes the connection.
             let _ = stream.read(&mut [0]);
         });
@@ -79,6 +81,7 @@ mod tests {
         });
         tokio::spawn(async move {
             ask.send(()).unwrap();
+            written.recv().unwrap();
             thread::sleep(LIMIT * 5);
         });
         assert_eq!(within(LIMIT, told_on).await, Ok(Ok(b'!')));
