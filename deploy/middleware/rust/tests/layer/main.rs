@@ -18,9 +18,11 @@ use self::fake_quota::FakeQuota;
 
 const KEY: &str = "qk_secret-of-the-consumer";
 const TOKEN: &str = "qs_secret-of-the-service";
+const LONG: Duration = Duration::from_secs(60);
 
+/// Allows more time than by default, because a busy machine may pause the test for seconds.
 fn builder(quota: &FakeQuota) -> QuotaLayerBuilder {
-    QuotaLayer::builder(&quota.url, TOKEN)
+    QuotaLayer::builder(&quota.url, TOKEN).timeout(LONG)
 }
 
 /// An application whose handlers respond with the decision that they receive.
@@ -246,12 +248,15 @@ async fn requests_without_a_possible_key_are_not_checked() {
 
 /// Sends a request for which Quota makes no decision, once with each [`OnUnavailable`] setting. Returns the statuses.
 async fn undecided(quota: &FakeQuota) -> [u16; 2] {
+    undecided_within(LONG, quota).await
+}
+
+/// Works like [`undecided`], with a time limit for each check.
+async fn undecided_within(limit: Duration, quota: &FakeQuota) -> [u16; 2] {
     let mut statuses = [0; 2];
     let settings = [OnUnavailable::Deny, OnUnavailable::Allow];
     for (status, on_unavailable) in statuses.iter_mut().zip(settings) {
-        let app = app(builder(quota)
-            .timeout(Duration::from_millis(300))
-            .on_unavailable(on_unavailable));
+        let app = app(builder(quota).timeout(limit).on_unavailable(on_unavailable));
         let response = send(&app, request("/orders/7")).await;
         *status = response.status;
         if response.status == 200 {
@@ -297,7 +302,8 @@ async fn without_a_decision_the_setting_applies() {
     let contradiction = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}");
     let quota = FakeQuota::raw(&contradiction).await;
     assert_eq!(undecided(&quota).await, [503, 200]);
-    assert_eq!(undecided(&FakeQuota::silent().await).await, [503, 200]);
+    let (short, silent) = (Duration::from_millis(300), FakeQuota::silent().await);
+    assert_eq!(undecided_within(short, &silent).await, [503, 200]);
     assert_eq!(undecided(&FakeQuota::absent().await).await, [503, 200]);
 }
 
@@ -343,6 +349,7 @@ async fn remembered_denial_avoids_checks_until_it_expires() {
     let app = app(builder(&quota).cost(cost).cache_denials(100));
     let began = std::time::Instant::now();
     let first = send(&app, request("/orders/7")).await;
+    let answered = std::time::Instant::now();
     let again = send(&app, request("/orders/7")).await;
     let more = send(&app, request("/orders/7?3")).await;
     if began.elapsed() < Duration::from_secs(1) {
@@ -357,7 +364,7 @@ async fn remembered_denial_avoids_checks_until_it_expires() {
     assert_eq!(send(&app, other).await.status, 200);
     assert_eq!(send(&app, request("/orders/7?1")).await.status, 200);
     assert_eq!(quota.checks().len(), before + 2);
-    tokio::time::sleep_until((began + Duration::from_secs(1)).into()).await;
+    tokio::time::sleep_until((answered + Duration::from_secs(1)).into()).await;
     assert_eq!(send(&app, request("/orders/7")).await.status, 200);
 }
 
@@ -377,7 +384,7 @@ async fn denied_requests_are_checked_again_by_default_and_if_the_wait_is_short()
 #[tokio::test(flavor = "multi_thread")]
 async fn concurrent_requests_share_a_few_connections() {
     let quota = FakeQuota::answering(|_| allowed()).await;
-    let app = app(builder(&quota).timeout(Duration::from_secs(30)));
+    let app = app(builder(&quota));
     for _ in 0..20 {
         let sent = (0..8).map(|_| {
             let app = app.clone();
