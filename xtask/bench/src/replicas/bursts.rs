@@ -32,7 +32,7 @@ const CYCLES: usize = 3;
 struct Found {
     sent: usize,
     admitted: usize,
-    ideal: u64,
+    possible: u64,
     excess: f64,
     at: Duration,
 }
@@ -42,7 +42,7 @@ impl Default for Found {
         Self {
             sent: 0,
             admitted: 0,
-            ideal: 0,
+            possible: 0,
             excess: f64::NEG_INFINITY,
             at: Duration::ZERO,
         }
@@ -103,7 +103,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             let found = &mut worst[key];
             found.sent += recount.sent;
             found.admitted += recount.admitted;
-            found.ideal += recount.ideal;
+            found.possible += recount.possible();
             if recount.excess() > found.excess {
                 (found.excess, found.at) = (recount.excess(), phase);
             }
@@ -120,7 +120,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
             found.sent.to_string(),
             found.admitted.to_string(),
             format!("{:+.3}", found.excess),
-            percent(share(found.admitted as u64, found.ideal)),
+            percent(share(found.admitted as u64, found.possible)),
             format!("{:.1}", found.at.as_secs_f64() * 1e3),
         ]);
     }

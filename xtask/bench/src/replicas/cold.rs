@@ -93,9 +93,9 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                         table.faults.push(context(&plan.name, &recount));
                     }
                     if recount.is_short() {
+                        let (served, possible) = (recount.tokens, recount.possible());
                         table.faults.push(format!(
-                            "{round_trip} ms to Redis, {rpm} per minute, {kind}: only {} of {} were served",
-                            recount.tokens, recount.ideal
+                            "{round_trip} ms to Redis, {rpm} per minute, {kind}: only {served} of {possible} were served"
                         ));
                     }
                     found.add(&recount);

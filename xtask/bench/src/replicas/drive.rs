@@ -29,7 +29,7 @@ use tokio::{
 /// The maximum number of connections to one replica.
 const CONNECTIONS: usize = 700;
 /// How long to wait for a response.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A scheduled request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]

@@ -154,7 +154,8 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     table.notes.push(format!(
         "{} per minute, burst {}. 150 concurrent requests to the replica whose responses are late, then {} to each of \
          the two others, 50 and 75 ms after the responses arrived. Served is the fraction of what an exact bucket \
-         would admit of all requests, including those to the late replica. {}",
+         would admit of all requests, including those to the late replica, if it decided them when they were sent or \
+         when they were answered, whichever is less. {}",
         LIMIT.0,
         LIMIT.1,
         LIMIT.1 + 50,
@@ -171,7 +172,7 @@ pub(crate) struct Found {
     pub(crate) failed: usize,
     pub(crate) excess: f64,
     tokens: u64,
-    ideal: u64,
+    possible: u64,
 }
 
 impl Default for Found {
@@ -182,7 +183,7 @@ impl Default for Found {
             failed: 0,
             excess: f64::NEG_INFINITY,
             tokens: 0,
-            ideal: 0,
+            possible: 0,
         }
     }
 }
@@ -194,10 +195,10 @@ impl Found {
         self.failed += recount.failed + recount.silent;
         self.excess = self.excess.max(recount.excess());
         self.tokens += recount.tokens;
-        self.ideal += recount.ideal;
+        self.possible += recount.possible();
     }
 
     pub(crate) fn served(&self) -> f64 {
-        super::stage::share(self.tokens, self.ideal)
+        super::stage::share(self.tokens, self.possible)
     }
 }

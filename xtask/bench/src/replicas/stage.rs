@@ -209,9 +209,14 @@ pub(crate) struct Recount {
     pub(crate) failed: usize,
     /// Requests without a response.
     pub(crate) silent: usize,
+    /// The cost of all requests, and of those that failed or got no response. Some of the latter may have taken tokens.
+    cost: u64,
+    undecided: u64,
     pub(crate) worst: Option<Worst>,
-    /// Tokens that one exact bucket would have granted for the same requests.
-    pub(crate) ideal: u64,
+    /// Tokens that one exact bucket would have granted for the same requests, decided when they were sent.
+    ideal: u64,
+    /// Tokens that one exact bucket would have granted for the same requests, decided when they were answered.
+    ideal_when_answered: u64,
     /// The highest cost.
     dearest: u64,
 }
@@ -225,8 +230,10 @@ impl Recount {
             .filter(|it| it.admitted())
             .map(Attempt::span)
             .collect();
+        let is_undecided = |it: &&Attempt| it.status == 0 || it.status >= 500;
         let exact = Envelope::new(plan.rpm, plan.burst, Duration::ZERO);
         let ideal = exact.exact(own().map(|it| (it.sent, it.cost)).collect());
+        let ideal_when_answered = exact.exact(own().map(|it| (it.answered, it.cost)).collect());
         Self {
             sent: own().count(),
             admitted: spans.len(),
@@ -234,8 +241,14 @@ impl Recount {
             dearest: own().map(|it| u64::from(it.cost)).max().unwrap_or(1),
             failed: count(|it| it.status >= 500),
             silent: count(|it| it.status == 0),
+            cost: own().map(|it| u64::from(it.cost)).sum(),
+            undecided: own()
+                .filter(is_undecided)
+                .map(|it| u64::from(it.cost))
+                .sum(),
             worst: Envelope::new(plan.rpm, plan.burst, slack + GRAIN).worst(&spans),
             ideal,
+            ideal_when_answered,
         }
     }
 
@@ -244,15 +257,28 @@ impl Recount {
         self.worst.map_or(f64::NEG_INFINITY, |worst| worst.excess)
     }
 
-    /// Returns the granted tokens as a fraction of the tokens that one exact bucket would have granted.
-    pub(crate) fn served(&self) -> f64 {
-        share(self.tokens, self.ideal)
+    /// Returns the number of tokens that one exact bucket would have granted for the same requests.
+    ///
+    /// A client does not know when a request was decided. On a busy machine, that can be so long after it was sent that
+    /// the bucket has refilled less, so the lower of the two ideal amounts is the possible one.
+    pub(crate) fn possible(&self) -> u64 {
+        self.ideal.min(self.ideal_when_answered)
     }
 
-    /// Returns whether less than 99% of the possible tokens were granted. A difference of one request is within the
-    /// measurement error, because a client cannot tell whether the request's tokens were already available.
+    /// Returns the granted tokens as a fraction of the possible tokens.
+    pub(crate) fn served(&self) -> f64 {
+        share(self.tokens, self.possible())
+    }
+
+    /// Returns whether less than 99% of the possible tokens were granted, even if every undecided request took tokens.
+    /// If more than 2% of the requests are undecided, they count as not served.
+    ///
+    /// A difference of one request is within the measurement error, because its tokens may just have become available.
     pub(crate) fn is_short(&self) -> bool {
-        self.served() < 0.99 && self.tokens + self.dearest < self.ideal
+        let is_rare = share(self.undecided, self.cost) <= 0.02;
+        let undecided = if is_rare { self.undecided } else { 0 };
+        let (taken, possible) = (self.tokens + undecided, self.possible());
+        share(taken, possible) < 0.99 && taken + self.dearest < possible
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -363,5 +389,80 @@ pub(crate) fn per_thousand(before: Option<u64>, after: Option<u64>, decisions: u
             )
         }
         _ => "-".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000_000;
+
+    /// Returns the log of a burst at 0 ms and one request every 50 ms for a second, of which the first `admitted` are
+    /// allowed.
+    fn log(burst_answered: u64, admitted: usize) -> Vec<Attempt> {
+        let burst = std::iter::repeat_n((0, burst_answered), 40);
+        let steady = (1..=20).map(|n| (n * 50 * MS, (n * 50 * MS).max(burst_answered) + MS));
+        burst
+            .chain(steady)
+            .enumerate()
+            .map(|(n, (sent, answered))| Attempt {
+                key: 0,
+                replica: 0,
+                cost: 1,
+                due: sent,
+                sent,
+                answered,
+                status: if n < admitted { 200 } else { 429 },
+                retry_after: None,
+                degraded: false,
+            })
+            .collect()
+    }
+
+    /// Evaluates a log. The plan has a burst of 30 and 10 tokens per second.
+    fn recount_of(log: &[Attempt]) -> Recount {
+        let plan = Plan::new("a plan".to_owned(), 600, 30);
+        Recount::of(0, &plan, Duration::ZERO, log)
+    }
+
+    fn recount(burst_answered: u64, admitted: usize) -> Recount {
+        recount_of(&log(burst_answered, admitted))
+    }
+
+    #[test]
+    fn a_bucket_that_grants_too_little_is_detected() {
+        // 30 at once, and 10 in a second.
+        assert!(!recount(MS, 40).is_short());
+        assert!(!recount(MS, 39).is_short());
+        assert!(recount(MS, 38).is_short());
+    }
+
+    #[test]
+    fn a_late_decision_is_not_mistaken_for_a_missing_grant() {
+        // Decided after half a second, 30 at once and 5 in the rest of the second.
+        assert!(!recount(500 * MS, 35).is_short());
+        assert!(!recount(500 * MS, 34).is_short());
+        assert!(recount(500 * MS, 33).is_short());
+        assert!(recount(500 * MS, 35).served() >= 1.0);
+    }
+
+    #[test]
+    fn an_undecided_request_may_have_taken_tokens() {
+        for status in [0, 503] {
+            let is_short = |admitted| {
+                let mut log = log(MS, admitted);
+                log[admitted].status = status;
+                recount_of(&log).is_short()
+            };
+            assert!(!is_short(38), "{status}");
+            assert!(is_short(37), "{status}");
+            // A server that fails often does not serve what is possible.
+            let mut log = log(MS, 36);
+            for attempt in &mut log[36..] {
+                attempt.status = status;
+            }
+            assert!(recount_of(&log).is_short(), "{status}");
+        }
     }
 }

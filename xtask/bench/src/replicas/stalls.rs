@@ -123,7 +123,7 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
     table.notes.push(format!(
         "{REPLICAS} replicas, {} per minute, burst {}; the bucket is emptied first, then twice the rate. Redis is frozen \
          with SIGSTOP. Served is the fraction of what an exact bucket would admit of all requests, including those \
-         during the freeze. {}",
+         during the freeze, if it decided them when they were sent or when they were answered, whichever is less. {}",
         LIMIT.0,
         LIMIT.1,
         lateness(&late),

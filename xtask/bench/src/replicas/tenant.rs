@@ -1,15 +1,22 @@
 //! A tenant with plans and keys, managed over HTTP.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, header};
+use http::{HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::client::conn::http1::handshake;
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep},
+};
+
+/// How long to repeat a request that gets 503. On a busy machine, PostgreSQL may respond too late.
+const REPEATED_FOR: Duration = Duration::from_secs(60);
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// A signed-in owner, who can use any replica.
 #[derive(Clone)]
@@ -80,7 +87,8 @@ impl Tenant {
         Ok(())
     }
 
-    /// Sends a request and returns the JSON of the response. Fails unless the status is 2xx.
+    /// Sends a request and returns the JSON of the response. Repeats the request for up to a minute while the status
+    /// is 503. Fails if the final status is not 2xx, unless it is 404 after a repeated DELETE.
     pub(crate) async fn call(
         &self,
         server: SocketAddr,
@@ -145,6 +153,37 @@ async fn call(
     token: Option<&str>,
     body: Option<&Value>,
 ) -> Result<Value> {
+    let deadline = Instant::now() + REPEATED_FOR;
+    let (mut status, mut bytes) = send(server, &method, path, token, body).await?;
+    let is_repeated = status == StatusCode::SERVICE_UNAVAILABLE;
+    while status == StatusCode::SERVICE_UNAVAILABLE && Instant::now() < deadline {
+        sleep(PAUSE).await;
+        (status, bytes) = send(server, &method, path, token, body).await?;
+    }
+    // A deletion that got 503 may have taken effect nevertheless.
+    if is_repeated && method == Method::DELETE && status == StatusCode::NOT_FOUND {
+        return Ok(Value::Null);
+    }
+    if !status.is_success() {
+        bail!(
+            "{method} {path} returned {status}: {}",
+            String::from_utf8_lossy(&bytes)
+        );
+    }
+    if bytes.is_empty() {
+        return Ok(Value::Null);
+    }
+    Ok(serde_json::from_slice(&bytes)?)
+}
+
+/// Sends a request once.
+async fn send(
+    server: SocketAddr,
+    method: &Method,
+    path: &str,
+    token: Option<&str>,
+    body: Option<&Value>,
+) -> Result<(StatusCode, Bytes)> {
     let stream = TcpStream::connect(server).await?;
     stream.set_nodelay(true)?;
     let (mut sender, connection) = handshake(TokioIo::new(stream)).await?;
@@ -164,16 +203,7 @@ async fn call(
     let status = answer.status();
     let bytes = answer.into_body().collect().await?.to_bytes();
     connection.abort();
-    if !status.is_success() {
-        bail!(
-            "{method} {path} returned {status}: {}",
-            String::from_utf8_lossy(&bytes)
-        );
-    }
-    if bytes.is_empty() {
-        return Ok(Value::Null);
-    }
-    Ok(serde_json::from_slice(&bytes)?)
+    Ok((status, bytes))
 }
 
 /// Returns whether the server's OpenAPI document contains a word, such as the name of a field that an earlier version

@@ -82,9 +82,9 @@ pub(crate) async fn run(options: &Options) -> Result<Table> {
                 table.faults.push(context(&what, &recount));
             }
             if recount.is_short() {
-                let (served, ideal) = (recount.tokens, recount.ideal);
+                let (served, possible) = (recount.tokens, recount.possible());
                 table.faults.push(format!(
-                    "{what}: only {served} tokens of {ideal} were served"
+                    "{what}: only {served} tokens of {possible} were served"
                 ));
             }
             table.row(vec![

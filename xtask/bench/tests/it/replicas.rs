@@ -100,7 +100,7 @@ async fn missing_sharing_is_detected_and_a_single_replica_is_not_reported() {
             seen += 1;
         }
     }
-    assert_eq!(found.faults().len(), seen);
+    assert_eq!(found.faults().len(), seen, "{:?}", found.faults());
     assert!(seen > 0, "both were measured");
 }
 

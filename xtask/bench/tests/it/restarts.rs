@@ -44,7 +44,7 @@ fn restarts_behind_caddy_fail_no_request() {
         .arg(quota)
         .args(["2", "--kills", "0", "--rate", "50"])
         // Other tests may keep the machine busy.
-        .args(["--redis-timeout", "1s"])
+        .args(["--redis-timeout", "5s"])
         .arg("--programs")
         .arg(programs())
         .arg("--tools")
