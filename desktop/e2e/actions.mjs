@@ -7,6 +7,11 @@ import { quoted } from "./world.mjs";
 export async function actions(world) {
   const my = await world.visitor();
   const { page, base } = my;
+  // Messages stay longer than usual, so that they do not disappear while they are inspected.
+  await page.addInitScript(() => {
+    const { setTimeout } = window;
+    window.setTimeout = (run, ms, ...rest) => setTimeout(run, [6000, 12_000].includes(ms) ? ms * 10 : ms, ...rest);
+  });
   await my.registered("Actions");
   const dialog = page.locator("dialog[open]");
   const toast = page.locator(".toast");

@@ -9,11 +9,6 @@ const ID = "019ab4e1-7c00-7000-8000-00000000abcd";
 export async function trouble(world) {
   const my = await world.visitor();
   const { page, base } = my;
-  // Shortens the timeout for responses, so that the test does not take half a minute.
-  await page.addInitScript(() => {
-    const { timeout } = AbortSignal;
-    AbortSignal.timeout = (ms) => timeout.call(AbortSignal, ms / 20);
-  });
   await my.registered("Trouble");
   const plan = await my.api("POST", "/admin/plans", { name: "Starter", default_rpm: 600 });
   const created = await my.api("POST", "/admin/api-keys", { name: "Mobile app", plan_id: plan.id });
@@ -72,6 +67,14 @@ export async function trouble(world) {
   await expiredSession(my);
   world.expected = undefined;
   await my.context.close();
+}
+
+/** Sets the timeout for responses to its usual length times `factor`, until the page is reloaded. */
+function scaleTimeout(page, factor) {
+  return page.evaluate((factor) => {
+    window.originalTimeout ??= AbortSignal.timeout;
+    AbortSignal.timeout = (ms) => window.originalTimeout.call(AbortSignal, ms * factor);
+  }, factor);
 }
 
 /** While the live list is filtered or cannot be loaded, it does not claim that there are no decisions. */
@@ -134,31 +137,35 @@ async function nothingResponds(my) {
   await page.goto(`${base}/console/settings`);
   await my.heading("Profile").waitFor();
   const calls = /\/admin\/(plans|api-keys)/;
-  // The response arrives after the note about slow loading and before the timeout. Because the test has shortened the
-  // timeout, this part restores it to its usual length.
+  // The response arrives only after the note about slow loading has been inspected. The longer timeout leaves enough
+  // time for this.
+  let release;
+  const released = new Promise((resolve) => (release = resolve));
   await page.route(calls, async (route) => {
-    await pause(6000);
+    await released;
     await route.continue().catch(() => {});
   });
-  await page.evaluate(() => {
-    const { timeout } = AbortSignal;
-    AbortSignal.timeout = (ms) => timeout.call(AbortSignal, ms * 20);
-  });
+  await scaleTimeout(page, 10);
   await my.navigate("Plans").click();
   await page.locator(".skeleton").getByText("Still loading…").waitFor();
   await my.inspect("slow");
+  release();
   await page.getByRole("row", { name: /Starter/ }).waitFor();
   await page.unroute(calls);
 
   await page.reload();
   await page.getByRole("row", { name: /Starter/ }).waitFor();
+  // While no response arrives, the timeout is short, so that the test does not take half a minute each time.
+  await scaleTimeout(page, 1 / 20);
   await page.route(calls, () => {});
   await my.navigate("API keys").click();
   await my.heading("Couldn't load API keys").waitFor();
   await page.getByText("Can't reach the server.").first().waitFor();
   await page.unroute(calls);
+  await scaleTimeout(page, 1);
   await my.navigate("Plans").click();
   await page.getByRole("row", { name: /Starter/ }).waitFor();
+  await scaleTimeout(page, 1 / 20);
   await page.route(calls, () => {});
   await my.button("Edit Starter").click();
   await my.field("Name").fill("Basic");
@@ -168,6 +175,7 @@ async function nothingResponds(my) {
   assert.equal(await my.field("Name").inputValue(), "Basic", "the input is kept");
   await my.inspect("no-response");
   await page.unroute(calls);
+  await scaleTimeout(page, 1);
   await my.button("Cancel").click();
 }
 
@@ -180,11 +188,16 @@ async function responseIsIncomplete(my) {
   });
   await new Promise((resolve) => server.listen(0, "127.0.0.1", resolve));
   const calls = /\/admin\/api-keys/;
+  await page.goto(`${base}/console/plans`);
+  await page.getByRole("row", { name: /Starter/ }).waitFor();
+  // Even on a busy machine, the start of the response arrives within this timeout.
+  await scaleTimeout(page, 1 / 3);
   await page.route(calls, (route) => route.continue({ url: `http://127.0.0.1:${server.address().port}/` }));
-  await page.goto(`${base}/console/api-keys`);
+  await my.navigate("API keys").click();
   await my.heading("Couldn't load API keys").waitFor();
   await page.getByText("The server's response didn't arrive completely.").first().waitFor();
   await page.unroute(calls);
+  await scaleTimeout(page, 1);
   await my.button("Retry").click();
   await page.getByRole("row", { name: /Web shop/ }).waitFor();
   await my.navigate("Plans").click();

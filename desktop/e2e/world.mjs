@@ -79,7 +79,7 @@ export class World {
   /** Returns a page whose errors are collected. */
   async window(context) {
     const page = await context.newPage();
-    page.setDefaultTimeout(15_000);
+    page.setDefaultTimeout(60_000);
     page.on("pageerror", (error) => this.pageErrors.push(`error: ${error.message}`));
     page.on("console", (message) => {
       // Browsers log the rejected requests and failed connections that the journey provokes on purpose. They also log

@@ -79,7 +79,8 @@ async fn main_journey(
     page.press("Create plan").await?;
     page.heading("Create plan").await?;
     page.fill("Name", "Starter").await?;
-    page.fill("Requests per minute", "30").await?;
+    // At this rate, the countdown after a rejected request takes up to 12 seconds.
+    page.fill("Requests per minute", "5").await?;
     page.fill("Burst", "5").await?;
     page.press("Create plan").await?;
     page.text("Starter").await?;
@@ -88,7 +89,7 @@ async fn main_journey(
     page.heading("No keys yet").await?;
     page.press("Create key").await?;
     page.fill("Name", "Mobile app").await?;
-    page.choose("#key_plan", "Starter (30/min)").await?;
+    page.choose("#key_plan", "Starter (5/min)").await?;
     page.press("Create key").await?;
     page.element("#secret").await?;
     let key = page.content("#secret").await?;
@@ -158,10 +159,17 @@ async fn main_journey(
     Ok(alerts)
 }
 
-/// Sends requests with the key until a response has this status. A change can take a second to take effect.
+/// Sends requests with the key until a response has this status. A change can take a second to take effect, and the
+/// burst takes longer to refill.
 async fn send_until(page: &App, status: u16) -> Result<()> {
-    until(&format!("status {status}"), TIMEOUT, async || {
+    until(&format!("status {status}"), 3 * TIMEOUT, async || {
         page.press("Send 1").await?;
+        // Another request must not be sent before the response is on the page, because it would replace that response.
+        let is_sent = "return !document.querySelector('.try [aria-disabled=true]')";
+        until("the response", TIMEOUT, async || {
+            Ok((page.run(is_sent).await? == json!(true)).then_some(()))
+        })
+        .await?;
         let last = page.content(".status").await?;
         Ok(last.contains(&status.to_string()).then_some(()))
     })
@@ -375,8 +383,10 @@ async fn billing(page: &App, world: &World) -> Result<()> {
     page.screenshot("billing").await?;
     page.press("Manage in Stripe").await?;
     page.text("Stripe opened in your browser.").await?;
-    let portal = world.opened().pop().unwrap_or_default();
-    ensure!(portal.contains("/portal/"), "opened {portal}");
+    until("the portal opens", TIMEOUT, async || {
+        Ok(world.opened().pop().filter(|it| it.contains("/portal/")))
+    })
+    .await?;
     world.display()?.press(TITLE, &[x11::F1]).await?;
     until("the API docs open", TIMEOUT, async || {
         Ok(world.opened().pop().filter(|it| it.ends_with("/docs")))
