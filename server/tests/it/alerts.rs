@@ -555,7 +555,9 @@ async fn many_alerts_of_one_tenant_are_all_created() {
 /// The check of one tenant waits for a lock until its statement is canceled.
 #[tokio::test(flavor = "multi_thread")]
 async fn tenant_whose_check_fails_does_not_delay_other_tenants() {
-    let world = World::new(json!({"daily_quota": 10})).await;
+    let setup = with_hooks(TestApp::setup()).flag("--database-lock-timeout=1s");
+    let app = setup.without_jobs().start().await;
+    let world = World::on(app, json!({"daily_quota": 10})).await;
     let hooks = Hooks::start().await;
     let (webhook, _) = hooks.create(&world.app, &world.account, "/hook").await;
     let mut others = Vec::new();

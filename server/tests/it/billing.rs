@@ -981,7 +981,9 @@ async fn failed_payment_reaches_three_replicas_and_affects_no_one_else() {
     let setup = || {
         let setup = stripe.configure(TestApp::setup());
         let setup = setup.flag(format!("--redis-url={}", redis.url()));
-        setup.flag("--redis-timeout=2s")
+        setup
+            .flag("--redis-timeout=5s")
+            .flag("--redis-connect-timeout=5s")
     };
     let first = setup().start().await;
     let second = setup().database(first.database.clone()).start().await;

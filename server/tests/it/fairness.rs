@@ -29,6 +29,38 @@ const BURST: usize = 64;
 /// The number of changes that one tenant may have in progress or waiting on a replica.
 const ADMITTED: usize = 33;
 
+/// How long a change or read waits for its turn before it gets 503.
+const TURN_WITHIN: Duration = Duration::from_secs(5);
+
+/// Runs an attempt up to three times, until it does not return `None`, which means that it took longer than
+/// [`TURN_WITHIN`]. On a busy machine, this can happen to some attempts. If one tenant delays another, it happens to
+/// every attempt.
+async fn within_a_turn(attempt: impl AsyncFn() -> Option<()>) {
+    for _ in 0..3 {
+        if attempt().await.is_some() {
+            return;
+        }
+    }
+    panic!("every attempt took too long");
+}
+
+/// Returns the first `count` responses. Stops waiting for further responses once [`TURN_WITHIN`] has passed since
+/// `sent`.
+async fn first(requests: &mut JoinSet<Answer>, count: usize, sent: Instant) -> Vec<Answer> {
+    let mut answers = Vec::new();
+    while answers.len() < count && sent.elapsed() < TURN_WITHIN {
+        let answer = requests.join_next().await.expect("more requests");
+        answers.push(answer.expect("a response"));
+    }
+    answers
+}
+
+fn assert_all(answers: &[Answer], status: u16) {
+    for answer in answers {
+        assert_eq!(answer.status, status, "{}", answer.text);
+    }
+}
+
 /// Starts creating `count` plans.
 fn create_plans(app: &Arc<TestApp>, account: &Arc<Account>, count: usize) -> JoinSet<Answer> {
     let mut creations = JoinSet::new();
@@ -53,110 +85,122 @@ async fn patient() -> Arc<TestApp> {
 #[tokio::test(flavor = "multi_thread")]
 async fn burst_of_creations_by_one_tenant_does_not_delay_another() {
     let app = patient().await;
-    let (a, b) = (Arc::new(app.register().await), app.register().await);
-    // Simulates another replica that holds the lock that is required to count the resources of tenant `a`.
-    let database = app.database.connect().await;
-    let lock = format!(
-        "SELECT pg_advisory_lock(hashtextextended('{}', 7226422))",
-        a.tenant_id
-    );
-    database.batch_execute(&lock).await.unwrap();
-    let mut creations = create_plans(&app, &a, BURST);
-    let mut rejected = 0;
-    while rejected < BURST - ADMITTED {
-        let next = tokio::time::timeout(Duration::from_secs(10), creations.join_next());
-        let answer = next.await.expect("the queue is bounded").unwrap().unwrap();
-        assert_eq!(
-            (answer.status, answer.problem()),
-            (429, "too-many-requests"),
-            "{}",
-            answer.text
+    within_a_turn(async || {
+        let (a, b) = (Arc::new(app.register().await), app.register().await);
+        // Simulates another replica that holds the lock that is required to count the resources of tenant `a`.
+        let database = app.database.connect().await;
+        let lock = format!(
+            "SELECT pg_advisory_lock(hashtextextended('{}', 7226422))",
+            a.tenant_id
         );
-        assert!(answer.number("retry-after") >= 1);
-        rejected += 1;
-    }
+        database.batch_execute(&lock).await.unwrap();
+        let sent = Instant::now();
+        let mut creations = create_plans(&app, &a, BURST);
+        let rejected = first(&mut creations, BURST - ADMITTED, sent).await;
 
-    let began = Instant::now();
-    for _ in 0..10 {
-        app.plan(&b, json!({})).await;
-        let list = app.act(&b, "GET", "/admin/plans", Value::Null).await;
-        assert_eq!(list.status, 200, "{}", list.text);
-    }
-    let took = began.elapsed();
-    assert!(took < Duration::from_secs(10), "{took:?}");
-    // The tenant itself can still read.
-    let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
-    assert_eq!((list.status, &list.body["total"]), (200, &json!(0)));
+        for _ in 0..10 {
+            app.plan(&b, json!({})).await;
+            let list = app.act(&b, "GET", "/admin/plans", Value::Null).await;
+            assert_eq!(list.status, 200, "{}", list.text);
+        }
+        // The tenant itself can still read.
+        let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
+        assert_eq!((list.status, &list.body["total"]), (200, &json!(0)));
 
-    let unlock = "SELECT pg_advisory_unlock_all()";
-    database.batch_execute(unlock).await.unwrap();
-    while let Some(answer) = creations.join_next().await {
-        let answer = answer.unwrap();
-        assert_eq!(answer.status, 201, "{}", answer.text);
-    }
-    let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
-    assert_eq!(list.body["total"], json!(ADMITTED));
+        let unlock = "SELECT pg_advisory_unlock_all()";
+        database.batch_execute(unlock).await.unwrap();
+        let created = creations.join_all().await;
+        if sent.elapsed() >= TURN_WITHIN {
+            return None;
+        }
+        assert_all(&rejected, 429);
+        for answer in &rejected {
+            assert_eq!(answer.problem(), "too-many-requests");
+            assert!(answer.number("retry-after") >= 1);
+        }
+        assert_all(&created, 201);
+        let list = app.act(&a, "GET", "/admin/plans", Value::Null).await;
+        assert_eq!(list.body["total"], json!(ADMITTED));
+        Some(())
+    })
+    .await;
     assert!(app.metric("quota_guard_rejections_total").await >= 31.0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn burst_of_updates_of_one_plan_does_not_delay_another_tenant() {
     let app = patient().await;
-    let (a, b) = (Arc::new(app.register().await), app.register().await);
-    let plan = app.plan(&a, json!({})).await;
-    let mut database = app.database.connect().await;
-    let locked = database.transaction().await.unwrap();
-    let lock = format!("SELECT FROM plans WHERE id = '{plan}' FOR UPDATE");
-    locked.batch_execute(&lock).await.unwrap();
-    let mut updates = JoinSet::new();
-    for n in 1..=ADMITTED {
-        let (app, a, path) = (app.clone(), a.clone(), format!("/admin/plans/{plan}"));
-        updates.spawn(async move { app.act(&a, "PATCH", &path, json!({"burst": n})).await });
-    }
-    // Give all requests time to reach the lock or the queue.
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    for _ in 0..10 {
-        app.plan(&b, json!({})).await;
-    }
-    assert_eq!(updates.len(), ADMITTED);
-    locked.rollback().await.unwrap();
-    while let Some(answer) = updates.join_next().await {
-        let answer = answer.unwrap();
-        assert_eq!(answer.status, 200, "{}", answer.text);
-    }
+    within_a_turn(async || {
+        let (a, b) = (Arc::new(app.register().await), app.register().await);
+        let plan = app.plan(&a, json!({})).await;
+        let mut database = app.database.connect().await;
+        let locked = database.transaction().await.unwrap();
+        let lock = format!("SELECT FROM plans WHERE id = '{plan}' FOR UPDATE");
+        locked.batch_execute(&lock).await.unwrap();
+        let sent = Instant::now();
+        let mut updates = JoinSet::new();
+        for n in 1..=ADMITTED {
+            let (app, a, path) = (app.clone(), a.clone(), format!("/admin/plans/{plan}"));
+            updates.spawn(async move { app.act(&a, "PATCH", &path, json!({"burst": n})).await });
+        }
+        // Give all requests time to reach the lock or the queue.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        for _ in 0..10 {
+            app.plan(&b, json!({})).await;
+        }
+        locked.rollback().await.unwrap();
+        let updated = updates.join_all().await;
+        if sent.elapsed() >= TURN_WITHIN {
+            return None;
+        }
+        assert_all(&updated, 200);
+        Some(())
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn changes_of_disconnected_clients_leave_the_queue() {
     let app = patient().await;
-    let a = Arc::new(app.register().await);
-    let database = app.database.connect().await;
-    let lock = format!(
-        "SELECT pg_advisory_lock(hashtextextended('{}', 7226422))",
-        a.tenant_id
-    );
-    database.batch_execute(&lock).await.unwrap();
-    for _ in 0..3 {
-        let mut creations = create_plans(&app, &a, BURST);
-        for _ in ADMITTED..BURST {
-            let answer = creations.join_next().await.unwrap().unwrap();
-            assert_eq!(answer.status, 429, "{}", answer.text);
+    within_a_turn(async || {
+        let a = Arc::new(app.register().await);
+        let database = app.database.connect().await;
+        let lock = format!(
+            "SELECT pg_advisory_lock(hashtextextended('{}', 7226422))",
+            a.tenant_id
+        );
+        database.batch_execute(&lock).await.unwrap();
+        let mut soonest = Duration::MAX;
+        for _ in 0..3 {
+            let sent = Instant::now();
+            let mut creations = create_plans(&app, &a, BURST);
+            let rejected = first(&mut creations, BURST - ADMITTED, sent).await;
+            if sent.elapsed() >= TURN_WITHIN {
+                return None;
+            }
+            assert_all(&rejected, 429);
+            // Close the clients' connections.
+            creations.shutdown().await;
+            let began = Instant::now();
+            while app.metric("quota_requests_in_flight").await > 0.0 {
+                assert!(began.elapsed() < Duration::from_secs(60));
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            soonest = soonest.min(began.elapsed());
         }
-        // Close the clients' connections.
-        creations.shutdown().await;
-        let began = Instant::now();
-        while app.metric("quota_requests_in_flight").await > 0.0 {
-            assert!(began.elapsed() < Duration::from_secs(10));
-            tokio::time::sleep(Duration::from_millis(20)).await;
+        // The requests have not merely timed out.
+        assert!(soonest < TURN_WITHIN, "{soonest:?}");
+        let unlock = "SELECT pg_advisory_unlock_all()";
+        database.batch_execute(unlock).await.unwrap();
+        let sent = Instant::now();
+        let created = create_plans(&app, &a, ADMITTED).join_all().await;
+        if sent.elapsed() >= TURN_WITHIN {
+            return None;
         }
-    }
-    let unlock = "SELECT pg_advisory_unlock_all()";
-    database.batch_execute(unlock).await.unwrap();
-    let mut creations = create_plans(&app, &a, ADMITTED);
-    while let Some(answer) = creations.join_next().await {
-        let answer = answer.unwrap();
-        assert_eq!(answer.status, 201, "{}", answer.text);
-    }
+        assert_all(&created, 201);
+        Some(())
+    })
+    .await;
 }
 
 /// Reads of usage and of long lists have to wait while PostgreSQL is slow. A locked table simulates this.
@@ -164,7 +208,6 @@ async fn changes_of_disconnected_clients_leave_the_queue() {
 async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
     let app = patient().await;
     let (a, b) = (Arc::new(app.register().await), app.register().await);
-    let mut database = app.database.connect().await;
     let webhook = app.webhook(&a).await;
     let deliveries = format!("/admin/webhooks/{webhook}/deliveries");
     for (path, table) in [
@@ -176,73 +219,84 @@ async fn burst_of_reads_by_one_tenant_does_not_delay_another() {
         ("/admin/decisions", "usage_tenants"),
         ("/admin/audit", "audit_events"),
     ] {
-        let locked = database.transaction().await.unwrap();
-        let lock = format!("LOCK TABLE {table}");
-        locked.batch_execute(&lock).await.unwrap();
-        let mut reads = JoinSet::new();
-        for _ in 0..BURST {
-            let (app, a, path) = (app.clone(), a.clone(), path.to_owned());
-            reads.spawn(async move { app.act(&a, "GET", &path, Value::Null).await });
-        }
-        tokio::time::sleep(Duration::from_millis(300)).await;
-        let began = Instant::now();
-        for _ in 0..10 {
-            let list = app.act(&b, "GET", "/admin/plans", Value::Null).await;
-            assert_eq!(list.status, 200, "{path}: {}", list.text);
-        }
-        let took = began.elapsed();
-        assert!(took < Duration::from_secs(4), "{path}: {took:?}");
-        locked.rollback().await.unwrap();
-        let (mut answered, mut rejected) = (0, 0);
-        while let Some(answer) = reads.join_next().await {
-            let answer = answer.unwrap();
-            match answer.status {
-                200 => answered += 1,
-                429 => {
-                    assert_eq!(answer.problem(), "too-many-requests");
-                    rejected += 1;
-                }
-                _ => panic!("{path}: {}", answer.text),
+        within_a_turn(async || {
+            let mut database = app.database.connect().await;
+            let locked = database.transaction().await.unwrap();
+            let lock = format!("LOCK TABLE {table}");
+            locked.batch_execute(&lock).await.unwrap();
+            let sent = Instant::now();
+            let mut reads = JoinSet::new();
+            for _ in 0..BURST {
+                let (app, a, path) = (app.clone(), a.clone(), path.to_owned());
+                reads.spawn(async move { app.act(&a, "GET", &path, Value::Null).await });
             }
-        }
-        assert!(answered >= 33, "{path}: {answered}");
-        assert!(rejected >= 16, "{path}: {rejected}");
+            let mut answers = first(&mut reads, 16, sent).await;
+            for _ in 0..10 {
+                let list = app.act(&b, "GET", "/admin/plans", Value::Null).await;
+                assert_eq!(list.status, 200, "{path}: {}", list.text);
+            }
+            locked.rollback().await.unwrap();
+            answers.extend(reads.join_all().await);
+            if sent.elapsed() >= TURN_WITHIN {
+                return None;
+            }
+            let (mut answered, mut rejected) = (0, 0);
+            for answer in answers {
+                match answer.status {
+                    200 => answered += 1,
+                    429 => {
+                        assert_eq!(answer.problem(), "too-many-requests");
+                        rejected += 1;
+                    }
+                    _ => panic!("{path}: {}", answer.text),
+                }
+            }
+            assert!(answered >= 33, "{path}: {answered}");
+            assert!(rejected >= 16, "{path}: {rejected}");
+            Some(())
+        })
+        .await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn burst_of_webhook_tests_by_one_tenant_does_not_delay_another() {
     let app = patient().await;
-    let (a, b) = (Arc::new(app.register().await), app.register().await);
-    let webhook = app.webhook(&a).await;
-    let mut database = app.database.connect().await;
-    let locked = database.transaction().await.unwrap();
-    let lock = format!("SELECT FROM webhooks WHERE id = '{webhook}' FOR UPDATE");
-    locked.batch_execute(&lock).await.unwrap();
-    let mut tests = JoinSet::new();
-    for _ in 0..BURST {
-        let (app, a, path) = (
-            app.clone(),
-            a.clone(),
-            format!("/admin/webhooks/{webhook}/test"),
-        );
-        tests.spawn(async move { app.act(&a, "POST", &path, Value::Null).await });
-    }
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    let began = Instant::now();
-    for _ in 0..10 {
-        app.plan(&b, json!({})).await;
-    }
-    let took = began.elapsed();
-    assert!(took < Duration::from_secs(4), "{took:?}");
-    locked.rollback().await.unwrap();
-    let mut created = 0;
-    while let Some(answer) = tests.join_next().await {
-        let answer = answer.unwrap();
-        created += usize::from(answer.status == 201);
-        assert!(matches!(answer.status, 201 | 429 | 503), "{}", answer.text);
-    }
-    assert!((1..BURST).contains(&created), "{created}");
+    within_a_turn(async || {
+        let (a, b) = (Arc::new(app.register().await), app.register().await);
+        let webhook = app.webhook(&a).await;
+        let mut database = app.database.connect().await;
+        let locked = database.transaction().await.unwrap();
+        let lock = format!("SELECT FROM webhooks WHERE id = '{webhook}' FOR UPDATE");
+        locked.batch_execute(&lock).await.unwrap();
+        let sent = Instant::now();
+        let mut tests = JoinSet::new();
+        for _ in 0..BURST {
+            let (app, a, path) = (
+                app.clone(),
+                a.clone(),
+                format!("/admin/webhooks/{webhook}/test"),
+            );
+            tests.spawn(async move { app.act(&a, "POST", &path, Value::Null).await });
+        }
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        for _ in 0..10 {
+            app.plan(&b, json!({})).await;
+        }
+        locked.rollback().await.unwrap();
+        let answers = tests.join_all().await;
+        if sent.elapsed() >= TURN_WITHIN {
+            return None;
+        }
+        let mut created = 0;
+        for answer in answers {
+            created += usize::from(answer.status == 201);
+            assert!(matches!(answer.status, 201 | 429 | 503), "{}", answer.text);
+        }
+        assert!((1..BURST).contains(&created), "{created}");
+        Some(())
+    })
+    .await;
 }
 
 /// A client with an account requests large responses and opens no flow-control window for them, so the server has to
@@ -309,7 +363,7 @@ async fn unread_large_responses_of_a_tenant_are_limited() {
     drop(stream);
     let began = Instant::now();
     while app.act(&a, "GET", &path, Value::Null).await.status != 200 {
-        assert!(began.elapsed() < Duration::from_secs(10));
+        assert!(began.elapsed() < Duration::from_secs(20));
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -15,6 +15,10 @@ use crate::support::{
 
 /// A time limit that is long enough for a busy machine.
 const AT_MOST: Duration = Duration::from_secs(45);
+/// Changes that do not get their turn get 503 after five seconds.
+const TURN_WITHIN: Duration = Duration::from_secs(4);
+/// Requests that do not get quota tokens get 503 after a second.
+const TOKENS_WITHIN: Duration = Duration::from_millis(900);
 
 /// Returns a plan whose bucket does not refill noticeably during a test.
 fn plan(burst: u32) -> Value {
@@ -36,6 +40,21 @@ async fn create_key(app: &TestApp, account: &Account, plan: &str, fields: Value)
         body[field] = value.clone();
     }
     app.act(account, "POST", "/admin/api-keys", body).await
+}
+
+/// Repeats a request up to 20 times if it gets 503 after a wait of at least `wait`. If PostgreSQL is paused, a tenant's
+/// changes may not get their turn in time, and requests may not get the tenant's tokens in time. A failure without a
+/// wait, such as a deadlock, is not retried.
+async fn retry_if_late<F: Future<Output = Answer>>(wait: Duration, send: impl Fn() -> F) -> Answer {
+    for _ in 0..20 {
+        let began = Instant::now();
+        let answer = send().await;
+        if answer.status != 503 || began.elapsed() < wait {
+            return answer;
+        }
+        sleep(Duration::from_millis(100)).await;
+    }
+    send().await
 }
 
 async fn limits(app: &TestApp, account: &Account) -> Value {
@@ -129,8 +148,8 @@ async fn concurrent_creations_on_two_replicas_do_not_exceed_the_limit() {
         async move {
             let name = format!("Plan {n}");
             let (a, b) = tokio::join!(
-                create_plan(app, account, &name, json!({})),
-                create_key(app, account, plan, json!({}))
+                retry_if_late(TURN_WITHIN, || create_plan(app, account, &name, json!({}))),
+                retry_if_late(TURN_WITHIN, || create_key(app, account, plan, json!({})))
             );
             (a.status, b.status)
         }
@@ -407,7 +426,7 @@ async fn spend(replicas: &[&TestApp], keys: &[String], requests: usize) -> u64 {
             &keys[n / replicas.len() % keys.len()],
         );
         async move {
-            let answer = app.echo(key).await;
+            let answer = retry_if_late(TOKENS_WITHIN, || app.echo(key)).await;
             match answer.status {
                 200 => 1,
                 429 => {
@@ -430,8 +449,9 @@ async fn replicas_serve_exactly_the_month_of_a_tenant() {
     let redis = RedisServer::start().await;
     let start = async |setup: crate::support::app::Setup| {
         let setup = setup.flag(format!("--redis-url={}", redis.url()));
-        let setup = setup.flag("--redis-timeout=2s");
+        let setup = setup.flag("--redis-timeout=5s");
         setup
+            .flag("--redis-connect-timeout=5s")
             .flag(format!("--free-requests-per-month={LIMIT}"))
             .start()
             .await

@@ -43,7 +43,14 @@ impl World {
         let (proxy, url) = through_proxy(&database).await;
         let (smtp, stripe) = (SmtpServer::start().await, TestStripe::start().await);
         let setup = stripe.configure(with_hooks(with_smtp(TestApp::setup(), &smtp, "")));
-        let app = setup.database(database).url(url).start().await;
+        // A job continues after the time limit for statements plus two seconds.
+        let app = setup
+            .database(database)
+            .url(url)
+            .flag("--database-statement-timeout=5s")
+            .flag("--database-lock-timeout=5s")
+            .start()
+            .await;
         stripe.send_to(&app);
         let account = app.register().await;
         Self {
@@ -69,8 +76,8 @@ impl World {
             "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = $1::text::regclass";
         let mut begun_at = Instant::now();
         loop {
-            // The statements time out after a second, so start new ones.
-            if begun_at.elapsed() > Duration::from_secs(3) {
+            // The statements time out after five seconds, so start new ones.
+            if begun_at.elapsed() > Duration::from_secs(8) {
                 begin().await;
                 begun_at = Instant::now();
             }

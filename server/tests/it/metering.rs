@@ -273,8 +273,8 @@ async fn without_postgresql_decisions_go_on_and_are_shipped_later() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_owner_and_two_replays_at_once_count_nothing_twice() {
-    // The requests fill several segments of 128 KiB. Their files are reused however long the test takes, because they do
-    // not become too old on this clock.
+    // The requests fill several segments of 128 KiB. Their files are reused however long the test takes, because they
+    // do not become too old on this clock.
     let flag = "--usage-backlog-max=1048576";
     let clock = Arc::new(TestClock::at(SystemClock::new().now()));
     let world = World::start(|setup| setup.flag(flag).clock(clock)).await;
@@ -715,7 +715,11 @@ async fn lock_tenants(database: &TestDatabase) -> tokio_postgres::Client {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_batch_may_take_longer_than_a_request() {
-    let world = World::start(|setup| setup.flag("--database-statement-timeout=200ms")).await;
+    let world = World::start(|setup| {
+        let setup = setup.flag("--database-statement-timeout=1s");
+        setup.flag("--database-lock-timeout=1s")
+    })
+    .await;
     world.echoes(1).await;
     world.app.ship_usage().await;
     let lock = lock_tenants(&world.app.database).await;
@@ -789,16 +793,19 @@ async fn usage_is_not_complete_beyond_a_decision_in_flight() {
     world.echoes(1).await;
     world.app.ship_usage().await;
     let client = world.app.database.connect().await;
+    // Returns the number of pending records, and how long before the report the usage ceases to be complete.
     let report = async || {
         // A shipper reports its progress at most once per second.
         tokio::time::sleep(Duration::from_millis(1_100)).await;
+        let now = "SELECT extract(epoch FROM clock_timestamp())::float8";
+        let now = client.query_one(now, &[]).await.expect("the time");
         world.app.ship_usage().await;
         let row = client
             .query_one(
                 "SELECT pending_records, \
-                 extract(epoch FROM now() - coalesce(oldest_pending_at, reported_at))::float8 \
+                 $1 - extract(epoch FROM coalesce(oldest_pending_at, reported_at))::float8 \
                  FROM usage_shippers",
-                &[],
+                &[&now.get::<_, f64>(0)],
             )
             .await
             .expect("one report");
@@ -929,8 +936,10 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
     for kill in 0..KILLS {
         let url = format!("http://{}/v1/echo", quota.addr);
         let sent = Arc::new(AtomicU64::new(0));
+        let now_answered = Arc::new(AtomicU64::new(0));
         let clients = (0..CLIENTS).map(|client| {
             let (url, key, sent) = (url.clone(), key.clone(), sent.clone());
+            let answered = now_answered.clone();
             let http = Client::new();
             tokio::spawn(async move {
                 let mut ids = Vec::new();
@@ -939,8 +948,13 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
                     let call = http.get(&url).header("X-API-Key", &key);
                     sent.fetch_add(1, Ordering::Relaxed);
                     match call.header("X-Request-Id", &id).send().await {
+                        // On a busy machine, the first lookup of the key may take too long.
+                        Ok(answer) if answer.status() == 503 && n < 10 => {
+                            sent.fetch_sub(1, Ordering::Relaxed);
+                        }
                         Ok(answer) => {
                             assert_eq!(answer.status(), 200);
+                            answered.fetch_add(1, Ordering::Relaxed);
                             ids.push(id);
                         }
                         Err(_) => return ids,
@@ -951,6 +965,11 @@ async fn killing_the_server_under_load_loses_nothing_and_counts_nothing_twice() 
         });
         let clients = clients.collect::<Vec<_>>();
         tokio::time::sleep(Duration::from_millis(700 + 97 * kill as u64)).await;
+        wait_for("there are 250 responses", async || {
+            let now = now_answered.load(Ordering::Relaxed);
+            (now >= 250).then_some(()).ok_or(now.to_string())
+        })
+        .await;
         quota.kill();
         let before = answered.len() as u64;
         for client in clients {

@@ -21,8 +21,9 @@ use crate::support::{
     postgres::TestDatabase,
 };
 
-/// The maximum time until a response, regardless of what PostgreSQL does.
-const AT_MOST: Duration = Duration::from_secs(5);
+/// The time limit for a response, regardless of what PostgreSQL does, and for noticing a change. Much longer than
+/// necessary on an idle machine, but shorter than the request timeout that [`world`] sets.
+const AT_MOST: Duration = Duration::from_secs(30);
 
 /// A server whose connections to PostgreSQL can be made to fail.
 struct World {
@@ -63,7 +64,14 @@ async fn world(change: impl FnOnce(Setup) -> Setup) -> World {
         |url: String| async move { db::migrate(&SecretString::from(url)).await.map(drop) };
     let database = Arc::new(TestDatabase::create(migrate).await);
     let (proxy, url) = through_proxy(&database).await;
-    let setup = TestApp::setup().database(database).url(url);
+    // The database timeouts are the server's defaults. `TestApp` sets longer ones.
+    let setup = TestApp::setup()
+        .database(database)
+        .url(url)
+        .flag("--database-wait=500ms")
+        .flag("--database-statement-timeout=2s")
+        .flag("--database-lock-timeout=1s")
+        .flag("--request-timeout=60s");
     let app = change(setup).start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({"default_rpm": 60_000})).await;
@@ -266,8 +274,18 @@ async fn unreachable_ledger_reduces_capacity_and_never_exceeds_a_quota() {
     }
     assert_eq!(status, 200);
     served += 1;
-    while world.app.echo(&key.text).await.status == 200 {
-        served += 1;
+    let mut unavailable = 0;
+    loop {
+        match world.app.echo(&key.text).await.status {
+            200 => served += 1,
+            429 => break,
+            // The ledger is slow on a busy machine.
+            503 if unavailable < 20 => {
+                unavailable += 1;
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            other => panic!("{other}"),
+        }
         assert!(served <= 300, "more than the quota");
     }
     assert!(
@@ -329,12 +347,16 @@ async fn canceled_requests_leave_no_broken_connection_behind() {
     // A transaction of a job can be idle for a moment, but a transaction that was left open stays idle.
     let idle = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
                 AND state LIKE 'idle in transaction%' AND state_change < now() - interval '1 second'";
-    tokio::time::sleep(Duration::from_millis(1500)).await;
-    let idle = client
-        .query_one(idle, &[])
-        .await
-        .expect("a superuser sees all");
-    assert_eq!(idle.get::<_, i64>(0), 0);
+    let mut left = 0;
+    for _ in 0..2 {
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        let row = client.query_one(idle, &[]).await;
+        left = row.expect("a superuser sees all").get::<_, i64>(0);
+        if left == 0 {
+            break;
+        }
+    }
+    assert_eq!(left, 0);
 }
 
 /// When a poll for invalidations is late, every key needs to be confirmed again. Only the first requests may wait for
@@ -494,7 +516,8 @@ async fn flood_of_unknown_keys_does_not_affect_the_poll_the_ledger_or_known_keys
 /// A change that waits too long for a lock can be retried, so its failure is not an internal error.
 #[tokio::test]
 async fn change_that_waits_too_long_for_a_lock_is_503() {
-    let app = TestApp::start().await;
+    let setup = TestApp::setup().flag("--database-lock-timeout=1s");
+    let app = setup.start().await;
     let account = app.register().await;
     let plan = app.plan(&account, json!({})).await;
     let path = format!("/admin/plans/{plan}");
@@ -523,11 +546,12 @@ async fn change_that_waits_too_long_for_a_lock_is_503() {
 async fn changes_are_noticed_after_postgres_was_restored() {
     let app = TestApp::start().await;
     let account = app.register().await;
-    let plan = app.plan(&account, json!({})).await;
+    let plan = json!({"default_rpm": 600_000, "burst": 10_000});
+    let plan = app.plan(&account, plan).await;
     let key = app.key(&account, &plan).await;
     for burst in 1..=6 {
         let call = app.request(reqwest::Method::PATCH, &format!("/admin/plans/{plan}"));
-        let call = call.json(json!({"burst": 10 + burst}));
+        let call = call.json(json!({"burst": 10_000 + burst}));
         assert_eq!(call.bearer(&account.access_token).send().await.status, 200);
     }
     // Wait for several polls.
@@ -658,7 +682,11 @@ async fn sign_ins_given_up_during_an_outage_do_not_count_as_failed() {
 async fn sign_ins_given_up_during_an_outage_do_not_count_as_failed_in_redis() {
     let redis = RedisServer::start().await;
     let url = format!("--redis-url={}", redis.url());
-    give_up_sign_ins(world(|setup| setup.flag("--login-free-failures=5").flag(url)).await).await;
+    let configure = |setup: Setup| {
+        let setup = setup.flag("--login-free-failures=5").flag(url);
+        setup.flag("--redis-timeout=2s")
+    };
+    give_up_sign_ins(world(configure).await).await;
 }
 
 async fn give_up_sign_ins(world: World) {

@@ -3,7 +3,7 @@
 use std::{
     num::{NonZeroU32, NonZeroU64},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use chrono::{DateTime, Utc};
@@ -67,7 +67,14 @@ impl World {
 
     fn ledger(&self) -> PostgresLedger {
         let url = SecretString::from(self.database.url());
-        let db = Db::new(&url, &DatabaseSettings::default());
+        // On a busy machine, transactions wait for each other for longer than the defaults allow.
+        let settings = DatabaseSettings {
+            wait: Duration::from_secs(10),
+            statement_timeout: Duration::from_secs(60),
+            lock_timeout: Duration::from_secs(60),
+            ..DatabaseSettings::default()
+        };
+        let db = Db::new(&url, &settings);
         PostgresLedger::new(db, Arc::default())
     }
 
@@ -162,7 +169,12 @@ async fn drain_returns_the_blocks_of_many_keys_exactly() {
     let store = LocalStore::new(
         clock.clone(),
         Arc::new(world.ledger()),
-        KeyTableSettings::default(),
+        KeyTableSettings {
+            ledger_deadline: Duration::from_secs(60),
+            call_deadline: Duration::from_secs(60),
+            drain_deadline: Duration::from_secs(100),
+            ..KeyTableSettings::default()
+        },
     );
     let limiter = Limiter::new(store, clock);
     let rate = RatePolicy {

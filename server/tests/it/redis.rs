@@ -409,7 +409,7 @@ async fn messages_arrive_in_order_and_losses_are_reported() {
     assert!(redis.connected(PATIENCE).await);
     let listener = connect_with(
         &format!("redis://{}", proxy.addr()),
-        &["--redis-connect-timeout=300ms"],
+        &["--redis-connect-timeout=3s"],
     );
     let mut subscription = listener.subscribe("c".into());
     subscribed(&mut subscription).await;

@@ -153,7 +153,10 @@ async fn lost_buckets_are_empty_even_if_the_first_start_did_not_reach_redis() {
         if !is_reached {
             redis.kill().await;
         }
-        let start = |setup: Setup| setup.flag(url.clone()).start();
+        let start = |setup: Setup| {
+            let setup = setup.flag(url.clone());
+            setup.flag("--redis-timeout=1s").start()
+        };
         let app = start(TestApp::setup()).await;
         if !is_reached {
             redis.restart().await;

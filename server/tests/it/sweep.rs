@@ -113,7 +113,7 @@ impl World {
     async fn start(&self) -> TestApp {
         TestApp::setup()
             .database(Arc::clone(&self.app.database))
-            .flag("--database-statement-timeout=500ms")
+            .flag("--database-statement-timeout=2s")
             .start()
             .await
     }

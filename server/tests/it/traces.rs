@@ -116,6 +116,7 @@ async fn spans_describe_the_request_its_decision_and_its_statements_without_secr
         .flag("--otel-service-name=limits")
         .flag("--otel-exporter-otlp-headers=api-key=a%20b")
         .flag(format!("--redis-url={}", redis.url()))
+        .flag("--redis-timeout=5s")
         .start()
         .await;
     let (account, key) = key(&app, 1).await;

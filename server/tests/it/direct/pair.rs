@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
-    time::timeout,
+    time::{Instant, timeout},
 };
 
 use super::grammar::Case;
@@ -81,7 +81,9 @@ impl Side {
             .clock(Arc::new(clock.clone()))
             .log(log)
             .without_jobs()
-            .flag("--header-timeout=2s")
+            // These times are longer than `ENDED_WITHIN`, so that a connection that is held open is noticed.
+            .flag("--header-timeout=60s")
+            .flag("--request-timeout=60s")
             .flag("--trusted-proxies=127.0.0.0/8")
             .flag("--allowed-origins=https://a.example")
             .start()
@@ -115,9 +117,11 @@ impl Side {
                 let mut buffer = vec![0; 16 * 1024];
                 loop {
                     let is_last = is_written.load(Ordering::Relaxed);
+                    let began = Instant::now();
                     match timeout(QUIET, reader.read(&mut buffer)).await {
                         Ok(Ok(length @ 1..)) => received.extend_from_slice(&buffer[..length]),
-                        Err(_) if !is_last => {}
+                        // If the timer fires late, the process was paused, and so was the server.
+                        Err(_) if !is_last || began.elapsed() > QUIET * 2 => {}
                         _ => break,
                     }
                 }
@@ -142,7 +146,12 @@ impl Side {
                 break;
             }
             length = written;
-            tokio::time::sleep(Duration::from_millis(200)).await;
+            let began = Instant::now();
+            tokio::time::sleep(QUIET).await;
+            // If the timer fires late, the process was paused, and so was the log's thread.
+            if began.elapsed() > QUIET * 2 {
+                length = usize::MAX;
+            }
         }
         let bytes = std::mem::take(&mut *self.written.0.lock().expect("no panic"));
         let lines = text(&bytes);

@@ -4,7 +4,6 @@
 use std::{convert::Infallible, fmt::Write as _, fs, path::Path, time::Duration};
 
 use bytes::Bytes;
-use futures_util::future::join_all;
 use http_body_util::Empty;
 use hyper::{Request, body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -179,7 +178,7 @@ async fn cases(program: Program, with_redis: &Tenant, without_redis: &Tenant) ->
     let closed = without_redis.key(mode("closed")).await;
     // Until the circuit breaker opens, calls to Redis fail.
     for (key, status) in [(&open, 200), (&closed, 503)] {
-        for _ in 0..50 {
+        for _ in 0..600 {
             if degraded.get(key, false).await.response.status() == status {
                 break;
             }
@@ -292,8 +291,29 @@ async fn documented_tables_are_what_gateways_do() {
     let redis = format!("--redis-url=redis://127.0.0.1:{}", free_port());
     let without_redis = Tenant::new(setup().flag(redis).start().await).await;
 
-    let all = PROGRAMS.map(|(program, _)| cases(program, &with_redis, &without_redis));
-    let seen = join_all(all).await;
+    let (start, end) = ("<!-- tables -->\n\n", "\n<!-- end of tables -->");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/GATEWAYS.md");
+    let text = fs::read_to_string(&path).expect("it is there");
+    let (before, rest) = text.split_once(start).expect("the tables begin");
+    let (documented, after) = rest.split_once(end).expect("the tables end");
+    // The gateways wait only a second or two for Quota, so a busy machine can change a response. Try up to three times.
+    let mut seen = Vec::new();
+    for _ in 0..3 {
+        seen.clear();
+        for (program, _) in PROGRAMS {
+            // Boxed, because the future is large.
+            seen.push(Box::pin(cases(program, &with_redis, &without_redis)).await);
+        }
+        // Requests that must not be admitted never reach the API.
+        for ((program, _), cases) in PROGRAMS.iter().zip(&seen) {
+            for (case, name) in cases.iter().zip(CASES).skip(ADMITTED) {
+                assert!(!case.has_reached_api, "{program:?}: {name}");
+            }
+        }
+        if must_write() || tables(&seen) == documented {
+            break;
+        }
+    }
     for ((program, _), cases) in PROGRAMS.iter().zip(&seen) {
         for ((row, case), name) in cases.iter().enumerate().zip(CASES) {
             let is_admitted = row < ADMITTED;
@@ -306,11 +326,6 @@ async fn documented_tables_are_what_gateways_do() {
         }
     }
 
-    let (start, end) = ("<!-- tables -->\n\n", "\n<!-- end of tables -->");
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/GATEWAYS.md");
-    let text = fs::read_to_string(&path).expect("it is there");
-    let (before, rest) = text.split_once(start).expect("the tables begin");
-    let (documented, after) = rest.split_once(end).expect("the tables end");
     let actual = tables(&seen);
     if must_write() {
         fs::write(&path, [before, start, &actual, end, after].concat()).expect("it is written");

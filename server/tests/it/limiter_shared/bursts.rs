@@ -44,6 +44,8 @@ use crate::limiter_contract::{START, TestLedger};
 
 const TTL: Duration = Duration::from_millis(100);
 const DEADLINE: Duration = Duration::from_millis(30);
+/// A deadline that is long enough for a busy machine.
+const LONG: Duration = Duration::from_secs(5);
 const TENANT: TenantId = TenantId(uuid::Uuid::nil());
 
 /// Tokio's time, which the test pauses.
@@ -564,22 +566,20 @@ async fn a_stop_without_counters_ends() {
     );
 }
 
-/// Returns three replicas on one Redis. The first replica connects through a proxy.
-async fn three(
-    server: &RedisServer,
-    proxy: &FaultProxy,
-    deadline: Duration,
-    patience: &str,
-) -> Vec<Replica> {
+/// Returns three replicas on one Redis. The first replica connects through a proxy, and its calls have the deadline
+/// `deadline`. The other replicas have a long deadline, so that they do not depend on the speed of the machine.
+async fn three(server: &RedisServer, proxy: &FaultProxy, deadline: Duration) -> Vec<Replica> {
     let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
     let mut replicas = Vec::new();
     for n in 0..3 {
+        let deadline = if n == 0 { deadline } else { LONG };
+        let patience = format!("{}ms", deadline.as_millis());
         let redis = if n == 0 {
-            connect_to(&format!("redis://{}/0", proxy.addr()), patience)
+            connect_to(&format!("redis://{}/0", proxy.addr()), &patience)
         } else {
-            connect(server, patience)
+            connect(server, &patience)
         };
-        assert!(redis.connected(Duration::from_secs(10)).await);
+        assert!(redis.connected(Duration::from_secs(60)).await);
         let counters = RedisCounters::new(redis);
         while counters.begin().await.is_err() {}
         let membership = Arc::new(Membership::default());
@@ -609,7 +609,7 @@ async fn late_responses_grant_nothing_twice() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
     let policies = plan(60_000, 200, true);
-    let replicas = three(&server, &proxy, DEADLINE, "30ms").await;
+    let replicas = three(&server, &proxy, DEADLINE).await;
     proxy.set(Fault::Delay(Duration::from_millis(60)));
     let began = Instant::now();
     let wave = |n: usize, at: u64, count: usize| {
@@ -638,18 +638,19 @@ async fn late_responses_grant_nothing_twice() {
     assert!(served >= 100, "{served} of {most}");
 }
 
-/// With a real Redis and a round-trip time of 20 ms, 620 simultaneous requests need at most 40 calls.
+/// With a real Redis and a round-trip time of 20 ms, 620 simultaneous requests need at most 40 calls, not counting
+/// heartbeats.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_burst_takes_few_calls_to_a_distant_redis() {
     let server = RedisServer::start().await;
     let proxy = FaultProxy::start(Upstream::Tcp(server.addr())).await;
-    // With long timeouts, the test does not depend on the speed of the machine.
-    let replicas = three(&server, &proxy, Duration::from_secs(5), "5s").await;
+    let replicas = three(&server, &proxy, LONG).await;
     proxy.set(Fault::Delay(Duration::from_millis(10)));
     for (key, strict) in [(1, false), (2, true)] {
-        let policies = plan(60, 600, strict);
+        // Only one token per minute is added.
+        let policies = plan(1, 600, strict);
         let replica = &replicas[0];
-        let calls = replica.metrics.counter_calls.get();
+        let (calls, began) = (replica.metrics.counter_calls.get(), Instant::now());
         let mut requests = JoinSet::new();
         for _ in 0..620 {
             let (it, policies) = (replica.clone(), policies.clone());
@@ -663,7 +664,8 @@ async fn a_burst_takes_few_calls_to_a_distant_redis() {
         let served = decided.iter().filter(|it| **it).count();
         assert!((600..=602).contains(&served), "{served}, strict {strict}");
         let calls = replica.metrics.counter_calls.get() - calls;
-        // The calls include heartbeats.
-        assert!(calls <= 40, "{calls} calls, strict {strict}");
+        // The calls include heartbeats, which are at least 110 ms apart.
+        let most = 40 + began.elapsed().as_millis() / 100;
+        assert!(u128::from(calls) <= most, "{calls} calls, strict {strict}");
     }
 }

@@ -241,9 +241,20 @@ async fn a_frozen_redis_rejects_requests_on_a_closed_plan() {
 /// lost.
 #[tokio::test]
 async fn a_token_granted_too_late_is_returned() {
+    for _ in 0..20 {
+        if late_token_is_returned().await.is_some() {
+            return;
+        }
+    }
+    panic!("the machine is too busy");
+}
+
+/// Returns `None` if the machine was so slow that other calls were late too. The outage that this may cause empties all
+/// buckets.
+async fn late_token_is_returned() -> Option<()> {
     let mut server = RedisServer::start().await;
     let redis = connect(&server, "300ms");
-    assert!(redis.connected(Duration::from_secs(10)).await);
+    assert!(redis.connected(Duration::from_secs(60)).await);
     let counters = RedisCounters::new(redis);
     while counters.begin().await.is_err() {}
     let (clock, metrics) = (SystemClock::new(), Arc::new(Metrics::default()));
@@ -278,22 +289,32 @@ async fn a_token_granted_too_late_is_returned() {
         let one = limiter.admit(&handle, &policies, NonZeroU32::MIN).await;
         one.unwrap().is_allowed()
     };
-    assert!(admit().await);
+    let first = admit().await;
+    if metrics.counter_errors.get() > 0 {
+        return None;
+    }
+    assert!(first);
     server.stop();
     assert!(!admit().await, "no response arrives in time");
     server.cont();
     let returned = async {
-        while metrics.lease_tokens_returned.get() == 0 {
+        while metrics.lease_tokens_returned.get() == 0 && metrics.counter_outages.get() == 0 {
             sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::time::timeout(Duration::from_secs(10), returned)
+    tokio::time::timeout(Duration::from_secs(60), returned)
         .await
         .expect("the token is returned");
-    for _ in 0..4 {
-        assert!(admit().await);
+    let errors = metrics.counter_errors.get();
+    let mut admitted = Vec::new();
+    for _ in 0..5 {
+        admitted.push(admit().await);
     }
-    assert!(!admit().await);
+    if metrics.counter_outages.get() > 0 || metrics.counter_errors.get() > errors {
+        return None;
+    }
+    assert_eq!(admitted, [true, true, true, true, false]);
     assert_eq!(metrics.lease_tokens_taken.get(), 6);
     assert_eq!(metrics.lease_tokens_returned.get(), 1);
+    Some(())
 }

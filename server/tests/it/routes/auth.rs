@@ -696,7 +696,7 @@ async fn session_lasts_as_long_as_it_is_used() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn other_replica_rejects_a_revoked_session_within_a_second() {
+async fn other_replica_rejects_a_revoked_session_within_ten_polls() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())
@@ -710,14 +710,11 @@ async fn other_replica_rejects_a_revoked_session_within_a_second() {
     );
     let out = json!({"refresh_token": account.refresh_token});
     assert_eq!(one.post("/auth/logout", out).send().await.status, 204);
-    let began = std::time::Instant::now();
-    while me(&other, &account.access_token).await != 401 {
-        assert!(
-            began.elapsed() < std::time::Duration::from_secs(2),
-            "the token still works on the other replica"
-        );
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-    }
+    other
+        .notices("the sign-out", async || {
+            me(&other, &account.access_token).await == 401
+        })
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -1319,7 +1316,7 @@ async fn registration_whose_client_leaves_during_the_commit_counts() {
     client
         .batch_execute(
             "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS \
-                 $$ BEGIN PERFORM pg_sleep(1); RETURN new; END $$; \
+                 $$ BEGIN PERFORM pg_sleep(5); RETURN new; END $$; \
              CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON users DEFERRABLE INITIALLY DEFERRED \
                  FOR EACH ROW EXECUTE FUNCTION slow()",
         )
@@ -1334,7 +1331,7 @@ async fn registration_whose_client_leaves_during_the_commit_counts() {
         app.post("/auth/register", body).send()
     };
     let began = std::time::Instant::now();
-    let patience = std::time::Duration::from_secs(10);
+    let patience = std::time::Duration::from_secs(60);
     let is_committing = async {
         // Only the trigger sleeps: other transactions may be committing, too.
         let committing = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() \
@@ -1513,8 +1510,12 @@ async fn password_that_is_costly_to_check_does_not_delay_others() {
         assert_eq!(statuses, [201; 8]);
         began.elapsed()
     };
-    let ordinary = eight(10, PASSWORD).await;
-    let took = eight(20, &costly).await;
+    // The shortest times count, because a busy machine delays some of the requests.
+    let (mut ordinary, mut took) = (std::time::Duration::MAX, std::time::Duration::MAX);
+    for round in 1..=3 {
+        ordinary = ordinary.min(eight(100 * round, PASSWORD).await);
+        took = took.min(eight(100 * round + 50, &costly).await);
+    }
     let bound = 5 * ordinary + std::time::Duration::from_secs(1);
     assert!(took < bound, "{took:?} instead of {ordinary:?}");
     let refused = register(8, &overflowing).await;

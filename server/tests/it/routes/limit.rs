@@ -61,8 +61,8 @@ async fn forward(app: &TestApp, token: &str, key: &str, query: &str) -> Answer {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_valid_key_gets_200_with_its_limits() {
-    let app = TestApp::start().await;
-    let account = app.register().await;
+    // No token is refilled during the test.
+    let (app, clock, account) = still().await;
     let key = key(
         &app,
         &account,
@@ -79,10 +79,8 @@ async fn a_valid_key_gets_200_with_its_limits() {
         answer.header("ratelimit-policy"),
         Some("\"rpm\";q=600;w=60, \"daily\";q=5000;w=86400")
     );
-    let now = chrono::DateTime::parse_from_rfc2822(answer.header("date").unwrap())
-        .unwrap()
-        .timestamp();
-    let reset = i64::try_from(answer.number("x-ratelimit-reset")).unwrap();
+    let now = clock.now().secs();
+    let reset = answer.number("x-ratelimit-reset");
     assert!(
         (now..=now + 2).contains(&reset),
         "{reset} is not soon after {now}"
@@ -596,7 +594,7 @@ async fn both_secrets_work_within_the_grace_period_and_share_a_bucket() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn other_replica_rejects_a_deactivated_key_within_a_second() {
+async fn other_replica_rejects_a_deactivated_key_within_ten_polls() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())
@@ -618,14 +616,11 @@ async fn other_replica_rejects_a_deactivated_key_within_a_second() {
             .status,
         200
     );
-    let began = std::time::Instant::now();
-    while other.echo(&key.text).await.status != 401 {
-        assert!(
-            began.elapsed() < Duration::from_secs(2),
-            "the disabled key still works on the other replica"
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    other
+        .notices("the deactivation", async || {
+            other.echo(&key.text).await.status == 401
+        })
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -644,9 +639,18 @@ async fn quota_continues_after_a_restart() {
     let database = first.database.clone();
     first.stop().await;
     let second = TestApp::setup().database(database).start().await;
-    let mut served = 123;
-    while second.echo(&key.text).await.status == 200 {
-        served += 1;
+    let (mut served, mut unavailable) = (123, 0);
+    loop {
+        match second.echo(&key.text).await.status {
+            200 => served += 1,
+            429 => break,
+            // The ledger is slow on a busy machine.
+            503 if unavailable < 20 => {
+                unavailable += 1;
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            other => panic!("{other}"),
+        }
     }
     assert_eq!(served, 250);
 }
@@ -941,7 +945,7 @@ async fn change_of_time_zone_applies_when_the_day_ends_and_headers_say_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn other_replica_applies_a_changed_plan_and_a_rotated_key_within_a_second() {
+async fn other_replica_applies_a_changed_plan_and_a_rotated_key_within_ten_polls() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())
@@ -954,22 +958,17 @@ async fn other_replica_applies_a_changed_plan_and_a_rotated_key_within_a_second(
         other.echo(&key.text).await.number("x-ratelimit-limit"),
         60_000
     );
-    let within_a_second = async |what: &str, done: &dyn Fn(&Answer) -> bool| {
-        let began = std::time::Instant::now();
-        while !done(&other.echo(&key.text).await) {
-            assert!(began.elapsed() < Duration::from_secs(2), "{what}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-    };
     let path = format!("/admin/plans/{plan}");
     let changed = one
         .act(&account, "PATCH", &path, json!({"default_rpm": 30_000}))
         .await;
     assert_eq!(changed.status, 200);
-    within_a_second("the old rate applies", &|it| {
-        it.header("x-ratelimit-limit") == Some("30000")
-    })
-    .await;
+    other
+        .notices("the new rate", async || {
+            let answer = other.echo(&key.text).await;
+            answer.header("x-ratelimit-limit") == Some("30000")
+        })
+        .await;
 
     let path = format!("/admin/api-keys/{}/rotate", key.id);
     let rotated = one
@@ -980,7 +979,11 @@ async fn other_replica_applies_a_changed_plan_and_a_rotated_key_within_a_second(
         200,
         "the new secret works on every replica immediately"
     );
-    within_a_second("the old secret works", &|it| it.status == 401).await;
+    other
+        .notices("the rotation", async || {
+            other.echo(&key.text).await.status == 401
+        })
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -77,7 +77,7 @@ async fn service_token_stops_working_when_it_is_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn other_replica_rejects_a_deleted_service_token_within_a_second() {
+async fn other_replica_rejects_a_deleted_service_token_within_ten_polls() {
     let one = TestApp::start().await;
     let other = TestApp::setup()
         .database(one.database.clone())
@@ -91,14 +91,9 @@ async fn other_replica_rejects_a_deleted_service_token_within_a_second() {
         one.act(&account, "DELETE", &path, Value::Null).await.status,
         204
     );
-    let began = Instant::now();
-    while ask(&other, &token).await != 401 {
-        assert!(
-            began.elapsed() < Duration::from_secs(2),
-            "the other replica still accepts the token"
-        );
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    other
+        .notices("the deletion", async || ask(&other, &token).await == 401)
+        .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

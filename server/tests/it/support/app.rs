@@ -9,7 +9,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     sync::{Arc, LazyLock},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use clap::Parser;
@@ -134,6 +134,10 @@ impl Setup {
             "--registrations-per-day=0".into(),
         ];
         flags.push("--database-pool=12".into());
+        // On a busy machine, PostgreSQL may take much longer than the defaults allow.
+        flags.push("--database-wait=10s".into());
+        flags.push("--database-statement-timeout=30s".into());
+        flags.push("--database-lock-timeout=10s".into());
         flags.push("--usage-backlog-max=67108864".into());
         // The test's own settings override the settings above.
         let name = |flag: &str| flag.split('=').next().unwrap_or_default().to_owned();
@@ -428,6 +432,22 @@ impl TestApp {
     pub(crate) async fn metric(&self, name: &str) -> f64 {
         let value = self.metric_if_present(name).await;
         value.unwrap_or_else(|| panic!("there is no value of {name}"))
+    }
+
+    /// Waits until this replica notices a change made on another replica. Panics after ten polls, which are normally
+    /// 150 ms apart. Polls are counted instead of time, because a busy machine delays them.
+    pub(crate) async fn notices(&self, change: &str, mut is_noticed: impl AsyncFnMut() -> bool) {
+        let polls = async || self.metric("quota_invalidation_polls_total").await;
+        let before = polls().await;
+        let began = Instant::now();
+        while !is_noticed().await {
+            assert!(began.elapsed() < Duration::from_secs(60), "{change}");
+            assert!(
+                polls().await <= before + 10.0,
+                "{change} was not noticed within ten polls"
+            );
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Returns a value of `/metrics`, or `None` if the metric has no value with these labels. The metric itself must
