@@ -34,6 +34,8 @@ async fn spend(quota: &Quota, http: &Client, key: &str, most: u64) -> u64 {
             200 => served += 1,
             // The ledger is slow on a busy machine.
             503 if unavailable < 20 => {
+                let problem = answer.text().await.expect("a body");
+                assert!(problem.contains("temporary-reduced-capacity"), "{problem}");
                 unavailable += 1;
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }

@@ -434,6 +434,25 @@ impl TestApp {
         value.unwrap_or_else(|| panic!("there is no value of {name}"))
     }
 
+    /// Sends requests until one is denied. Returns how many were allowed.
+    pub(crate) async fn spend(&self, key: &str) -> u32 {
+        let (mut served, mut unavailable) = (0, 0);
+        loop {
+            let answer = self.echo(key).await;
+            match answer.status {
+                200 => served += 1,
+                429 => return served,
+                // On a busy machine, the ledger may respond too late.
+                503 if unavailable < 20 => {
+                    assert_eq!(answer.problem(), "temporary-reduced-capacity");
+                    unavailable += 1;
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+                other => panic!("{other}: {}", answer.text),
+            }
+        }
+    }
+
     /// Waits until this replica notices a change made on another replica. Panics after ten polls, which are normally
     /// 150 ms apart. Polls are counted instead of time, because a busy machine delays them.
     pub(crate) async fn notices(&self, change: &str, mut is_noticed: impl AsyncFnMut() -> bool) {
